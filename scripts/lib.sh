@@ -1,0 +1,116 @@
+# Shared by every script here: finding the environment, setting it up, and turning variables into flags. Source it; it runs nothing.
+# Defaults stand in concept_trak/settings.py. A script passes on only what the caller has set.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ENV_NAME=concept-trak
+STAMP_NAME=.concept-trak-stamp # written by requirements.sh into the environment when everything is installed
+
+# Every variable that may override a setting: NUM_STATES=9 becomes --num-states=9.
+SETTING_VARIABLES=(
+    PROMPT TARGET_CONCEPTS NEGATIVE_PROMPTS NEGATIVE_PROMPT SEED RECIPE SCOPE
+    LAYER F NFE NUM_STATES DDIM_INVERSION NORMALIZE PROJ_TYPE PROJ_DIM PROJ_SEED
+    TRAIN_GUIDANCE_SCALE CONCEPT_GUIDANCE_SCALE GEN_GUIDANCE_SCALE GEN_NUM_INFERENCE_STEPS ETA EPOCHS BATCH_SIZE
+    DAMPING TOP_K RENDER_LEASTK FORCE_RECOMPUTE_CONCEPT_GRAD NUM_QUERIES
+    SD_MODEL_PATH DATA_DIR GRAD_DIR RESULTS_DIR NUM_SPLIT SHARDS DTYPE DEVICE GPU_ID MAX_MEMORY
+)
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+
+# flags_from_env VAR...: fills the array FLAGS. A variable set to the empty string is passed on: an empty negative prompt is a value.
+# The form --name=value keeps values that begin with a dash.
+flags_from_env() {
+    local name flag
+    FLAGS=()
+    for name in "$@"; do
+        [ -n "${!name+set}" ] || continue
+        flag=$(printf '%s' "$name" | tr 'A-Z_' 'a-z-')
+        FLAGS+=("--$flag=${!name}")
+    done
+}
+
+# What the environment must have been built from. The path is part of it: the package is installed in editable form.
+wanted_stamp() {
+    local sum=sha256sum
+    command -v sha256sum >/dev/null || sum="shasum -a 256"
+    { echo "$ROOT"; cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" "$ROOT/environment.yml"; } | $sum | cut -d' ' -f1
+}
+
+env_prefix() { dirname "$(dirname "$1")"; }
+
+stamp_is_current() { [ "$(cat "$1/$STAMP_NAME" 2>/dev/null)" = "$(wanted_stamp)" ]; }
+
+# The folder of the conda environment, or nothing. Asking conda takes a second, so look where it keeps environments first.
+conda_prefix() {
+    local conda=${CONDA_EXE:-$(command -v conda || true)} folder base= IFS=:
+    [ -z "$conda" ] || base=$(dirname "$(dirname "$conda")")
+    for folder in ${CONDA_ENVS_PATH:-} ${base:+"$base/envs"} "${HOME:-}/.conda/envs"; do
+        [ ! -x "$folder/$ENV_NAME/bin/python" ] || { echo "$folder/$ENV_NAME"; return; }
+    done
+    [ -z "$conda" ] || "$conda" env list 2>/dev/null | awk -v name="$ENV_NAME" '$1 == name { print $NF; exit }'
+}
+
+# -I leaves out the current folder and the user's site-packages, so only an installed package counts.
+has_package() {
+    "$1" -I -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("concept_trak", "torch"))))' 2>/dev/null
+}
+
+# Print the interpreter to use, activated or not; fail if there is none. PYTHON_BIN decides alone; then ENV_KIND; else the first of: the
+# active environment if the package is installed in it, this repository's .venv, the conda environment.
+find_python() {
+    local prefix
+    if [ -n "${PYTHON_BIN:-}" ]; then
+        command -v "$PYTHON_BIN" || die "PYTHON_BIN=$PYTHON_BIN is not an executable; give the path of a Python with concept-trak installed"
+        return
+    fi
+    if [ -z "${ENV_KIND:-}" ]; then
+        for prefix in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
+            if [ -x "$prefix/bin/python" ] && has_package "$prefix/bin/python"; then
+                echo "$prefix/bin/python"
+                return
+            fi
+        done
+    fi
+    if [ "${ENV_KIND:-venv}" = venv ] && [ -x "$ROOT/.venv/bin/python" ]; then
+        echo "$ROOT/.venv/bin/python"
+        return
+    fi
+    [ "${ENV_KIND:-conda}" = conda ] || return 1
+    prefix=$(conda_prefix)
+    [ -n "$prefix" ] && [ -x "$prefix/bin/python" ] && echo "$prefix/bin/python"
+}
+
+# Set PYTHON, after running requirements.sh if the environment is missing or was built from other requirements. An active environment
+# without our stamp is the user's own: it is used as it is.
+ensure_env() {
+    local prefix kind=${ENV_KIND:-}
+    if PYTHON=$(find_python); then
+        [ -z "${PYTHON_BIN:-}" ] || return 0
+        prefix=$(env_prefix "$PYTHON")
+        if stamp_is_current "$prefix"; then return 0; fi
+        if [ -z "$kind" ] && [ ! -e "$prefix/$STAMP_NAME" ]; then
+            case "$prefix" in "${VIRTUAL_ENV:-}" | "${CONDA_PREFIX:-}") return 0 ;; esac
+        fi
+        kind=conda
+        [ "$prefix" != "$ROOT/.venv" ] || kind=venv
+    elif [ -n "${PYTHON_BIN:-}" ]; then
+        exit 1 # find_python has said why
+    fi
+    ENV_KIND=$kind bash "$ROOT/requirements.sh"
+    PYTHON=$(find_python) || die "no environment found after requirements.sh; set PYTHON_BIN to a Python with concept-trak installed"
+}
+
+# run_cli VERB ARGUMENT...: the command line, with this checkout's code from any working folder.
+run_cli() {
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 "$PYTHON" -m concept_trak "$@"
+}
+
+# run_verb VERB ARGUMENT...: set-up, then the verb with the caller's variables; an explicit argument comes last and so wins over a variable.
+run_verb() {
+    ensure_env
+    flags_from_env "${SETTING_VARIABLES[@]}"
+    # An empty array counts as unset for `set -u` in bash before 4.4 (macOS has 3.2), hence the ${...+...} form.
+    run_cli "$1" ${FLAGS[@]+"${FLAGS[@]}"} "${@:2}"
+}
