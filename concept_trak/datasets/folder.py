@@ -1,0 +1,173 @@
+"""Any folder of images and captions.
+
+Two layouts are read:
+    metadata.jsonl or metadata.csv   Hugging Face `imagefolder`: one row an image, `file_name` and `text` (or `caption`), more columns at will
+    captions.txt                     one caption a line, for the images of the folder in lexical order of their relative paths
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from concept_trak.errors import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class ImageCaptionDataset:
+    """Captioned images on disk; pictures are decoded when asked for.
+
+    Attributes: root: Path; records: list of dict, the metadata rows, each with "file_name"; captions: list of str.
+    """
+
+    def __init__(self, root: str | Path, records: list[dict], captions: list[str]):
+        self.root = Path(root)
+        self.records = records
+        self.captions = captions
+        self._content_hash: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def path(self, index: int) -> Path:
+        return self.root / self.records[index]["file_name"]
+
+    def image(self, index: int, size: int | None = None) -> Image.Image:
+        """One picture, RGB on white. size: side in pixels; the largest centred square is resized to it (Lanczos).
+
+        Raises UserError if the file is not a readable picture.
+        """
+        try:
+            with Image.open(self.path(index)) as opened:
+                picture = _on_white(ImageOps.exif_transpose(opened))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises any of these
+            raise UserError(f"{self.path(index)} cannot be read as a picture ({error}); replace it or remove its row") from None
+        if size is None or picture.size == (size, size):
+            return picture
+        return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+
+    def images(self, indices: Sequence[int], size: int | None = None) -> np.ndarray:
+        """uint8 [len(indices), H, W, 3], RGB on white; see `image` for size.
+
+        Raises UserError if a picture is unreadable, or if size is None and the pictures differ in size.
+        """
+        pictures = [np.asarray(self.image(int(i), size)) for i in indices]
+        shapes = {picture.shape for picture in pictures}
+        if len(shapes) > 1:
+            raise UserError(f"the pictures of {self.root} differ in size; give the size to bring them to")
+        return np.stack(pictures) if pictures else np.zeros((0, size or 0, size or 0, 3), np.uint8)
+
+    def column(self, name: str) -> list:
+        """The values of one metadata column, None where a row has none."""
+        return [record.get(name) for record in self.records]
+
+    def subset(self, indices: Sequence[int]) -> ImageCaptionDataset:
+        """The rows at these positions (not a boolean mask), in this order."""
+        indices = [int(i) for i in indices]
+        return ImageCaptionDataset(self.root, [self.records[i] for i in indices], [self.captions[i] for i in indices])
+
+    def split(self, name: str) -> ImageCaptionDataset:
+        """Rows whose "split" equals name; a dataset without splits is all "train".
+
+        Raises UserError if there is no such split.
+        """
+        splits = self.column("split")
+        if name == "train" and not any(splits):
+            return self
+        indices = [i for i, value in enumerate(splits) if value == name]
+        if not indices:
+            raise UserError(f"{self.root} has no split {name!r}; it has {sorted({s for s in splits if s}) or ['train']}")
+        return self.subset(indices)
+
+    def content_hash(self) -> str:
+        """sha256 hex over captions and file contents in row order; file names do not enter. Computed once."""
+        if self._content_hash is None:
+            digest = hashlib.sha256()
+            for index, caption in enumerate(self.captions):
+                for content in (caption.encode(), self.path(index).read_bytes()):
+                    digest.update(len(content).to_bytes(8, "little"))
+                    digest.update(content)
+            self._content_hash = digest.hexdigest()
+        return self._content_hash
+
+
+def load_folder(root: str | Path) -> ImageCaptionDataset:
+    """Read a folder in either layout of this module.
+
+    Raises UserError if the folder or its captions are missing, a row names no file or a missing one, a caption is
+    empty, or captions.txt and the images differ in number.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"data folder {root} does not exist; give a folder with metadata.jsonl, metadata.csv or captions.txt")
+    if (root / "metadata.jsonl").is_file():
+        records, source = _read_jsonl(root / "metadata.jsonl"), "metadata.jsonl"
+    elif (root / "metadata.csv").is_file():
+        records, source = _read_csv(root / "metadata.csv"), "metadata.csv"
+    elif (root / "captions.txt").is_file():
+        records, source = _read_captions(root), "captions.txt"
+    else:
+        raise UserError(f"{root} has no captions; add metadata.jsonl, metadata.csv (file_name, text) or captions.txt")
+    if not records:
+        raise UserError(f"{root / source} has no rows")
+    return ImageCaptionDataset(root, records, [_checked_caption(root, source, i, row) for i, row in enumerate(records, 1)])
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """RGB copy; transparent pixels show white paper."""
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    paper.alpha_composite(layer)
+    return paper.convert("RGB")
+
+
+def _checked_caption(root: Path, source: str, number: int, record: dict) -> str:
+    """The caption of row `number` (from 1) after checking the row."""
+    where = f"{root / source}, row {number}"
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: no file_name; every row needs one")
+    if not (root / name).is_file():
+        raise UserError(f"{where}: the file {name} does not exist in {root}")
+    caption = next((record[key] for key in ("text", "caption") if record.get(key) is not None), None)
+    if not isinstance(caption, str) or not caption.strip():
+        raise UserError(f"{where}: empty caption for {name}; every image needs one in the column text or caption")
+    return caption
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} is not a JSON object; every line must be one")
+        records.append(record)
+    return records
+
+
+def _read_csv(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8-sig", newline="") as handle:
+        return [{key: value for key, value in row.items() if key and value != ""} for row in csv.DictReader(handle)]
+
+
+def _read_captions(root: Path) -> list[dict]:
+    captions = (root / "captions.txt").read_text(encoding="utf-8-sig").rstrip("\n").splitlines()
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(captions) != len(names):
+        raise UserError(f"{root / 'captions.txt'} has {len(captions)} captions but the folder has {len(names)} images; "
+                        "give one caption a line, in lexical order of the image paths")
+    return [{"file_name": name, "text": caption} for name, caption in zip(names, captions, strict=True)]

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Build data/emoji from pinned npm packages (needs Node's npm). The last line of output is the sha256 of the finished tree.
+#   bash scripts/emoji/build_data.sh                            # the embedded preset: 128 objects x 8 styles
+#   PRESET=s6-n64 OUT_DIR=data/emoji-s6-n64 bash scripts/emoji/build_data.sh
+# PRESET (s5i, s6, s7i, s8 by n64, n128, n256), OUT_DIR, WORK (download cache), SIZE (pixels), PYTHON_BIN.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+PRESET=${PRESET:-s8-n128}
+if [ "$PRESET" = s8-n128 ]; then DEFAULT_OUT=$ROOT/data/emoji; else DEFAULT_OUT=$ROOT/data/emoji-$PRESET; fi
+
+ensure_env
+# The renderer is needed only here, so it is an extra of the package; pyproject.toml holds its version.
+"$PYTHON" -c 'import fontTools, resvg_py' 2>/dev/null || "$PYTHON" -m pip install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[build-data]" >&2
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m concept_trak.datasets.build_emoji \
+    --preset "$PRESET" --out "${OUT_DIR:-$DEFAULT_OUT}" --work "${WORK:-$ROOT/build/emoji}" --size "${SIZE:-64}"
