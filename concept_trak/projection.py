@@ -1,0 +1,216 @@
+"""Random projections R from P parameter coordinates to k features, applied as ``grads @ R``.
+
+| kind | entries of R | E[||x R||^2] | origin of the numbers |
+|---|---|---|---|
+| identity | I | ||x||^2 | |
+| random_mask | k unit columns | (k/P) ||x||^2 | dattri 0.3.0 on CPU: sort(randperm(P)[:k]) |
+| normal, rademacher | N(0,1)/sqrt(k), +-1/sqrt(k) | ||x||^2 | dattri 0.3.0 on CPU: 100 columns a seed, seed + 1000 a block |
+| trak_normal, trak_rademacher | N(0,1), +-1 | k ||x||^2 | trak's BasicProjector: the same blocks without the scale |
+| sjlt | `nonzeros` entries +-1/sqrt(nonzeros) a row | ||x||^2 | own: word p of a Philox4x64 stream for coordinate p |
+| grass | random_mask to 4k, then sjlt to k | (4k/P) ||x||^2 | as above |
+
+Every number is drawn on the CPU and then moved, so a seed means the same on every device. (dattri on CUDA draws other numbers,
+and its masks even depend on the GPU model.) Sources: sjlt: Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block
+construction); grass: Hu et al. 2025, "GraSS"; dense kinds: Park et al. 2023, "TRAK".
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from concept_trak.errors import UserError
+
+COLUMN_BLOCK = 100  # columns drawn from one seed: the block size of dattri and trak, part of what their seed means
+DENSE_CACHE_BYTES = 2**30  # a dense R up to this size is kept; a larger one is redrawn at every call
+DENSE_MAX_ENTRIES = 2**34  # beyond this a dense R takes minutes to draw for every batch
+SCATTER_COORDINATES = 2**14  # coordinates signed and scattered at a time: 32 samples of them stay in cache
+GRASS_MULTIPLIER = 4  # width of the intermediate mask in multiples of k, as in dattri
+
+
+class Projection:
+    """The P x k matrix R, never materialised whole. Attributes: kind, input_dim (P), proj_dim (k), seed, device."""
+
+    def __init__(self, kind, input_dim, proj_dim, seed, device):
+        self.kind, self.input_dim, self.proj_dim, self.seed, self.device = kind, input_dim, proj_dim, seed, torch.device(device)
+
+    def accumulate(self, out, grads, offset):
+        """Add one parameter tensor's share: ``out += grads @ R[offset : offset + n]``, in place.
+
+        out: [B, k] float32. grads: [B, n] of any floating dtype, the flattened tensor whose first coordinate is `offset`.
+        """
+        raise NotImplementedError
+
+    def project(self, grads):
+        """grads [B, P] -> [B, k] float32."""
+        if grads.shape[1] != self.input_dim:
+            raise UserError(f"projection {self.kind} expects {self.input_dim} coordinates a row but was given {grads.shape[1]}")
+        out = torch.zeros(grads.shape[0], self.proj_dim, dtype=torch.float32, device=grads.device)
+        self.accumulate(out, grads, 0)
+        return out
+
+    def describe(self):
+        """JSON-ready identity of R for a store's manifest."""
+        return {"kind": self.kind, "input_dim": self.input_dim, "proj_dim": self.proj_dim, "seed": self.seed}
+
+
+class Identity(Projection):
+    """Keeps all P coordinates."""
+
+    def accumulate(self, out, grads, offset):
+        out[:, offset : offset + grads.shape[1]] += grads
+
+
+class RandomMask(Projection):
+    """Keeps k fixed coordinates, unscaled. `indices`: sorted LongTensor [k]."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        generator = torch.Generator().manual_seed(self.seed)
+        kept = torch.randperm(self.input_dim, generator=generator)[: self.proj_dim]
+        self._cpu_indices = kept.sort().values
+        self.indices = self._cpu_indices.to(self.device)
+
+    def within(self, offset, length):
+        """(first, last + 1) feature whose coordinate lies in [offset, offset + length)."""
+        bounds = torch.tensor([offset, offset + length])
+        return torch.searchsorted(self._cpu_indices, bounds).tolist()
+
+    def accumulate(self, out, grads, offset):
+        start, stop = self.within(offset, grads.shape[1])
+        out[:, start:stop] += grads.index_select(1, self.indices[start:stop] - offset)
+
+    def describe(self):
+        digest = hashlib.sha256(self._cpu_indices.numpy().astype("<i8").tobytes()).hexdigest()
+        return {**super().describe(), "generator": "torch mt19937 (CPU)", "indices_sha256": digest}
+
+
+class Dense(Projection):
+    """Gaussian or Rademacher entries, drawn [P, 100] at a time with dattri's and trak's seeds (peak 400 P bytes, as there).
+
+    Gradients of one tensor at a time need rows of R, and the generators cannot skip ahead, so an R above `DENSE_CACHE_BYTES` is
+    redrawn for every call: prefer `sjlt` or `random_mask` for anything but a small network.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if self.input_dim * self.proj_dim > DENSE_MAX_ENTRIES:
+            raise UserError(
+                f"a dense {self.kind} projection of {self.input_dim} x {self.proj_dim} is too large to draw for every batch: "
+                "use sjlt, grass or random_mask, or a smaller proj_dim"
+            )
+        trak = self.kind.startswith("trak_")
+        self._rademacher = self.kind.endswith("rademacher")
+        self._scale = 1.0 if trak else self.proj_dim**-0.5
+        self._kept = None
+
+    def _column_blocks(self):
+        """Yield (first column, block [P, <=100]), unscaled."""
+        width = min(COLUMN_BLOCK, self.proj_dim)
+        for block, start in enumerate(range(0, self.proj_dim, width)):
+            generator = torch.Generator().manual_seed(self.seed + 1000 * block)
+            matrix = torch.empty(self.input_dim, width)
+            if self._rademacher:
+                matrix.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            else:
+                matrix.normal_(generator=generator)
+            # The last block is drawn at full width because the generator fills row by row.
+            yield start, matrix[:, : self.proj_dim - start].to(self.device)
+
+    def accumulate(self, out, grads, offset):
+        blocks = self._kept or self._column_blocks()
+        if self._kept is None and 4 * self.input_dim * self.proj_dim <= DENSE_CACHE_BYTES:
+            blocks = self._kept = list(blocks)
+        grads = grads.float()
+        for start, matrix in blocks:
+            rows = matrix[offset : offset + grads.shape[1]]
+            out[:, start : start + rows.shape[1]].add_(grads @ rows, alpha=self._scale)
+
+    def describe(self):
+        return {**super().describe(), "generator": "torch mt19937 (CPU)", "column_block": COLUMN_BLOCK, "scale": self._scale}
+
+
+class SparseJL(Projection):
+    """Sparse Johnson-Lindenstrauss: a coordinate adds +-1/sqrt(c) of itself to c features, one in each of c ranges of features.
+
+    Bucket and sign of coordinate p come from word p of the Philox4x64 stream keyed (seed, range), a counter-based generator: they
+    do not depend on how the gradient is cut into tensors, on the batch or on the device. Hashes are kept: 4 c P bytes.
+    """
+
+    def __init__(self, *args, nonzeros=1):
+        super().__init__(*args)
+        if not 1 <= nonzeros <= self.proj_dim:
+            raise UserError(f"sjlt needs between 1 and proj_dim={self.proj_dim} nonzeros a coordinate, not {nonzeros}")
+        self.nonzeros = nonzeros
+        self._codes = None
+
+    def _draw(self, part):
+        """int32 [P]: 2 * feature + (1 if the sign is negative), features in range `part` of `nonzeros`."""
+        words = np.random.Philox(key=np.array([self.seed % 2**64, part], dtype=np.uint64)).random_raw(self.input_dim)
+        low = part * self.proj_dim // self.nonzeros
+        width = (part + 1) * self.proj_dim // self.nonzeros - low
+        # High half of the word picks the feature (multiply-shift, bias below width / 2^32), lowest bit the sign.
+        feature = low + ((words >> np.uint64(32)) * np.uint64(width) >> np.uint64(32)).astype(np.int64)
+        return torch.from_numpy((2 * feature + (words & np.uint64(1)).astype(np.int64)).astype(np.int32))
+
+    def accumulate(self, out, grads, offset):
+        if self._codes is None:
+            self._codes = [self._draw(part).to(self.device) for part in range(self.nonzeros)]
+        scale = self.nonzeros**-0.5
+        for codes in self._codes:
+            for start in range(0, grads.shape[1], SCATTER_COORDINATES):
+                piece = grads[:, start : start + SCATTER_COORDINATES]
+                code = codes[offset + start : offset + start + piece.shape[1]]
+                signs = 1 - 2 * (code & 1)
+                out.scatter_add_(1, (code >> 1).long().expand(piece.shape), piece * (scale * signs))
+
+    def describe(self):
+        return {**super().describe(), "generator": "philox4x64-10 counter", "nonzeros": self.nonzeros}
+
+
+class Grass(Projection):
+    """Random mask to min(4k, P) coordinates, then a sparse JL of those to k."""
+
+    def __init__(self, *args, nonzeros=1):
+        super().__init__(*args)
+        middle = min(GRASS_MULTIPLIER * self.proj_dim, self.input_dim)
+        self.mask = RandomMask("random_mask", self.input_dim, middle, self.seed, self.device)
+        self.sjlt = SparseJL("sjlt", middle, self.proj_dim, self.seed, self.device, nonzeros=nonzeros)
+
+    def accumulate(self, out, grads, offset):
+        start, stop = self.mask.within(offset, grads.shape[1])
+        self.sjlt.accumulate(out, grads.index_select(1, self.mask.indices[start:stop] - offset), start)
+
+    def describe(self):
+        return {**super().describe(), "mask": self.mask.describe(), "sjlt": self.sjlt.describe()}
+
+
+KINDS = {
+    "identity": Identity,
+    "random_mask": RandomMask,
+    "normal": Dense,
+    "rademacher": Dense,
+    "trak_normal": Dense,
+    "trak_rademacher": Dense,
+    "sjlt": SparseJL,
+    "grass": Grass,
+}
+
+
+def make_projection(kind, input_dim, proj_dim, seed, device="cpu", **options):
+    """The projection of `kind` (a key of KINDS) from input_dim = P to proj_dim = k.
+
+    options: `nonzeros` (sjlt, grass), features each coordinate is added to; more lowers the variance at proportional cost.
+    Raises UserError for an unknown kind, a mask wider than P, or identity with proj_dim other than P (0 or None means P).
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown projection {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind == "identity":
+        proj_dim = proj_dim or input_dim
+        if proj_dim != input_dim:
+            raise UserError(f"projection identity keeps all {input_dim} coordinates: set proj_dim to 0, not {proj_dim}")
+    if not proj_dim or proj_dim < 1:
+        raise UserError(f"proj_dim must be at least 1, not {proj_dim}")
+    if kind == "random_mask" and proj_dim > input_dim:
+        raise UserError(f"random_mask cannot keep {proj_dim} of {input_dim} coordinates: lower proj_dim")
+    return KINDS[kind](kind, input_dim, proj_dim, seed, device, **options)
