@@ -2,22 +2,23 @@
 # Create or update the environment: conda env `concept-trak` if conda is on the PATH, else a virtual environment in .venv.
 # A second call does nothing unless pyproject.toml, constraints.txt or environment.yml changed.
 #
-#   bash requirements.sh                                                        either kind
-#   ENV_KIND=venv bash requirements.sh                                          conda|venv overrides
-#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126 bash requirements.sh torch from this extra index; a torch that is already
-#                                                                               in the environment and within bounds is kept
+#   bash requirements.sh
+#   ENV_KIND=venv bash requirements.sh         conda|venv overrides
+#   TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126 bash requirements.sh
+#                                              torch from this extra index (whl/cpu: the CPU build; empty: none). A torch that is
+#                                              already in the environment and within bounds is kept.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
 
 CPU_INDEX_URL=https://download.pytorch.org/whl/cpu
-python= # the environment's interpreter and folder, set by main
-prefix=
+python='' # the environment's interpreter and folder, set by main
+prefix=''
 MIN_FREE_MB=3000 # the environment with a CPU build of torch takes 1.5 GB, and pip unpacks each wheel beside it
 
 check_disk() {
     local free
     free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1024) }')
-    [ "$free" -ge "$MIN_FREE_MB" ] || die "only $free MB free on the disk of $1; the environment needs $MIN_FREE_MB MB (more with CUDA)"
+    [ "$free" -ge "$MIN_FREE_MB" ] || die "only $free MB free on the disk of $1; the environment needs $MIN_FREE_MB"
 }
 
 # Print the first interpreter that can make a virtual environment; prefer 3.11 and newer, for which the tested versions exist.
@@ -62,8 +63,8 @@ pip_install() {
     die "pip could not install $what: ${cause:-unknown cause}. The whole log: $log"
 }
 
-# torch first and alone, because it is the one package with several builds: PyPI's for Linux on x86-64 brings 5 GB of CUDA libraries, so
-# without an NVIDIA GPU the CPU index is asked too. One try only: where that index can't be reached, pip takes what its other sources have.
+# torch first and alone, because it is the one package with several builds: PyPI's for Linux on x86-64 brings several GB of CUDA
+# libraries, so without an NVIDIA GPU the CPU index is asked too. One try only: out of reach, it leaves pip its other sources.
 install_torch() {
     local arguments=(--no-deps -c "$ROOT/constraints.txt")
     if [ -n "${TORCH_INDEX_URL-}" ]; then
@@ -74,7 +75,7 @@ install_torch() {
     pip_install torch "${arguments[@]}" "torch$torch_bounds"
 }
 
-# Installed and within bounds? --isolated and --no-index leave pip nothing but the environment itself to satisfy the requirement from.
+# Is torch installed and within bounds? --isolated and --no-index leave pip only the environment to satisfy the requirement from.
 has_torch_within_bounds() {
     "$python" -m pip --isolated install --quiet --dry-run --no-index --no-deps "torch$torch_bounds" >/dev/null 2>&1
 }
@@ -88,7 +89,7 @@ install_package() {
     else
         install_torch
     fi
-    pip_install "the package and its requirements" -e "$ROOT[test]" -c "$pins"
+    pip_install "the package and its requirements" -e "${ROOT}[test]" -c "$pins"
 }
 
 main() {
@@ -98,7 +99,7 @@ main() {
         ! command -v conda >/dev/null || kind=conda
     fi
     case "$kind" in conda | venv) ;; *) die "ENV_KIND=$kind is neither conda nor venv" ;; esac
-    if python=$(ENV_KIND=$kind PYTHON_BIN= find_python) && stamp_is_current "$(env_prefix "$python")"; then
+    if python=$(ENV_KIND=$kind PYTHON_BIN='' find_python) && stamp_is_current "$(env_prefix "$python")"; then
         echo "environment is up to date: $(env_prefix "$python")"
         return
     fi
@@ -108,7 +109,7 @@ main() {
     fi
     check_disk "$ROOT"
     if [ "$kind" = conda ]; then make_conda_env; else make_venv; fi
-    python=$(ENV_KIND=$kind PYTHON_BIN= find_python) || die "the $kind environment was created but has no interpreter"
+    python=$(ENV_KIND=$kind PYTHON_BIN='' find_python) || die "the $kind environment was created but has no interpreter"
     prefix=$(env_prefix "$python")
     export PYTHONNOUSERSITE=1 # packages of the user's site would count as installed
     install_package

@@ -1,4 +1,4 @@
-# Shared by every script here: finding the environment, setting it up, and turning variables into flags. Source it; it runs nothing.
+# Shared by every script: finds the environment, sets it up, turns variables into flags. Source it; by itself it runs nothing.
 # Defaults stand in concept_trak/settings.py. A script passes on only what the caller has set.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,8 +19,8 @@ die() {
     exit 1
 }
 
-# flags_from_env VAR...: fills the array FLAGS. A variable set to the empty string is passed on: an empty negative prompt is a value.
-# The form --name=value keeps values that begin with a dash.
+# flags_from_env VAR...: fills the array FLAGS. A variable set to the empty string is passed on: an empty negative prompt is
+# a value. The form --name=value keeps values that begin with a dash.
 flags_from_env() {
     local name flag
     FLAGS=()
@@ -44,12 +44,12 @@ stamp_is_current() { [ "$(cat "$1/$STAMP_NAME" 2>/dev/null)" = "$(wanted_stamp)"
 
 # The folder of the conda environment, or nothing. Asking conda takes a second, so look where it keeps environments first.
 conda_prefix() {
-    local conda=${CONDA_EXE:-$(command -v conda || true)} folder base= IFS=:
+    local conda=${CONDA_EXE:-$(command -v conda || true)} folder base='' IFS=:
     [ -z "$conda" ] || base=$(dirname "$(dirname "$conda")")
     for folder in ${CONDA_ENVS_PATH:-} ${base:+"$base/envs"} "${HOME:-}/.conda/envs"; do
         [ ! -x "$folder/$ENV_NAME/bin/python" ] || { echo "$folder/$ENV_NAME"; return; }
     done
-    [ -z "$conda" ] || "$conda" env list 2>/dev/null | awk -v name="$ENV_NAME" '$1 == name { print $NF; exit }'
+    [ -z "$conda" ] || "$conda" env list 2>/dev/null | awk -v name="$ENV_NAME" '$1 == name { sub(/^[^/]*/, ""); print; exit }'
 }
 
 # -I leaves out the current folder and the user's site-packages, so only an installed package counts.
@@ -57,12 +57,12 @@ has_package() {
     "$1" -I -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("concept_trak", "torch"))))' 2>/dev/null
 }
 
-# Print the interpreter to use, activated or not; fail if there is none. PYTHON_BIN decides alone; then ENV_KIND; else the first of: the
-# active environment if the package is installed in it, this repository's .venv, the conda environment.
+# Print the interpreter to use, activated or not; fail if there is none. PYTHON_BIN decides alone; then ENV_KIND; else it is the
+# first of: the active environment if the package is installed in it, this repository's .venv, the conda environment.
 find_python() {
     local prefix
     if [ -n "${PYTHON_BIN:-}" ]; then
-        command -v "$PYTHON_BIN" || die "PYTHON_BIN=$PYTHON_BIN is not an executable; give the path of a Python with concept-trak installed"
+        command -v "$PYTHON_BIN" || die "PYTHON_BIN=$PYTHON_BIN is not an executable; give a Python with concept-trak installed"
         return
     fi
     if [ -z "${ENV_KIND:-}" ]; then
@@ -82,8 +82,8 @@ find_python() {
     [ -n "$prefix" ] && [ -x "$prefix/bin/python" ] && echo "$prefix/bin/python"
 }
 
-# Set PYTHON, after running requirements.sh if the environment is missing or was built from other requirements. An active environment
-# without our stamp is the user's own: it is used as it is.
+# Set PYTHON, after running requirements.sh if the environment is missing or was built from other requirements. An active
+# environment without our stamp is the user's own: it is used as it is.
 ensure_env() {
     local prefix kind=${ENV_KIND:-}
     if PYTHON=$(find_python); then
@@ -98,8 +98,8 @@ ensure_env() {
     elif [ -n "${PYTHON_BIN:-}" ]; then
         exit 1 # find_python has said why
     fi
-    ENV_KIND=$kind bash "$ROOT/requirements.sh"
-    PYTHON=$(find_python) || die "no environment found after requirements.sh; set PYTHON_BIN to a Python with concept-trak installed"
+    ENV_KIND=$kind bash "$ROOT/requirements.sh" >&2 # the standard output belongs to the verb
+    PYTHON=$(find_python) || die "no environment after requirements.sh; set PYTHON_BIN to a Python with concept-trak installed"
 }
 
 # run_cli VERB ARGUMENT...: the command line, with this checkout's code from any working folder.
@@ -107,7 +107,7 @@ run_cli() {
     PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 "$PYTHON" -m concept_trak "$@"
 }
 
-# run_verb VERB ARGUMENT...: set-up, then the verb with the caller's variables; an explicit argument comes last and so wins over a variable.
+# run_verb VERB ARGUMENT...: set-up, then the verb with the caller's variables. Arguments come last and so win over variables.
 run_verb() {
     ensure_env
     flags_from_env "${SETTING_VARIABLES[@]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up if needed, then run the tests; arguments go to pytest.
-# Example: bash scripts/test.sh tests/test_store.py -k resume
+# Example: bash scripts/test.sh tests/test_setup.py -k conda
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 ensure_env

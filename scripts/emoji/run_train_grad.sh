@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compute the projected train gradients of the emoji benchmark, shard by shard; a second call continues where the first was stopped.
+# Compute the projected train gradients of the emoji benchmark, shard by shard; a second call goes on where the first stopped.
 # Example: GRAD_DIR=grads NUM_SPLIT=8 SHARDS=0-3 bash scripts/emoji/run_train_grad.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"

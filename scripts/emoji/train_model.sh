@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the embedded Stable Diffusion pipeline on the train split (hours on two cores); a second call resumes from the last checkpoint.
+# Train the embedded Stable Diffusion pipeline on the train split (hours on two cores); a second call resumes.
 # Example: DEVICE=cuda bash scripts/emoji/train_model.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"

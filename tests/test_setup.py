@@ -1,0 +1,342 @@
+"""Set-up and bash layer, without network: interpreters, pip, conda and df are stand-ins that record how they are called."""
+import re
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([REPO / "requirements.sh", REPO / ".ci" / "run", *(REPO / "scripts").rglob("*.sh")])
+VERBS = {
+    "emoji/run_qual_free.sh": ["attribute", "--benchmark", "emoji"],
+    "emoji/run_train_grad.sh": ["train-grad", "--benchmark", "emoji"],
+    "emoji/run_eval.sh": ["evaluate", "--benchmark", "emoji"],
+    "emoji/train_model.sh": ["train-model", "--benchmark", "emoji"],
+    "emoji/train_judge.sh": ["train-judge", "--benchmark", "emoji"],
+    "bench.sh": ["bench"],
+}
+TOOLS = ("awk basename bash cat cp cut df dirname env find flock getconf grep mkdir mktemp rm sed sha256sum shasum tail tr "
+         "uname").split()
+
+# Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing.
+FAKE_PYTHON = """#!/bin/bash
+record="$0"; for argument in "$@"; do record+="|$argument"; done; echo "$record" >>"$LOG"
+case "$*" in
+    *find_spec*) [ -e "$(dirname "$0")/has_package" ] ;;
+    *"import sys; sys.exit(sys.version_info"*) [ -z "${OLD_PYTHON:-}" ] ;;
+    *"import venv, ensurepip"*) [ -z "${NO_VENV:-}" ] ;;
+    --version) echo "Python 3.8.1" ;;
+    "-m venv --clear "*) mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" ;;
+    *"pip --isolated install"*) [ -n "${TORCH_PRESENT:-}" ] ;;
+    *"pip install"*-e*) cp "${!#}" "$LOG.constraints"; [ -z "${PIP_ERROR:-}" ] || { echo "$PIP_ERROR"; exit 1; } ;;
+    "-m concept_trak attribute "*) mkdir -p "$RESULTS_DIR/one" && echo report >"$RESULTS_DIR/one/report.html" ;;
+    "-m pytest"*) exit "${PYTEST_STATUS:-0}" ;;
+esac
+"""
+
+FAKE_CONDA = """#!/bin/bash
+echo "conda|$*" >>"$LOG"
+base=$(dirname "$(dirname "$0")")
+case "$1 $2" in
+    "env create") mkdir -p "$base/envs/concept-trak/bin" && cp "$FAKE_PYTHON" "$base/envs/concept-trak/bin/python" ;;
+    "env list") echo "concept-trak  ${CONDA_ENV_ELSEWHERE:-}" ;;
+esac
+"""
+
+
+class Sandbox:
+    """A copy of the set-up files, and a PATH that holds only stand-ins and the core tools."""
+
+    def __init__(self, folder):
+        self.repo = folder / "a repo"  # with a space: paths must be quoted
+        self.bin = folder / "bin"
+        self.log = folder / "log"
+        self.bin.mkdir()
+        for name in TOOLS:
+            if shutil.which(name):
+                (self.bin / name).symlink_to(shutil.which(name))
+        shutil.copytree(REPO / "scripts", self.repo / "scripts")
+        shutil.copytree(REPO / ".ci", self.repo / ".ci")
+        for name in ("requirements.sh", "pyproject.toml", "constraints.txt", "environment.yml"):
+            shutil.copy(REPO / name, self.repo)
+        self.python = self.executable(self.bin / "python3", FAKE_PYTHON)
+        self.env = {"PATH": str(self.bin), "HOME": str(folder / "home"), "LOG": str(self.log), "FAKE_PYTHON": str(self.python),
+                    "RESULTS_DIR": str(folder / "results")}
+
+    def executable(self, path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    def environment(self, prefix, has_package=True):
+        """A made-up environment in which concept-trak is installed or not; returns its interpreter."""
+        python = self.executable(prefix / "bin" / "python", FAKE_PYTHON)
+        if has_package:
+            (prefix / "bin" / "has_package").touch()
+        return python
+
+    def conda(self):
+        return self.executable(self.bin.parent / "conda" / "bin" / "conda", FAKE_CONDA)
+
+    def bash(self, *command, **env):
+        """Run bash from a folder outside the repository; returns the finished process and the calls it made."""
+        self.log.write_text("")
+        done = subprocess.run(["bash", *map(str, command)], env={**self.env, **{k: str(v) for k, v in env.items()}},
+                              cwd=self.bin.parent, capture_output=True, text=True, timeout=60)
+        return done, self.log.read_text().splitlines()
+
+    def requirements(self, **env):
+        return self.bash(self.repo / "requirements.sh", **env)
+
+    def lib(self, code, *args, **env):
+        return self.bash("-euc", f'set -o pipefail; source "$1/scripts/lib.sh"; shift; {code}', "lib", self.repo, *args, **env)
+
+    def find_python(self, **env):
+        done, _ = self.lib("find_python", **env)
+        return done.stdout.strip()
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
+
+
+def with_conda(sandbox):
+    return f"{sandbox.conda().parent}:{sandbox.bin}"
+
+
+def installs(calls):
+    return [call for call in calls if "|pip|install|" in call]
+
+
+# --- variables become flags ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", ["", "a cat, on a mat", "cat|openmoji line", "it's \"quoted\"", "$HOME `x` \\n *", "-1",
+                                   "--top-k", "two\nlines", "a=b"])
+def test_value_reaches_the_command_line_unchanged(sandbox, value):
+    done, _ = sandbox.lib('flags_from_env PROMPT; printf "%s\\0" "${FLAGS[@]}"', PROMPT=value)
+    assert done.stdout == f"--prompt={value}\0", done.stderr
+
+
+def test_unset_variable_is_not_passed(sandbox):
+    done, _ = sandbox.lib('flags_from_env PROMPT SEED NUM_STATES; echo "${#FLAGS[@]} ${FLAGS[0]}"', NUM_STATES=9)
+    assert done.stdout.strip() == "1 --num-states=9"
+
+
+def test_no_variable_set_gives_no_flag(sandbox):
+    done, _ = sandbox.lib('flags_from_env PROMPT SEED; echo "${#FLAGS[@]}"')
+    assert done.stdout.strip() == "0", done.stderr
+
+
+def test_setting_variables_are_listed_once(sandbox):
+    done, _ = sandbox.lib('printf "%s\\n" "${SETTING_VARIABLES[@]}"')
+    names = done.stdout.split()
+    assert len(names) == len(set(names)) and {"PROMPT", "NEGATIVE_PROMPT", "F", "GPU_ID", "MAX_MEMORY"} <= set(names)
+
+
+# --- every script -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_script_parses_and_needs_no_activation(script):
+    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+    text = script.read_text()
+    assert not re.search(r"\bactivate\b", text)
+    assert script.name == "lib.sh" or "set -euo pipefail" in text  # lib.sh is sourced
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_script_mentions_only_existing_files(script):
+    for name in re.findall(r"[\w./-]+\.(?:sh|py|yml|toml|md)\b", script.read_text().replace("$ROOT/", "")):
+        name = name.lstrip("/")
+        assert (REPO / name).exists() or (script.parent / name).exists(), f"{script.name} mentions {name}"
+
+
+@pytest.mark.parametrize("name, verb", VERBS.items(), ids=VERBS)
+def test_script_calls_its_verb_with_variables_then_arguments(sandbox, name, verb):
+    done, calls = sandbox.bash(sandbox.repo / "scripts" / name, "--top-k", "3 4",
+                               PYTHON_BIN=sandbox.python, TOP_K=7, NEGATIVE_PROMPT="")
+    assert done.returncode == 0, done.stderr
+    [call] = calls
+    _, m, module, called, *arguments = call.split("|")
+    assert [m, module, called] == ["-m", "concept_trak", verb[0]]
+    assert sorted(arguments[:3]) == ["--negative-prompt=", f"--results-dir={sandbox.env['RESULTS_DIR']}", "--top-k=7"]
+    assert arguments[3:] == [*verb[1:], "--top-k", "3 4"]  # last, so that an argument wins over a variable
+
+
+def test_demo_sets_up_and_names_the_report(sandbox):
+    done, calls = sandbox.bash(sandbox.repo / "scripts" / "demo.sh")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"Open in a browser:\n{sandbox.env['RESULTS_DIR']}/one/report.html\n")
+    assert installs(calls) and "|attribute|" in calls[-1]
+
+
+@pytest.mark.parametrize("status", [0, 1, 5])
+def test_ci_exits_with_the_code_of_the_tests(sandbox, status):
+    done, calls = sandbox.bash(sandbox.repo / ".ci" / "run", PYTEST_STATUS=status)
+    assert done.returncode == status
+    assert installs(calls) and "|-m|pytest" in calls[-1]
+
+
+# --- finding the environment --------------------------------------------------------------------------------------------------
+
+def test_find_python_order(sandbox, tmp_path):
+    conda = sandbox.environment(sandbox.conda().parent.parent / "envs" / "concept-trak")
+    path = {"PATH": with_conda(sandbox)}
+    assert sandbox.find_python() == ""
+    assert sandbox.find_python(**path) == str(conda)
+    venv = sandbox.environment(sandbox.repo / ".venv")
+    assert sandbox.find_python(**path) == str(venv)
+    active = sandbox.environment(tmp_path / "active")
+    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", **path) == str(active)
+    assert sandbox.find_python(CONDA_PREFIX=tmp_path / "active", **path) == str(active)
+    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="conda", **path) == str(conda)
+    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="venv", **path) == str(venv)
+    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", PYTHON_BIN=sandbox.python, **path) == str(sandbox.python)
+
+
+def test_active_environment_without_the_package_is_passed_over(sandbox, tmp_path):
+    sandbox.environment(tmp_path / "active", has_package=False)
+    venv = sandbox.environment(sandbox.repo / ".venv")
+    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active") == str(venv)
+
+
+def test_conda_environment_in_a_folder_of_its_own_is_found(sandbox, tmp_path):
+    python = sandbox.environment(tmp_path / "elsewhere" / "concept-trak")
+    assert sandbox.find_python(PATH=with_conda(sandbox), CONDA_ENV_ELSEWHERE=python.parent.parent) == str(python)
+    assert sandbox.find_python(CONDA_ENVS_PATH=f"{tmp_path}/none:{tmp_path}/elsewhere") == str(python)
+
+
+def test_python_bin_is_never_installed_into(sandbox):
+    done, calls = sandbox.lib('ensure_env; echo "$PYTHON"', PYTHON_BIN=sandbox.python)
+    assert done.stdout.strip() == str(sandbox.python) and calls == []
+    done, calls = sandbox.lib("ensure_env", PYTHON_BIN="/no/such/python")
+    assert done.returncode != 0 and "/no/such/python" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_active_environment_of_the_user_is_used_as_it_is(sandbox, tmp_path):
+    active = sandbox.environment(tmp_path / "active")
+    done, calls = sandbox.lib('ensure_env; echo "$PYTHON"', VIRTUAL_ENV=tmp_path / "active")
+    assert done.stdout.strip() == str(active) and not installs(calls)
+
+
+def test_changed_requirements_are_installed_before_the_work(sandbox):
+    sandbox.requirements()
+    assert not installs(sandbox.lib("ensure_env")[1])
+    with open(sandbox.repo / "constraints.txt", "a") as file:
+        file.write("# changed\n")
+    assert installs(sandbox.lib("ensure_env")[1])
+    assert not installs(sandbox.lib("ensure_env")[1])
+
+
+# --- requirements.sh ----------------------------------------------------------------------------------------------------------
+
+def test_second_setup_calls_nothing(sandbox):
+    done, calls = sandbox.requirements()
+    assert done.returncode == 0, done.stderr
+    assert len(installs(calls)) == 2 and (sandbox.repo / ".venv" / "bin" / "python").exists()
+    done, calls = sandbox.requirements()
+    assert done.returncode == 0 and calls == []
+
+
+def test_conda_environment_is_created_once_and_used_by_its_path(sandbox):
+    path = with_conda(sandbox)
+    done, calls = sandbox.requirements(PATH=path)
+    assert done.returncode == 0, done.stderr
+    prefix = sandbox.bin.parent / "conda" / "envs" / "concept-trak"
+    assert [call for call in calls if call.startswith("conda|env create")] == \
+        [f"conda|env create -n concept-trak -f {sandbox.repo}/environment.yml"]
+    assert all(call.startswith(f"{prefix}/bin/python|") for call in installs(calls)) and installs(calls)
+    assert not (sandbox.repo / ".venv").exists()
+    assert sandbox.requirements(PATH=path)[1] == []
+    done, calls = sandbox.lib('ensure_env; echo "$PYTHON"', PATH=path)
+    assert done.stdout.strip() == f"{prefix}/bin/python" and calls == []
+
+
+def test_changed_environment_file_updates_the_conda_environment(sandbox):
+    path = with_conda(sandbox)
+    sandbox.requirements(PATH=path)
+    with open(sandbox.repo / "environment.yml", "a") as file:
+        file.write("# changed\n")
+    _, calls = sandbox.requirements(PATH=path)
+    assert f"conda|env update -n concept-trak -f {sandbox.repo}/environment.yml" in calls
+
+
+def test_env_kind_overrides(sandbox):
+    done, calls = sandbox.requirements(PATH=with_conda(sandbox), ENV_KIND="venv")
+    assert done.returncode == 0 and (sandbox.repo / ".venv").exists() and not any("conda|" in call for call in calls)
+    for kind, word in (("conda", "conda is not on the PATH"), ("docker", "ENV_KIND=docker")):
+        done, _ = sandbox.requirements(ENV_KIND=kind)
+        assert done.returncode != 0 and word in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_torch_within_bounds_is_kept(sandbox):
+    _, calls = sandbox.requirements(TORCH_PRESENT=1)
+    assert len(installs(calls)) == 1
+    pins = Path(f"{sandbox.log}.constraints").read_text()
+    assert "torch==" not in pins and "diffusers==" in pins
+
+
+def test_torch_index(sandbox):
+    (sandbox.bin / "uname").unlink()  # elsewhere PyPI's torch is a CPU build already
+    sandbox.executable(sandbox.bin / "uname", "#!/bin/bash\necho Linux x86_64\n")
+
+    def torch_call(**env):
+        shutil.rmtree(sandbox.repo / ".venv", ignore_errors=True)
+        return installs(sandbox.requirements(**env)[1])[0]
+
+    assert "|--extra-index-url|https://example.org/cu|" in torch_call(TORCH_INDEX_URL="https://example.org/cu")
+    assert "--extra-index-url" not in torch_call(TORCH_INDEX_URL="")
+    assert "|--extra-index-url|https://download.pytorch.org/whl/cpu|" in torch_call()
+    sandbox.executable(sandbox.bin / "nvidia-smi", "#!/bin/bash\n")
+    assert "--extra-index-url" not in torch_call()
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"OLD_PYTHON": 1}, ["Python >= 3.10", "3.8.1"]),
+    ({"NO_VENV": 1}, ["no venv module", "python3-venv"]),
+    ({"PIP_ERROR": "ERROR: No matching distribution found for dattri"}, ["No matching distribution found for dattri"]),
+    ({"PIP_ERROR": "OSError: [Errno 28] No space left on device"}, ["No space left on device"]),
+])
+def test_failed_setup_is_one_clear_line_and_is_tried_again(sandbox, env, words):
+    done, _ = sandbox.requirements(**env)
+    assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
+    done, calls = sandbox.requirements()
+    assert done.returncode == 0 and installs(calls)
+
+
+def test_full_disk_is_told_before_anything_is_made(sandbox):
+    (sandbox.bin / "df").unlink()
+    sandbox.executable(sandbox.bin / "df", "#!/bin/bash\necho Filesystem\necho /dev/x 100 100 204800 1% /\n")
+    done, calls = sandbox.requirements()
+    assert done.returncode != 0 and "only 200 MB free" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not installs(calls) and not (sandbox.repo / ".venv").exists()
+
+
+# --- bounds and pins ----------------------------------------------------------------------------------------------------------
+
+def test_every_dependency_is_pinned_within_its_bounds():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [line for line in (REPO / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {pin.name.lower().replace("_", "-"): str(pin.specifier).removeprefix("==") for pin in map(Requirement, lines)}
+    for text in [*project["dependencies"], *sum(extras.values(), [])]:
+        requirement = Requirement(text)
+        assert pins[requirement.name.lower()] in requirement.specifier, text
+    assert "+" not in pins["torch"]  # CPU and CUDA builds of the release satisfy the pin alike
+
+
+def test_torchvision_is_neither_required_nor_imported():
+    for name in ("pyproject.toml", "environment.yml"):
+        assert not re.search(r"^[^#]*torchvision", (REPO / name).read_text(), re.MULTILINE)
+    for path in (REPO / "concept_trak").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) torchvision", path.read_text(), re.MULTILINE), path
