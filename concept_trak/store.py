@@ -201,6 +201,14 @@ class Store:
                         raise UserError(f"{self.path(shard, '.npy')} is truncated: {_remedy(shard)}")
                     yield first, block.reshape(-1, self.dim)
 
+    def tensor_blocks(self, max_rows, device="cpu"):
+        """As `blocks` but torch float32 tensors on `device`; torch widens float16 ten times faster than numpy."""
+        import torch  # here only: writing shards needs no torch
+
+        for start, stored in self.stored_blocks(max_rows):
+            block = torch.from_numpy(stored.view(np.int16) if self.dtype == "bfloat16" else stored)
+            yield start, (block.view(torch.bfloat16) if self.dtype == "bfloat16" else block).to(device).float()
+
     def rows(self, indices):
         """float32 [len(indices), dim] of the given global rows, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
