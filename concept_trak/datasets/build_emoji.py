@@ -5,7 +5,7 @@ Which picture is drawn is frozen in `data/emoji/tables/`:
     objects.tsv    one row per object: code point, caption phrase, group, smallest subset, icon name in each style
     held_out.tsv   one column per preset: the style in which the object is kept out of training ("-": in none)
 
-Framing: draw at 256 px, crop to alpha > 16, put on white, scale the longest side to 92 % of the canvas (Lanczos), centre.
+Framing: draw 256 px wide, crop to alpha > 16, put on white, scale the longest side to 92 % of the canvas (Lanczos), centre.
 So neither padding nor scale is a cue for the style.
 
     python -m concept_trak.datasets.build_emoji --preset s8-n128 --out data/emoji --work build/emoji
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -93,17 +92,20 @@ def metadata_row(item: dict, style: str, held_out_style: str, styles: list[str],
 
 
 def frame(drawing: Image.Image, size: int) -> Image.Image:
-    """RGBA drawing -> RGB picture [size, size]: cropped, on white, longest side FILL * size, centred."""
+    """RGBA drawing -> RGB picture [size, size]: cropped, on white, longest side FILL * size, centred.
+
+    An empty drawing gives a white picture (which `check_pictures` refuses by name).
+    """
+    picture = Image.new("RGB", (size, size), (255, 255, 255))
     ys, xs = np.nonzero(np.asarray(drawing)[..., 3] > ALPHA_THRESHOLD)
     if not len(ys):
-        raise ValueError("the drawing is empty")
+        return picture
     cropped = drawing.crop((int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1))
     # White first, then scale: colours hidden under transparent pixels must not bleed into the edges.
     paper = Image.new("RGBA", cropped.size, (255, 255, 255, 255))
     paper.alpha_composite(cropped)
     scale = FILL * size / max(cropped.size)
     width, height = (max(1, round(side * scale)) for side in cropped.size)
-    picture = Image.new("RGB", (size, size), (255, 255, 255))
     picture.paste(paper.convert("RGB").resize((width, height), Image.LANCZOS), ((size - width) // 2, (size - height) // 2))
     return picture
 
@@ -123,8 +125,9 @@ def check_pictures(rows: list[dict], pictures: list[Image.Image]) -> None:
 
 def attribution(sources: dict, styles: list[str]) -> str:
     """The credits page, one line per style."""
-    lines = ["# Image credits", "", "All pictures are resized copies, converted to RGB on white, of icons from these sets. Each file keeps its own licence",
-             "(`license` in `metadata.jsonl`); the texts are in `LICENSES/`.", "",
+    lines = ["# Image credits", "",
+             "All pictures are resized copies, converted to RGB on white, of icons from these sets. Each file keeps its own",
+             "licence (`license` in `metadata.jsonl`); the texts are in `LICENSES/`.", "",
              "| style | npm package | licence | credit |", "| --- | --- | --- | --- |"]
     for style in styles:
         info = sources["styles"][style]
@@ -145,6 +148,7 @@ def tree_digest(root: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears under its name only when it is complete; line ends are the same on every system."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
@@ -152,6 +156,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_dataset(out: Path, rows: list[dict], pictures: list[Image.Image], sources: dict) -> str:
     """Write pictures, metadata, credits, licence texts and, last, the digest; returns the digest."""
+    out.mkdir(parents=True, exist_ok=True)
     (out / DIGEST_FILE).unlink(missing_ok=True)
     part = out / "images.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -189,7 +194,6 @@ def build(preset: str, out: Path, work: Path, size: int = 64) -> str:
             pictures[i] = frame(drawing, size)
         print(f"{style}: {len(wanted)} pictures", file=sys.stderr)
     check_pictures(rows, pictures)
-    out.mkdir(parents=True, exist_ok=True)
     return write_dataset(out, rows, pictures, sources)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from concept_trak.errors import UserError
 
-RENDER_SIZE = 256  # pixels; drawings are scaled down from here
+RENDER_SIZE = 256  # width in pixels; drawings are scaled down from here
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{body}</svg>'
 
 
@@ -39,7 +39,8 @@ def fetch(name: str, version: str, integrity: str, work: Path) -> Path:
         npm_pack(name, version, tarball)
     found = integrity_of(tarball)
     if found != integrity:
-        raise UserError(f"{tarball} is not the pinned {name}@{version}: found {found}, expected {integrity}; delete it and try again")
+        raise UserError(f"{tarball} is not the pinned {name}@{version}: found {found}, expected {integrity}; "
+                        "delete it and try again")
     return tarball
 
 
@@ -69,13 +70,19 @@ def read_members(tarball: Path, names: set[str]) -> dict[str, bytes]:
     return found
 
 
-def render_svg(svg: str) -> Image.Image:
-    """SVG text -> RGBA drawing [RENDER_SIZE, RENDER_SIZE]. No system fonts: they differ between machines."""
+def render_svg(svg: str, name: str) -> Image.Image:
+    """SVG text -> RGBA drawing RENDER_SIZE wide. No system fonts: they differ between machines.
+
+    name: what the error should call the icon. Raises UserError if resvg is missing or cannot draw it.
+    """
     try:
         import resvg_py
     except ImportError:
         raise UserError("resvg-py is needed to build the data; install it with: pip install 'concept-trak[build-data]'") from None
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True)
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, skip_system_fonts=True)
+    except ValueError as error:
+        raise UserError(f"resvg cannot draw {name}: {error}; is the installed resvg-py the pinned version?") from None
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
@@ -89,7 +96,7 @@ def iconify_svg(icons: dict, name: str) -> str:
 
 
 def glyph_svg(font: bytes, codepoint: int) -> str:
-    """The outline of one glyph as SVG (y pointing down), in a square a little larger than its bounds."""
+    """The outline of one glyph as SVG (y pointing down), in a box a little larger than its bounds."""
     try:
         from fontTools.pens.boundsPen import BoundsPen
         from fontTools.pens.svgPathPen import SVGPathPen
@@ -104,8 +111,7 @@ def glyph_svg(font: bytes, codepoint: int) -> str:
     glyph.draw(bounds)
     left, bottom, right, top = bounds.bounds
     margin = 20  # font units; keeps antialiased edges inside
-    side = max(right - left, top - bottom) + 2 * margin
-    box = f"{(left + right - side) / 2} {(-top - bottom - side) / 2} {side} {side}"
+    box = f"{left - margin} {-top - margin} {right - left + 2 * margin} {top - bottom + 2 * margin}"
     return SVG.format(box=box, body=f'<path transform="scale(1,-1)" d="{path.getCommands()}"/>')
 
 
@@ -117,14 +123,15 @@ def icon_pictures(tarball: Path, kind: str, folder: str | None, style: str, item
     """
     if kind == "iconify":
         icons = json.loads(read_members(tarball, {"package/icons.json"})["package/icons.json"])
-        return [render_svg(iconify_svg(icons, item[style])) for item in items]
+        return [render_svg(iconify_svg(icons, item[style]), f"{style}/{item[style]}") for item in items]
     # Sets without a column of their own name their files by the code point in capitals.
     names = [f"package/{folder}/{item.get(style) or item['unicode'].upper() + '.svg'}" for item in items]
     files = read_members(tarball, set(names))
     if kind == "svg":
-        return [render_svg(files[name].decode("utf-8")) for name in names]
+        return [render_svg(files[name].decode("utf-8"), name) for name in names]
     if kind == "webp":
         return [Image.open(io.BytesIO(files[name])).convert("RGBA") for name in names]
     if kind == "font":
-        return [render_svg(glyph_svg(files[name], int(item["unicode"], 16))) for name, item in zip(names, items, strict=True)]
+        glyphs = (glyph_svg(files[name], int(item["unicode"], 16)) for name, item in zip(names, items, strict=True))
+        return [render_svg(svg, f"{style}/{item['unicode']}") for svg, item in zip(glyphs, items, strict=True)]
     raise UserError(f"sources.json: style {style!r} has the unknown kind {kind!r}")

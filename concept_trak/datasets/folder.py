@@ -1,7 +1,8 @@
 """Any folder of images and captions.
 
 Two layouts are read:
-    metadata.jsonl or metadata.csv   Hugging Face `imagefolder`: one row an image, `file_name` and `text` (or `caption`), more columns at will
+    metadata.jsonl or metadata.csv   Hugging Face `imagefolder`: one row an image with `file_name`, `text` (or `caption`)
+                                     and any other columns
     captions.txt                     one caption a line, for the images of the folder in lexical order of their relative paths
 """
 
