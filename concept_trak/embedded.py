@@ -1,6 +1,6 @@
 """The embedded model: a small, real `StableDiffusionPipeline` (CLIP tokenizer and text model, AutoencoderKL, UNet, DDIM).
 
-Sizes are chosen for two CPU cores: 64x64 pictures become 8x8 latents (the factor of 8 of SD 1.x), and the cross-attention
+Sizes are chosen for two CPU cores: pictures are drawn at 32x32 and become 8x8 latents; the cross-attention
 layers carry the same names (`attn2.to_q/to_k/to_v/to_out.0`) as in SD 1.x, so every script runs on either model.
 """
 
@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+IMAGE_SIZE = 32
 TEXT_WIDTH = 192
 MAX_TOKENS = 16  # the longest caption has 11 words; start and end tokens, and some room for one's own prompts
 
@@ -48,10 +49,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """64x64x3 pictures <-> 8x8x16 latents."""
+    """32x32x3 pictures <-> 8x8x16 latents."""
     return AutoencoderKL(
-        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 96, 128), layers_per_block=1, latent_channels=16, norm_num_groups=8, sample_size=64)
+        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96), layers_per_block=1, latent_channels=16, norm_num_groups=8, sample_size=IMAGE_SIZE)
 
 
 def build_unet() -> UNet2DConditionModel:

@@ -22,14 +22,14 @@ class TrainSettings:
     """Hyper-parameters of the embedded model; written next to the weights."""
 
     seed: int = 0
-    vae_steps: int = 2800
-    vae_batch: int = 6
+    vae_cycles: tuple[int, ...] = (1500, 900)
+    vae_batch: int = 8
     vae_lr: float = 2e-3
     kl_weight: float = 2e-4
     edge_weight: float = 0.5
     vae_shift: float = 0.06
     vae_scale: float = 0.08
-    unet_steps: int = 5500
+    unet_cycles: tuple[int, ...] = (5000,)
     unet_batch: int = 32
     unet_lr: float = 8e-4
     weight_decay: float = 1e-3
@@ -59,7 +59,7 @@ def train_vae(images: torch.Tensor, settings: TrainSettings, work: Path):
         return vae_loss(vae, jitter(batch, g, settings.vae_shift, settings.vae_scale, 0.5), g, settings.kl_weight, settings.edge_weight)
 
     params = dict(vae.named_parameters())
-    ema, _ = run_training(params, loss, steps=settings.vae_steps, lr=settings.vae_lr, warmup=100, weight_decay=0.0, ema_decay=0.995,
+    ema, _ = run_training(params, loss, cycles=settings.vae_cycles, lr=settings.vae_lr, warmup=100, weight_decay=0.0, ema_decay=0.995,
                           checkpoint=work / "vae.safetensors", save_every=200, desc="autoencoder", log=work / "vae.jsonl")
     load_ema(params, ema)
     vae.eval().requires_grad_(False)
@@ -120,7 +120,7 @@ def train_unet(latents: torch.Tensor, tokens: torch.Tensor, text_encoder, unet, 
         return F.mse_loss(eps_hat, eps)
 
     params = {f"unet.{k}": p for k, p in unet.named_parameters()} | {f"text.{k}": p for k, p in text_encoder.named_parameters()}
-    ema, done = run_training(params, loss, steps=settings.unet_steps, lr=settings.unet_lr, warmup=200,
+    ema, done = run_training(params, loss, cycles=settings.unet_cycles, lr=settings.unet_lr, warmup=200,
                              weight_decay=settings.weight_decay, ema_decay=settings.ema_decay, checkpoint=work / "unet.safetensors",
                              save_every=250, max_minutes=max_minutes, desc="unet", log=work / "unet.jsonl")
     load_ema(params, ema)
@@ -131,7 +131,7 @@ def train(dataset, folder: Path, work: Path, settings: TrainSettings) -> None:
     """Train everything from the train split of `dataset`; `folder` receives the pipeline, its settings and loss curves."""
     work.mkdir(parents=True, exist_ok=True)
     rows = dataset.split("train")
-    images = to_tensor(rows.images(range(len(rows)), size=64))
+    images = to_tensor(rows.images(range(len(rows)), size=embedded.IMAGE_SIZE))
     vae = train_vae(images, settings, work)
     table = caption_table(rows.records)
     tokenizer = embedded.build_tokenizer([c for captions in table for c in captions])

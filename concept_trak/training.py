@@ -1,6 +1,7 @@
 """Train the embedded text-to-image model: autoencoder first, then text encoder and UNet on its latents.
 
-Autoencoder   L = |x - D(z)|_1 + edge_weight * |grad x - grad D(z)|_1 + kl_weight * KL(q(z|x) || N(0, I)),  z ~ q(z|x)
+Autoencoder   L = |x - D(z)|_1 + 10 |chroma(x - D(z))|_2^2 + edge_weight * |grad(x - D(z))|_1 + kl_weight * KL(q(z|x) || N(0, I)),
+              z ~ q(z|x), chroma = a pixel's colour minus its grey level
 Diffusion     L = || eps - eps_theta(sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t, tau_theta(caption)) ||^2
               (DDPM, Ho et al. 2020, eq. 14; text encoder tau trained along, captions dropped with probability `cond_drop`)
 
@@ -102,15 +103,24 @@ def _unpack(tensors, state, params, ema, optimizer):
             }
 
 
-def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, steps: int, lr: float, warmup: int, weight_decay: float,
+def learning_rate(step: int, cycles: tuple[int, ...], warmup: int) -> float:
+    """Fraction of the peak rate: linear warm-up, then a cosine from 1 to 0.05 in every cycle (Loshchilov & Hutter 2017)."""
+    start = 0
+    for length in cycles:
+        if step < start + length:
+            break
+        start += length
+    return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - start) / length)))
+
+
+def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, cycles: tuple[int, ...], lr: float, warmup: int, weight_decay: float,
                  ema_decay: float, checkpoint: Path, save_every: int, max_minutes: float | None = None, desc: str = "train",
                  log: Path | None = None) -> tuple[Ema, int]:
-    """AdamW with linear warm-up and cosine decay, EMA, checkpoint and resume.
+    """AdamW with the schedule of `learning_rate`, EMA, checkpoint and resume.
 
-    loss_of_step: step -> scalar loss tensor. Stops after `steps` or `max_minutes`, whichever is first; the schedule
-    runs over `steps`. Returns the EMA weights and the number of steps done. Raises FloatingPointError on a NaN loss.
+    loss_of_step: step -> scalar loss tensor. Stops after sum(cycles) steps or `max_minutes`, whichever is first. Returns the EMA weights and the number of steps done. Raises FloatingPointError on a NaN loss.
     """
-    names, tensors = list(params), list(params.values())
+    tensors, steps = list(params.values()), sum(cycles)
     optimizer = torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True)
     ema = Ema(params, ema_decay)
     start = 0
@@ -120,9 +130,9 @@ def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, steps: 
         start = state["step"]
     begun, running = time.time(), None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, mininterval=10)
-    step = start
+    done = start
     for step in bar:
-        rate = min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = learning_rate(step, cycles, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
         loss = loss_of_step(step)
@@ -142,10 +152,10 @@ def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, steps: 
             with log.open("a") as f:
                 f.write(json.dumps({"step": done, "loss": round(running, 6), "lr": lr * rate, "seconds": round(time.time() - begun, 1)}) + "\n")
         if done % save_every == 0 or done == steps or out_of_time:
-            save_checkpoint(checkpoint, _pack(params, ema, optimizer), {"step": done, "names": names})
+            save_checkpoint(checkpoint, _pack(params, ema, optimizer), {"step": done})
         if out_of_time:
             break
-    return ema, step + 1
+    return ema, done
 
 
 def vae_loss(vae, images: torch.Tensor, generator: torch.Generator, kl_weight: float, edge_weight: float) -> torch.Tensor:
@@ -155,4 +165,7 @@ def vae_loss(vae, images: torch.Tensor, generator: torch.Generator, kl_weight: f
     z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
     recon = vae.decode(z).sample
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return (recon - images).abs().mean() + edge_weight * edge_loss(recon, images) + kl_weight * kl
+    error = recon - images
+    # Colour gets a squared term of its own: most pixels are grey, so an L1 median stays grey for thousands of steps.
+    chroma = error - error.mean(1, keepdim=True)
+    return error.abs().mean() + 10 * chroma.square().mean() + edge_weight * edge_loss(recon, images) + kl_weight * kl

@@ -1,0 +1,1 @@
+"""Concept attribution for diffusion models: which training images taught a concept."""

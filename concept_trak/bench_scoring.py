@@ -1,0 +1,135 @@
+"""Benchmark of scoring: nine explicit inverses, as the public reference does it, against `fisher.precondition` and `scores`.
+
+Rows are synthetic: a power-law part of rank RANK plus noise, so that the spectrum has a head and a floor as gradients have. Queries
+are copies of rows, noise added; at the smallest damping each must rank its own row first.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from concept_trak.fisher import choose_method, gram, gram_path, gram_product, krylov_solutions, precondition, relative_residuals
+from concept_trak.fisher import row_product, shifts, trace
+from concept_trak.scores import scores, top_k
+from concept_trak.store import Store
+
+RANK = 64
+BLOCK_ROWS = 500
+INVERSES_MAX = 8192  # above this k the explicit inverses are not run: they would take hours
+WHOLE_RUN_SECONDS = 180  # explicit inverses for all dampings are timed if they take less, else one is timed and multiplied
+
+
+def bench_scoring(n, k, dampings, num_queries, workdir, max_memory, dtype="float16", num_split=16):
+    """Time scoring of `num_queries` queries at all dampings over n rows of k values written to workdir; returns a JSON-ready dict.
+
+    Always: seconds of the first call (nothing cached: K or the streamed products included) and of a second call, peak RSS in GiB,
+    `relative_residual`, the largest ||(K + lambda I) z - q|| / ||q|| recomputed in float64 from the stored rows, and
+    `own_row_first`, the share of queries whose own row ranks first at the smallest damping.
+
+    If k <= INVERSES_MAX also the reference, in float32 with X and K in memory: for each damping M = solve(K + lambda I, I), then
+    scores. Both sides are given the same K (not timed) and one query with all dampings:
+
+    - `scoring_speedup`: reference with scores = (q M) X^T, the cheaper order / ours (Lanczos, residual check, scores from disk);
+    - `scoring_speedup_as_published`: the same with q (M X^T), the order the public code spends its time on;
+    - `max_rel_error`: largest |score - exact| / max |exact| over dampings, exact from float64 solves; `reference_max_rel_error` alike.
+    """
+    store = synthetic_store(Path(workdir), n, k, dtype, num_split)
+    own = np.arange(num_queries) * (n // num_queries)
+    noise = np.random.default_rng(1).standard_normal((num_queries, k))
+    queries = store.rows(own) + 0.1 * noise
+    method = choose_method(store, num_queries, max_memory)
+    gram_path(store, torch.float64).unlink(missing_ok=True)
+    result = {"n": n, "k": k, "num_queries": num_queries, "dtype": dtype, "method": method, "threads": torch.get_num_threads()}
+    for name in ("first_call_seconds", "next_call_seconds"):
+        started = time.perf_counter()
+        solutions = precondition(store, queries, dampings, max_memory, method)
+        values = scores(store, solutions, max_memory=max_memory)
+        result[name] = time.perf_counter() - started
+    smallest = int(np.argmin(dampings))
+    result["own_row_first"] = float((top_k(values[smallest], 1)[:, 0] == own).mean())
+    result["peak_rss_gib"] = peak_rss_gib()  # before the reference, which holds more
+    lambdas = shifts(dampings, trace(store), k)
+    residual = relative_residuals(row_product(store), torch.from_numpy(queries), lambdas, torch.from_numpy(solutions))
+    result["relative_residual"] = residual.max().item()
+    if k <= INVERSES_MAX:
+        result |= compare_with_inverses(store, queries[:1], dampings, max_memory)
+    return result
+
+
+def synthetic_store(folder, n, k, dtype, num_split):
+    """Write the synthetic rows, or reuse (and resume) what an earlier run wrote with the same settings."""
+    identity = {"synthetic": "power law plus noise", "rank": RANK, "block": BLOCK_ROWS, "seed": 0}
+    store = Store.create(folder, n, k, num_split, dtype, identity, provenance={})
+    head = torch.randn(RANK, k, generator=torch.Generator().manual_seed(0)) * (4 * torch.arange(1, RANK + 1)[:, None] ** -0.75)
+    for shard in store.pending():
+        stop = store.shard_range(shard)[1]
+        for start in range(store.resume_row(shard), stop, BLOCK_ROWS):
+            rows = min(BLOCK_ROWS, stop - start)
+            generator = torch.Generator().manual_seed(1 + start)
+            block = torch.randn(rows, RANK, generator=generator) @ head + torch.randn(rows, k, generator=generator)
+            store.append(shard, (block / k**0.5).numpy(), start)
+        store.finish(shard)
+    return store
+
+
+def compare_with_inverses(store, query, dampings, max_memory):
+    """Reference against ours for one query given K; see `bench_scoring`."""
+    kernel = gram(store, max_memory, cache=False)
+    lambdas = shifts(dampings, kernel.diagonal().double().sum(), store.dim)
+    started = time.perf_counter()
+    solutions = krylov_solutions(gram_product(kernel), torch.from_numpy(query), lambdas, max_memory)
+    ours = scores(store, solutions.numpy(), max_memory=max_memory)[:, 0]
+    ours_seconds = time.perf_counter() - started
+
+    rows = torch.cat([block for _, block in store.tensor_blocks(BLOCK_ROWS)])
+    exact = exact_scores(kernel.double(), rows, query, lambdas)
+    found, seconds, extra_seconds, measured = explicit_inverses(kernel.float(), rows, query, lambdas)
+    return {
+        "ours_seconds": ours_seconds,
+        "reference_seconds": seconds,
+        "reference_as_published_seconds": seconds + extra_seconds,
+        "reference_dampings_measured": measured,
+        "scoring_speedup": seconds / ours_seconds,
+        "scoring_speedup_as_published": (seconds + extra_seconds) / ours_seconds,
+        "max_rel_error": relative_error(ours, exact),
+        "reference_max_rel_error": relative_error(found, exact[:measured]),
+    }
+
+
+def explicit_inverses(kernel, rows, query, lambdas):
+    """(scores [measured, N], seconds for all dampings with (q M) X^T, seconds more with M X^T, number of dampings run)."""
+    query, identity = torch.from_numpy(query).float(), torch.eye(len(kernel))
+    found, started = [], time.perf_counter()
+    for damping in lambdas.float():
+        inverse = torch.linalg.solve(kernel + damping * identity, identity)
+        found.append((query @ inverse @ rows.T)[0])
+        one = (time.perf_counter() - started) / len(found)
+        if one * len(lambdas) > WHOLE_RUN_SECONDS:
+            break
+    part = rows[: max(1, len(rows) // 10)]  # a tenth of M X^T gives its rate
+    started = time.perf_counter()
+    inverse @ part.T
+    extra = (time.perf_counter() - started) * len(rows) / len(part)
+    return torch.stack(found).numpy(), one * len(lambdas), extra * len(lambdas), len(found)
+
+
+def exact_scores(kernel, rows, query, lambdas):
+    """float64 scores [D, N] by one Cholesky solve a damping."""
+    identity, right = torch.eye(len(kernel), dtype=torch.float64), torch.from_numpy(query).T
+    solved = [torch.cholesky_solve(right, torch.linalg.cholesky(kernel + damping * identity)) for damping in lambdas]
+    return (rows.double() @ torch.cat(solved, dim=1)).T.numpy()
+
+
+def relative_error(found, exact):
+    """max over dampings of max_i |found - exact| / max_i |exact|."""
+    return float((np.abs(found - exact).max(axis=1) / np.abs(exact).max(axis=1)).max())
+
+
+def peak_rss_gib():
+    """Peak resident memory of this process so far, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

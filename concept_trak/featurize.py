@@ -1,0 +1,118 @@
+"""The one loop that turns (latents, conditions) into projected gradient rows: train set, exemplars and queries alike.
+
+    row_i = sum over states s of  P^T g_{i,s} / ||g_{i,s}||         g = J_theta eps_hat(x_t, t, c)^T v
+
+Projection is linear, so a state's gradient is projected first and divided by the norm of the *whole* gradient after;
+a parameter-sized vector per sample never exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import diffusion, objectives
+from .errors import UserError
+from .gradients import PerSampleVjp, sq_norm
+
+
+@dataclass(frozen=True)
+class StateSettings:
+    """Which states x_t a picture is seen at."""
+
+    timesteps: tuple[int, ...]  # noise levels of the states
+    inversion: bool  # DDIM inversion of x0, else q(x_t | x0) with one fixed noise per state
+    guidance_scale: float  # of the inversion
+    inversion_grid: tuple[int, ...]  # ascending timesteps the inversion walks through
+    noise_seed: int = 42
+
+
+def reference_states(nfe: int, guidance_scale: float) -> StateSettings:
+    """The reference's 50-step inversion; for nfe = 10 it keeps every fifth state, t = 99, 199, ..., 899 (nine of them)."""
+    grid = diffusion.inversion_timesteps(50)
+    stride = max(50 // nfe, 1)
+    return StateSettings(tuple(grid[stride:50:stride]), True, guidance_scale, tuple(grid))
+
+
+def noised_states(nfe: int, noise_seed: int = 42) -> StateSettings:
+    """q(x_t | x0) at t = 1000 i / nfe, i = 1 .. nfe - 1; for nfe = 10 the reference's 100, 200, ..., 900."""
+    return StateSettings(tuple(diffusion.NUM_TRAIN_TIMESTEPS * i // nfe for i in range(1, nfe)), False, 1.0, (), noise_seed)
+
+
+def inverted_states(nfe: int, guidance_scale: float) -> StateSettings:
+    """DDIM inversion that walks on the grid of the states itself: nfe - 1 steps instead of 45."""
+    levels = tuple(diffusion.NUM_TRAIN_TIMESTEPS * i // nfe - 1 for i in range(1, nfe))
+    return StateSettings(levels, True, guidance_scale, (0, *levels))
+
+
+def state_noise(states: StateSettings, t: int, x0: torch.Tensor) -> torch.Tensor:
+    """The fixed noise of level t, the same for every sample (and so for every batch size) and on every device."""
+    generator = torch.Generator().manual_seed(states.noise_seed * 1000 + t)
+    return diffusion.randn((1, *x0.shape[1:]), generator, x0).expand_as(x0)
+
+
+@torch.no_grad()
+def states_of(denoiser, x0: torch.Tensor, cond: torch.Tensor, cond_null: torch.Tensor, states: StateSettings):
+    """Yield (t, x_t, eps) for x0 [B, ...]; eps is the noise that belongs to *this* state: (x_t - sqrt(abar) x0) / sqrt(1 - abar)."""
+    if states.inversion:
+        kept = diffusion.ddim_invert(denoiser, x0, cond, cond_null, scale=states.guidance_scale, timesteps=list(states.inversion_grid),
+                                     keep=set(states.timesteps))
+    for t in states.timesteps:
+        a = diffusion.alpha_bar_at(denoiser, t)
+        if states.inversion:
+            x_t = kept[t]
+            yield t, x_t, (x_t - a**0.5 * x0) / (1 - a) ** 0.5
+        else:
+            eps = state_noise(states, t, x0)
+            yield t, diffusion.q_sample(x0, eps, a), eps
+
+
+def cotangent(objective: str, denoiser, tape, x_t, t, x0, cond, cond_null, eps):
+    """(eps_hat with its graph, v) of one state for a train objective; see `objectives`."""
+    if objective == "dps":
+        x_t = x_t.detach().requires_grad_()
+    with torch.no_grad():
+        eps_null = denoiser.eps(x_t, t, cond_null) if objective == "presence" else None
+    eps_hat = denoiser.eps(x_t, t, cond)
+    value = eps_hat.detach()
+    if objective == "dps":
+        return eps_hat, objectives.dps(eps_hat, x_t, x0, diffusion.alpha_bar_at(denoiser, t))
+    choices = {"dsm": lambda: objectives.dsm(value, eps), "dtrak": lambda: objectives.dtrak(value), "das": lambda: objectives.das(value),
+               "presence": lambda: objectives.contrast(value, eps_null)}
+    if objective not in choices:
+        raise UserError(f"F={objective!r} is unknown; use one of {', '.join(objectives.TRAIN_OBJECTIVES)}")
+    return eps_hat, choices[objective]()
+
+
+def project_state(tape: PerSampleVjp, projection, eps_hat: torch.Tensor, v: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """[B, k] projected per-sample gradients of one state, unit-normed (a zero gradient stays zero) if asked."""
+    grads = tape.vjp(eps_hat, v)
+    out = torch.zeros(len(eps_hat), projection.proj_dim, device=eps_hat.device)
+    for g in grads:
+        if hasattr(projection, "indices"):  # a mask reads a few entries; everything else needs all of them
+            start, stop = projection.within(g.offset, g.numel)
+            out[:, start:stop] += g.gather(projection.indices[start:stop] - g.offset)
+        else:
+            projection.accumulate(out, g.dense(), g.offset)
+    if normalize:
+        norm = sq_norm(grads).sqrt()
+        out /= torch.where(norm > 0, norm, torch.ones_like(norm))[:, None]
+    return out
+
+
+def featurize(denoiser, projection, x0, cond, cond_null, *, layer: str, objective: str, states: StateSettings, normalize: bool):
+    """Projected rows [B, k] float32 and DSM losses [B] (summed over the states) of a batch.
+
+    x0 [B, C, h, w] scaled latents; cond [B, T, d]; cond_null [1, T, d].
+    """
+    cond_null = cond_null.expand_as(cond)
+    rows = torch.zeros(len(x0), projection.proj_dim, device=x0.device)
+    losses = torch.zeros(len(x0), device=x0.device)
+    with PerSampleVjp(denoiser.network, layer) as tape:
+        for t, x_t, eps in states_of(denoiser, x0, cond, cond_null, states):
+            with torch.enable_grad():
+                eps_hat, v = cotangent(objective, denoiser, tape, x_t, t, x0, cond, cond_null, eps)
+                rows += project_state(tape, projection, eps_hat, v, normalize)
+            losses += (eps_hat.detach() - eps).float().square().flatten(1).mean(1)
+    return rows, losses

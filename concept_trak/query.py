@@ -1,0 +1,101 @@
+"""Query gradients: the row that asks "what taught the model this concept?".
+
+    q = 1/n sum over states  P^T g / ||g||,     g = J_theta eps(x_t, t, c+)^T v,    v = -(eps(x_t, t, c+) - eps(x_t, t, c-))
+
+The states x_t are read from whole trajectories: one pass gives every noise level, with latent and timestep paired.
+    scope "seed"    DDIM sampling (eta > 0 from the second draw's noise on) from the query's own x_T
+    scope "global"  the same from a fresh x_T for every draw: the concept as such, not this picture
+    scope "local"   noisings q(x_t | x0) of a given picture, a fresh noise for every draw, or its DDIM inversion
+
+Whole-image methods (TRAK, D-TRAK, DAS) use the same states with their train cotangent (`objectives`) and the caption c+.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import diffusion, objectives
+from .featurize import StateSettings, project_state, states_of
+from .gradients import PerSampleVjp
+
+
+@dataclass(frozen=True)
+class QueryStates:
+    """Where the query's states come from."""
+
+    scope: str  # seed | global | local
+    num_draws: int
+    timesteps: tuple[int, ...]  # noise levels read; for trajectories they must lie on the sampling grid
+    num_steps: int = 50  # of the sampler
+    guidance_scale: float = 1.0  # of the trajectory (against cond_null)
+    eta: float = 0.1
+    seed: int = 42
+    inversion: StateSettings | None = None  # scope local: invert instead of noising
+
+
+def trajectory_timesteps(num_states: int, num_steps: int) -> tuple[int, ...]:
+    """`num_states` - 1 evenly spaced levels of the sampling grid, without its first: 881, 781, ..., 81 for 10 of 50 steps."""
+    grid = diffusion.sampling_timesteps(num_steps)
+    stride = num_steps // num_states
+    return tuple(grid[stride * s] for s in range(1, num_states))
+
+
+@torch.no_grad()
+def read_states(denoiser, states: QueryStates, cond, cond_null, x_T=None, x0=None, batch_size: int = 8):
+    """Yield (t, x_t [b, ...], eps [b, ...] or None) for all draws, at most `batch_size` at a time.
+
+    cond, cond_null: [1, T, d]. x_T [1, ...] for scope seed, x0 [1, ...] for scope local. eps is the state's own noise where known.
+    """
+    if states.scope == "local" and states.inversion is not None:
+        yield from states_of(denoiser, x0, cond, cond_null, states.inversion)
+        return
+    shape = (x_T if x_T is not None else x0 if x0 is not None else torch.empty(1, *denoiser.latent_shape)).shape[1:]
+    for start in range(0, states.num_draws, batch_size):
+        draws = range(start, min(start + batch_size, states.num_draws))
+        if states.scope == "local":
+            for t in states.timesteps:
+                noise = torch.cat([_noise(states.seed, d, t, shape) for d in draws]).to(x0)
+                yield t, diffusion.q_sample(x0.expand_as(noise), noise, diffusion.alpha_bar_at(denoiser, t)), noise
+            continue
+        begin = torch.cat([_noise(states.seed, d, 1000, shape) for d in draws]).to(cond) if states.scope == "global" else x_T.expand(len(draws), *shape)
+        generator = torch.Generator().manual_seed(states.seed * 1_000_003 + start)
+        n = len(draws)
+        _, kept = diffusion.ddim_sample(denoiser, begin, cond.expand(n, -1, -1), cond_null.expand(n, -1, -1), scale=states.guidance_scale,
+                                        num_steps=states.num_steps, eta=states.eta, generator=generator, keep=set(states.timesteps))
+        for t in states.timesteps:
+            yield t, kept[t], None
+
+
+def _noise(seed: int, draw: int, t: int, shape) -> torch.Tensor:
+    """The noise of one draw at one level, whatever the batch it is drawn in."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) * 1009 + t)
+    return torch.randn((1, *shape), generator=generator)
+
+
+def concept_gradient(denoiser, projection, read, cond_pos: torch.Tensor, cond_neg: torch.Tensor, *, layer: str, normalize: bool) -> torch.Tensor:
+    """[1, k] slider gradient averaged over the states of `read` (an iterable of (t, x_t, eps)); cond_pos, cond_neg [1, T, d]."""
+    return _average(denoiser, projection, read, cond_pos, layer, normalize,
+                    lambda eps_hat, x_t, t, eps, n: objectives.contrast(eps_hat, denoiser.eps(x_t, t, cond_neg.expand(n, -1, -1))))
+
+
+def image_gradient(denoiser, projection, read, cond: torch.Tensor, objective: str, *, layer: str, normalize: bool) -> torch.Tensor:
+    """[1, k] whole-image gradient (dsm, dtrak, das) averaged over noised states of the query picture."""
+    choose = {"dsm": lambda e, x, t, eps, n: objectives.dsm(e, eps), "dtrak": lambda e, x, t, eps, n: objectives.dtrak(e),
+              "das": lambda e, x, t, eps, n: objectives.das(e)}[objective]
+    return _average(denoiser, projection, read, cond, layer, normalize, choose)
+
+
+def _average(denoiser, projection, read, cond, layer, normalize, cotangent) -> torch.Tensor:
+    total, count = torch.zeros(1, projection.proj_dim, device=cond.device), 0
+    with PerSampleVjp(denoiser.network, layer) as tape:
+        for t, x_t, eps in read:
+            n = len(x_t)
+            with torch.enable_grad():
+                eps_hat = denoiser.eps(x_t, t, cond.expand(n, -1, -1))
+                with torch.no_grad():
+                    v = cotangent(eps_hat.detach(), x_t, t, eps, n)
+                total += project_state(tape, projection, eps_hat, v, normalize).sum(0, keepdim=True)
+            count += n
+    return total / count

@@ -1,0 +1,131 @@
+"""The one place for every default. A recipe or a benchmark only states where it departs; a script only passes on what the user set.
+
+    resolve("emoji", {"prompt": "..."})  ->  Settings        fields < benchmark < recipe < what the user set
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DAMPINGS = tuple(0.1 * 10.0**e for e in range(-4, 5))  # relative to the mean eigenvalue of K; the reference's lambda_r x 0.1
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "traker", "dattri", "numpy", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on; the environment variable of a field is its name in capitals."""
+
+    # what is asked
+    prompt: str = "Pikachu in the style of Pablo Picasso"
+    target_concepts: str = "Pikachu,Pablo Picasso"  # separated by "," or, when a concept holds commas, by "|"
+    negative_prompts: str = ""  # one for each target; empty: the prompt without the target
+    negative_prompt: str = ""  # of the generation of the query picture
+    seed: int = 0
+    scope: str = "seed"  # where the query's states come from: seed (the query's own x_T), global (fresh x_T), local (its picture)
+    # how rows are made
+    recipe: str = "default"
+    layer: str = "attn2"  # part of the parameter names, "|" between alternatives
+    f: str = "presence"  # train objective: presence, dps, dsm, dtrak, das
+    nfe: int = 10  # the noise range is cut in `nfe` parts, whose nfe - 1 inner borders are the states
+    ddim_inversion: bool = False
+    normalize: bool = True  # unit norm for each state's gradient
+    train_guidance_scale: float = 7.5  # of the inversion
+    proj_type: str = "sjlt"
+    proj_dim: int = 4096
+    proj_seed: int = 0
+    # the query
+    concept_guidance_scale: float = 1.0  # of the query's trajectories
+    gen_guidance_scale: float = 7.5
+    gen_num_inference_steps: int = 50
+    eta: float = 0.1
+    epochs: int = 8  # draws: trajectories (scope seed, global) or noisings (scope local), each read at all states
+    # scoring
+    damping: float = 0.1  # the fixed one; one of DAMPINGS
+    top_k: int = 10
+    render_leastk: bool = False
+    max_memory: str = "6GB"  # bound on the working memory of scoring
+    # running
+    sd_model_path: str = "CompVis/stable-diffusion-v1-4"
+    data_dir: str = str(ROOT / "data/abc")
+    grad_dir: str = str(ROOT / "experiments/abc/results/grads")
+    results_dir: str = str(ROOT / "experiments/abc/results/qual")
+    num_split: int = 16
+    shards: str = ""  # "3,7-9"; empty: all
+    batch_size: int = 16
+    dtype: str = "fp32"
+    store_dtype: str = "float16"
+    device: str = ""  # empty: GPU `gpu_id`, or the first GPU, or the CPU
+    gpu_id: str = ""
+    force_recompute_concept_grad: bool = False
+    num_queries: int = 0  # evaluate: 0 is all
+
+
+REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "train_guidance_scale": 7.5, "proj_type": "random_mask", "eta": 0.1}
+RECIPES = {"default": {}, "reference": REFERENCE}
+EMOJI = {
+    "prompt": "an elephant in the style of openmoji", "target_concepts": "elephant,openmoji", "gen_guidance_scale": 4.0,
+    "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
+    "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results"),
+}
+BENCHMARKS = {"emoji": EMOJI}
+
+
+def resolve(benchmark: str, overrides: dict) -> Settings:
+    """Settings of a benchmark with what the user set on top. UserError for an unknown benchmark, recipe or damping."""
+    base = _choose(BENCHMARKS, benchmark, "benchmark")
+    recipe = _choose(RECIPES, overrides.get("recipe", "default"), "RECIPE")
+    settings = Settings(**{**base, **recipe, **overrides})
+    if min(abs(settings.damping / d - 1) for d in DAMPINGS) > 1e-6:
+        raise UserError(f"DAMPING={settings.damping:g} is not one of the sweep {', '.join(f'{d:g}' for d in DAMPINGS)}")
+    for name in ("nfe", "epochs", "batch_size", "proj_dim", "top_k", "num_split", "gen_num_inference_steps"):
+        if getattr(settings, name) < (2 if name == "nfe" else 1):
+            raise UserError(f"{name.upper()}={getattr(settings, name)} is too small; give at least {2 if name == 'nfe' else 1}")
+    return settings
+
+
+def _choose(table: dict, key: str, what: str) -> dict:
+    if key not in table:
+        raise UserError(f"{what} {key!r} is unknown; use one of {', '.join(table)}")
+    return table[key]
+
+
+def as_dict(settings: Settings) -> dict:
+    """Plain JSON types; paths inside the repository are given relative to it, so that results do not depend on where it lies."""
+    return {k: v.removeprefix(f"{ROOT}/") if isinstance(v, str) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def digest(value) -> str:
+    """First 10 hex digits of the sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def provenance() -> dict:
+    """Versions, platform and git commit that made a result."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"versions": versions, "python": platform.python_version(), "machine": platform.machine(), "git": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    def run(*args):
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20).stdout.strip()
+
+    try:
+        commit = run("rev-parse", "HEAD")
+        return f"{commit}{'-dirty' if run('status', '--porcelain', '--untracked-files=no') else ''}" if commit else None
+    except (OSError, subprocess.SubprocessError):
+        return None
