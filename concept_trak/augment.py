@@ -47,8 +47,8 @@ def hue_matrix(angle: torch.Tensor) -> torch.Tensor:
     return cos * torch.eye(3) + sin * cross + (1 - cos) * torch.outer(k, k)
 
 
-def recolour(x: torch.Tensor, generator: torch.Generator, hue: float = 0.15, saturation: float = 0.2,
-             contrast: float = 0.15, tint: float = 0.02) -> torch.Tensor:
+def recolour(x: torch.Tensor, generator: torch.Generator, hue: float = 0.08, saturation: float = 0.12,
+             contrast: float = 0.08, tint: float = 0.02) -> torch.Tensor:
     """Turn the hue (radians), scale saturation and ink contrast, add a small tint; white paper stays near white."""
     batch = x.shape[0]
     rotation = hue_matrix(_uniform(batch, -hue, hue, generator).flatten())

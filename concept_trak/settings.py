@@ -75,7 +75,7 @@ RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
     "prompt": "an elephant in the style of openmoji", "target_concepts": "elephant,openmoji", "gen_guidance_scale": 4.0,
     "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
-    "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results"),
+    "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results/qual"),
 }
 BENCHMARKS = {"emoji": EMOJI}
 

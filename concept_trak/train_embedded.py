@@ -29,7 +29,7 @@ class TrainSettings:
     edge_weight: float = 0.5
     vae_shift: float = 0.06
     vae_scale: float = 0.08
-    unet_cycles: tuple[int, ...] = (5000,)
+    unet_cycles: tuple[int, ...] = (4200,)
     unet_batch: int = 32
     unet_lr: float = 8e-4
     weight_decay: float = 1e-3

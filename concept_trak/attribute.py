@@ -1,0 +1,159 @@
+"""The main job: generate a picture, and rank the training images that taught the model each target concept of its prompt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from . import fisher, prompts, query, scores
+from .datasets import emoji
+from .diffusion import ddim_sample
+from .errors import UserError
+from .files import sha256_file, write_json
+from .report import ConceptResult, write_report, write_results
+from .settings import DAMPINGS, Settings, as_dict, digest, provenance
+from .train_grad import Corpus, folder_name, open_store
+
+
+@dataclass
+class Query:
+    """A generated picture and where it came from: x_T and x0 [1, C, h, w]."""
+
+    prompt: str
+    image: Image.Image
+    x_T: torch.Tensor
+    x0: torch.Tensor
+
+
+def generate(corpus: Corpus, prompt: str, seed: int) -> Query:
+    """DDIM sample of the prompt from a seed; the noise is drawn on the CPU, so that a seed means the same on every device."""
+    s, model = corpus.settings, corpus.model
+    x_T = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(seed)).to(model.device, model.dtype)
+    cond, cond_null = model.encode_prompts([prompt, s.negative_prompt]).split(1)
+    x0, _ = ddim_sample(model, x_T, cond, cond_null, scale=s.gen_guidance_scale, num_steps=s.gen_num_inference_steps)
+    return Query(prompt, model.decode(x0)[0], x_T, x0)
+
+
+def query_states(settings: Settings) -> query.QueryStates:
+    """Where the query's states come from, by scope."""
+    s = settings
+    levels = query.trajectory_timesteps(s.nfe, s.gen_num_inference_steps)
+    return query.QueryStates(s.scope, s.epochs, levels, s.gen_num_inference_steps, s.concept_guidance_scale, s.eta)
+
+
+def concept_row(corpus: Corpus, asked: Query, target: str, negative: str) -> np.ndarray:
+    """[1, k] query gradient of one concept."""
+    s, model = corpus.settings, corpus.model
+    cond, cond_neg, cond_null = model.encode_prompts([asked.prompt, negative, ""]).split(1)
+    read = query.read_states(model, query_states(s), cond, cond_null, x_T=asked.x_T, x0=asked.x0, batch_size=s.batch_size)
+    row = query.concept_gradient(model, corpus.projection(), read, cond, cond_neg, layer=s.layer, normalize=s.normalize)
+    return row.cpu().numpy()
+
+
+def gradient_identity(corpus: Corpus, asked: Query, negative: str) -> dict:
+    """Everything that went into a concept gradient; a cached one is used only if all of it is the same."""
+    s = corpus.settings
+    keys = ("prompt", "seed", "scope", "layer", "nfe", "normalize", "concept_guidance_scale", "gen_guidance_scale", "gen_num_inference_steps",
+            "negative_prompt", "eta", "epochs", "batch_size", "dtype", "recipe")
+    return {"negative": negative, "model": corpus.model.weight_hash(), "projection": corpus.projection().describe(), "device": corpus.device,
+            "torch": torch.__version__, **{k: getattr(s, k) for k in keys}}
+
+
+def cached_row(folder: Path, identity: dict, force: bool, compute) -> np.ndarray:
+    """concept_grad.npy of `folder` if concept_grad.json says that it was made from `identity`; else compute and keep it."""
+    path, record = folder / "concept_grad.npy", folder / "concept_grad.json"
+    if not force and path.exists() and record.exists():
+        known = json.loads(record.read_text())
+        if known.get("identity") == identity and known.get("sha256") == sha256_file(path):
+            return np.load(path, allow_pickle=False)
+    row = compute().astype(np.float32)
+    if not np.isfinite(row).all():
+        raise UserError("the concept gradient is NaN or infinite; use DTYPE=fp32")
+    record.unlink(missing_ok=True)
+    part = path.with_name("concept_grad.part.npy")
+    np.save(part, row)
+    part.replace(path)
+    write_json(record, {"identity": identity, "sha256": sha256_file(path)})
+    return row
+
+
+def check_words(corpus: Corpus, prompt: str, targets: list[str]) -> list[np.ndarray | None]:
+    """The truth of each target where the data has labels, else None. UserError for a word that labelled data does not know."""
+    data = corpus.everything
+    if all(v is None for v in data.column("object")) and all(v is None for v in data.column("style")):
+        return [None] * len(targets)
+    if style := prompts.STYLE.search(prompt):
+        emoji.concept(data, style.group(1))
+    return [emoji.relevant(corpus.train, target) for target in targets]
+
+
+def query_folders(settings: Settings, targets: list[str]) -> tuple[Path, list[Path]]:
+    """(folder of the report, one folder a target), named as in the reference."""
+    s = settings
+    tail = f"{s.layer.replace('|', '+')}-{s.f}-train_gs_{s.train_guidance_scale}-test_gs_{s.concept_guidance_scale}-eta_{s.eta}-seed_{s.seed}"
+    tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")
+    base, stem = Path(s.results_dir) / "free_query", prompts.query_slug(s.prompt)
+    return base / f"{stem}-{tail}", [base / f"{stem}-target_{prompts.slug(t, 32)}-{tail}" for t in targets]
+
+
+def save_query(folder: Path, asked: Query, meta: dict) -> None:
+    """query.png, query_noise/query_xT as safetensors (no pickles), query_meta.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked.image.save(folder / "query.png")
+    save_file({"noise": asked.x_T.cpu().contiguous()}, folder / "query_noise.safetensors")
+    save_file({"x_T": asked.x_T.cpu().contiguous(), "x0": asked.x0.cpu().contiguous()}, folder / "query_xT.safetensors")
+    write_json(folder / "query_meta.json", meta)
+
+
+def unseen(corpus: Corpus, prompt: str) -> bool | None:
+    """True if the prompt is a held-out caption, False if a training one, None if neither."""
+    if prompt in corpus.train.captions:
+        return False
+    return True if prompt in corpus.everything.captions else None
+
+
+def attribute(corpus: Corpus) -> Path:
+    """Run the main job for the settings of `corpus`; returns the path of report.html."""
+    s = corpus.settings
+    targets = prompts.split_list(s.target_concepts)
+    negatives = prompts.negatives(s.prompt, targets, s.negative_prompts)
+    truths = check_words(corpus, s.prompt, targets)
+    store = open_store(corpus)
+    asked = generate(corpus, s.prompt, s.seed)
+    report_folder, folders = query_folders(s, targets)
+    rows, made = [], provenance()
+    for target, negative, folder in zip(targets, negatives, folders):
+        identity = gradient_identity(corpus, asked, negative)
+        save_query(folder, asked, {"prompt": s.prompt, "target": target, "negative": negative, "settings": as_dict(s), "provenance": made})
+        print(f"{target!r}: against {negative!r}")
+        rows.append(cached_row(folder, identity, s.force_recompute_concept_grad, lambda n=negative, t=target: concept_row(corpus, asked, t, n)))
+    memory = parse_memory(s.max_memory)
+    solved = fisher.precondition(store, np.concatenate(rows), DAMPINGS, memory, device=corpus.device)
+    values = scores.scores(store, solved, max_memory=memory, device=corpus.device)
+    results = [ConceptResult(t, n, values[:, i], DAMPINGS, truth) for i, (t, n, truth) in enumerate(zip(targets, negatives, truths))]
+    recorded = as_dict(s) | {"store": folder_name(s), "store_checksum": store.checksum, "settings_hash": digest(as_dict(s))}
+    for result, folder in zip(results, folders):
+        write_results(folder, query_image=asked.image, concept=result, dataset=corpus.train, top_k=s.top_k, settings=recorded, provenance=made,
+                      render_leastk=s.render_leastk, fixed_damping=s.damping)
+    report_folder.mkdir(parents=True, exist_ok=True)
+    report = report_folder / "report.html"
+    write_report(report, prompt=s.prompt, query_image=asked.image, concepts=results, dataset=corpus.train, top_k=s.top_k, settings=recorded,
+                 provenance=made, fixed_damping=s.damping, unseen=unseen(corpus, s.prompt))
+    return report
+
+
+def parse_memory(text: str) -> int:
+    """"6GB", "500 MB" or a number of bytes -> bytes. UserError for anything else."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("BKMGIbkmgi ")
+    unit = text.strip()[len(number):].strip().upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise UserError(f"MAX_MEMORY={text!r} is not a size; write it as 6GB or 500MB") from None

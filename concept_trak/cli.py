@@ -1,0 +1,131 @@
+"""`python -m concept_trak VERB`: every field of `Settings` is a flag (NUM_SPLIT -> --num-split); one line for a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+
+from .errors import UserError
+from .settings import BENCHMARKS, ROOT, Settings, resolve
+
+
+def boolean(text: str) -> bool:
+    """0/1, false/true, no/yes; the empty string is false."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off", ""):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
+
+
+def pick_device(device: str, gpu_id: str) -> str:
+    """DEVICE if set; else GPU `gpu_id` or the first GPU; else the CPU. UserError for a device that is not there."""
+    import torch
+
+    wanted = device or (f"cuda:{gpu_id}" if gpu_id else "cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        raise UserError(f"device {wanted!r} is not available ({count} GPUs here); unset GPU_ID and DEVICE or set DEVICE=cpu") from error
+    return wanted
+
+
+def run_attribute(settings: Settings, device: str) -> None:
+    from .attribute import attribute
+    from .train_grad import Corpus
+
+    print(f"report: {os.path.relpath(attribute(Corpus(settings, device)))}")
+
+
+def run_train_grad(settings: Settings, device: str) -> None:
+    from .train_grad import Corpus, train_grad
+
+    store = train_grad(Corpus(settings, device))
+    print(f"{os.path.relpath(store.folder)}: {store.num_rows} rows of {store.dim}, shards left: {len(store.pending())}")
+
+
+def run_evaluate(settings: Settings, device: str) -> None:
+    from .evaluate import evaluate
+    from .train_grad import Corpus
+
+    evaluate(Corpus(settings, device))
+
+
+def run_train_model(settings: Settings, device: str) -> None:
+    from .train_embedded import TrainSettings, train
+    from .datasets.folder import load_folder
+
+    import torch
+
+    torch.set_flush_denormal(True)
+    work = ROOT / "data/emoji/checkpoints"
+    train(load_folder(settings.data_dir), ROOT / "data/emoji/checkpoints/pipeline", work, TrainSettings())
+    print(f"pipeline: {os.path.relpath(work / 'pipeline')}; use it with SD_MODEL_PATH or move it to data/emoji/pipeline")
+
+
+def run_judge_model(settings: Settings, device: str) -> None:
+    from .measure import measure_model
+    from .train_grad import Corpus
+
+    measure_model(Corpus(settings, device))
+
+
+def run_train_judge(settings: Settings, device: str) -> None:
+    from .datasets.folder import load_folder
+    from .judge import train_and_save
+
+    train_and_save(load_folder(settings.data_dir), ROOT / "data/emoji/judge", seed=settings.seed)
+
+
+VERBS = {"attribute": run_attribute, "train-grad": run_train_grad, "evaluate": run_evaluate, "train-model": run_train_model,
+         "judge-model": run_judge_model, "train-judge": run_train_judge}
+
+
+def parser() -> argparse.ArgumentParser:
+    """One sub-command a verb; flags without a default, so that only what the user set overrides the recipe."""
+    top = argparse.ArgumentParser(prog="concept-trak", description="Concept attribution for diffusion models.")
+    verbs = top.add_subparsers(dest="verb", required=True)
+    for verb in VERBS:
+        sub = verbs.add_parser(verb)
+        sub.add_argument("--benchmark", default="emoji", choices=sorted(BENCHMARKS))
+        for field in dataclasses.fields(Settings):
+            kind = {"bool": boolean, "int": int, "float": float}.get(field.type, str)
+            sub.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=None, metavar=field.type.upper())
+        sub.add_argument("--num-states", type=int, default=None, metavar="INT", help="states a sample is seen at; NFE = NUM_STATES + 1")
+    from .bench import add_parser
+
+    add_parser(verbs)
+    return top
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Settings from the parsed flags; UserError when NFE and NUM_STATES contradict each other."""
+    given = {k: v for k, v in vars(arguments).items() if v is not None and k not in ("verb", "benchmark", "num_states")}
+    if arguments.num_states is not None:
+        if given.setdefault("nfe", arguments.num_states + 1) != arguments.num_states + 1:
+            raise UserError(f"NUM_STATES={arguments.num_states} contradicts NFE={given['nfe']} (NFE - 1 states); set one of them")
+    return resolve(arguments.benchmark, given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0, or 2 with one line on standard error for a UserError."""
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.verb == "bench":
+            from .bench import bench
+
+            bench(arguments)
+            return 0
+        settings = settings_of(arguments)
+        VERBS[arguments.verb](settings, pick_device(settings.device, settings.gpu_id))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,62 @@
+"""Words of a question: targets, their negative prompts, folder names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from .errors import UserError
+
+STYLE = re.compile(r"\bin the style of (.+)$", re.IGNORECASE)
+
+
+def split_list(text: str) -> list[str]:
+    """Items of a list separated by "|" or, when there is none, by ","; blanks around items do not count."""
+    return [item.strip() for item in text.split("|" if "|" in text else ",")]
+
+
+def find_target(prompt: str, target: str) -> re.Match:
+    """Where the target stands in the prompt, as whole words, whatever the case. UserError if it does not, or if either is empty."""
+    if not prompt.strip():
+        raise UserError("PROMPT is empty; say what to generate, e.g. PROMPT='a cat in the style of blob'")
+    if not target.strip():
+        raise UserError("TARGET_CONCEPTS holds an empty concept; name words of the prompt, separated by ',' or '|'")
+    match = re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", prompt, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"target concept {target!r} is not in the prompt {prompt!r}; TARGET_CONCEPTS must name words of PROMPT")
+    return match
+
+
+def negative_of(prompt: str, target: str) -> str:
+    """The prompt without the target, its article, and the "in the style of" or joining word that led up to it.
+
+    >>> negative_of("Pikachu in the style of Pablo Picasso", "Pablo Picasso"), negative_of("an elephant in the style of blob", "elephant")
+    ('Pikachu', 'in the style of blob')
+    """
+    match = find_target(prompt, target)
+    before, after = prompt[:match.start()], prompt[match.end():]
+    before = re.sub(r"(?:\b(?:a|an|the)\s+)$", "", before, flags=re.IGNORECASE)
+    before = re.sub(r"(?:,|\b(?:in the style of|painted by|by|with|and|of|on)\b)\s*$", "", before.rstrip(), flags=re.IGNORECASE)
+    rest = re.sub(r"\s+", " ", f"{before.rstrip()} {after.strip()}").strip(" ,")
+    return re.sub(r"^(?:and|with|by|of|on)\s+", "", rest, flags=re.IGNORECASE)
+
+
+def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
+    """One negative prompt for each target: those given, else derived from *this* prompt. UserError when the numbers differ."""
+    derived = [negative_of(prompt, target) for target in targets]
+    if not given:
+        return derived
+    items = split_list(given)
+    if len(items) != len(targets):
+        raise UserError(f"NEGATIVE_PROMPTS has {len(items)} items for {len(targets)} targets; give one each, separated by '|'")
+    return items
+
+
+def slug(text: str, length: int) -> str:
+    """Lower-case words joined by "-", at most `length` characters."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "empty"
+
+
+def query_slug(prompt: str) -> str:
+    """{slug48}-{sha1[:10]} of the prompt, as in the reference."""
+    return f"{slug(prompt, 48)}-{hashlib.sha1(prompt.encode()).hexdigest()[:10]}"
