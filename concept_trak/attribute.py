@@ -99,7 +99,7 @@ def query_folders(settings: Settings, targets: list[str]) -> tuple[Path, list[Pa
     tail = f"{s.layer.replace('|', '+')}-{s.f}-train_gs_{s.train_guidance_scale}-test_gs_{s.concept_guidance_scale}-eta_{s.eta}-seed_{s.seed}"
     tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")
     base, stem = Path(s.results_dir) / "free_query", prompts.query_slug(s.prompt)
-    return base / f"{stem}-{tail}", [base / f"{stem}-target_{prompts.slug(t, 32)}-{tail}" for t in targets]
+    return base / f"{stem}-{tail}", [base / f"{stem}-target_{prompts.target_slug(t)}-{tail}" for t in targets]
 
 
 def save_query(folder: Path, asked: Query, meta: dict) -> None:

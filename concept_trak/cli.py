@@ -11,6 +11,13 @@ from .errors import UserError
 from .settings import BENCHMARKS, ROOT, Settings, resolve
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is a user's mistake like any other: one line, without the usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def boolean(text: str) -> bool:
     """0/1, false/true, no/yes; the empty string is false."""
     word = text.strip().lower()
@@ -85,17 +92,20 @@ VERBS = {"attribute": run_attribute, "train-grad": run_train_grad, "evaluate": r
          "judge-model": run_judge_model, "train-judge": run_train_judge}
 
 
+def add_setting_flags(sub: argparse.ArgumentParser) -> None:
+    """--benchmark and one flag for each field of `Settings`, None when not given."""
+    sub.add_argument("--benchmark", default="emoji", choices=sorted(BENCHMARKS))
+    for field in dataclasses.fields(Settings):
+        kind = {"bool": boolean, "int": int, "float": float}.get(field.type, str)
+        sub.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=None, metavar=field.type.upper())
+
+
 def parser() -> argparse.ArgumentParser:
     """One sub-command a verb; flags without a default, so that only what the user set overrides the recipe."""
-    top = argparse.ArgumentParser(prog="concept-trak", description="Concept attribution for diffusion models.")
+    top = Parser(prog="concept-trak", description="Concept attribution for diffusion models.")
     verbs = top.add_subparsers(dest="verb", required=True)
     for verb in VERBS:
-        sub = verbs.add_parser(verb)
-        sub.add_argument("--benchmark", default="emoji", choices=sorted(BENCHMARKS))
-        for field in dataclasses.fields(Settings):
-            kind = {"bool": boolean, "int": int, "float": float}.get(field.type, str)
-            sub.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=None, metavar=field.type.upper())
-        sub.add_argument("--num-states", type=int, default=None, metavar="INT", help="states a sample is seen at; NFE = NUM_STATES + 1")
+        add_setting_flags(verbs.add_parser(verb))
     from .bench import add_parser
 
     add_parser(verbs)
@@ -103,18 +113,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Settings from the parsed flags; UserError when NFE and NUM_STATES contradict each other."""
-    given = {k: v for k, v in vars(arguments).items() if v is not None and k not in ("verb", "benchmark", "num_states")}
-    if arguments.num_states is not None:
-        if given.setdefault("nfe", arguments.num_states + 1) != arguments.num_states + 1:
-            raise UserError(f"NUM_STATES={arguments.num_states} contradicts NFE={given['nfe']} (NFE - 1 states); set one of them")
-    return resolve(arguments.benchmark, given)
+    """Settings from the parsed flags. UserError for a value that does not exist."""
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    return resolve(arguments.benchmark, {k: v for k, v in vars(arguments).items() if k in fields and v is not None})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0, or 2 with one line on standard error for a UserError."""
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         if arguments.verb == "bench":
             from .bench import bench
 

@@ -12,6 +12,7 @@ Inversion is the same step with s > t and sigma = 0. A denoiser is anything with
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -65,11 +66,11 @@ def alpha_bar_at(denoiser, t: int) -> float:
 
 @torch.no_grad()
 def ddim_sample(denoiser, x_T: torch.Tensor, cond, cond_null, *, scale: float, num_steps: int, eta: float = 0.0,
-                generator: torch.Generator | None = None, keep: set[int] | None = None):
+                noise: Callable[[int], torch.Tensor] | None = None, keep: set[int] | None = None):
     """Sample from x_T [B, ...] down the grid of `sampling_timesteps`.
 
     Returns (x0, states): `states[t]` is the state at noise level t, that is before its step, for t in `keep`.
-    With eta > 0 the noise comes from `generator`, drawn on the CPU so that a seed means the same on every device.
+    With eta > 0 the noise of the step that leaves level t is `noise(t)` [B, ...].
     """
     timesteps, x_t, states = sampling_timesteps(num_steps), x_T, {}
     stride = NUM_TRAIN_TIMESTEPS // num_steps
@@ -77,8 +78,8 @@ def ddim_sample(denoiser, x_T: torch.Tensor, cond, cond_null, *, scale: float, n
         if keep is not None and t in keep:
             states[t] = x_t
         eps_hat = guided_eps(denoiser, x_t, t, cond, cond_null, scale)
-        noise = randn(x_t.shape, generator, x_t) if eta else None
-        x_t = ddim_step(x_t, eps_hat, alpha_bar_at(denoiser, t), alpha_bar_at(denoiser, t - stride), eta, noise)
+        z = noise(t) if eta else None
+        x_t = ddim_step(x_t, eps_hat, alpha_bar_at(denoiser, t), alpha_bar_at(denoiser, t - stride), eta, z)
     return x_t, states
 
 

@@ -29,10 +29,15 @@ class StateSettings:
 
 
 def reference_states(nfe: int, guidance_scale: float) -> StateSettings:
-    """The reference's 50-step inversion; for nfe = 10 it keeps every fifth state, t = 99, 199, ..., 899 (nine of them)."""
-    grid = diffusion.inversion_timesteps(50)
-    stride = max(50 // nfe, 1)
-    return StateSettings(tuple(grid[stride:50:stride]), True, guidance_scale, tuple(grid))
+    """The reference's 50-step inversion and nfe - 1 of its states; for nfe = 10 every fifth, t = 99, 199, ..., 899.
+
+    UserError when 50 steps do not have that many.
+    """
+    steps = 50
+    if nfe > steps:
+        raise UserError(f"NFE={nfe} asks for {nfe - 1} states of the reference's {steps}-step inversion; lower NFE or use RECIPE=default")
+    grid = diffusion.inversion_timesteps(steps)
+    return StateSettings(tuple(grid[steps * i // nfe] for i in range(1, nfe)), True, guidance_scale, tuple(grid))
 
 
 def noised_states(nfe: int, noise_seed: int = 42) -> StateSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ def load_pipeline(source: str, device: str = "cpu", dtype: str = "fp32") -> Text
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     if dtype not in DTYPES:
         raise UserError(f"DTYPE={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
@@ -97,9 +99,12 @@ def load_pipeline(source: str, device: str = "cpu", dtype: str = "fp32") -> Text
     if local and not (Path(source) / "model_index.json").exists():
         raise UserError(f"{source} is not a diffusers pipeline folder (no model_index.json); give SD_MODEL_PATH a folder or a hub id")
     logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=DTYPES[dtype], safety_checker=None, use_safetensors=True,
-                                                       requires_safety_checker=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer releases prefer `dtype`, which older ones do not know
+            pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=DTYPES[dtype], safety_checker=None, use_safetensors=True,
+                                                           requires_safety_checker=False)
     except (OSError, ValueError, EnvironmentError) as error:
         raise UserError(f"cannot load the pipeline {source}: {str(error).splitlines()[0]}; check SD_MODEL_PATH") from error
     pipe.to(device)

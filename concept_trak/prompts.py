@@ -37,7 +37,7 @@ def negative_of(prompt: str, target: str) -> str:
     before, after = prompt[:match.start()], prompt[match.end():]
     before = re.sub(r"(?:\b(?:a|an|the)\s+)$", "", before, flags=re.IGNORECASE)
     before = re.sub(r"(?:,|\b(?:in the style of|painted by|by|with|and|of|on)\b)\s*$", "", before.rstrip(), flags=re.IGNORECASE)
-    rest = re.sub(r"\s+", " ", f"{before.rstrip()} {after.strip()}").strip(" ,")
+    rest = re.sub(r"\s+(?=[\s,])", "", f"{before.rstrip()} {after.strip()}").strip(" ,")
     return re.sub(r"^(?:and|with|by|of|on)\s+", "", rest, flags=re.IGNORECASE)
 
 
@@ -46,7 +46,7 @@ def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
     derived = [negative_of(prompt, target) for target in targets]
     if not given:
         return derived
-    items = split_list(given)
+    items = split_list(given) if len(targets) > 1 else [given.strip()]  # the only negative may hold commas
     if len(items) != len(targets):
         raise UserError(f"NEGATIVE_PROMPTS has {len(items)} items for {len(targets)} targets; give one each, separated by '|'")
     return items
@@ -55,6 +55,13 @@ def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
 def slug(text: str, length: int) -> str:
     """Lower-case words joined by "-", at most `length` characters."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "empty"
+
+
+def target_slug(target: str) -> str:
+    """{slug32}, as in the reference, with a hash where words were cut or letters lost, so that two targets never share a folder."""
+    short = slug(target, 32)
+    whole = re.sub(r"\s+", "-", target.strip().lower()) == short
+    return short if whole else f"{short}-{hashlib.sha1(target.encode()).hexdigest()[:6]}"
 
 
 def query_slug(prompt: str) -> str:

@@ -3,7 +3,7 @@
     q = 1/n sum over states  P^T g / ||g||,     g = J_theta eps(x_t, t, c+)^T v,    v = -(eps(x_t, t, c+) - eps(x_t, t, c-))
 
 The states x_t are read from whole trajectories: one pass gives every noise level, with latent and timestep paired.
-    scope "seed"    DDIM sampling (eta > 0 from the second draw's noise on) from the query's own x_T
+    scope "seed"    DDIM sampling from the query's own x_T; with eta > 0 each draw has noise of its own
     scope "global"  the same from a fresh x_T for every draw: the concept as such, not this picture
     scope "local"   noisings q(x_t | x0) of a given picture, a fresh noise for every draw, or its DDIM inversion
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from . import diffusion, objectives
+from .errors import UserError
 from .featurize import StateSettings, project_state, states_of
 from .gradients import PerSampleVjp
 
@@ -35,11 +36,15 @@ class QueryStates:
     inversion: StateSettings | None = None  # scope local: invert instead of noising
 
 
-def trajectory_timesteps(num_states: int, num_steps: int) -> tuple[int, ...]:
-    """`num_states` - 1 evenly spaced levels of the sampling grid, without its first: 881, 781, ..., 81 for 10 of 50 steps."""
+def trajectory_timesteps(nfe: int, num_steps: int) -> tuple[int, ...]:
+    """The nfe - 1 inner borders of the sampling grid cut in nfe parts: 881, 781, ..., 81 for 10 of 50 steps.
+
+    UserError when the grid is too short for them to differ.
+    """
+    if nfe > num_steps:
+        raise UserError(f"NFE={nfe} asks for {nfe - 1} states of a trajectory of {num_steps} steps; raise GEN_NUM_INFERENCE_STEPS or lower NFE")
     grid = diffusion.sampling_timesteps(num_steps)
-    stride = num_steps // num_states
-    return tuple(grid[stride * s] for s in range(1, num_states))
+    return tuple(grid[num_steps * s // nfe] for s in range(1, nfe))
 
 
 @torch.no_grad()
@@ -47,6 +52,7 @@ def read_states(denoiser, states: QueryStates, cond, cond_null, x_T=None, x0=Non
     """Yield (t, x_t [b, ...], eps [b, ...] or None) for all draws, at most `batch_size` at a time.
 
     cond, cond_null: [1, T, d]. x_T [1, ...] for scope seed, x0 [1, ...] for scope local. eps is the state's own noise where known.
+    A draw's noise depends on the seed and the draw's number only: the batch size changes nothing but the speed.
     """
     if states.scope == "local" and states.inversion is not None:
         yield from states_of(denoiser, x0, cond, cond_null, states.inversion)
@@ -54,24 +60,27 @@ def read_states(denoiser, states: QueryStates, cond, cond_null, x_T=None, x0=Non
     shape = (x_T if x_T is not None else x0 if x0 is not None else torch.empty(1, *denoiser.latent_shape)).shape[1:]
     for start in range(0, states.num_draws, batch_size):
         draws = range(start, min(start + batch_size, states.num_draws))
+        n = len(draws)
+
+        def noise(t):
+            return draw_noise(states.seed, draws, t, shape).to(cond)
+
         if states.scope == "local":
             for t in states.timesteps:
-                noise = torch.cat([_noise(states.seed, d, t, shape) for d in draws]).to(x0)
-                yield t, diffusion.q_sample(x0.expand_as(noise), noise, diffusion.alpha_bar_at(denoiser, t)), noise
+                eps = noise(t)
+                yield t, diffusion.q_sample(x0.expand_as(eps), eps, diffusion.alpha_bar_at(denoiser, t)), eps
             continue
-        begin = torch.cat([_noise(states.seed, d, 1000, shape) for d in draws]).to(cond) if states.scope == "global" else x_T.expand(len(draws), *shape)
-        generator = torch.Generator().manual_seed(states.seed * 1_000_003 + start)
-        n = len(draws)
+        begin = noise(diffusion.NUM_TRAIN_TIMESTEPS) if states.scope == "global" else x_T.expand(n, *shape)
         _, kept = diffusion.ddim_sample(denoiser, begin, cond.expand(n, -1, -1), cond_null.expand(n, -1, -1), scale=states.guidance_scale,
-                                        num_steps=states.num_steps, eta=states.eta, generator=generator, keep=set(states.timesteps))
+                                        num_steps=states.num_steps, eta=states.eta, noise=noise, keep=set(states.timesteps))
         for t in states.timesteps:
             yield t, kept[t], None
 
 
-def _noise(seed: int, draw: int, t: int, shape) -> torch.Tensor:
-    """The noise of one draw at one level, whatever the batch it is drawn in."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) * 1009 + t)
-    return torch.randn((1, *shape), generator=generator)
+def draw_noise(seed: int, draws: range, t: int, shape) -> torch.Tensor:
+    """[len(draws), *shape] float32 on the CPU: each draw's noise at level t (1000: its x_T) from a stream of its own."""
+    streams = (torch.Generator().manual_seed((seed * 1_000_003 + d) * 1009 + t) for d in draws)
+    return torch.stack([torch.randn(shape, generator=g) for g in streams])
 
 
 def concept_gradient(denoiser, projection, read, cond_pos: torch.Tensor, cond_neg: torch.Tensor, *, layer: str, normalize: bool) -> torch.Tensor:

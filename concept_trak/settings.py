@@ -70,6 +70,10 @@ class Settings:
     num_queries: int = 0  # evaluate: 0 is all
 
 
+CHOICES = {"scope": ("seed", "global", "local"), "f": ("presence", "dps", "dsm", "dtrak", "das"), "dtype": ("fp32", "fp16", "bf16"),
+           "store_dtype": ("float16", "bfloat16", "float32")}
+BOUNDS = {"nfe": (2, 500), "gen_num_inference_steps": (2, 999), "epochs": (1, None), "batch_size": (1, None), "proj_dim": (1, None),
+          "top_k": (1, None), "num_split": (1, None), "eta": (0, 1), "seed": (0, 2**63 - 1), "num_queries": (0, None)}
 REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "train_guidance_scale": 7.5, "proj_type": "random_mask", "eta": 0.1}
 RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
@@ -81,15 +85,19 @@ BENCHMARKS = {"emoji": EMOJI}
 
 
 def resolve(benchmark: str, overrides: dict) -> Settings:
-    """Settings of a benchmark with what the user set on top. UserError for an unknown benchmark, recipe or damping."""
+    """Settings of a benchmark with what the user set on top. UserError for a benchmark, recipe or value that does not exist."""
     base = _choose(BENCHMARKS, benchmark, "benchmark")
     recipe = _choose(RECIPES, overrides.get("recipe", "default"), "RECIPE")
     settings = Settings(**{**base, **recipe, **overrides})
     if min(abs(settings.damping / d - 1) for d in DAMPINGS) > 1e-6:
         raise UserError(f"DAMPING={settings.damping:g} is not one of the sweep {', '.join(f'{d:g}' for d in DAMPINGS)}")
-    for name in ("nfe", "epochs", "batch_size", "proj_dim", "top_k", "num_split", "gen_num_inference_steps"):
-        if getattr(settings, name) < (2 if name == "nfe" else 1):
-            raise UserError(f"{name.upper()}={getattr(settings, name)} is too small; give at least {2 if name == 'nfe' else 1}")
+    for name, choices in CHOICES.items():
+        if getattr(settings, name) not in choices:
+            raise UserError(f"{name.upper()}={getattr(settings, name)!r} is unknown; use one of {', '.join(choices)}")
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(settings, name)
+        if not (value >= low and (high is None or value <= high)):  # a NaN is refused, too
+            raise UserError(f"{name.upper()}={value} is out of range; give at least {low}" + ("" if high is None else f" and at most {high}"))
     return settings
 
 

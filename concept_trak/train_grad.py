@@ -6,6 +6,7 @@ Folder name (as in the reference): {layer}-{f}-NFE{n}[-norm][-ddim-gs_{g}]; the 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -88,11 +89,12 @@ class Corpus:
 def parse_shards(text: str, count: int) -> list[int]:
     """"3,7-9" -> [3, 7, 8, 9]; empty is all. UserError for anything else or a shard out of range."""
     chosen = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        low, _, high = part.partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
+    for part in text.split(",") if text.strip() else ():
+        numbers = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        low, high = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (1, 0)
+        if high < low:
             raise UserError(f"SHARDS={text!r} is not a list of shards such as 3,7-9")
-        chosen += range(int(low), int(high or low) + 1)
+        chosen += range(low, min(high, max(low, count)) + 1)  # one too many is enough to be refused below
     if bad := [s for s in chosen if s >= count]:
         raise UserError(f"SHARDS={text!r} names shard {bad[0]} but there are only {count} (0 to {count - 1}); mend SHARDS or NUM_SPLIT")
     return chosen or list(range(count))
