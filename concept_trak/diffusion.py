@@ -66,17 +66,20 @@ def alpha_bar_at(denoiser, t: int) -> float:
 
 @torch.no_grad()
 def ddim_sample(denoiser, x_T: torch.Tensor, cond, cond_null, *, scale: float, num_steps: int, eta: float = 0.0,
-                noise: Callable[[int], torch.Tensor] | None = None, keep: set[int] | None = None):
+                noise: Callable[[int], torch.Tensor] | None = None, keep: set[int] = frozenset(), stop: int | None = None):
     """Sample from x_T [B, ...] down the grid of `sampling_timesteps`.
 
-    Returns (x0, states): `states[t]` is the state at noise level t, that is before its step, for t in `keep`.
+    Returns (x0, states): `states[t]` is the state at noise level t, that is before its step, for t in `keep`. With `stop`, a
+    level of the grid, sampling ends there and that state is returned instead of x0.
     With eta > 0 the noise of the step that leaves level t is `noise(t)` [B, ...].
     """
     timesteps, x_t, states = sampling_timesteps(num_steps), x_T, {}
     stride = NUM_TRAIN_TIMESTEPS // num_steps
     for t in timesteps:
-        if keep is not None and t in keep:
+        if t in keep:
             states[t] = x_t
+        if t == stop:
+            break
         eps_hat = guided_eps(denoiser, x_t, t, cond, cond_null, scale)
         z = noise(t) if eta else None
         x_t = ddim_step(x_t, eps_hat, alpha_bar_at(denoiser, t), alpha_bar_at(denoiser, t - stride), eta, z)

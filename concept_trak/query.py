@@ -72,7 +72,8 @@ def read_states(denoiser, states: QueryStates, cond, cond_null, x_T=None, x0=Non
             continue
         begin = noise(diffusion.NUM_TRAIN_TIMESTEPS) if states.scope == "global" else x_T.expand(n, *shape)
         _, kept = diffusion.ddim_sample(denoiser, begin, cond.expand(n, -1, -1), cond_null.expand(n, -1, -1), scale=states.guidance_scale,
-                                        num_steps=states.num_steps, eta=states.eta, noise=noise, keep=set(states.timesteps))
+                                        num_steps=states.num_steps, eta=states.eta, noise=noise, keep=set(states.timesteps),
+                                        stop=min(states.timesteps))
         for t in states.timesteps:
             yield t, kept[t], None
 
