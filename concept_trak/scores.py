@@ -9,12 +9,14 @@ import torch
 
 from concept_trak.errors import UserError
 
+BLOCK_VALUES = 2**18  # values of X widened at a time: 2 MB of float64 stay in cache
+
 
 def scores(store, preconditioned, row_weight=None, max_memory=2**30, device="cpu"):
     """Scores of all rows in one pass over the store: [D, Q, N] float32, summed in float64.
 
-    preconditioned: [D, Q, k], from `fisher.precondition`. row_weight: [N] or None. max_memory: bytes for the result (blocks of
-    rows take at most a sixteenth more).
+    preconditioned: [D, Q, k], from `fisher.precondition`. row_weight: [N] or None. max_memory: bytes the result may take;
+    blocks of rows add some MB.
     Raises UserError for another width, a row_weight of another length or not finite, or a result larger than max_memory.
     """
     dampings, queries, dim = np.shape(preconditioned)
@@ -23,7 +25,7 @@ def scores(store, preconditioned, row_weight=None, max_memory=2**30, device="cpu
     out = _result(dampings * queries, store, max_memory)
     left = np.asarray(preconditioned, dtype=np.float64).reshape(-1, dim)
     left = torch.from_numpy(left).to(device)
-    rows = max(1, min(2**21, max_memory // 32) // dim)  # 16 MB of float64 at most: about a cache
+    rows = max(1, BLOCK_VALUES // dim)
     for start, block in store.tensor_blocks(rows, device):
         out[:, start : start + len(block)] = (left @ block.double().T).cpu().numpy()
     if row_weight is not None:

@@ -35,13 +35,13 @@ def test_scores_are_inner_products_in_every_stored_type(tmp_path):
         np.testing.assert_allclose(found, queries @ stored.T, rtol=1e-6, atol=1e-6)
 
 
-def test_block_size_and_shards_do_not_matter(tmp_path):
+def test_block_size_and_shards_do_not_matter(tmp_path, monkeypatch):
     rows, queries = rows_and_queries()
     whole = scores(make(tmp_path / "1", rows, num_split=1), queries)
     many = make(tmp_path / "9", rows, num_split=9)
     for rows_at_a_time in (1, 2, 50):
-        memory = max(4 * 6 * N, 32 * K * rows_at_a_time)
-        np.testing.assert_allclose(scores(many, queries, max_memory=memory), whole, rtol=1e-6, atol=1e-6)
+        monkeypatch.setattr(scores_module, "BLOCK_VALUES", K * rows_at_a_time)
+        np.testing.assert_allclose(scores(many, queries), whole, rtol=1e-6, atol=1e-6)
 
 
 def test_store_is_read_once(tmp_path, monkeypatch):

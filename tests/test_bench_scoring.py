@@ -1,0 +1,45 @@
+"""The scoring benchmark on a toy size: its numbers are right, whatever its times."""
+
+import numpy as np
+import pytest
+
+from concept_trak import bench_scoring as bench
+
+DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
+
+
+@pytest.mark.parametrize("method", ["auto", "krylov_gram", "krylov_rows"])
+def test_ours_equals_nine_explicit_inverses(tmp_path, method):
+    result = bench.bench_scoring(600, 96, DAMPINGS, 3, tmp_path, 2**30, "float32", method)
+    assert result["max_rel_error"] < 1e-5 and result["reference_max_rel_error"] < 1e-2
+    assert result["relative_residual"] < 1e-6 and result["own_row_first"] == 1.0
+    assert result["reference_dampings_timed"] == 9
+    assert result["reference_seconds"] > 0 and result["scoring_speedup"] == result["reference_seconds"] / result["ours_seconds"]
+
+
+def test_large_sizes_skip_the_inverses(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "INVERSES_MAX", 32)
+    result = bench.bench_scoring(200, 48, DAMPINGS, 2, tmp_path, 2**30)
+    assert "scoring_speedup" not in result and result["peak_rss_gib"] > 0
+
+
+def test_slow_references_time_one_damping(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "WHOLE_RUN_SECONDS", 0)
+    assert bench.bench_scoring(200, 48, DAMPINGS, 1, tmp_path, 2**30)["reference_dampings_timed"] == 1
+
+
+def test_synthetic_rows_do_not_depend_on_where_they_were_interrupted(tmp_path, monkeypatch):
+    whole = bench.synthetic_store(tmp_path / "a", 3000, 16, "float32").rows(range(3000))
+    append, left = bench.Store.append, [4]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        append(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.Store, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench.synthetic_store(tmp_path / "b", 3000, 16, "float32")
+    np.testing.assert_array_equal(bench.synthetic_store(tmp_path / "b", 3000, 16, "float32").rows(range(3000)), whole)
