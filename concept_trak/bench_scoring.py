@@ -28,8 +28,8 @@ def bench_scoring(n, k, dampings, num_queries, workdir, max_memory, dtype="float
     """Time scoring of `num_queries` queries at all dampings over n rows of k values written to workdir; returns JSON-ready facts.
 
     Always: seconds of the first call (nothing cached: K or the streamed products included) and, unless products are streamed,
-    of a second call, peak RSS in GiB, `relative_residual`, the largest ||(K + lambda I) z - q|| / ||q|| recomputed in float64 from the stored rows, and
-    `own_row_first`, the share of queries whose own row ranks first at the smallest damping.
+    of a second call; peak RSS in GiB; `relative_residual`, the largest ||(K + lambda I) z - q|| / ||q|| recomputed in float64
+    from the stored rows; `own_row_first`, the share of queries whose own row ranks first at the smallest damping.
 
     If k <= INVERSES_MAX also the reference, in float32 with X and K in memory: for each damping M = solve(K + lambda I, I), then
     scores. Both sides are given the same K (not timed) and serve one query with all dampings; ours is Lanczos, its residual
