@@ -52,7 +52,7 @@ def concept_row(corpus: Corpus, asked: Query, target: str, negative: str) -> np.
     s, model = corpus.settings, corpus.model
     cond, cond_neg, cond_null = model.encode_prompts([asked.prompt, negative, ""]).split(1)
     read = query.read_states(model, query_states(s), cond, cond_null, x_T=asked.x_T, x0=asked.x0, batch_size=s.batch_size)
-    row = query.concept_gradient(model, corpus.projection(), read, cond, cond_neg, layer=s.layer, normalize=s.normalize)
+    row = query.concept_gradient(model, corpus.projection, read, cond, cond_neg, layer=s.layer, normalize=s.normalize)
     return row.cpu().numpy()
 
 
@@ -61,7 +61,7 @@ def gradient_identity(corpus: Corpus, asked: Query, negative: str) -> dict:
     s = corpus.settings
     keys = ("prompt", "seed", "scope", "layer", "nfe", "normalize", "concept_guidance_scale", "gen_guidance_scale", "gen_num_inference_steps",
             "negative_prompt", "eta", "epochs", "batch_size", "dtype", "recipe")
-    return {"negative": negative, "model": corpus.model.weight_hash(), "projection": corpus.projection().describe(), "device": corpus.device,
+    return {"negative": negative, "model": corpus.model.weight_hash(), "projection": corpus.projection.describe(), "device": corpus.device,
             "torch": torch.__version__, **{k: getattr(s, k) for k in keys}}
 
 

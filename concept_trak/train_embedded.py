@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import embedded
-from .training import Ema, jitter, run_training, step_generator, vae_loss
+from .training import Ema, Phase, jitter, phase_of, run_training, step_generator, vae_loss
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,14 @@ class TrainSettings:
     """Hyper-parameters of the embedded model; written next to the weights."""
 
     seed: int = 0
-    vae_cycles: tuple[int, ...] = (1500, 900)
+    vae_phases: tuple[Phase, ...] = (Phase(1500, 1500), Phase(900, 900))
     vae_batch: int = 8
     vae_lr: float = 2e-3
     kl_weight: float = 2e-4
     edge_weight: float = 0.5
     vae_shift: float = 0.06
     vae_scale: float = 0.08
-    unet_cycles: tuple[int, ...] = (4200,)
+    unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(3200, 3200, max_weight=10.0))
     unet_batch: int = 32
     unet_lr: float = 8e-4
     weight_decay: float = 1e-3
@@ -59,7 +58,7 @@ def train_vae(images: torch.Tensor, settings: TrainSettings, work: Path):
         return vae_loss(vae, jitter(batch, g, settings.vae_shift, settings.vae_scale, 0.5), g, settings.kl_weight, settings.edge_weight)
 
     params = dict(vae.named_parameters())
-    ema, _ = run_training(params, loss, cycles=settings.vae_cycles, lr=settings.vae_lr, warmup=100, weight_decay=0.0, ema_decay=0.995,
+    ema, _ = run_training(params, loss, phases=settings.vae_phases, lr=settings.vae_lr, warmup=100, weight_decay=0.0, ema_decay=0.995,
                           checkpoint=work / "vae.safetensors", save_every=200, desc="autoencoder", log=work / "vae.jsonl")
     load_ema(params, ema)
     vae.eval().requires_grad_(False)
@@ -117,10 +116,12 @@ def train_unet(latents: torch.Tensor, tokens: torch.Tensor, text_encoder, unet, 
         eps = torch.randn(x0.shape, generator=g)
         a = abar[t].view(-1, 1, 1, 1)
         eps_hat = unet(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, text_encoder(ids).last_hidden_state).sample
-        return F.mse_loss(eps_hat, eps)
+        # 1 / abar turns the eps error towards the v error: at high noise, where the caption decides, eps alone weighs little.
+        weight = (1 / a).clamp(max=phase_of(step, settings.unet_phases)[0].max_weight)
+        return (weight * (eps_hat - eps).square()).mean()
 
     params = {f"unet.{k}": p for k, p in unet.named_parameters()} | {f"text.{k}": p for k, p in text_encoder.named_parameters()}
-    ema, done = run_training(params, loss, cycles=settings.unet_cycles, lr=settings.unet_lr, warmup=200,
+    ema, done = run_training(params, loss, phases=settings.unet_phases, lr=settings.unet_lr, warmup=200,
                              weight_decay=settings.weight_decay, ema_decay=settings.ema_decay, checkpoint=work / "unet.safetensors",
                              save_every=250, max_minutes=max_minutes, desc="unet", log=work / "unet.jsonl")
     load_ema(params, ema)

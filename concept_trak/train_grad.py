@@ -64,26 +64,34 @@ class Corpus:
         self.train = self.everything.split("train")
         if not len(self.train):
             raise UserError(f"{settings.data_dir} has no picture in its train split; check the split column of its metadata")
-        self._latents = None
 
-    @property
+    @cached_property
     def latents(self) -> torch.Tensor:
-        if self._latents is None:
-            size, step = self.model.image_size, 64
-            self._latents = torch.cat([self.model.encode_images(self.train.images(range(i, min(i + step, len(self.train))), size=size)).cpu()
-                                       for i in range(0, len(self.train), step)])
-        return self._latents
+        """[N, C, h, w] scaled latents of the train pictures."""
+        size, step = self.model.image_size, 64
+        return torch.cat([self.model.encode_images(self.train.images(range(i, min(i + step, len(self.train))), size=size)).cpu()
+                          for i in range(0, len(self.train), step)])
 
+    @cached_property
     def projection(self):
         """The settings' projection for the selected parameters of this model."""
         tape = PerSampleVjp(self.model.network, self.settings.layer)
         s = self.settings
         return make_projection(s.proj_type, tape.input_dim, 0 if s.proj_type == "identity" else s.proj_dim, s.proj_seed, self.device)
 
+    @cached_property
     def identity(self) -> dict:
         """What a store of this corpus must have been made from."""
         return {"rows": row_settings(self.settings), "model": self.model.weight_hash(), "data": self.train.content_hash(),
-                "projection": self.projection().describe()}
+                "projection": self.projection.describe()}
+
+    def with_settings(self, settings: Settings) -> Corpus:
+        """The same model, pictures and latents under other settings."""
+        other = copy.copy(self)
+        for name in ("projection", "identity"):
+            other.__dict__.pop(name, None)
+        other.settings = settings
+        return other
 
 
 def parse_shards(text: str, count: int) -> list[int]:
@@ -105,7 +113,7 @@ def compute(corpus: Corpus, rows: range) -> np.ndarray:
     s = corpus.settings
     x0 = corpus.latents[rows.start:rows.stop].to(corpus.device)
     captions = corpus.model.encode_prompts([corpus.train.captions[i] for i in rows] + [""])
-    out, _ = featurize.featurize(corpus.model, corpus.projection_cached, x0, captions[:-1], captions[-1:], layer=s.layer, objective=s.f,
+    out, _ = featurize.featurize(corpus.model, corpus.projection, x0, captions[:-1], captions[-1:], layer=s.layer, objective=s.f,
                                  states=train_states(s), normalize=s.normalize)
     return out.cpu().numpy()
 
@@ -113,12 +121,11 @@ def compute(corpus: Corpus, rows: range) -> np.ndarray:
 def train_grad(corpus: Corpus) -> Store:
     """Fill the store of the settings (its pending shards among SHARDS), resuming at the first row that is not on disk."""
     s = corpus.settings
-    corpus.projection_cached = corpus.projection()
     folder = Path(s.grad_dir) / folder_name(s)
-    store = Store.create(folder, len(corpus.train), corpus.projection_cached.proj_dim, s.num_split, s.store_dtype, corpus.identity())
+    store = Store.create(folder, len(corpus.train), corpus.projection.proj_dim, s.num_split, s.store_dtype, corpus.identity)
     pending = store.pending(parse_shards(s.shards, s.num_split))
     todo = sum(store.shard_range(i)[1] - store.resume_row(i) for i in pending)
-    size = len(corpus.train) * corpus.projection_cached.proj_dim * np.dtype("float16" if "16" in s.store_dtype else "float32").itemsize
+    size = len(corpus.train) * corpus.projection.proj_dim * np.dtype("float16" if "16" in s.store_dtype else "float32").itemsize
     print(f"{folder}: {todo} of {len(corpus.train)} rows to compute, {size / 1e6:.0f} MB on disk when complete")
     with tqdm(total=todo, desc="train gradients", unit="image") as bar:
         for shard in pending:
@@ -131,6 +138,19 @@ def train_grad(corpus: Corpus) -> Store:
     return store
 
 
+@torch.no_grad()
+def dsm_losses(corpus: Corpus) -> np.ndarray:
+    """[N] DAS's residuals: mean squared DSM error of each train picture, summed over the states."""
+    states, model, losses = train_states(corpus.settings), corpus.model, []
+    for start in range(0, len(corpus.train), 64):
+        x0 = corpus.latents[start:start + 64].to(corpus.device)
+        cond = model.encode_prompts(corpus.train.captions[start:start + len(x0)])
+        errors = [(model.eps(x_t, t, cond) - eps).float().square().flatten(1).mean(1)
+                  for t, x_t, eps in featurize.states_of(model, x0, cond, None, states)]
+        losses.append(torch.stack(errors).sum(0))
+    return torch.cat(losses).cpu().numpy()
+
+
 def open_store(corpus: Corpus) -> Store:
     """The finished store for this model, data and settings: under GRAD_DIR or, for the embedded model, the committed one.
 
@@ -141,4 +161,4 @@ def open_store(corpus: Corpus) -> Store:
     found = [f for f in folders if (f / "manifest.json").exists()]
     if not found:
         raise UserError(f"no train gradients in {os.path.relpath(folders[0])}; compute them with run_train_grad.sh (same variables)")
-    return Store.open(found[0], expect=corpus.identity())
+    return Store.open(found[0], expect=corpus.identity)

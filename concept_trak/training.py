@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,24 +104,39 @@ def _unpack(tensors, state, params, ema, optimizer):
             }
 
 
-def learning_rate(step: int, cycles: tuple[int, ...], warmup: int) -> float:
-    """Fraction of the peak rate: linear warm-up, then a cosine from 1 to 0.05 in every cycle (Loshchilov & Hutter 2017)."""
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a training run: `steps` steps of a cosine that would take `length` to come down (Loshchilov & Hutter 2017)."""
+
+    steps: int
+    length: int
+    max_weight: float = 1.0  # bound of the loss weight min(1 / abar_t, max_weight)
+
+
+def phase_of(step: int, phases: tuple[Phase, ...]) -> tuple[Phase, int]:
+    """(phase of a step, first step of that phase)."""
     start = 0
-    for length in cycles:
-        if step < start + length:
-            break
-        start += length
-    return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - start) / length)))
+    for phase in phases:
+        if step < start + phase.steps:
+            return phase, start
+        start += phase.steps
+    return phases[-1], start - phases[-1].steps
 
 
-def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, cycles: tuple[int, ...], lr: float, warmup: int, weight_decay: float,
+def learning_rate(step: int, phases: tuple[Phase, ...], warmup: int) -> float:
+    """Fraction of the peak rate: linear warm-up, then in every phase a cosine from 1 towards 0.05."""
+    phase, start = phase_of(step, phases)
+    return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - start) / phase.length)))
+
+
+def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, phases: tuple[Phase, ...], lr: float, warmup: int, weight_decay: float,
                  ema_decay: float, checkpoint: Path, save_every: int, max_minutes: float | None = None, desc: str = "train",
                  log: Path | None = None) -> tuple[Ema, int]:
     """AdamW with the schedule of `learning_rate`, EMA, checkpoint and resume.
 
-    loss_of_step: step -> scalar loss tensor. Stops after sum(cycles) steps or `max_minutes`, whichever is first. Returns the EMA weights and the number of steps done. Raises FloatingPointError on a NaN loss.
+    loss_of_step: step -> scalar loss tensor. Stops after the last phase or `max_minutes`, whichever is first. Returns the EMA weights and the number of steps done. Raises FloatingPointError on a NaN loss.
     """
-    tensors, steps = list(params.values()), sum(cycles)
+    tensors, steps = list(params.values()), sum(p.steps for p in phases)
     optimizer = torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True)
     ema = Ema(params, ema_decay)
     start = 0
@@ -132,7 +148,7 @@ def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, cycles:
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, mininterval=10)
     done = start
     for step in bar:
-        rate = learning_rate(step, cycles, warmup)
+        rate = learning_rate(step, phases, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
         loss = loss_of_step(step)

@@ -1,0 +1,212 @@
+"""Does it work: attribute many queries with every method, and compare the top ten with the labels.
+
+Queries: every held-out (object, style) cell (OOD), as many seen cells (ID), and other seen cells that choose the damping (tune).
+Query kinds: `generated` (states from the picture's own x_T) and `real` (the real picture of the cell; states are its noisings).
+Each method has one damping, chosen on the tune cells (generated) and used for everything; the best one per table is named oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import controls, fisher, metrics, query, scores
+from .attribute import generate, parse_memory, query_states
+from .datasets import emoji
+from .files import write_json
+from .methods import METHODS, settings_for
+from .prompts import negative_of
+from .settings import DAMPINGS, as_dict, digest, provenance
+from .store import Store
+from .train_grad import Corpus, dsm_losses, folder_name, open_store, train_grad
+
+CONCEPTS = ("object", "style")
+KINDS = ("generated", "real")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One query: its row in the whole data set, caption, and the words of its concepts."""
+
+    row: int
+    caption: str
+    words: dict[str, str]
+
+
+def choose_cells(corpus: Corpus) -> dict[str, list[Cell]]:
+    """{"ood", "id", "tune"}: held-out cells; equally many seen cells; others, a third as many, to choose dampings on.
+
+    Seen cells are drawn with a fixed seed, disjointly. `num_queries` (0: all) bounds the number of OOD and of ID cells.
+    """
+    data = corpus.everything
+    rows = {split: [i for i, r in enumerate(data.records) if r.get("split") == split] for split in ("held_out", "train")}
+    shuffle = np.random.default_rng(0)
+    ood, seen = shuffle.permutation(rows["held_out"]), shuffle.permutation(rows["train"])
+    n = corpus.settings.num_queries or len(ood)
+    tune = max(8, n // 3)
+
+    def cells(chosen):
+        return [Cell(int(i), data.captions[i], {c: data.records[i][f"{c}_phrase"] for c in CONCEPTS}) for i in chosen]
+
+    return {"ood": cells(ood[:n]), "id": cells(seen[:n]), "tune": cells(seen[len(ood):len(ood) + tune])}
+
+
+class QueryRows:
+    """Query gradients of one method and kind over all cells, in a store of their own: resumed when killed, reused when unchanged."""
+
+    def __init__(self, corpus: Corpus, name: str, kind: str, cells: list[Cell]):
+        self.corpus, self.name, self.kind, self.cells = corpus, name, kind, cells
+        self.method, self.s, self.model = METHODS[name], corpus.settings, corpus.model
+        self.per_cell = len(CONCEPTS) if self.method.per_concept else 1
+
+    def states(self) -> query.QueryStates:
+        """Concept-TRAK reads trajectories from x_T of a generated picture; noisings of a picture serve everything else."""
+        states = query_states(self.s)
+        if self.kind == "real" or not self.method.per_concept:
+            levels = tuple(1000 * i // self.s.nfe for i in range(1, self.s.nfe))
+            states = dataclasses.replace(states, scope="local", timesteps=levels)
+        return states
+
+    def compute(self, cell: Cell) -> np.ndarray:
+        """[per_cell, k] rows of one cell."""
+        model, s = self.model, self.s
+        if self.kind == "real":
+            x_T, x0 = None, model.encode_images(self.corpus.everything.images([cell.row], size=model.image_size))
+        else:
+            asked = generate(self.corpus, cell.caption, s.seed)
+            x_T, x0 = asked.x_T, asked.x0
+        negatives = [negative_of(cell.caption, cell.words[c]) for c in CONCEPTS]
+        cond, cond_null, *cond_neg = model.encode_prompts([cell.caption, "", *negatives]).split(1)
+
+        def read():
+            return query.read_states(model, self.states(), cond, cond_null, x_T=x_T, x0=x0, batch_size=s.batch_size)
+
+        projection = self.corpus.projection
+        if self.method.per_concept:
+            rows = query.concept_gradients(model, projection, read(), cond, cond_neg, layer=s.layer, normalize=s.normalize)
+        else:
+            rows = query.image_gradient(model, projection, read(), cond, self.method.f, layer=s.layer, normalize=self.method.normalize)
+        return rows.cpu().numpy()
+
+    def load(self) -> np.ndarray:
+        """[cells, per_cell, k], computing what is missing."""
+        s = self.s
+        identity = {"method": self.name, "kind": self.kind, "cells": [c.caption for c in self.cells], "corpus": self.corpus.identity,
+                    "states": dataclasses.asdict(self.states()), "gen": [s.gen_guidance_scale, s.gen_num_inference_steps, s.seed]}
+        folder = Path(s.grad_dir) / f"queries-{self.name}-{self.kind}-{digest(identity)}"
+        store = Store.create(folder, len(self.cells) * self.per_cell, self.corpus.projection.proj_dim, 1, "float32", identity)
+        for cell in tqdm(range(store.resume_row(0) // self.per_cell, len(self.cells)), desc=f"queries {self.name} {self.kind}"):
+            store.append(0, self.compute(self.cells[cell]), cell * self.per_cell)
+        store.finish(0)
+        return store.rows(range(store.num_rows)).reshape(len(self.cells), self.per_cell, -1)
+
+
+def train_store(corpus: Corpus) -> Store:
+    """The train rows of the corpus' settings: the committed or an earlier store, else computed now."""
+    try:
+        return open_store(corpus)
+    except Exception:
+        return train_grad(corpus)
+
+
+def method_scores(corpus: Corpus, name: str, kind: str, cells: list[Cell]) -> np.ndarray:
+    """[D, cells, concepts, N] scores of one method at all dampings."""
+    settings = settings_for(METHODS[name], corpus.settings)
+    own = corpus.with_settings(settings)
+    store, rows = train_store(own), QueryRows(own, name, kind, cells).load()
+    memory = parse_memory(settings.max_memory)
+    solved = fisher.precondition(store, rows.reshape(-1, rows.shape[-1]), DAMPINGS, memory, device=corpus.device)
+    weight = dsm_losses(own) if METHODS[name].residual_weight else None
+    values = scores.scores(store, solved, row_weight=weight, max_memory=memory, device=corpus.device)
+    values = values.reshape(len(DAMPINGS), len(cells), -1, store.num_rows)
+    return np.repeat(values, len(CONCEPTS), 2) if values.shape[2] == 1 else values
+
+
+def truth(corpus: Corpus, cells: list[Cell]) -> np.ndarray:
+    """bool [cells, concepts, N]: training pictures that carry the concept."""
+    return np.array([[emoji.relevant(corpus.train, cell.words[c]) for c in CONCEPTS] for cell in cells])
+
+
+def summary(values: np.ndarray, relevant: np.ndarray) -> dict:
+    """Recall@10, its 95 % interval over queries, mAP and least-10 recall; values, relevant [queries, N]."""
+    recall = metrics.recall_at_k(values, relevant)
+    low, high = metrics.bootstrap_interval(recall)
+    return {"recall_at_10": round(float(recall.mean()), 4), "ci95": [round(low, 4), round(high, 4)],
+            "map": round(float(metrics.average_precision(values, relevant).mean()), 4),
+            "least_10_recall": round(float(metrics.least_k_recall(values, relevant).mean()), 4)}
+
+
+def choose_damping(values: np.ndarray, relevant: np.ndarray) -> int:
+    """Index of the damping with the best mean Recall@10 over cells and concepts; values [D, cells, concepts, N]."""
+    return int(np.argmax([np.mean([metrics.recall_at_k(v[:, c], relevant[:, c]).mean() for c in range(len(CONCEPTS))]) for v in values]))
+
+
+def tables(corpus: Corpus, groups: dict[str, list[Cell]]) -> dict:
+    """{kind: {group: {concept: {method: summary}}}} and the dampings."""
+    cells, names = sum(groups.values(), []), list(groups)
+    bounds = np.cumsum([0, *(len(groups[n]) for n in names)])
+    relevant, part = truth(corpus, cells), {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(names)}
+    out, dampings = {kind: {g: {c: {} for c in CONCEPTS} for g in ("ood", "id")} for kind in KINDS}, {}
+    for name in METHODS:
+        for kind in KINDS:
+            values = method_scores(corpus, name, kind, cells)
+            if name not in dampings:
+                dampings[name] = choose_damping(values[:, part["tune"]], relevant[part["tune"]])
+            for group in ("ood", "id"):
+                for c, concept in enumerate(CONCEPTS):
+                    v, truth_of = values[:, part[group], c], relevant[part[group], c]
+                    entry = summary(v[dampings[name]], truth_of)
+                    entry["oracle_recall_at_10"] = round(max(float(metrics.recall_at_k(x, truth_of).mean()) for x in v), 4)
+                    out[kind][group][concept][name] = entry
+    for kind in KINDS:
+        for name, values in controls.control_scores(corpus, kind, cells).items():
+            for group in ("ood", "id"):
+                for c, concept in enumerate(CONCEPTS):
+                    out[kind][group][concept][name] = summary(values[part[group], c], relevant[part[group], c])
+        for group in ("ood", "id"):
+            for c, concept in enumerate(CONCEPTS):
+                counts = relevant[part[group], c].sum(1)
+                chance = [metrics.chance_recall_at_k(relevant.shape[-1], int(n)) for n in counts]
+                out[kind][group][concept]["chance"] = {"recall_at_10": round(float(np.mean(chance)), 4)}
+    return out, {name: DAMPINGS[i] for name, i in dampings.items()}
+
+
+def markdown(result: dict) -> str:
+    """The table of a result, one row a method; * marks controls, which are not attribution methods."""
+    lines = []
+    for kind in KINDS:
+        lines += [f"\n**{kind} queries**", "", "| method | OOD object | OOD style | ID object | ID style |", "|---|---|---|---|---|"]
+        table = result[kind]
+        for name in table["ood"]["object"]:
+            row = [table[g][c][name] for g in ("ood", "id") for c in CONCEPTS]
+            lines.append(f"| {name} | " + " | ".join(_entry(e) for e in row) + " |")
+    return "\n".join(lines)
+
+
+def _entry(e: dict) -> str:
+    if "ci95" not in e:
+        return f"{e['recall_at_10']:.3f}"
+    oracle = f"; oracle {e['oracle_recall_at_10']:.2f}" if "oracle_recall_at_10" in e else ""
+    return f"{e['recall_at_10']:.2f} [{e['ci95'][0]:.2f}, {e['ci95'][1]:.2f}] (least {e['least_10_recall']:.2f}, mAP {e['map']:.2f}{oracle})"
+
+
+def evaluate(corpus: Corpus) -> dict:
+    """Print the table and, as the last line, one JSON object; both are kept under the results folder."""
+    groups = choose_cells(corpus)
+    found, dampings = tables(corpus, groups)
+    result = {**found["generated"], "damping": dampings["concept_trak"], "dampings": dampings, "real": found["real"],
+              "queries": {name: len(cells) for name, cells in groups.items()}}
+    folder = Path(corpus.settings.results_dir).parent / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = markdown(found)
+    write_json(folder / "metrics.json", {**result, "settings": as_dict(corpus.settings), "provenance": provenance()})
+    (folder / "table.md").write_text(table + "\n")
+    print(table)
+    print(json.dumps(result))
+    return result
