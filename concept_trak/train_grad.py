@@ -5,8 +5,10 @@ Folder name (as in the reference): {layer}-{f}-NFE{n}[-norm][-ddim-gs_{g}]; the 
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np

@@ -1,0 +1,182 @@
+"""The cases of the benchmark and their timing: engine and literal reference, train rows and query gradients.
+
+Each case runs in a process of its own, so that its peak memory is its own. The processes of a group are timed in turn, round
+after round, and every ratio is taken within a round: a machine that is busy for a while slows both sides.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from . import featurize, literal_reference, query
+from .attribute import query_states
+from .bench_scoring import peak_rss_gib
+from .datasets.folder import load_folder
+from .errors import UserError
+from .gradients import PerSampleVjp
+from .models import TextToImage, load_pipeline
+from .projection import make_projection
+from .prompts import negative_of, split_list
+from .settings import Settings
+from .train_grad import train_states
+
+LITERAL_DRAWS = tuple(range(1, 10))  # the reference draws s from 1..9; one of each has the expected cost exactly
+WARM_UP_ROUNDS = 1
+
+
+@dataclass
+class Inputs:
+    """One case's model and tensors: x0 [B, C, h, w], cond [B, T, d] of train images; the query's x_T and conditions [1, T, d]."""
+
+    settings: Settings
+    model: TextToImage
+    x0: torch.Tensor
+    cond: torch.Tensor
+    x_T: torch.Tensor
+    cond_pos: torch.Tensor
+    cond_neg: torch.Tensor
+    cond_null: torch.Tensor
+
+
+def load_inputs(settings: Settings, images: int) -> Inputs:
+    """The first `images` of the train split, and the query of the settings' first target. UserError as its parts raise it."""
+    data = load_folder(settings.data_dir).split("train")
+    data = data.subset(range(min(images, len(data))))
+    model = load_pipeline(settings.sd_model_path, settings.device or "cpu", settings.dtype)
+    x0 = model.encode_images(data.images(range(len(data)), size=model.image_size))
+    negative = negative_of(settings.prompt, split_list(settings.target_concepts)[0])
+    cond_pos, cond_neg, cond_null, cond = model.encode_prompts([settings.prompt, negative, "", *data.captions]).split([1, 1, 1, len(data)])
+    x_T = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(settings.seed)).to(x0)
+    return Inputs(settings, model, x0, cond, x_T, cond_pos, cond_neg, cond_null)
+
+
+def projection_of(inputs: Inputs):
+    s = inputs.settings
+    return make_projection(s.proj_type, PerSampleVjp(inputs.model.network, s.layer).input_dim, s.proj_dim, s.proj_seed, inputs.model.device)
+
+
+def engine_rows(inputs: Inputs):
+    """() -> train rows [B, k] by the engine, with the settings' recipe."""
+    s, projection = inputs.settings, projection_of(inputs)
+    return lambda: featurize.featurize(inputs.model, projection, inputs.x0, inputs.cond, inputs.cond_null, layer=s.layer, objective=s.f,
+                                       states=train_states(s), normalize=s.normalize)[0]
+
+
+def literal_rows(inputs: Inputs):
+    """() -> train rows [B, k] by the reference recipe done literally."""
+    s = inputs.settings
+    return lambda: literal_reference.train_rows(inputs.model, inputs.x0, inputs.cond, inputs.cond_null, layer=s.layer,
+                                                scale=s.train_guidance_scale, proj_dim=s.proj_dim, proj_seed=s.proj_seed)
+
+
+def engine_query(inputs: Inputs):
+    """() -> concept row [1, k] from the settings' trajectories."""
+    s, projection = inputs.settings, projection_of(inputs)
+
+    def run():
+        read = query.read_states(inputs.model, query_states(s), inputs.cond_pos, inputs.cond_null, x_T=inputs.x_T, batch_size=s.batch_size)
+        return query.concept_gradient(inputs.model, projection, read, inputs.cond_pos, inputs.cond_neg, layer=s.layer, normalize=s.normalize)
+
+    return run
+
+
+def literal_query(inputs: Inputs):
+    """() -> concept row [1, k] of nine epochs of the reference."""
+    s = inputs.settings
+    return lambda: literal_reference.query_row(inputs.model, inputs.x_T, inputs.cond_pos, inputs.cond_neg, inputs.cond_null, layer=s.layer,
+                                               draws=LITERAL_DRAWS, scale=s.concept_guidance_scale, eta=s.eta, proj_dim=s.proj_dim,
+                                               proj_seed=s.proj_seed)
+
+
+# name: (builder, recipe)
+CASES = {"literal_rows": (literal_rows, "reference"), "reference_rows": (engine_rows, "reference"), "default_rows": (engine_rows, "default"),
+         "literal_query": (literal_query, "reference"), "default_query": (engine_query, "default")}
+
+
+def work(connection, case: str, settings: Settings, images: int) -> None:
+    """The process of one case: says when it is ready, then answers every request with (seconds, result, peak GiB) until None."""
+    try:
+        run = CASES[case][0](load_inputs(settings, images))
+        connection.send(None)
+        while connection.recv():
+            started = time.perf_counter()
+            result = run()
+            connection.send((time.perf_counter() - started, result.cpu().numpy(), peak_rss_gib()))
+    except UserError as error:
+        connection.send(error)
+
+
+def time_in_turn(cases: dict[str, Settings], images: int, rounds: int) -> dict[str, list]:
+    """{case: [(seconds, result, peak GiB)] a round}, the cases of a round one after the other. UserError from a process's set-up."""
+    context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
+    try:
+        for case, settings in cases.items():
+            pipes[case], theirs = context.Pipe()
+            processes.append(context.Process(target=work, args=(theirs, case, settings, images), daemon=True))
+            processes[-1].start()
+            theirs.close()
+        for case, pipe in pipes.items():
+            receive(case, pipe)
+        answers = {case: [] for case in cases}
+        for number in range(WARM_UP_ROUNDS + rounds):
+            for case, pipe in pipes.items():
+                pipe.send(True)
+                answers[case].append(receive(case, pipe))
+            seconds = ", ".join(f"{case} {found[-1][0]:.2f} s" for case, found in answers.items())
+            print(f"{'warm-up' if number < WARM_UP_ROUNDS else f'round {number - WARM_UP_ROUNDS + 1}'}: {seconds}", flush=True)
+        for pipe in pipes.values():
+            pipe.send(None)
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            process.terminate()
+    return {case: found[WARM_UP_ROUNDS:] for case, found in answers.items()}
+
+
+def receive(case: str, pipe):
+    """The next message of a case's process. UserError if it sent one or died, as for want of memory."""
+    try:
+        message = pipe.recv()
+    except EOFError:
+        raise UserError(f"the process of {case} died; fewer --images need less memory") from None
+    if isinstance(message, UserError):
+        raise message
+    return message
+
+
+def ratio(slow: list, fast: list, factor: float = 1.0) -> tuple[float, list[float]]:
+    """(median, [least, greatest]) over rounds of slow / fast seconds, times `factor`."""
+    values = [factor * a[0] / b[0] for a, b in zip(slow, fast)]
+    return statistics.median(values), [min(values), max(values)]
+
+
+def row_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest over rows of ||got - want|| / ||want||."""
+    return float((np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)).max())
+
+
+def bench_engine(settings: dict[str, Settings], images: int, repeats: int) -> dict:
+    """Train rows and query gradients of every case; JSON-ready."""
+    chosen = {case: settings[recipe] for case, (_, recipe) in CASES.items()}
+    rows = time_in_turn({c: s for c, s in chosen.items() if c.endswith("_rows")}, images, repeats)
+    asked = time_in_turn({c: s for c, s in chosen.items() if c.endswith("_query")}, 1, repeats)
+    states = query_states(settings["default"])
+    gradients = states.num_draws * len(states.timesteps) / len(LITERAL_DRAWS)  # ours for one of theirs
+    ratios = {"reference_speedup": ratio(rows["literal_rows"], rows["reference_rows"]),
+              "default_speedup": ratio(rows["literal_rows"], rows["default_rows"]),
+              "query_speedup": ratio(asked["literal_query"], asked["default_query"], gradients)}
+    count = {"literal_query": len(LITERAL_DRAWS), "default_query": states.num_draws * len(states.timesteps)}
+    units = {case: count.get(case, len(rounds[0][1])) for case, rounds in (rows | asked).items()}
+    return {
+        **{name: value for name, (value, _) in ratios.items()},
+        "reference_max_rel_error": row_error(rows["reference_rows"][0][1], rows["literal_rows"][0][1]),
+        "spread": {name: spread for name, (_, spread) in ratios.items()},
+        "seconds_each": {case: statistics.median(r[0] for r in rounds) / units[case] for case, rounds in (rows | asked).items()},
+        "peak_gib": {case: max(r[2] for r in rounds) for case, rounds in (rows | asked).items()},
+    }
