@@ -95,9 +95,8 @@ def project_state(tape: PerSampleVjp, projection, eps_hat: torch.Tensor, v: torc
     grads = tape.vjp(eps_hat, v)
     out = torch.zeros(len(eps_hat), projection.proj_dim, device=eps_hat.device)
     for g in grads:
-        if hasattr(projection, "indices"):  # a mask reads a few entries; everything else needs all of them
-            start, stop = projection.within(g.offset, g.numel)
-            out[:, start:stop] += g.gather(projection.indices[start:stop] - g.offset)
+        if hasattr(projection, "add_entries"):  # a mask reads a few entries; everything else needs all of them
+            projection.add_entries(out, g)
         else:
             projection.accumulate(out, g.dense(), g.offset)
     if normalize:

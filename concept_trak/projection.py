@@ -80,6 +80,11 @@ class RandomMask(Projection):
         start, stop = self.within(offset, grads.shape[1])
         out[:, start:stop] += grads.index_select(1, self.indices[start:stop] - offset)
 
+    def add_entries(self, out, grad):
+        """As `accumulate` for a gradient that is never formed: grad has `offset`, `numel` and `gather(index [m]) -> [B, m]`."""
+        start, stop = self.within(grad.offset, grad.numel)
+        out[:, start:stop] += grad.gather(self.indices[start:stop] - grad.offset)
+
     def describe(self):
         digest = hashlib.sha256(self._cpu_indices.numpy().astype("<i8").tobytes()).hexdigest()
         return {**super().describe(), "generator": "torch mt19937 (CPU)", "indices_sha256": digest}
@@ -180,6 +185,12 @@ class Grass(Projection):
     def accumulate(self, out, grads, offset):
         start, stop = self.mask.within(offset, grads.shape[1])
         self.sjlt.accumulate(out, grads.index_select(1, self.mask.indices[start:stop] - offset), start)
+
+    def add_entries(self, out, grad):
+        """As `RandomMask.add_entries`."""
+        start, stop = self.mask.within(grad.offset, grad.numel)
+        if stop > start:
+            self.sjlt.accumulate(out, grad.gather(self.mask.indices[start:stop] - grad.offset), start)
 
     def describe(self):
         return {**super().describe(), "mask": self.mask.describe(), "sjlt": self.sjlt.describe()}
