@@ -6,6 +6,7 @@ layers carry the same names (`attn2.to_q/to_k/to_v/to_out.0`) as in SD 1.x, so e
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -31,8 +32,6 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, show_progress=False, end_of_word_suffix="</w>",
                                   initial_alphabet=alphabet, special_tokens=[])
     tokenizer.train_from_iterator(sorted(set(captions)), trainer)
-    import json
-
     merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -76,5 +75,8 @@ def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipelin
 
 
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Save with fp16 weights as safetensors; loads with `StableDiffusionPipeline.from_pretrained(folder)`."""
+    """Save with fp16 weights as safetensors; `StableDiffusionPipeline.from_pretrained(folder)` loads it in fp32."""
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    # transformers loads in the dtype its config names, diffusers in fp32: name fp32, or the two would not fit together.
+    config = Path(folder) / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2, sort_keys=True) + "\n")

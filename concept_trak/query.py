@@ -84,28 +84,38 @@ def draw_noise(seed: int, draws: range, t: int, shape) -> torch.Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in streams])
 
 
+def concept_gradients(denoiser, projection, read, cond_pos: torch.Tensor, cond_negs: list[torch.Tensor], *, layer: str, normalize: bool):
+    """[C, k] slider gradients of C concepts averaged over the states of `read` (an iterable of (t, x_t, eps)).
+
+    cond_pos and each of cond_negs: [1, T, d]. The concepts of one prompt share its states, eps(c+) and the graph of that forward.
+    """
+    totals, count = torch.zeros(len(cond_negs), projection.proj_dim, device=cond_pos.device), 0
+    with PerSampleVjp(denoiser.network, layer) as tape:
+        for t, x_t, _ in read:
+            n = len(x_t)
+            with torch.no_grad():
+                eps_negs = [denoiser.eps(x_t, t, cond_neg.expand(n, -1, -1)) for cond_neg in cond_negs]
+            with torch.enable_grad():
+                eps_hat = denoiser.eps(x_t, t, cond_pos.expand(n, -1, -1))
+                for i, eps_neg in enumerate(eps_negs):
+                    v = objectives.contrast(eps_hat.detach(), eps_neg)
+                    totals[i] += project_state(tape, projection, eps_hat, v, normalize, keep=i + 1 < len(eps_negs)).sum(0)
+            count += n
+    return totals / count
+
+
 def concept_gradient(denoiser, projection, read, cond_pos: torch.Tensor, cond_neg: torch.Tensor, *, layer: str, normalize: bool) -> torch.Tensor:
-    """[1, k] slider gradient averaged over the states of `read` (an iterable of (t, x_t, eps)); cond_pos, cond_neg [1, T, d]."""
-    return _average(denoiser, projection, read, cond_pos, layer, normalize,
-                    lambda eps_hat, x_t, t, eps, n: objectives.contrast(eps_hat, denoiser.eps(x_t, t, cond_neg.expand(n, -1, -1))))
+    """[1, k]: `concept_gradients` of one concept."""
+    return concept_gradients(denoiser, projection, read, cond_pos, [cond_neg], layer=layer, normalize=normalize)
 
 
 def image_gradient(denoiser, projection, read, cond: torch.Tensor, objective: str, *, layer: str, normalize: bool) -> torch.Tensor:
     """[1, k] whole-image gradient (dsm, dtrak, das) averaged over noised states of the query picture."""
-    choose = {"dsm": lambda e, x, t, eps, n: objectives.dsm(e, eps), "dtrak": lambda e, x, t, eps, n: objectives.dtrak(e),
-              "das": lambda e, x, t, eps, n: objectives.das(e)}[objective]
-    return _average(denoiser, projection, read, cond, layer, normalize, choose)
-
-
-def _average(denoiser, projection, read, cond, layer, normalize, cotangent) -> torch.Tensor:
     total, count = torch.zeros(1, projection.proj_dim, device=cond.device), 0
-    with PerSampleVjp(denoiser.network, layer) as tape:
+    choose = {"dsm": objectives.dsm, "dtrak": lambda e, _: objectives.dtrak(e), "das": lambda e, _: objectives.das(e)}[objective]
+    with PerSampleVjp(denoiser.network, layer) as tape, torch.enable_grad():
         for t, x_t, eps in read:
-            n = len(x_t)
-            with torch.enable_grad():
-                eps_hat = denoiser.eps(x_t, t, cond.expand(n, -1, -1))
-                with torch.no_grad():
-                    v = cotangent(eps_hat.detach(), x_t, t, eps, n)
-                total += project_state(tape, projection, eps_hat, v, normalize).sum(0, keepdim=True)
-            count += n
+            eps_hat = denoiser.eps(x_t, t, cond.expand(len(x_t), -1, -1))
+            total += project_state(tape, projection, eps_hat, choose(eps_hat.detach(), eps), normalize).sum(0, keepdim=True)
+            count += len(x_t)
     return total / count
