@@ -131,13 +131,19 @@ def train_grad(corpus: Corpus) -> Store:
     print(f"{folder}: {todo} of {len(corpus.train)} rows to compute, {size / 1e6:.0f} MB on disk when complete")
     with tqdm(total=todo, desc="train gradients", unit="image") as bar:
         for shard in pending:
-            stop = store.shard_range(shard)[1]
-            while (first := store.resume_row(shard)) < stop:
-                rows = range(first, min(first + s.batch_size, stop))
-                store.append(shard, compute(corpus, rows), first)
-                bar.update(len(rows))
-            store.finish(shard)
+            fill(corpus, store, shard, bar)
     return store
+
+
+def fill(corpus: Corpus, store: Store, shard: int, bar) -> None:
+    """Compute what a shard lacks and finish it. Batches start where they would in an uninterrupted run, so its bytes are the same."""
+    (start, stop), size, first = store.shard_range(shard), corpus.settings.batch_size, store.resume_row(shard)
+    for low in range(start + (first - start) // size * size, stop, size):
+        missing = max(first - low, 0)
+        rows = compute(corpus, range(low, min(low + size, stop)))[missing:]
+        store.append(shard, rows, low + missing)
+        bar.update(len(rows))
+    store.finish(shard)
 
 
 @torch.no_grad()

@@ -1,9 +1,14 @@
 """Small models that every test can share; one thread, so that several test runs do not fight over the cores."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+OBJECTS, STYLES = ("cat", "dog", "tree"), ("blob", "line", "flat", "soft")
 
 
 class GaussianDenoiser:
@@ -48,3 +53,56 @@ def tiny_denoiser():
     from concept_trak.models import Denoiser
 
     return Denoiser(tiny_unet(), build_scheduler().alphas_cumprod, (2, 4, 4))
+
+
+def save_tiny_pipeline(folder, seed=0):
+    """A whole pipeline folder (8x8 pictures, 4x4 latents) with random weights, made of the embedded model's parts."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from concept_trak import embedded
+    from concept_trak.datasets.emoji import caption
+
+    tokenizer = embedded.build_tokenizer([caption(f"a {o}", s) for o in OBJECTS for s in STYLES])
+    unet = tiny_unet(seed)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=6, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, projection_dim=6,
+        max_position_embeddings=embedded.MAX_TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_factor=30.0))  # or captions would hardly differ
+    vae = AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=4, sample_size=8)
+    embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def other_pipeline(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Twelve labelled 8x8 pictures, object x style; the cell (cat, blob) is held out."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data")
+    rng, rows = np.random.default_rng(0), []
+    for name, style in [(o, s) for o in OBJECTS for s in STYLES]:
+        file_name = f"{style}-{name}.png"
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / file_name)
+        rows.append({"file_name": file_name, "text": f"a {name} in the style of {style}", "object": name, "object_phrase": f"a {name}",
+                     "style": style, "style_phrase": style, "split": "held_out" if (name, style) == ("cat", "blob") else "train"})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_pipeline):
+    from concept_trak.models import load_pipeline
+
+    return load_pipeline(str(tiny_pipeline))
