@@ -98,7 +98,8 @@ def quantise(x: torch.Tensor, generator: torch.Generator, coarsest: float = 0.25
     chosen = _chance(batch, probability, generator)
     basis = _dct_basis(8)
     blocks = x.reshape(batch, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
-    step = _uniform(batch, 0.2, 1, generator)[..., None, None] * coarsest * (0.25 + torch.arange(8)[:, None] + torch.arange(8)) / 7
+    frequency = (torch.arange(8)[:, None] + torch.arange(8)) / 7
+    step = _uniform(batch, 0.2, 1, generator)[..., None, None] * coarsest * (0.04 + frequency)
     coefficients = ((basis @ blocks @ basis.T) / step).round() * step
     rough = (basis.T @ coefficients @ basis).transpose(3, 4).reshape(x.shape)
     return x + chosen * (rough - x)
