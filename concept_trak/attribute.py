@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,22 +48,22 @@ def query_states(settings: Settings) -> query.QueryStates:
     return query.QueryStates(s.scope, s.epochs, levels, s.gen_num_inference_steps, s.concept_guidance_scale, s.eta)
 
 
-def concept_row(corpus: Corpus, asked: Query, target: str, negative: str) -> np.ndarray:
-    """[1, k] query gradient of one concept."""
+def concept_row(corpus: Corpus, asked: Query, plus: str, minus: str) -> np.ndarray:
+    """[1, k] query gradient of one concept, given as c+ and c-, at the states of the asked picture."""
     s, model = corpus.settings, corpus.model
-    cond, cond_neg, cond_null = model.encode_prompts([asked.prompt, negative, ""]).split(1)
+    cond, cond_plus, cond_minus, cond_null = model.encode_prompts([asked.prompt, plus, minus, ""]).split(1)
     read = query.read_states(model, query_states(s), cond, cond_null, x_T=asked.x_T, x0=asked.x0, batch_size=s.batch_size)
-    row = query.concept_gradient(model, corpus.projection, read, cond, cond_neg, layer=s.layer, normalize=s.normalize)
+    row = query.concept_gradient(model, corpus.projection, read, cond_plus, cond_minus, layer=s.layer, normalize=s.normalize)
     return row.cpu().numpy()
 
 
-def gradient_identity(corpus: Corpus, asked: Query, negative: str) -> dict:
+def gradient_identity(corpus: Corpus, contrast: tuple[str, str]) -> dict:
     """Everything that went into a concept gradient; a cached one is used only if all of it is the same."""
     s = corpus.settings
     keys = ("prompt", "seed", "scope", "layer", "nfe", "normalize", "concept_guidance_scale", "gen_guidance_scale", "gen_num_inference_steps",
             "negative_prompt", "eta", "epochs", "batch_size", "dtype", "recipe")
-    return {"negative": negative, "model": corpus.model.weight_hash(), "projection": corpus.projection.describe(), "device": corpus.device,
-            "torch": torch.__version__, **{k: getattr(s, k) for k in keys}}
+    return {"contrast": list(contrast), "model": corpus.model.weight_hash(), "projection": corpus.projection.describe(),
+            "device": corpus.device, "torch": torch.__version__, **{k: getattr(s, k) for k in keys}}
 
 
 def cached_row(folder: Path, identity: dict, force: bool, compute) -> np.ndarray:
@@ -122,21 +123,22 @@ def attribute(corpus: Corpus) -> Path:
     """Run the main job for the settings of `corpus`; returns the path of report.html."""
     s = corpus.settings
     targets = prompts.split_list(s.target_concepts)
-    negatives = prompts.negatives(s.prompt, targets, s.negative_prompts)
+    contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
     truths = check_words(corpus, s.prompt, targets)
     store = open_store(corpus)
     asked = generate(corpus, s.prompt, s.seed)
     report_folder, folders = query_folders(s, targets)
     rows, made = [], provenance()
-    for target, negative, folder in zip(targets, negatives, folders):
-        identity = gradient_identity(corpus, asked, negative)
-        save_query(folder, asked, {"prompt": s.prompt, "target": target, "negative": negative, "settings": as_dict(s), "provenance": made})
-        print(f"{target!r}: against {negative!r}")
-        rows.append(cached_row(folder, identity, s.force_recompute_concept_grad, lambda n=negative, t=target: concept_row(corpus, asked, t, n)))
+    for target, contrast, folder in zip(targets, contrasts, folders):
+        plus, minus = contrast
+        save_query(folder, asked, {"prompt": s.prompt, "target": target, "plus": plus, "negative": minus, "settings": as_dict(s), "provenance": made})
+        print(f"{target!r}: {plus!r} against {minus!r}")
+        rows.append(cached_row(folder, gradient_identity(corpus, contrast), s.force_recompute_concept_grad,
+                               functools.partial(concept_row, corpus, asked, plus, minus)))
     memory = parse_memory(s.max_memory)
     solved = fisher.precondition(store, np.concatenate(rows), DAMPINGS, memory, device=corpus.device)
     values = scores.scores(store, solved, max_memory=memory, device=corpus.device)
-    results = [ConceptResult(t, n, values[:, i], DAMPINGS, truth) for i, (t, n, truth) in enumerate(zip(targets, negatives, truths))]
+    results = [ConceptResult(t, c[1], values[:, i], DAMPINGS, truth) for i, (t, c, truth) in enumerate(zip(targets, contrasts, truths))]
     recorded = as_dict(s) | {"store": folder_name(s), "store_checksum": store.checksum, "settings_hash": digest(as_dict(s))}
     for result, folder in zip(results, folders):
         write_results(folder, query_image=asked.image, concept=result, dataset=corpus.train, top_k=s.top_k, settings=recorded, provenance=made,

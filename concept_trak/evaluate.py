@@ -21,7 +21,8 @@ from .attribute import generate, parse_memory, query_states
 from .datasets import emoji
 from .files import write_json
 from .methods import METHODS, settings_for
-from .prompts import negative_of
+from .errors import UserError
+from .prompts import contrasts
 from .settings import DAMPINGS, as_dict, digest, provenance
 from .store import Store
 from .train_grad import Corpus, dsm_losses, folder_name, open_store, train_grad
@@ -81,24 +82,22 @@ class QueryRows:
         else:
             asked = generate(self.corpus, cell.caption, s.seed)
             x_T, x0 = asked.x_T, asked.x0
-        negatives = [negative_of(cell.caption, cell.words[c]) for c in CONCEPTS]
-        cond, cond_null, *cond_neg = model.encode_prompts([cell.caption, "", *negatives]).split(1)
-
-        def read():
-            return query.read_states(model, self.states(), cond, cond_null, x_T=x_T, x0=x0, batch_size=s.batch_size)
-
+        pairs = contrasts(s.query_form, cell.caption, list(cell.words.values()))
+        cond, cond_null, *conds = model.encode_prompts([cell.caption, "", *sum(pairs, ())]).split(1)
+        states = [*query.read_states(model, self.states(), cond, cond_null, x_T=x_T, x0=x0, batch_size=s.batch_size)]
         projection = self.corpus.projection
         if self.method.per_concept:
-            rows = query.concept_gradients(model, projection, read(), cond, cond_neg, layer=s.layer, normalize=s.normalize)
+            rows = torch.cat([query.concept_gradient(model, projection, states, plus, minus, layer=s.layer, normalize=s.normalize)
+                              for plus, minus in zip(conds[::2], conds[1::2])])
         else:
-            rows = query.image_gradient(model, projection, read(), cond, self.method.f, layer=s.layer, normalize=self.method.normalize)
+            rows = query.image_gradient(model, projection, states, cond, self.method.f, layer=s.layer, normalize=self.method.normalize)
         return rows.cpu().numpy()
 
     def load(self) -> np.ndarray:
         """[cells, per_cell, k], computing what is missing."""
         s = self.s
         identity = {"method": self.name, "kind": self.kind, "cells": [c.caption for c in self.cells], "corpus": self.corpus.identity,
-                    "states": dataclasses.asdict(self.states()), "gen": [s.gen_guidance_scale, s.gen_num_inference_steps, s.seed]}
+                    "states": dataclasses.asdict(self.states()), "form": s.query_form, "gen": [s.gen_guidance_scale, s.gen_num_inference_steps, s.seed]}
         folder = Path(s.grad_dir) / f"queries-{self.name}-{self.kind}-{digest(identity)}"
         store = Store.create(folder, len(self.cells) * self.per_cell, self.corpus.projection.proj_dim, 1, "float32", identity)
         for cell in tqdm(range(store.resume_row(0) // self.per_cell, len(self.cells)), desc=f"queries {self.name} {self.kind}"):
@@ -111,7 +110,7 @@ def train_store(corpus: Corpus) -> Store:
     """The train rows of the corpus' settings: the committed or an earlier store, else computed now."""
     try:
         return open_store(corpus)
-    except Exception:
+    except UserError:  # missing or unfinished; a store of something else is refused again below
         return train_grad(corpus)
 
 

@@ -90,12 +90,9 @@ def cotangent(objective: str, denoiser, tape, x_t, t, x0, cond, cond_null, eps):
     return eps_hat, choices[objective]()
 
 
-def project_state(tape: PerSampleVjp, projection, eps_hat: torch.Tensor, v: torch.Tensor, normalize: bool, keep: bool = False) -> torch.Tensor:
-    """[B, k] projected per-sample gradients of one state, unit-normed (a zero gradient stays zero) if asked.
-
-    keep: the same forward will be asked again, with another cotangent.
-    """
-    grads = tape.vjp(eps_hat, v, keep)
+def project_state(tape: PerSampleVjp, projection, eps_hat: torch.Tensor, v: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """[B, k] projected per-sample gradients of one state, unit-normed (a zero gradient stays zero) if asked."""
+    grads = tape.vjp(eps_hat, v)
     out = torch.zeros(len(eps_hat), projection.proj_dim, device=eps_hat.device)
     for g in grads:
         if hasattr(projection, "add_entries"):  # a mask reads a few entries; everything else needs all of them

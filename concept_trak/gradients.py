@@ -176,14 +176,14 @@ class PerSampleVjp:
 
         return keep
 
-    def vjp(self, eps_hat: torch.Tensor, cotangent: torch.Tensor, keep: bool = False) -> list[OuterProductGrad | DenseGrad]:
-        """Per-sample gradients of <cotangent, eps_hat>; both [B, ...]. Consumes the recorded forward unless `keep` is set."""
-        calls, self._calls = self._calls, self._calls if keep else []
+    def vjp(self, eps_hat: torch.Tensor, cotangent: torch.Tensor) -> list[OuterProductGrad | DenseGrad]:
+        """Per-sample gradients of <cotangent, eps_hat>; both [B, ...]. Consumes the recorded forward."""
+        calls, self._calls = self._calls, []
         seen = {prefix for prefix, *_ in calls}
         missed = [n for n in self.parameters if n.rpartition(".")[0] not in seen]
         if missed:
             raise UserError(f"the forward pass did not use {missed[0]} ({len(missed)} selected parameters unused); choose another LAYER")
-        deltas = torch.autograd.grad(eps_hat, [output for *_, output in calls], cotangent, retain_graph=keep)
+        deltas = torch.autograd.grad(eps_hat, [output for *_, output in calls], cotangent)
         grads: dict[str, list] = {name: [] for name in self.parameters}
         for (prefix, module, a, _), delta in zip(calls, deltas):
             rule = next(r for kind, r in RULES.items() if isinstance(module, kind))

@@ -7,6 +7,7 @@ import re
 
 from .errors import UserError
 
+QUERY_FORMS = ("slider", "cfg", "concept")
 STYLE = re.compile(r"\bin the style of (.+)$", re.IGNORECASE)
 
 
@@ -27,18 +28,29 @@ def find_target(prompt: str, target: str) -> re.Match:
     return match
 
 
-def negative_of(prompt: str, target: str) -> str:
-    """The prompt without the target, its article, and the "in the style of" or joining word that led up to it.
+def split_prompt(prompt: str, target: str) -> tuple[str, str]:
+    """(the words that ask for the target, the prompt without them): the target with its article or the "in the style of" before it.
 
-    >>> negative_of("Pikachu in the style of Pablo Picasso", "Pablo Picasso"), negative_of("an elephant in the style of blob", "elephant")
-    ('Pikachu', 'in the style of blob')
+    >>> split_prompt("an elephant in the style of blob", "elephant"), split_prompt("an elephant in the style of blob", "blob")
+    (('an elephant', 'in the style of blob'), ('in the style of blob', 'an elephant'))
     """
     match = find_target(prompt, target)
     before, after = prompt[:match.start()], prompt[match.end():]
     before = re.sub(r"(?:\b(?:a|an|the)\s+)$", "", before, flags=re.IGNORECASE)
     before = re.sub(r"(?:,|\b(?:in the style of|painted by|by|with|and|of|on)\b)\s*$", "", before.rstrip(), flags=re.IGNORECASE)
     rest = re.sub(r"\s+(?=[\s,])", "", f"{before.rstrip()} {after.strip()}").strip(" ,")
-    return re.sub(r"^(?:and|with|by|of|on)\s+", "", rest, flags=re.IGNORECASE)
+    rest = re.sub(r"^(?:and|with|by|of|on)\s+", "", rest, flags=re.IGNORECASE)
+    words = re.sub(r"^(?:and|with|by|of|on)\s+", "", prompt[len(before):match.end()].strip(" ,"), flags=re.IGNORECASE)
+    return words, rest
+
+
+def negative_of(prompt: str, target: str) -> str:
+    """The prompt without the target, its article, and the "in the style of" or joining word that led up to it.
+
+    >>> negative_of("Pikachu in the style of Pablo Picasso", "Pablo Picasso"), negative_of("an elephant in the style of blob", "elephant")
+    ('Pikachu', 'in the style of blob')
+    """
+    return split_prompt(prompt, target)[1]
 
 
 def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
@@ -50,6 +62,22 @@ def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
     if len(items) != len(targets):
         raise UserError(f"NEGATIVE_PROMPTS has {len(items)} items for {len(targets)} targets; give one each, separated by '|'")
     return items
+
+
+def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> list[tuple[str, str]]:
+    """(c+, c-) of each target. Negative prompts that are `given` replace c- in every form.
+
+    slider    the prompt against the prompt without the target (Concept-TRAK)
+    cfg       the prompt against the empty prompt
+    concept   the target's own words against the empty prompt: no other word of the prompt takes part in the gradient
+    """
+    if form not in QUERY_FORMS:
+        raise UserError(f"QUERY_FORM={form!r} is unknown; use one of {', '.join(QUERY_FORMS)}")
+    minus = negatives(prompt, targets, given)
+    if form != "slider" and not given:
+        minus = [""] * len(targets)
+    plus = [split_prompt(prompt, target)[0] if form == "concept" else prompt for target in targets]
+    return list(zip(plus, minus))
 
 
 def slug(text: str, length: int) -> str:

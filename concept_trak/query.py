@@ -84,29 +84,20 @@ def draw_noise(seed: int, draws: range, t: int, shape) -> torch.Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in streams])
 
 
-def concept_gradients(denoiser, projection, read, cond_pos: torch.Tensor, cond_negs: list[torch.Tensor], *, layer: str, normalize: bool):
-    """[C, k] slider gradients of C concepts averaged over the states of `read` (an iterable of (t, x_t, eps)).
-
-    cond_pos and each of cond_negs: [1, T, d]. The concepts of one prompt share its states, eps(c+) and the graph of that forward.
-    """
-    totals, count = torch.zeros(len(cond_negs), projection.proj_dim, device=cond_pos.device), 0
+def concept_gradient(denoiser, projection, read, cond_plus: torch.Tensor, cond_minus: torch.Tensor, *, layer: str, normalize: bool) -> torch.Tensor:
+    """[1, k] gradient of a contrast c+ against c-, averaged over the states of `read` (an iterable of (t, x_t, eps)); conds [1, T, d]."""
+    total, count = torch.zeros(1, projection.proj_dim, device=cond_plus.device), 0
     with PerSampleVjp(denoiser.network, layer) as tape:
         for t, x_t, _ in read:
             n = len(x_t)
             with torch.no_grad():
-                eps_negs = [denoiser.eps(x_t, t, cond_neg.expand(n, -1, -1)) for cond_neg in cond_negs]
+                eps_minus = denoiser.eps(x_t, t, cond_minus.expand(n, -1, -1))
             with torch.enable_grad():
-                eps_hat = denoiser.eps(x_t, t, cond_pos.expand(n, -1, -1))
-                for i, eps_neg in enumerate(eps_negs):
-                    v = objectives.contrast(eps_hat.detach(), eps_neg)
-                    totals[i] += project_state(tape, projection, eps_hat, v, normalize, keep=i + 1 < len(eps_negs)).sum(0)
+                eps_hat = denoiser.eps(x_t, t, cond_plus.expand(n, -1, -1))
+                v = objectives.contrast(eps_hat.detach(), eps_minus)
+                total += project_state(tape, projection, eps_hat, v, normalize).sum(0, keepdim=True)
             count += n
-    return totals / count
-
-
-def concept_gradient(denoiser, projection, read, cond_pos: torch.Tensor, cond_neg: torch.Tensor, *, layer: str, normalize: bool) -> torch.Tensor:
-    """[1, k]: `concept_gradients` of one concept."""
-    return concept_gradients(denoiser, projection, read, cond_pos, [cond_neg], layer=layer, normalize=normalize)
+    return total / count
 
 
 def image_gradient(denoiser, projection, read, cond: torch.Tensor, objective: str, *, layer: str, normalize: bool) -> torch.Tensor:

@@ -40,10 +40,11 @@ class Settings:
     ddim_inversion: bool = False
     normalize: bool = True  # unit norm for each state's gradient
     train_guidance_scale: float = 7.5  # of the inversion
-    proj_type: str = "sjlt"
+    proj_type: str = "grass"
     proj_dim: int = 4096
     proj_seed: int = 0
     # the query
+    query_form: str = "slider"  # c+ and c-: slider (prompt, prompt without target), cfg (prompt, ""), concept (the target's words, "")
     concept_guidance_scale: float = 1.0  # of the query's trajectories
     gen_guidance_scale: float = 7.5
     gen_num_inference_steps: int = 50
@@ -74,10 +75,12 @@ CHOICES = {"scope": ("seed", "global", "local"), "f": ("presence", "dps", "dsm",
            "store_dtype": ("float16", "bfloat16", "float32")}
 BOUNDS = {"nfe": (2, 500), "gen_num_inference_steps": (2, 999), "epochs": (1, None), "batch_size": (1, None), "proj_dim": (1, None),
           "top_k": (1, None), "num_split": (1, None), "eta": (0, 1), "seed": (0, 2**63 - 1), "num_queries": (0, None)}
-REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "train_guidance_scale": 7.5, "proj_type": "random_mask", "eta": 0.1}
+REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "train_guidance_scale": 7.5, "proj_type": "random_mask", "eta": 0.1,
+             "query_form": "slider", "scope": "seed"}
 RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
-    "prompt": "an elephant in the style of openmoji", "target_concepts": "elephant,openmoji", "gen_guidance_scale": 4.0,
+    "prompt": "a rocket in the style of openmoji line", "target_concepts": "rocket,openmoji line", "gen_guidance_scale": 4.0,
+    "query_form": "concept", "scope": "local", "nfe": 5, "damping": 1.0, "batch_size": 32,
     "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
     "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results/qual"),
 }
