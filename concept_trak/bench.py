@@ -19,7 +19,7 @@ def add_parser(verbs) -> None:
     sub = verbs.add_parser("bench", help="speed and memory against the reference recipe done literally")
     sub.add_argument("--n", type=int, help="time scoring from disk over N synthetic rows, and nothing else")
     sub.add_argument("--k", type=int, help=f"features of a synthetic row (default {SCORING_SIZE[1]})")
-    sub.add_argument("--images", type=int, default=8, help="train images a round (default 8)")
+    sub.add_argument("--images", type=int, default=16, help="train images a round (default 16)")
     sub.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up (default 5)")
     sub.add_argument("--workdir", help="folder for the synthetic rows, kept and reused (default: a temporary one)")
     add_setting_flags(sub)
@@ -68,7 +68,7 @@ def bench(arguments: argparse.Namespace) -> None:
 def table(result: dict) -> str:
     """Two small tables: ratios with their range over rounds, and seconds and peak memory of every case."""
     lines = [f"{'ratio':24} {'median':>8}   range"]
-    for name in ("reference_speedup", "default_speedup", "query_speedup", "scoring_speedup"):
+    for name in ("reference_speedup", "default_speedup", "query_speedup", "default_query_speedup", "scoring_speedup"):
         low, high = result["spread"].get(name, (None, None))
         lines.append(f"{name:24} {result[name]:8.2f}   " + ("one run" if low is None else f"{low:.2f} to {high:.2f}"))
     lines.append(f"{'reference_max_rel_error':24} {result['reference_max_rel_error']:8.1e}\n")

@@ -12,7 +12,7 @@ Inversion is the same step with s > t and sigma = 0. A denoiser is anything with
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -37,12 +37,18 @@ def ddim_step(x_t: torch.Tensor, eps_hat: torch.Tensor, alpha_bar_t: float, alph
     return x_s if sigma == 0 else x_s + sigma * noise
 
 
-def guided_eps(denoiser, x_t: torch.Tensor, t: int, cond: torch.Tensor, cond_null: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Classifier-free guidance with weight `scale`: 1 costs one forward of the conditional branch, 0 one of the other."""
+def guided_eps(denoiser, x_t: torch.Tensor, t: int, cond: torch.Tensor, cond_null: torch.Tensor | None, scale: float,
+               eps_cond: torch.Tensor | None = None) -> torch.Tensor:
+    """Classifier-free guidance with weight `scale`: 1 costs one forward of the conditional branch, 0 one of the other.
+
+    eps_cond: the conditional prediction, where it is known already.
+    """
     if scale == 1:
-        return denoiser.eps(x_t, t, cond)
+        return denoiser.eps(x_t, t, cond) if eps_cond is None else eps_cond
     if scale == 0:
         return denoiser.eps(x_t, t, cond_null)
+    if eps_cond is not None:
+        return (1 - scale) * denoiser.eps(x_t, t, cond_null) + scale * eps_cond
     eps_null, eps_cond = denoiser.eps(torch.cat([x_t, x_t]), t, torch.cat([cond_null, cond])).chunk(2)
     return eps_null + scale * (eps_cond - eps_null)
 
@@ -87,20 +93,21 @@ def ddim_sample(denoiser, x_T: torch.Tensor, cond, cond_null, *, scale: float, n
 
 
 @torch.no_grad()
-def ddim_invert(denoiser, x0: torch.Tensor, cond, cond_null, *, scale: float, timesteps: list[int], keep: set[int]) -> dict[int, torch.Tensor]:
-    """Deterministic inversion of x0 [B, ...] up the ascending grid `timesteps`; returns {t: x_t} for t in `keep`.
+def ddim_invert(denoiser, x0: torch.Tensor, cond, cond_null, *, scale: float, timesteps: Sequence[int], keep: set[int],
+                known: dict[int, torch.Tensor] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    """Deterministic inversion of x0 [B, ...] up the ascending grid `timesteps`; yields (t, x_t) for t in `keep`.
 
     The prediction of a step is evaluated at the lower timestep (as in the reference); steps after max(keep) are not run.
+    A step that starts at t uses eps(x_t, t, cond) from `known[t]` if the caller put it there after x_t was yielded.
     """
-    x_t, states, last = x0, {}, max(keep)
+    x_t, last, known = x0, max(keep), {} if known is None else known
     for t, t_next in zip(timesteps, timesteps[1:]):
         if t >= last:
             break
-        eps_hat = guided_eps(denoiser, x_t, t, cond, cond_null, scale)
+        eps_hat = guided_eps(denoiser, x_t, t, cond, cond_null, scale, known.pop(t, None))
         x_t = ddim_step(x_t, eps_hat, alpha_bar_at(denoiser, t), alpha_bar_at(denoiser, t_next))
         if t_next in keep:
-            states[t_next] = x_t
-    return states
+            yield t_next, x_t
 
 
 def randn(shape, generator: torch.Generator | None, like: torch.Tensor) -> torch.Tensor:

@@ -58,19 +58,20 @@ def state_noise(states: StateSettings, t: int, x0: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def states_of(denoiser, x0: torch.Tensor, cond: torch.Tensor, cond_null: torch.Tensor, states: StateSettings):
-    """Yield (t, x_t, eps) for x0 [B, ...]; eps is the noise that belongs to *this* state: (x_t - sqrt(abar) x0) / sqrt(1 - abar)."""
-    if states.inversion:
-        kept = diffusion.ddim_invert(denoiser, x0, cond, cond_null, scale=states.guidance_scale, timesteps=list(states.inversion_grid),
-                                     keep=set(states.timesteps))
-    for t in states.timesteps:
-        a = diffusion.alpha_bar_at(denoiser, t)
-        if states.inversion:
-            x_t = kept[t]
-            yield t, x_t, (x_t - a**0.5 * x0) / (1 - a) ** 0.5
-        else:
+def states_of(denoiser, x0: torch.Tensor, cond: torch.Tensor, cond_null: torch.Tensor, states: StateSettings, known: dict | None = None):
+    """Yield (t, x_t, eps) for x0 [B, ...]; eps is the noise that belongs to *this* state: (x_t - sqrt(abar) x0) / sqrt(1 - abar).
+
+    known: see `ddim_invert`; predictions made at a yielded state serve the next step of the inversion.
+    """
+    if not states.inversion:
+        for t in states.timesteps:
             eps = state_noise(states, t, x0)
-            yield t, diffusion.q_sample(x0, eps, a), eps
+            yield t, diffusion.q_sample(x0, eps, diffusion.alpha_bar_at(denoiser, t)), eps
+        return
+    for t, x_t in diffusion.ddim_invert(denoiser, x0, cond, cond_null, scale=states.guidance_scale, timesteps=states.inversion_grid,
+                                        keep=set(states.timesteps), known=known):
+        a = diffusion.alpha_bar_at(denoiser, t)
+        yield t, x_t, (x_t - a**0.5 * x0) / (1 - a) ** 0.5
 
 
 def cotangent(objective: str, denoiser, tape, x_t, t, x0, cond, cond_null, eps):
@@ -114,9 +115,11 @@ def featurize(denoiser, projection, x0, cond, cond_null, *, layer: str, objectiv
     rows = torch.zeros(len(x0), projection.proj_dim, device=x0.device)
     losses = torch.zeros(len(x0), device=x0.device)
     with PerSampleVjp(denoiser.network, layer) as tape:
-        for t, x_t, eps in states_of(denoiser, x0, cond, cond_null, states):
+        known = {}
+        for t, x_t, eps in states_of(denoiser, x0, cond, cond_null, states, known):
             with torch.enable_grad():
                 eps_hat, v = cotangent(objective, denoiser, tape, x_t, t, x0, cond, cond_null, eps)
                 rows += project_state(tape, projection, eps_hat, v, normalize)
-            losses += (eps_hat.detach() - eps).float().square().flatten(1).mean(1)
+            known[t] = eps_hat.detach()
+            losses += (known[t] - eps).float().square().flatten(1).mean(1)
     return rows, losses

@@ -54,8 +54,7 @@ def exact_flow(denoiser, x0, t):
 def test_inversion_follows_the_exact_probability_flow_of_a_gaussian(gaussian):
     x0 = gaussian.mean + gaussian.variance**0.5 * randn(3, 2, 4, 4)
     grid = list(range(1000))
-    states = diffusion.ddim_invert(gaussian, x0, None, None, scale=1, timesteps=grid, keep={99, 499, 899})
-    for t, x_t in states.items():
+    for t, x_t in diffusion.ddim_invert(gaussian, x0, None, None, scale=1, timesteps=grid, keep={99, 499, 899}):
         torch.testing.assert_close(x_t, exact_flow(gaussian, x0, t), rtol=0, atol=0.02)
 
 
@@ -64,7 +63,7 @@ def test_ddim_invert_then_sample_is_identity_on_gaussian_denoiser(gaussian):
     errors = []
     for steps in (50, 500):
         grid = diffusion.sampling_timesteps(steps)[::-1]
-        x_T = diffusion.ddim_invert(gaussian, x0, None, None, scale=1, timesteps=grid, keep={grid[-1]})[grid[-1]]
+        (_, x_T), = diffusion.ddim_invert(gaussian, x0, None, None, scale=1, timesteps=grid, keep={grid[-1]})
         back, _ = diffusion.ddim_sample(gaussian, x_T, None, None, scale=1, num_steps=steps)
         errors.append((back - x0).abs().max().item())
     assert errors[1] < 0.02 and errors[1] < errors[0] / 3
@@ -82,7 +81,7 @@ def test_stochastic_sampling_of_a_gaussian_has_its_mean_and_variance(gaussian):
 def test_inversion_makes_no_step_beyond_the_last_kept_state(gaussian):
     counted = Counting(gaussian)
     grid = diffusion.inversion_timesteps(50)
-    states = diffusion.ddim_invert(counted, randn(1, 2, 4, 4), None, None, scale=1, timesteps=grid, keep=set(range(99, 900, 100)))
+    states = dict(diffusion.ddim_invert(counted, randn(1, 2, 4, 4), None, None, scale=1, timesteps=grid, keep=set(range(99, 900, 100))))
     assert sorted(states) == list(range(99, 900, 100))
     assert [t for _, t, _ in counted.calls] == grid[:45]
 
@@ -104,3 +103,15 @@ def test_guidance_costs_one_forward_of_its_branch_at_0_and_1_and_follows_its_for
     got = diffusion.guided_eps(counted, x_t, 500, cond, null, 7.5)
     torch.testing.assert_close(got, without + 7.5 * (with_cond - without))
     assert counted.calls[-1][0] == 6
+
+
+@pytest.mark.parametrize("scale", [1, 7.5])
+def test_a_prediction_made_at_a_kept_state_serves_the_next_step_of_the_inversion(scale, gaussian):
+    x0, cond, null = randn(3, 2, 4, 4), torch.ones(3, 1, 1), torch.zeros(3, 1, 1)
+    grid, counted, known = (0, 250, 500, 750), Counting(gaussian), {}
+    want = dict(diffusion.ddim_invert(gaussian, x0, cond, null, scale=scale, timesteps=grid, keep={250, 750}))
+    for t, x_t in diffusion.ddim_invert(counted, x0, cond, null, scale=scale, timesteps=grid, keep={250, 750}, known=known):
+        torch.testing.assert_close(x_t, want[t])
+        known[t] = gaussian.eps(x_t, t, cond)
+    spared = {1: [(3, 0), (3, 500)], 7.5: [(6, 0), (3, 250), (6, 500)]}
+    assert [(n, t) for n, t, _ in counted.calls] == spared[scale]
