@@ -10,31 +10,23 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import torch
-
-from .attribute import generate
 
 
-def control_scores(corpus, kind: str, cells: list) -> dict[str, np.ndarray]:
-    """{control: [cells, concepts, N]}; the picture is the generated or the real one of the cell."""
-    size = corpus.model.image_size
-    train_pixels = corpus.train.images(range(len(corpus.train)), size=size).reshape(len(corpus.train), -1).astype(np.float32)
-    pictures = [_picture(corpus, kind, cell) for cell in cells]
-    pixels = np.stack([p.reshape(-1) for p in pictures]).astype(np.float32)
-    latents = torch.cat([corpus.model.encode_images(p[None]) for p in pictures]).flatten(1).float().cpu().numpy()
-    train_latents = corpus.latents.flatten(1).float().numpy()
-    both = (len(next(iter(cells)).words), 1)
-    return {
-        "pixel_neighbours": np.stack([-distances(pixels, train_pixels)] * both[0], 1),
-        "latent_neighbours": np.stack([-distances(latents, train_latents)] * both[0], 1),
-        "caption_similarity": np.array([[overlap(word, corpus.train.captions) for word in cell.words.values()] for cell in cells]),
-    }
+def control_scores(corpus, pictures, kind: str) -> dict[str, np.ndarray]:
+    """{control: [cells, concepts, N]} for the pictures of a kind (`evaluate.Pictures`)."""
+    cells, size = pictures.cells, corpus.model.image_size
+    pixels, latents = pictures.pixels[kind], pictures.latents[kind]
+    train_pixels = corpus.train.images(range(len(corpus.train)), size=size)
+    concepts = len(cells[0].words)
+    near = {"pixel_neighbours": -distances(_flat(pixels), _flat(train_pixels)),
+            "latent_neighbours": -distances(_flat(latents.float().cpu().numpy()), _flat(corpus.latents.float().numpy()))}
+    found = {name: np.stack([values] * concepts, 1) for name, values in near.items()}
+    found["caption_similarity"] = np.array([[overlap(word, corpus.train.captions) for word in cell.words.values()] for cell in cells])
+    return found
 
 
-def _picture(corpus, kind: str, cell) -> np.ndarray:
-    if kind == "real":
-        return corpus.everything.images([cell.row], size=corpus.model.image_size)[0]
-    return np.asarray(generate(corpus, cell.caption, corpus.settings.seed).image)
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), -1).astype(np.float32)
 
 
 def distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

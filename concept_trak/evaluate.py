@@ -8,6 +8,7 @@ Each method has one damping, chosen on the tune cells (generated) and used for e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from . import controls, fisher, metrics, query, scores
-from .attribute import generate, parse_memory, query_states
+from .attribute import parse_memory, query_states
 from .datasets import emoji
+from .diffusion import ddim_sample
+from .errors import UserError
 from .files import write_json
 from .methods import METHODS, settings_for
-from .errors import UserError
 from .prompts import contrasts
 from .settings import DAMPINGS, as_dict, digest, provenance
 from .store import Store
@@ -58,11 +60,42 @@ def choose_cells(corpus: Corpus) -> dict[str, list[Cell]]:
     return {"ood": cells(ood[:n]), "id": cells(seen[:n]), "tune": cells(seen[len(ood):len(ood) + tune])}
 
 
+class Pictures:
+    """The pictures asked about, one a cell: generated from the settings' seed (all from the same x_T), or the real ones."""
+
+    def __init__(self, corpus: Corpus, cells: list[Cell]):
+        self.corpus, self.cells = corpus, cells
+        generator = torch.Generator().manual_seed(corpus.settings.seed)
+        self.x_T = torch.randn(1, *corpus.model.latent_shape, generator=generator).to(corpus.model.device, corpus.model.dtype)
+
+    @functools.cached_property
+    def latents(self) -> dict[str, torch.Tensor]:
+        """{kind: [cells, C, h, w]}."""
+        model, size = self.corpus.model, self.corpus.model.image_size
+        real = model.encode_images(self.corpus.everything.images([cell.row for cell in self.cells], size=size))
+        return {"generated": self._generate(), "real": real}
+
+    @functools.cached_property
+    def pixels(self) -> dict[str, np.ndarray]:
+        """{kind: uint8 [cells, H, W, 3]}."""
+        model = self.corpus.model
+        real = self.corpus.everything.images([cell.row for cell in self.cells], size=model.image_size)
+        return {"generated": np.stack([np.asarray(p) for p in model.decode(self.latents["generated"])]), "real": real}
+
+    def _generate(self) -> torch.Tensor:
+        s, model, done = self.corpus.settings, self.corpus.model, []
+        for start in tqdm(range(0, len(self.cells), s.batch_size), desc="queries to generate"):
+            cond = model.encode_prompts([cell.caption for cell in self.cells[start:start + s.batch_size]])
+            null, x_T = model.encode_prompts([s.negative_prompt]).expand_as(cond), self.x_T.expand(len(cond), -1, -1, -1)
+            done.append(ddim_sample(model, x_T, cond, null, scale=s.gen_guidance_scale, num_steps=s.gen_num_inference_steps)[0])
+        return torch.cat(done)
+
+
 class QueryRows:
     """Query gradients of one method and kind over all cells, in a store of their own: resumed when killed, reused when unchanged."""
 
-    def __init__(self, corpus: Corpus, name: str, kind: str, cells: list[Cell]):
-        self.corpus, self.name, self.kind, self.cells = corpus, name, kind, cells
+    def __init__(self, corpus: Corpus, name: str, kind: str, pictures: Pictures):
+        self.corpus, self.name, self.kind, self.pictures, self.cells = corpus, name, kind, pictures, pictures.cells
         self.method, self.s, self.model = METHODS[name], corpus.settings, corpus.model
         self.per_cell = len(CONCEPTS) if self.method.per_concept else 1
 
@@ -74,14 +107,10 @@ class QueryRows:
             states = dataclasses.replace(states, scope="local", timesteps=levels)
         return states
 
-    def compute(self, cell: Cell) -> np.ndarray:
+    def compute(self, index: int) -> np.ndarray:
         """[per_cell, k] rows of one cell."""
-        model, s = self.model, self.s
-        if self.kind == "real":
-            x_T, x0 = None, model.encode_images(self.corpus.everything.images([cell.row], size=model.image_size))
-        else:
-            asked = generate(self.corpus, cell.caption, s.seed)
-            x_T, x0 = asked.x_T, asked.x0
+        model, s, cell = self.model, self.s, self.cells[index]
+        x_T, x0 = self.pictures.x_T, self.pictures.latents[self.kind][index:index + 1]
         pairs = contrasts(s.query_form, cell.caption, list(cell.words.values()))
         cond, cond_null, *conds = model.encode_prompts([cell.caption, "", *sum(pairs, ())]).split(1)
         states = [*query.read_states(model, self.states(), cond, cond_null, x_T=x_T, x0=x0, batch_size=s.batch_size)]
@@ -101,7 +130,7 @@ class QueryRows:
         folder = Path(s.grad_dir) / f"queries-{self.name}-{self.kind}-{digest(identity)}"
         store = Store.create(folder, len(self.cells) * self.per_cell, self.corpus.projection.proj_dim, 1, "float32", identity)
         for cell in tqdm(range(store.resume_row(0) // self.per_cell, len(self.cells)), desc=f"queries {self.name} {self.kind}"):
-            store.append(0, self.compute(self.cells[cell]), cell * self.per_cell)
+            store.append(0, self.compute(cell), cell * self.per_cell)
         store.finish(0)
         return store.rows(range(store.num_rows)).reshape(len(self.cells), self.per_cell, -1)
 
@@ -114,16 +143,16 @@ def train_store(corpus: Corpus) -> Store:
         return train_grad(corpus)
 
 
-def method_scores(corpus: Corpus, name: str, kind: str, cells: list[Cell]) -> np.ndarray:
+def method_scores(corpus: Corpus, name: str, kind: str, pictures: Pictures) -> np.ndarray:
     """[D, cells, concepts, N] scores of one method at all dampings."""
     settings = settings_for(METHODS[name], corpus.settings)
     own = corpus.with_settings(settings)
-    store, rows = train_store(own), QueryRows(own, name, kind, cells).load()
+    store, rows = train_store(own), QueryRows(own, name, kind, pictures).load()
     memory = parse_memory(settings.max_memory)
     solved = fisher.precondition(store, rows.reshape(-1, rows.shape[-1]), DAMPINGS, memory, device=corpus.device)
     weight = dsm_losses(own) if METHODS[name].residual_weight else None
     values = scores.scores(store, solved, row_weight=weight, max_memory=memory, device=corpus.device)
-    values = values.reshape(len(DAMPINGS), len(cells), -1, store.num_rows)
+    values = values.reshape(len(DAMPINGS), len(pictures.cells), -1, store.num_rows)
     return np.repeat(values, len(CONCEPTS), 2) if values.shape[2] == 1 else values
 
 
@@ -146,15 +175,16 @@ def choose_damping(values: np.ndarray, relevant: np.ndarray) -> int:
     return int(np.argmax([np.mean([metrics.recall_at_k(v[:, c], relevant[:, c]).mean() for c in range(len(CONCEPTS))]) for v in values]))
 
 
-def tables(corpus: Corpus, groups: dict[str, list[Cell]]) -> dict:
+def tables(corpus: Corpus, groups: dict[str, list[Cell]]) -> tuple[dict, dict[str, float]]:
     """{kind: {group: {concept: {method: summary}}}} and the dampings."""
     cells, names = sum(groups.values(), []), list(groups)
+    pictures = Pictures(corpus, cells)
     bounds = np.cumsum([0, *(len(groups[n]) for n in names)])
     relevant, part = truth(corpus, cells), {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(names)}
     out, dampings = {kind: {g: {c: {} for c in CONCEPTS} for g in ("ood", "id")} for kind in KINDS}, {}
     for name in METHODS:
         for kind in KINDS:
-            values = method_scores(corpus, name, kind, cells)
+            values = method_scores(corpus, name, kind, pictures)
             if name not in dampings:
                 dampings[name] = choose_damping(values[:, part["tune"]], relevant[part["tune"]])
             for group in ("ood", "id"):
@@ -164,7 +194,7 @@ def tables(corpus: Corpus, groups: dict[str, list[Cell]]) -> dict:
                     entry["oracle_recall_at_10"] = round(max(float(metrics.recall_at_k(x, truth_of).mean()) for x in v), 4)
                     out[kind][group][concept][name] = entry
     for kind in KINDS:
-        for name, values in controls.control_scores(corpus, kind, cells).items():
+        for name, values in controls.control_scores(corpus, pictures, kind).items():
             for group in ("ood", "id"):
                 for c, concept in enumerate(CONCEPTS):
                     out[kind][group][concept][name] = summary(values[part[group], c], relevant[part[group], c])

@@ -28,7 +28,7 @@ class TrainSettings:
     edge_weight: float = 0.5
     vae_shift: float = 0.06
     vae_scale: float = 0.08
-    unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(2600, 2600, max_weight=10.0))
+    unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(2250, 2600, max_weight=10.0))
     unet_batch: int = 32
     unet_lr: float = 8e-4
     weight_decay: float = 1e-3
