@@ -81,6 +81,7 @@ def engine_rows(inputs: Inputs):
 def literal_rows(inputs: Inputs):
     """() -> train rows [B, k] by the reference recipe done literally, in its own batches."""
     s = inputs.settings
+    inputs.model.network.to(memory_format=torch.contiguous_format)  # as diffusers loads it
     return lambda: torch.cat([literal_reference.train_rows(inputs.model, x0, cond, inputs.cond_null, layer=s.layer, scale=s.train_guidance_scale,
                                                            proj_dim=s.proj_dim, proj_seed=s.proj_seed)
                               for x0, cond in zip(inputs.x0.split(LITERAL_BATCH), inputs.cond.split(LITERAL_BATCH))])
@@ -101,6 +102,7 @@ def engine_query(inputs: Inputs):
 def literal_query(inputs: Inputs):
     """() -> concept row [1, k] of nine epochs of the reference."""
     s = inputs.settings
+    inputs.model.network.to(memory_format=torch.contiguous_format)
     return lambda: literal_reference.query_row(inputs.model, inputs.x_T, inputs.cond_plus, inputs.cond_minus, inputs.cond_null, layer=s.layer,
                                                draws=LITERAL_DRAWS, scale=s.concept_guidance_scale, eta=s.eta, proj_dim=s.proj_dim,
                                                proj_seed=s.proj_seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -111,6 +112,8 @@ def cross_validate(
         found = judge.predict(images[test])
         right[0, test] = np.array(judge.objects)[found[0]] == objects[test]
         right[1, test] = np.array(judge.styles)[found[1]] == styles[test]
+        shares = right[:, test].mean(1)
+        tqdm.write(f"fold {k + 1}/{folds}: object {shares[0]:.3f}, style {shares[1]:.3f} on unseen art", file=sys.stderr)
     cells = np.unique(np.stack([objects, styles]), axis=1, return_inverse=True)[1].ravel()
     report = {}
     for name, hits in {"object": right[0], "style": right[1], "both": right.all(0)}.items():
