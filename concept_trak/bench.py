@@ -20,7 +20,7 @@ def add_parser(verbs) -> None:
     sub.add_argument("--n", type=int, help="time scoring from disk over N synthetic rows, and nothing else")
     sub.add_argument("--k", type=int, help=f"features of a synthetic row (default {SCORING_SIZE[1]})")
     sub.add_argument("--images", type=int, default=16, help="train images a round (default 16)")
-    sub.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up (default 5)")
+    sub.add_argument("--repeats", type=int, default=3, help="rounds after the warm-up (default 3)")
     sub.add_argument("--workdir", help="folder for the synthetic rows, kept and reused (default: a temporary one)")
     add_setting_flags(sub)
 
