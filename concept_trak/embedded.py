@@ -29,8 +29,9 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     tokenizer.normalizer = template.backend_tokenizer.normalizer
     tokenizer.pre_tokenizer = template.backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Ties between merges go by token number; numbering word ends first keeps the trainer's random word order out of it.
     trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, show_progress=False, end_of_word_suffix="</w>",
-                                  initial_alphabet=alphabet, special_tokens=[])
+                                  initial_alphabet=alphabet, special_tokens=[c + "</w>" for c in alphabet])
     tokenizer.train_from_iterator(sorted(set(captions)), trainer)
     merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
