@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from concept_trak import bench_engine, cli, featurize, literal_reference, query
+from concept_trak import bench, bench_engine, cli, featurize, literal_reference, query
 from concept_trak.errors import UserError
 from concept_trak.gradients import PerSampleVjp
 from concept_trak.projection import make_projection
@@ -69,6 +69,20 @@ def test_scoring_from_disk_ends_with_one_json_object(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["n"], result["k"], result["num_queries"]) == (60, 32, 2) and result["own_row_first"] == 1.0
     assert result["scoring_speedup"] > 0 and result["max_rel_error"] < 1e-4
+
+
+def test_the_whole_benchmark_ends_with_one_json_object_of_the_promised_numbers(monkeypatch, capsys):
+    seconds = {"literal_rows": 8.0, "reference_rows": 4.0, "default_rows": 1.0, "literal_query": 9.0, "reference_query": 18.0, "default_query": 4.0}
+    monkeypatch.setattr(bench_engine, "time_in_turn", lambda cases, images, rounds: {c: [(seconds[c], np.ones((2, 3)), 0.5)] * rounds for c in cases})
+    monkeypatch.setattr(bench, "bench_scores", lambda *_: {"scoring_speedup": 100.0, "peak_rss_gib": 1.0})
+    assert cli.main(["bench", "--repeats=2", "--epochs=2", "--nfe=5", "--f=dsm"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["reference_speedup"], result["default_speedup"], result["scoring_speedup"]) == (2.0, 8.0, 100.0)
+    assert result["query_speedup"] == 1.0  # 9 gradients in 9 s against 2 draws x 9 states in 18 s
+    assert result["default_query_speedup"] == 2.0  # ... against 2 draws x 4 states in 4 s
+    assert result["reference_max_rel_error"] == 0 and result["spread"]["default_speedup"] == [8.0, 8.0]
+    assert set(result["peak_gib"]) == {*seconds, "scoring"} and result["provenance"]["versions"]["torch"]
+    assert result["settings"]["reference"]["f"] == "dps" and result["settings"]["default"]["f"] == "dsm"  # a reference is not to be tuned
 
 
 def test_ratios_are_taken_within_rounds():
