@@ -128,6 +128,13 @@ def train_unet(latents: torch.Tensor, tokens: torch.Tensor, text_encoder, unet, 
     return done
 
 
+def kept_tokenizer(folder: Path, captions: list[str]):
+    """The tokenizer of this run: learned once and kept, since a checkpoint's embeddings mean nothing under other token numbers."""
+    if not (folder / "tokenizer.json").exists():
+        embedded.build_tokenizer(captions).save_pretrained(folder)
+    return embedded.CLIPTokenizer.from_pretrained(folder)
+
+
 def train(dataset, folder: Path, work: Path, settings: TrainSettings) -> None:
     """Train everything from the train split of `dataset`; `folder` receives the pipeline, its settings and loss curves."""
     work.mkdir(parents=True, exist_ok=True)
@@ -135,7 +142,7 @@ def train(dataset, folder: Path, work: Path, settings: TrainSettings) -> None:
     images = to_tensor(rows.images(range(len(rows)), size=embedded.IMAGE_SIZE))
     vae = train_vae(images, settings, work)
     table = caption_table(rows.records)
-    tokenizer = embedded.build_tokenizer([c for captions in table for c in captions])
+    tokenizer = kept_tokenizer(work / "tokenizer", [c for captions in table for c in captions])
     ids = tokenizer([c for captions in table for c in captions], padding="max_length", return_tensors="pt").input_ids
     torch.manual_seed(settings.seed)
     text_encoder, unet = embedded.build_text_encoder(tokenizer), embedded.build_unet()
