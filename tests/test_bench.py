@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from concept_trak import bench, bench_engine, cli, featurize, literal_reference, query
 from concept_trak.errors import UserError
@@ -102,4 +101,3 @@ def test_cases_are_timed_in_turn_in_processes_of_their_own(inputs):
 def test_a_mistake_in_a_timed_process_reaches_the_user(inputs):
     with pytest.raises(UserError, match="no_such_layer"):
         bench_engine.time_in_turn({"default_rows": dataclasses.replace(inputs.settings, layer="no_such_layer")}, 2, 1)
-    assert torch.get_num_threads() == 1
