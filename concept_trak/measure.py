@@ -39,6 +39,16 @@ def resized(pictures: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.LANCZOS)) for p in pictures])
 
 
+def ceilings(corpus: Corpus, judge) -> dict:
+    """What the judge says of every fourth real picture at the model's size, as it is and after the autoencoder: bounds on any UNet."""
+    data, model = corpus.everything, corpus.model
+    rows = range(0, len(data), 4)
+    names = [data.records[i]["object"] for i in rows], [data.records[i]["style"] for i in rows]
+    real = data.images(rows, size=model.image_size)
+    decoded = np.stack([np.asarray(p) for p in model.decode(model.encode_images(real))])
+    return {kind: judge.measure(resized(x, judge.settings.size), *names) for kind, x in (("real", real), ("reconstructed", decoded))}
+
+
 def measure_model(corpus: Corpus) -> dict:
     """Object and style accuracy over `SEEDS` pictures a cell, with 95 % intervals over cells; the last line printed is JSON.
 
@@ -54,7 +64,7 @@ def measure_model(corpus: Corpus) -> dict:
         pictures = np.concatenate([draw(corpus, [data.captions[i] for i in chosen], seed) for seed in range(SEEDS)])
         result[name] = judge.measure(resized(pictures, judge.settings.size), [r["object"] for r in records] * SEEDS,
                                      [r["style"] for r in records] * SEEDS)
-    result |= {"guidance": corpus.settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
+    result |= ceilings(corpus, judge) | {"guidance": corpus.settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
     folder = Path(corpus.settings.results_dir).parent / "model"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "accuracy.json", {**result, "settings": as_dict(corpus.settings), "provenance": provenance()})
