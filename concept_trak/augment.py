@@ -59,7 +59,7 @@ def recolour(x: torch.Tensor, generator: torch.Generator, hue: float = 0.08, sat
     return x + tint * torch.randn(batch, 3, 1, 1, generator=generator)
 
 
-def soften(x: torch.Tensor, generator: torch.Generator, probability: float = 0.5) -> torch.Tensor:
+def soften(x: torch.Tensor, generator: torch.Generator, probability: float = 0.8) -> torch.Tensor:
     """Blur, either by a small binomial kernel (once or twice) or by sampling the batch down and up again."""
     chosen = _chance(x.shape[0], probability, generator)
     side = x.shape[-1]
@@ -75,7 +75,7 @@ def soften(x: torch.Tensor, generator: torch.Generator, probability: float = 0.5
     return x + chosen * (soft - x)
 
 
-def speckle(x: torch.Tensor, generator: torch.Generator, fine: float = 0.03, coarse: float = 0.06) -> torch.Tensor:
+def speckle(x: torch.Tensor, generator: torch.Generator, fine: float = 0.05, coarse: float = 0.15) -> torch.Tensor:
     """Add pixel noise and latent-like blotches: coloured noise on a grid of 4-pixel cells, smoothly enlarged."""
     batch, _, height, width = x.shape
     blotch = torch.randn(batch, 3, height // 4, width // 4, generator=generator)

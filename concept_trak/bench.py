@@ -23,6 +23,7 @@ def add_parser(verbs) -> None:
     sub.add_argument("--repeats", type=int, default=3, help="rounds after the warm-up (default 3)")
     sub.add_argument("--workdir", help="folder for the synthetic rows, kept and reused (default: a temporary one)")
     add_setting_flags(sub)
+    sub.set_defaults(run=bench)
 
 
 def bench_scores(n: int, k: int, num_queries: int, workdir: str | None, max_memory: int) -> dict:

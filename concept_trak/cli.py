@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import os
 import sys
 
@@ -90,6 +92,7 @@ def run_train_judge(settings: Settings, device: str) -> None:
 
 VERBS = {"attribute": run_attribute, "train-grad": run_train_grad, "evaluate": run_evaluate, "train-model": run_train_model,
          "judge-model": run_judge_model, "train-judge": run_train_judge}
+WITH_OWN_FLAGS = ("bench",)  # modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the arguments
 
 
 def add_setting_flags(sub: argparse.ArgumentParser) -> None:
@@ -104,12 +107,19 @@ def parser() -> argparse.ArgumentParser:
     """One sub-command a verb; flags without a default, so that only what the user set overrides the recipe."""
     top = Parser(prog="concept-trak", description="Concept attribution for diffusion models.")
     verbs = top.add_subparsers(dest="verb", required=True)
-    for verb in VERBS:
-        add_setting_flags(verbs.add_parser(verb))
-    from .bench import add_parser
-
-    add_parser(verbs)
+    for verb, run in VERBS.items():
+        sub = verbs.add_parser(verb)
+        add_setting_flags(sub)
+        sub.set_defaults(run=functools.partial(run_with_settings, run))
+    for module in WITH_OWN_FLAGS:
+        importlib.import_module(f".{module}", __package__).add_parser(verbs)
     return top
+
+
+def run_with_settings(run, arguments: argparse.Namespace) -> None:
+    """Call `run` of VERBS with the settings and the device that the flags ask for."""
+    settings = settings_of(arguments)
+    run(settings, pick_device(settings.device, settings.gpu_id))
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -122,13 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0, or 2 with one line on standard error for a UserError."""
     try:
         arguments = parser().parse_args(argv)
-        if arguments.verb == "bench":
-            from .bench import bench
-
-            bench(arguments)
-            return 0
-        settings = settings_of(arguments)
-        VERBS[arguments.verb](settings, pick_device(settings.device, settings.gpu_id))
+        arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """The judge: trained on real pictures, it measures whether a generated picture shows what its caption says.
 
-    L = CE(object head, object) + CE(style head, style), with label smoothing, on pictures under `concept_trak.augment.damage`,
+    L = CE(object head, object) + w CE(style head, style), with label smoothing, on pictures under `concept_trak.augment.damage`,
 
 since it must judge imperfect pictures. Accuracy on art it was not trained on comes from `cross_validate`.
 """
@@ -72,7 +72,8 @@ def _step(judge: Judge, optimizer, x: torch.Tensor, truth: list[torch.Tensor], g
     parts = x.split([cut, len(x) - cut])
     x = torch.cat([change(part, generator) for change, part in zip((damage, warp), parts) if len(part)])
     logits = judge(x.contiguous(memory_format=torch.channels_last))
-    loss = sum(F.cross_entropy(z, y, label_smoothing=judge.settings.label_smoothing) for z, y in zip(logits, truth))
+    entropies = [F.cross_entropy(z, y, label_smoothing=judge.settings.label_smoothing) for z, y in zip(logits, truth)]
+    loss = entropies[0] + judge.settings.style_weight * entropies[1]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -136,7 +137,7 @@ def save_judge(judge: Judge, folder: str | Path, facts: dict) -> None:
 
 
 def load_judge(folder: str | Path) -> Judge:
-    """Read what `save_judge` wrote. Raises UserError if a file is missing or the weights are not those of judge.json."""
+    """Read what `save_judge` wrote. Raises UserError if a file is missing, or the weights fit neither judge.json nor the code."""
     folder = Path(folder)
     for name in ("judge.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -144,9 +145,12 @@ def load_judge(folder: str | Path) -> Judge:
     facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
     if sha256_file(folder / "model.safetensors") != facts["weights_sha256"]:
         raise UserError(f"{folder / 'model.safetensors'} is not what judge.json describes; make the judge again with train-judge")
-    judge = Judge(facts["objects"], facts["styles"], JudgeSettings(**facts["settings"]))
     half = load_file(folder / "model.safetensors")
-    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
+    try:
+        judge = Judge(facts["objects"], facts["styles"], JudgeSettings(**facts["settings"]))
+        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
+    except (TypeError, RuntimeError):  # a setting or a layer that this code does not have
+        raise UserError(f"the judge at {folder} was made by another version of the code; make it again with train-judge") from None
     return judge.eval()
 
 

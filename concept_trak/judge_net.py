@@ -1,11 +1,12 @@
 """The judge's network: a small CNN that names the object and the art style of a picture.
 
     object = argmax softmax(W_o dropout(h_4))
-    style  = argmax softmax(W_s dropout(batchnorm([p, m_1, s_1, m_2, s_2, m_3, s_3])))
+    style  = argmax softmax(MLP([p, m_1, s_1, u_1, m_2, s_2, u_2, m_3, s_3, u_3]))
 
 h_4 is the last stage's map with its 3 x 3 places kept: what a drawing shows is a matter of where things are. Style is not:
-its head sees only place-free statistics, mean m_l and standard deviation s_l of the channels of stage l (as in AdaIN,
-Huang & Belongie 2017), and p, the mean over pixels of a per-pixel network: a learned soft palette.
+its head sees only place-free statistics, mean m_l, standard deviation s_l (as in AdaIN, Huang & Belongie 2017) and maximum u_l
+of the channels of stage l, and p, the mean over pixels of a per-pixel network: a learned soft palette. With h_4 in its sight
+it learns the drawings by heart and names the style of new ones worse (0.61 against 0.71 in one fold of cross-validation).
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ class JudgeSettings:
     size: int = 64  # side of the pictures it takes, pixels
     inner_size: int = 48  # side at which it looks at them; a multiple of 16
     width: int = 32  # channels of the first of four stages; each has twice those of the one before
-    dropout: float = 0.2
-    epochs: int = 60
+    hidden: int = 256  # units of the style head's hidden layer
+    dropout: float = 0.1
+    epochs: int = 100
     fold_epochs: int = 30  # of each fold of the cross-validation
     batch: int = 32
     lr: float = 3e-3
     weight_decay: float = 0.05
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.05
+    style_weight: float = 2.0  # of the style's cross-entropy against the object's: style is the slower to learn
     damage_share: float = 0.5  # share of a batch under full damage; the rest is only shifted, zoomed, turned and mirrored
 
 
@@ -68,10 +71,12 @@ class Judge(nn.Module):
         # The first stage holds half of all pixels but none of the shapes: one convolution is enough there.
         deeper = [nn.Sequential(_conv(a, b, 3, 2), Residual(b)) for a, b in zip(c, c[1:])]
         self.stages = nn.ModuleList([_conv(3, c[0], 5, 2), *deeper])
-        pooled = 64 + 2 * sum(c[:3])
-        drop = self.settings.dropout
+        pooled, hidden, drop = 64 + 3 * sum(c[:3]), self.settings.hidden, self.settings.dropout
         self.object_head = nn.Sequential(nn.Dropout(drop), nn.Linear(9 * c[3], len(self.objects)))
-        self.style_head = nn.Sequential(nn.BatchNorm1d(pooled), nn.Dropout(drop), nn.Linear(pooled, len(self.styles)))
+        self.style_head = nn.Sequential(
+            nn.BatchNorm1d(pooled), nn.Dropout(drop), nn.Linear(pooled, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Dropout(drop), nn.Linear(hidden, len(self.styles)),
+        )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [B, 3, inner_size, inner_size] in [0, 1]. Returns logits [B, objects], [B, styles]."""
@@ -81,7 +86,7 @@ class Judge(nn.Module):
         for index, stage in enumerate(self.stages):
             x = stage(x)
             if index < 3:
-                statistics += [x.mean((2, 3)), x.std((2, 3))]
+                statistics += [x.mean((2, 3)), x.std((2, 3)), x.amax((2, 3))]
         return self.object_head(F.adaptive_avg_pool2d(x, 3).flatten(1)), self.style_head(torch.cat(statistics, 1))
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""Train the embedded pipeline from the train split: autoencoder, cached latents, text encoder + UNet, saved pipeline.
+"""Train the embedded pipeline from the train split: autoencoder, its decoder once more, cached latents, text encoder + UNet, saved pipeline.
 
-Everything that chance decides is seeded; every phase resumes from `<work>/{vae,unet}.safetensors`.
+Everything that chance decides is seeded; every phase resumes from `<work>/{vae,decoder,unet}.safetensors`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import embedded
-from .training import Ema, Phase, jitter, phase_of, run_training, step_generator, vae_loss
+from .training import Ema, Phase, jitter, phase_of, picture_loss, run_training, step_generator, vae_loss
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,18 @@ class TrainSettings:
     """Hyper-parameters of the embedded model; written next to the weights."""
 
     seed: int = 0
-    vae_phases: tuple[Phase, ...] = (Phase(1500, 1500), Phase(900, 900))
+    vae_phases: tuple[Phase, ...] = (Phase(1500, 1500), Phase(900, 900), Phase(6000, 6000, peak=0.6))
     vae_batch: int = 8
     vae_lr: float = 2e-3
     kl_weight: float = 2e-4
     edge_weight: float = 0.5
     vae_shift: float = 0.06
     vae_scale: float = 0.08
-    unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(2250, 2600, max_weight=10.0))
+    decoder_phases: tuple[Phase, ...] = (Phase(4000, 4000),)
+    decoder_batch: int = 16
+    decoder_lr: float = 1.5e-3
+    decoder_noise: float = 0.03  # added to the latents, in their own standard deviations: the UNet's are not exact either
+    unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(2250, 2600, max_weight=10.0), Phase(20000, 20000, max_weight=10.0, peak=0.8))
     unet_batch: int = 32
     unet_lr: float = 8e-4
     weight_decay: float = 1e-3
@@ -66,6 +70,27 @@ def train_vae(images: torch.Tensor, settings: TrainSettings, work: Path):
         scale = torch.cat([vae.encode(b).latent_dist.mean for b in images.split(64)]).std().item()
     vae.register_to_config(scaling_factor=1 / scale)
     return vae
+
+
+def refine_decoder(vae, images: torch.Tensor, settings: TrainSettings, work: Path) -> None:
+    """Train the decoder on with the encoder frozen: the latents, and so the UNet, stay as they are while pictures get sharper."""
+    decoder = {k: p for k, p in vae.named_parameters() if k.startswith(("decoder.", "post_quant_conv."))}
+    noise = settings.decoder_noise / vae.config.scaling_factor
+
+    def loss(step):
+        g = step_generator(settings.seed + 3, step)
+        batch = images[torch.randint(len(images), (settings.decoder_batch,), generator=g)]
+        batch = jitter(batch, g, settings.vae_shift, settings.vae_scale, 0.5)
+        with torch.no_grad():
+            z = vae.encode(batch).latent_dist.mean
+        return picture_loss(vae.decode(z + noise * torch.randn(z.shape, generator=g)).sample, batch, settings.edge_weight)
+
+    for p in decoder.values():
+        p.requires_grad_(True)
+    ema, _ = run_training(decoder, loss, phases=settings.decoder_phases, lr=settings.decoder_lr, warmup=100, weight_decay=0.0,
+                          ema_decay=0.995, checkpoint=work / "decoder.safetensors", save_every=200, desc="decoder", log=work / "decoder.jsonl")
+    load_ema(decoder, ema)
+    vae.requires_grad_(False)
 
 
 def load_ema(params: dict[str, torch.nn.Parameter], ema: Ema) -> None:
@@ -141,6 +166,7 @@ def train(dataset, folder: Path, work: Path, settings: TrainSettings) -> None:
     rows = dataset.split("train")
     images = to_tensor(rows.images(range(len(rows)), size=embedded.IMAGE_SIZE))
     vae = train_vae(images, settings, work)
+    refine_decoder(vae, images, settings, work)
     table = caption_table(rows.records)
     tokenizer = kept_tokenizer(work / "tokenizer", [c for captions in table for c in captions])
     ids = tokenizer([c for captions in table for c in captions], padding="max_length", return_tensors="pt").input_ids
@@ -149,5 +175,5 @@ def train(dataset, folder: Path, work: Path, settings: TrainSettings) -> None:
     latents = encode_latents(vae, images, settings)
     done = train_unet(latents, ids.view(len(rows), 4, -1), text_encoder, unet, settings, work)
     embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
-    curves = {name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()] for name in ("vae", "unet")}
+    curves = {name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()] for name in ("vae", "decoder", "unet")}
     (folder / "training.json").write_text(json.dumps({"settings": asdict(settings), "steps": done, "curves": curves}, indent=0))

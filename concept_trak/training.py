@@ -111,6 +111,7 @@ class Phase:
     steps: int
     length: int
     max_weight: float = 1.0  # bound of the loss weight min(1 / abar_t, max_weight)
+    peak: float = 1.0  # learning rate at its start, as a fraction of the run's
 
 
 def phase_of(step: int, phases: tuple[Phase, ...]) -> tuple[Phase, int]:
@@ -124,9 +125,9 @@ def phase_of(step: int, phases: tuple[Phase, ...]) -> tuple[Phase, int]:
 
 
 def learning_rate(step: int, phases: tuple[Phase, ...], warmup: int) -> float:
-    """Fraction of the peak rate: linear warm-up, then in every phase a cosine from 1 towards 0.05."""
+    """Fraction of the run's rate: linear warm-up, then in every phase a cosine from its peak towards a twentieth of it."""
     phase, start = phase_of(step, phases)
-    return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - start) / phase.length)))
+    return min(1.0, (step + 1) / warmup) * phase.peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - start) / phase.length)))
 
 
 def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, phases: tuple[Phase, ...], lr: float, warmup: int, weight_decay: float,
@@ -174,14 +175,18 @@ def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, phases:
     return ema, done
 
 
+def picture_loss(recon: torch.Tensor, images: torch.Tensor, edge_weight: float) -> torch.Tensor:
+    """What the autoencoder's pictures lack, [B, 3, H, W] in [-1, 1] each; module docstring, without the KL term."""
+    error = recon - images
+    # Colour gets a squared term of its own: most pixels are grey, so an L1 median stays grey for thousands of steps.
+    chroma = error - error.mean(1, keepdim=True)
+    return error.abs().mean() + 10 * chroma.square().mean() + edge_weight * edge_loss(recon, images)
+
+
 def vae_loss(vae, images: torch.Tensor, generator: torch.Generator, kl_weight: float, edge_weight: float) -> torch.Tensor:
     """Autoencoder objective of the module docstring. images: [B, 3, H, W] in [-1, 1]."""
     posterior = vae.encode(images).latent_dist
     mean, logvar = posterior.mean, posterior.logvar
     z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-    recon = vae.decode(z).sample
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    error = recon - images
-    # Colour gets a squared term of its own: most pixels are grey, so an L1 median stays grey for thousands of steps.
-    chroma = error - error.mean(1, keepdim=True)
-    return error.abs().mean() + 10 * chroma.square().mean() + edge_weight * edge_loss(recon, images) + kl_weight * kl
+    return picture_loss(vae.decode(z).sample, images, edge_weight) + kl_weight * kl

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from concept_trak import augment
 from concept_trak.datasets.folder import load_folder
@@ -54,6 +55,15 @@ def test_judge_names_the_real_pictures(judge, sample):
     assert found["object"]["accuracy"] >= 0.97
     # Flat colour styles are close relatives: judge.json records 0.92 on all 1,024 pictures, which bounds what it can measure.
     assert found["style"]["accuracy"] >= 0.88
+
+
+def test_judge_names_pictures_enlarged_from_half_the_size(judge, dataset, sample):
+    """The size at which the embedded model draws."""
+    half = dataset.subset(range(0, len(dataset), 5))
+    small = [Image.fromarray(p).resize((64, 64), Image.Resampling.LANCZOS) for p in half.images(range(len(half)), 32)]
+    found = judge.measure(np.stack([np.asarray(p) for p in small]), *sample[1:])
+    assert found["object"]["accuracy"] >= 0.97
+    assert found["style"]["accuracy"] >= 0.95
 
 
 def test_judge_is_tolerant_of_shifts(judge, sample):
@@ -173,6 +183,14 @@ def test_missing_or_foreign_weights_are_refused(tmp_path):
     save_judge(Judge(["cat"], ["blob"], TINY), tmp_path, {})
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-2] + b"xx")
     with pytest.raises(UserError, match="not what judge.json describes"):
+        load_judge(tmp_path)
+
+
+def test_judge_of_another_architecture_is_refused(tmp_path):
+    judge = Judge(["cat"], ["blob"], TINY)
+    judge.style_head = torch.nn.Linear(3, 1)
+    save_judge(judge, tmp_path, {})
+    with pytest.raises(UserError, match="another version"):
         load_judge(tmp_path)
 
 
