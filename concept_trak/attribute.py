@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from . import fisher, prompts, query, scores
+from .cache import cached_array
+from .corpus import Corpus
 from .datasets import emoji
 from .diffusion import ddim_sample
-from .errors import UserError
-from .files import sha256_file, write_json
+from .files import write_json
 from .report import ConceptResult, write_report, write_results
 from .settings import DAMPINGS, Settings, as_dict, digest, provenance
-from .train_grad import Corpus, folder_name, open_store
+from .train_grad import folder_name, open_store
 
 
 @dataclass
@@ -62,26 +62,13 @@ def gradient_identity(corpus: Corpus, contrast: tuple[str, str]) -> dict:
     s = corpus.settings
     keys = ("prompt", "seed", "scope", "layer", "nfe", "normalize", "concept_guidance_scale", "gen_guidance_scale", "gen_num_inference_steps",
             "negative_prompt", "eta", "epochs", "batch_size", "dtype", "recipe")
-    return {"contrast": list(contrast), "model": corpus.model.weight_hash(), "projection": corpus.projection.describe(),
-            "device": corpus.device, "torch": torch.__version__, **{k: getattr(s, k) for k in keys}}
+    return {**model_identity(corpus), "contrast": list(contrast), **{k: getattr(s, k) for k in keys}}
 
 
-def cached_row(folder: Path, identity: dict, force: bool, compute) -> np.ndarray:
-    """concept_grad.npy of `folder` if concept_grad.json says that it was made from `identity`; else compute and keep it."""
-    path, record = folder / "concept_grad.npy", folder / "concept_grad.json"
-    if not force and path.exists() and record.exists():
-        known = json.loads(record.read_text())
-        if known.get("identity") == identity and known.get("sha256") == sha256_file(path):
-            return np.load(path, allow_pickle=False)
-    row = compute().astype(np.float32)
-    if not np.isfinite(row).all():
-        raise UserError("the concept gradient is NaN or infinite; use DTYPE=fp32")
-    record.unlink(missing_ok=True)
-    part = path.with_name("concept_grad.part.npy")
-    np.save(part, row)
-    part.replace(path)
-    write_json(record, {"identity": identity, "sha256": sha256_file(path)})
-    return row
+def model_identity(corpus: Corpus) -> dict:
+    """What a query gradient depends on beside its question."""
+    return {"model": corpus.model.weight_hash(), "tokens": corpus.model.tokens, "projection": corpus.projection.describe(),
+            "device": corpus.device, "torch": torch.__version__}
 
 
 def check_words(corpus: Corpus, prompt: str, targets: list[str]) -> list[np.ndarray | None]:
@@ -133,8 +120,8 @@ def attribute(corpus: Corpus) -> Path:
         plus, minus = contrast
         save_query(folder, asked, {"prompt": s.prompt, "target": target, "plus": plus, "negative": minus, "settings": as_dict(s), "provenance": made})
         print(f"{target!r}: {plus!r} against {minus!r}")
-        rows.append(cached_row(folder, gradient_identity(corpus, contrast), s.force_recompute_concept_grad,
-                               functools.partial(concept_row, corpus, asked, plus, minus)))
+        rows.append(cached_array(folder / "concept_grad.npy", gradient_identity(corpus, contrast),
+                                 functools.partial(concept_row, corpus, asked, plus, minus), s.force_recompute_concept_grad))
     memory = parse_memory(s.max_memory)
     solved = fisher.precondition(store, np.concatenate(rows), DAMPINGS, memory, device=corpus.device)
     values = scores.scores(store, solved, max_memory=memory, device=corpus.device)

@@ -45,13 +45,18 @@ def pick_device(device: str, gpu_id: str) -> str:
 
 def run_attribute(settings: Settings, device: str) -> None:
     from .attribute import attribute
-    from .train_grad import Corpus
+    from .corpus import Corpus
 
     print(f"report: {os.path.relpath(attribute(Corpus(settings, device)))}")
 
 
 def run_train_grad(settings: Settings, device: str) -> None:
-    from .train_grad import Corpus, train_grad
+    if settings.gpu_ids:
+        from .launch import launch_shards
+
+        return launch_shards(settings)
+    from .corpus import Corpus
+    from .train_grad import train_grad
 
     store = train_grad(Corpus(settings, device))
     print(f"{os.path.relpath(store.folder)}: {store.num_rows} rows of {store.dim}, shards left: {len(store.pending())}")
@@ -59,7 +64,7 @@ def run_train_grad(settings: Settings, device: str) -> None:
 
 def run_evaluate(settings: Settings, device: str) -> None:
     from .evaluate import evaluate
-    from .train_grad import Corpus
+    from .corpus import Corpus
 
     evaluate(Corpus(settings, device))
 
@@ -78,9 +83,47 @@ def run_train_model(settings: Settings, device: str) -> None:
 
 def run_judge_model(settings: Settings, device: str) -> None:
     from .measure import measure_model
-    from .train_grad import Corpus
+    from .corpus import Corpus
 
     measure_model(Corpus(settings, device))
+
+
+def run_prepare(settings: Settings, device: str) -> None:
+    from .prepare import prepare
+
+    print(f"encoded: {os.path.relpath(prepare(settings, device))}")
+
+
+def run_bench_sd14(settings: Settings, device: str) -> None:
+    from .bench_sd14 import bench_sd14
+
+    bench_sd14(settings, device)
+
+
+def run_task_grad(settings: Settings, device: str) -> None:
+    from .tasks import run_rows
+
+    run_rows(settings, device, "exemplar")
+
+
+def run_test_grad(settings: Settings, device: str) -> None:
+    from .tasks import run_rows
+
+    run_rows(settings, device, "query")
+
+
+def run_evaluate_tasks(settings: Settings, device: str) -> None:
+    from .tasks import evaluate_tasks
+
+    evaluate_tasks(settings, device)
+
+
+def run_make_tasks(settings: Settings, device: str) -> None:
+    from pathlib import Path
+
+    from .datasets.tasks import write_tasks
+
+    print(f"{os.path.relpath(settings.task_json)}: {write_tasks(Path(settings.data_dir), Path(settings.task_json))} tasks")
 
 
 def run_train_judge(settings: Settings, device: str) -> None:
@@ -91,8 +134,9 @@ def run_train_judge(settings: Settings, device: str) -> None:
 
 
 VERBS = {"attribute": run_attribute, "train-grad": run_train_grad, "evaluate": run_evaluate, "train-model": run_train_model,
-         "judge-model": run_judge_model, "train-judge": run_train_judge}
-WITH_OWN_FLAGS = ("bench",)  # modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the arguments
+         "judge-model": run_judge_model, "train-judge": run_train_judge, "task-grad": run_task_grad, "test-grad": run_test_grad,
+         "evaluate-tasks": run_evaluate_tasks, "make-tasks": run_make_tasks, "prepare": run_prepare, "bench-sd14": run_bench_sd14}
+WITH_OWN_FLAGS = ("bench", "train_token", "download")  # modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the arguments
 
 
 def add_setting_flags(sub: argparse.ArgumentParser) -> None:
@@ -119,7 +163,10 @@ def parser() -> argparse.ArgumentParser:
 def run_with_settings(run, arguments: argparse.Namespace) -> None:
     """Call `run` of VERBS with the settings and the device that the flags ask for."""
     settings = settings_of(arguments)
-    run(settings, pick_device(settings.device, settings.gpu_id))
+    if settings.gpu_ids:  # the processes that are started will each pick their own
+        return run(settings, "")
+    device = pick_device(settings.device, settings.gpu_id)
+    run(settings.on(device), device)
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

@@ -27,7 +27,8 @@ from .methods import METHODS, settings_for
 from .prompts import contrasts
 from .settings import DAMPINGS, as_dict, digest, provenance
 from .store import Store
-from .train_grad import Corpus, dsm_losses, folder_name, open_store, train_grad
+from .corpus import Corpus
+from .train_grad import dsm_losses, identity, open_store, train_grad
 
 CONCEPTS = ("object", "style")
 KINDS = ("generated", "real")
@@ -125,10 +126,10 @@ class QueryRows:
     def load(self) -> np.ndarray:
         """[cells, per_cell, k], computing what is missing."""
         s = self.s
-        identity = {"method": self.name, "kind": self.kind, "cells": [c.caption for c in self.cells], "corpus": self.corpus.identity,
+        made_from = {"method": self.name, "kind": self.kind, "cells": [c.caption for c in self.cells], "corpus": identity(self.corpus),
                     "states": dataclasses.asdict(self.states()), "form": s.query_form, "gen": [s.gen_guidance_scale, s.gen_num_inference_steps, s.seed]}
-        folder = Path(s.grad_dir) / f"queries-{self.name}-{self.kind}-{digest(identity)}"
-        store = Store.create(folder, len(self.cells) * self.per_cell, self.corpus.projection.proj_dim, 1, "float32", identity)
+        folder = Path(s.grad_dir) / f"queries-{self.name}-{self.kind}-{digest(made_from)}"
+        store = Store.create(folder, len(self.cells) * self.per_cell, self.corpus.projection.proj_dim, 1, "float32", made_from)
         for cell in tqdm(range(store.resume_row(0) // self.per_cell, len(self.cells)), desc=f"queries {self.name} {self.kind}"):
             store.append(0, self.compute(cell), cell * self.per_cell)
         store.finish(0)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from .judge import load_judge
 from .settings import ROOT, as_dict, provenance
-from .train_grad import Corpus
+from .corpus import Corpus
 
 SEEDS = 4
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from .errors import UserError
+from .pipelines import load_lora, open_pipeline
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,21 +32,31 @@ class Denoiser:
 
     def eps(self, x_t: torch.Tensor, t: int, cond: torch.Tensor) -> torch.Tensor:
         """eps_hat [B, C, H, W] at the common timestep t for conditions [B, T, d] (any batch-first form the network takes)."""
-        out = self._call(self.network, x_t, torch.full((len(x_t),), t, device=x_t.device), cond)
+        out = self.output(x_t, torch.full((len(x_t),), t, device=x_t.device), cond)
         if self.prediction == "epsilon":
             return out
         a = float(self.alpha_bar[t])
         return a**0.5 * out + (1 - a) ** 0.5 * x_t
 
+    def output(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """What the network itself predicts, eps or v [B, C, H, W], at a timestep of its own for each sample (t [B], on x_t's device)."""
+        return self._call(self.network, x_t, t, cond)
+
 
 class TextToImage(Denoiser):
-    """A Stable Diffusion 1.x/2.x pipeline (folder or hub id) as a Denoiser with text and image encoders."""
+    """A Stable Diffusion 1.x/2.x pipeline (folder or hub id) as a Denoiser with text and image encoders.
+
+    Its identity has two parts: `weight_hash()`, the model as loaded, decides whether train gradients are still valid; `tokens`
+    ({token: sha256 of its embedding}), words added since, only matter to what was made from a prompt that holds them.
+    """
 
     def __init__(self, pipe, source: str):
         cfg = pipe.unet.config
         super().__init__(pipe.unet, pipe.scheduler.alphas_cumprod, (cfg.in_channels, cfg.sample_size, cfg.sample_size),
                          prediction=pipe.scheduler.config.prediction_type)
         self.pipe, self.source = pipe, source
+        self.tokens: dict[str, str] = {}
+        self._weight_hash: str | None = None
         self.image_size = cfg.sample_size * pipe.vae_scale_factor
 
     @torch.no_grad()
@@ -70,43 +78,67 @@ class TextToImage(Denoiser):
         pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p) for p in pixels]
 
+    @torch.no_grad()
+    def add_token(self, token: str, embedding: torch.Tensor) -> int:
+        """Make `token` a word with this embedding [d], and return its number; a token added before gets the new embedding.
+
+        Nothing else changes: not `weight_hash()`, and not the encoding of a prompt without the token. UserError when the embedding
+        has another width or is not finite, or when the token is a word of the model already.
+        """
+        self.weight_hash()  # of the model without its tokens
+        tokenizer, table = self.pipe.tokenizer, self.pipe.text_encoder.get_input_embeddings()
+        row, width = embedding.detach().float().cpu(), table.weight.shape[1]
+        if row.shape != (width,):
+            raise UserError(f"the embedding of {token} has shape {list(row.shape)}, but this text encoder's have [{width}]; it is of another model")
+        if not row.isfinite().all():
+            raise UserError(f"the embedding of {token} is NaN or infinite; train it again")
+        if type(table) is not nn.Embedding:
+            raise UserError(f"the text encoder's word table is a {type(table).__name__}; use a LoRA that leaves token_embedding alone")
+        if token not in self.tokens:
+            if not token or token in tokenizer.get_vocab():
+                raise UserError(f"{token!r} is a word of this model already; choose another token")
+            tokenizer.add_tokens([token])
+        number = tokenizer.convert_tokens_to_ids(token)
+        if number >= table.num_embeddings:  # not resize_token_embeddings, which draws the new row from a fit to all others first
+            grown = torch.cat([table.weight, table.weight.new_zeros(number + 1 - table.num_embeddings, width)])
+            table = nn.Embedding.from_pretrained(grown, freeze=True)
+            self.pipe.text_encoder.set_input_embeddings(table)
+            self.pipe.text_encoder.config.vocab_size = len(grown)
+        table.weight[number] = row.to(table.weight)
+        self.tokens[token] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+        return number
+
     def weight_hash(self) -> str:
-        """sha256 over every component's weights (names, shapes, fp16 bytes): the same for one model loaded in any dtype."""
-        digest = hashlib.sha256()
-        for part in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
-            for name, tensor in sorted(part.state_dict().items()):
-                digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                value = tensor.detach().cpu()
-                digest.update((value.half() if value.is_floating_point() else value).numpy().tobytes())
-        return digest.hexdigest()
+        """sha256 over every component's weights (names, shapes, fp16 bytes) and LoRA scales: the same for a model loaded in any dtype.
+
+        Computed once an instance, since its weights are frozen, and before the first `add_token`: added words do not enter.
+        """
+        if self._weight_hash is None:
+            digest = hashlib.sha256()
+            for part in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
+                for name, tensor in sorted(part.state_dict().items()):
+                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                    value = tensor.detach().cpu()
+                    digest.update((value.half() if value.is_floating_point() else value).numpy().tobytes())
+                for name, module in part.named_modules():
+                    if isinstance(getattr(module, "scaling", None), dict):  # a LoRA's alpha / rank is not among the tensors
+                        digest.update(f"{name}{sorted(module.scaling.items())}".encode())
+            self._weight_hash = digest.hexdigest()
+        return self._weight_hash
 
 
-def load_pipeline(source: str, device: str = "cpu", dtype: str = "fp32") -> TextToImage:
-    """Load a diffusers Stable Diffusion 1.x/2.x pipeline from a folder or the hub, safetensors only.
+def load_pipeline(source: str, device: str = "cpu", dtype: str = "fp32", lora_path: str = "") -> TextToImage:
+    """Load a Stable Diffusion 1.x/2.x pipeline (eps- or v-prediction) from a folder or the hub, with a LoRA if given; safetensors only.
 
-    UserError when the folder is missing or is not such a pipeline.
+    UserError as `pipelines.open_pipeline` and `pipelines.load_lora` raise it, or for an unknown dtype.
     """
-    from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
 
     if dtype not in DTYPES:
         raise UserError(f"DTYPE={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    local = os.sep in source or source.startswith(".") or Path(source).exists()
-    if local and "/" in source and not Path(source).exists() and source.count("/") == 1 and not source.startswith((".", "/")):
-        local = False  # owner/name: a hub id
-    if local and not (Path(source) / "model_index.json").exists():
-        raise UserError(f"{source} is not a diffusers pipeline folder (no model_index.json); give SD_MODEL_PATH a folder or a hub id")
-    logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer releases prefer `dtype`, which older ones do not know
-            pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=DTYPES[dtype], safety_checker=None, use_safetensors=True,
-                                                           requires_safety_checker=False)
-    except (OSError, ValueError, EnvironmentError) as error:
-        raise UserError(f"cannot load the pipeline {source}: {str(error).splitlines()[0]}; check SD_MODEL_PATH") from error
+    pipe = open_pipeline(source, DTYPES[dtype])
+    if lora_path:
+        load_lora(pipe, lora_path)
     pipe.to(device)
     if torch.device(device).type == "cpu":
         # On the CPU the fused attention's backward is several times slower than the plain one at these sizes.

@@ -3,14 +3,14 @@
 | kind | entries of R | E[||x R||^2] | origin of the numbers |
 |---|---|---|---|
 | identity | I | ||x||^2 | |
-| random_mask | k unit columns | (k/P) ||x||^2 | dattri 0.3.0 on CPU: sort(randperm(P)[:k]) |
+| random_mask | k unit columns | (k/P) ||x||^2 | dattri 0.3.0: sort(randperm(P)[:k]), on CPU or as a named GPU draws it |
 | normal, rademacher | N(0,1)/sqrt(k), +-1/sqrt(k) | ||x||^2 | dattri 0.3.0 on CPU: 100 columns a seed, seed + 1000 a block |
 | trak_normal, trak_rademacher | N(0,1), +-1 | k ||x||^2 | trak's BasicProjector: the same blocks without the scale |
 | sjlt | `nonzeros` entries +-1/sqrt(nonzeros) a row | ||x||^2 | own: word p of a Philox4x64 stream for coordinate p |
 | grass | random_mask to 4k, then sjlt to k | (4k/P) ||x||^2 | as above |
 
 Every number is drawn on the CPU and then moved, so a seed means the same on every device. (dattri on CUDA draws other numbers,
-and its masks even depend on the GPU model.) Sources: sjlt: Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block
+and its masks even depend on the GPU model: `mask` names the one to rebuild, see gpu_mask.py.) Sources: sjlt: Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block
 construction); grass: Hu et al. 2025, "GraSS"; dense kinds: Park et al. 2023, "TRAK".
 """
 
@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from concept_trak.errors import UserError
+from concept_trak.gpu_mask import generator_name, gpu_mask
 
 COLUMN_BLOCK = 100  # columns drawn from one seed: the block size of dattri and trak, part of what their seed means
 DENSE_CACHE_BYTES = 2**30  # a dense R up to this size is kept; a larger one is redrawn at every call
 DENSE_MAX_ENTRIES = 2**34  # beyond this a dense R takes minutes to draw for every batch
 SCATTER_COORDINATES = 2**14  # coordinates signed and scattered at a time: 32 samples of them stay in cache
+CPU_GENERATOR = "torch mt19937 (CPU)"
 GRASS_MULTIPLIER = 4  # width of the intermediate mask in multiples of k, as in dattri
 
 
@@ -62,13 +64,16 @@ class Identity(Projection):
 
 
 class RandomMask(Projection):
-    """Keeps k fixed coordinates, unscaled. `indices`: sorted LongTensor [k]."""
+    """Keeps k fixed coordinates, unscaled. `indices`: sorted LongTensor [k]; `mask`: "portable" or a key of gpu_mask.GPUS."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, mask="portable"):
         super().__init__(*args)
-        generator = torch.Generator().manual_seed(self.seed)
-        kept = torch.randperm(self.input_dim, generator=generator)[: self.proj_dim]
-        self._cpu_indices = kept.sort().values
+        self.mask = mask
+        if mask == "portable":
+            generator = torch.Generator().manual_seed(self.seed)
+            self._cpu_indices = torch.randperm(self.input_dim, generator=generator)[: self.proj_dim].sort().values
+        else:
+            self._cpu_indices = torch.from_numpy(gpu_mask(mask, self.input_dim, self.proj_dim, self.seed).copy())
         self.indices = self._cpu_indices.to(self.device)
 
     def within(self, offset, length):
@@ -87,7 +92,8 @@ class RandomMask(Projection):
 
     def describe(self):
         digest = hashlib.sha256(self._cpu_indices.numpy().astype("<i8").tobytes()).hexdigest()
-        return {**super().describe(), "generator": "torch mt19937 (CPU)", "indices_sha256": digest}
+        generator = CPU_GENERATOR if self.mask == "portable" else generator_name(self.mask, self.input_dim)
+        return {**super().describe(), "generator": generator, "indices_sha256": digest}
 
 
 class Dense(Projection):
@@ -132,7 +138,7 @@ class Dense(Projection):
             out[:, start : start + rows.shape[1]].add_(grads @ rows, alpha=self._scale)
 
     def describe(self):
-        return {**super().describe(), "generator": "torch mt19937 (CPU)", "column_block": COLUMN_BLOCK, "scale": self._scale}
+        return {**super().describe(), "generator": CPU_GENERATOR, "column_block": COLUMN_BLOCK, "scale": self._scale}
 
 
 class SparseJL(Projection):
@@ -208,12 +214,15 @@ KINDS = {
 }
 
 
-def make_projection(kind, input_dim, proj_dim, seed, device="cpu", **options):
+def make_projection(kind, input_dim, proj_dim, seed, device="cpu", mask="portable", **options):
     """The projection of `kind` (a key of KINDS) from input_dim = P to proj_dim = k.
 
+    mask (random_mask only): "portable" or "auto", the CPU's generator, or the GPU (a key of gpu_mask.GPUS) whose draw to rebuild.
     options: `nonzeros` (sjlt, grass), features each coordinate is added to; more lowers the variance at proportional cost.
-    Raises UserError for an unknown kind, a mask wider than P, or identity with proj_dim other than P (0 or None means P).
+    Raises UserError for an unknown kind or mask, a GPU's mask for another kind, a mask wider than P, or identity with proj_dim other
+    than P (0 or None means P).
     """
+    mask = "portable" if mask == "auto" else mask
     if kind not in KINDS:
         raise UserError(f"unknown projection {kind!r}: choose one of {', '.join(KINDS)}")
     if kind == "identity":
@@ -224,4 +233,8 @@ def make_projection(kind, input_dim, proj_dim, seed, device="cpu", **options):
         raise UserError(f"proj_dim must be at least 1, not {proj_dim}")
     if kind == "random_mask" and proj_dim > input_dim:
         raise UserError(f"random_mask cannot keep {proj_dim} of {input_dim} coordinates: lower proj_dim")
+    if kind == "random_mask":
+        options["mask"] = mask
+    elif mask != "portable":
+        raise UserError(f"projection {kind} has no mask of a GPU: leave the mask {mask!r} out, or use random_mask")
     return KINDS[kind](kind, input_dim, proj_dim, seed, device, **options)

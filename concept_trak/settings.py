@@ -43,6 +43,7 @@ class Settings:
     proj_type: str = "grass"
     proj_dim: int = 4096
     proj_seed: int = 0
+    proj_mask: str = "auto"  # of random_mask: portable, a GPU whose mask to rebuild, or auto: that of the store, portable for a new one
     # the query
     query_form: str = "slider"  # c+ and c-: slider (prompt, prompt without target), cfg (prompt, ""), concept (the target's words, "")
     concept_guidance_scale: float = 1.0  # of the query's trajectories
@@ -57,40 +58,60 @@ class Settings:
     max_memory: str = "6GB"  # bound on the working memory of scoring
     # running
     sd_model_path: str = "CompVis/stable-diffusion-v1-4"
+    lora_path: str = ""  # weights on top of the model
     data_dir: str = str(ROOT / "data/abc")
+    source_dir: str = ""  # prepare: pictures and captions to encode into data_dir
+    num_train: int = 0  # the first so many encoded pictures; 0: all
     grad_dir: str = str(ROOT / "experiments/abc/results/grads")
     results_dir: str = str(ROOT / "experiments/abc/results/qual")
     num_split: int = 16
     shards: str = ""  # "3,7-9"; empty: all
     batch_size: int = 16
-    dtype: str = "fp32"
+    dtype: str = "auto"  # auto: fp16 on a GPU, fp32 on the CPU
     store_dtype: str = "float16"
     device: str = ""  # empty: GPU `gpu_id`, or the first GPU, or the CPU
     gpu_id: str = ""
+    gpu_ids: str = ""  # train-grad: one process on each, e.g. "0 1 2 3"
     force_recompute_concept_grad: bool = False
     num_queries: int = 0  # evaluate: 0 is all
+    # tasks of AbC
+    task_idx: str = "0"  # "0", "0-47", "3,7-9"
+    task_json: str = str(ROOT / "experiments/abc/configs/all_tasks.json")
+    ti_model_path: str = ""  # folder of the token's embedding; empty: where the release or run_ti.sh puts it
+    ti_weight_name: str = "new1.bin"
+
+    def on(self, device: str) -> Settings:
+        """The settings with DTYPE=auto decided for a device, "cpu" or "cuda:0"."""
+        return dataclasses.replace(self, dtype="fp32" if device == "cpu" else "fp16") if self.dtype == "auto" else self
 
 
-CHOICES = {"scope": ("seed", "global", "local"), "f": ("presence", "dps", "dsm", "dtrak", "das"), "dtype": ("fp32", "fp16", "bf16"),
+CHOICES = {"scope": ("seed", "global", "local"), "f": ("presence", "dps", "dsm", "dtrak", "das"), "dtype": ("auto", "fp32", "fp16", "bf16"),
            "store_dtype": ("float16", "bfloat16", "float32")}
 BOUNDS = {"nfe": (2, 500), "gen_num_inference_steps": (2, 999), "epochs": (1, None), "batch_size": (1, None), "proj_dim": (1, None),
-          "top_k": (1, None), "num_split": (1, None), "eta": (0, 1), "seed": (0, 2**63 - 1), "num_queries": (0, None)}
+          "top_k": (1, None), "num_split": (1, None), "eta": (0, 1), "seed": (0, 2**63 - 1), "num_queries": (0, None), "num_train": (0, None)}
 REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "train_guidance_scale": 7.5, "proj_type": "random_mask", "eta": 0.1,
              "query_form": "slider", "scope": "seed"}
 RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
     "prompt": "a rocket in the style of openmoji line", "target_concepts": "rocket,openmoji line", "gen_guidance_scale": 4.0,
-    "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 1.0, "batch_size": 32,
+    "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 1.0, "batch_size": 32, "dtype": "fp32",
     "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
     "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results/qual"),
 }
-BENCHMARKS = {"emoji": EMOJI}
+ABC = {  # the reference's, but for EPOCHS: 28 trajectories read at nine states are its 256 single states
+    "recipe": "reference", "proj_dim": 2**15, "store_dtype": "float32", "batch_size": 4, "epochs": 28, "num_train": 100_000, "damping": 10.0,
+}
+OWN = {  # your own pictures under Stable Diffusion: the cheap recipe
+    "proj_dim": 2**13, "batch_size": 4, "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 1.0, "num_split": 4,
+    "grad_dir": str(ROOT / "experiments/own/results/grads"), "results_dir": str(ROOT / "experiments/own/results/qual"),
+}
+BENCHMARKS = {"emoji": EMOJI, "abc": ABC, "own": OWN}
 
 
 def resolve(benchmark: str, overrides: dict) -> Settings:
     """Settings of a benchmark with what the user set on top. UserError for a benchmark, recipe or value that does not exist."""
     base = _choose(BENCHMARKS, benchmark, "benchmark")
-    recipe = _choose(RECIPES, overrides.get("recipe", "default"), "RECIPE")
+    recipe = _choose(RECIPES, overrides.get("recipe", base.get("recipe", "default")), "RECIPE")
     settings = Settings(**{**base, **recipe, **overrides})
     if min(abs(settings.damping / d - 1) for d in DAMPINGS) > 1e-6:
         raise UserError(f"DAMPING={settings.damping:g} is not one of the sweep {', '.join(f'{d:g}' for d in DAMPINGS)}")

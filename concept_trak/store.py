@@ -65,7 +65,7 @@ class Store:
         with locked(folder):
             if not (folder / "manifest.json").exists():
                 write_json(folder / "manifest.json", manifest)
-        store = cls._read_manifest(folder)
+        store = cls.read_manifest(folder)
         for key in ("num_rows", "dim", "dtype", "layout", "bounds", "identity"):
             _refuse_difference(folder, key, manifest[key], store.manifest[key])
         return store
@@ -78,10 +78,8 @@ class Store:
         verify: compare every shard's sha256 (reads the whole store).
         Raises UserError for a missing store, an expected key that differs, and unfinished, truncated or changed shards.
         """
-        store = cls._read_manifest(Path(folder))
-        known = store.manifest | store.identity
-        for key, value in json.loads(json.dumps(expect or {})).items():
-            _refuse_difference(folder, key, value, known.get(key))
+        store = cls.read_manifest(Path(folder))
+        store.expect(expect or {})
         if unfinished := store.pending():
             what = f"shard {_listed(unfinished)} of {store.num_split} is not finished"
             raise UserError(f"{folder}: {what}: run the train gradients again")
@@ -89,9 +87,29 @@ class Store:
             store._check_shard(shard, verify)
         return store
 
+    def expect(self, values):
+        """UserError unless these keys agree with the identity (or with num_rows, dim, dtype, layout), naming the first that does not."""
+        known = self.manifest | self.identity
+        for key, value in json.loads(json.dumps(values)).items():
+            _refuse_difference(self.folder, key, value, known.get(key))
+
     @classmethod
-    def adopt_raw(cls, folder, dim):
-        """Write the manifest of a folder of header-less float32 shards train_grad-0.npy ... (the released layout) and open it."""
+    def adopt_raw(cls, folder, dim, identity=None, provenance=None):
+        """Write the manifest of a folder of header-less float32 shards train_grad-0.npy ... (the released layout) and open it.
+
+        identity, provenance: as for `create`; {"adopted": "raw float32"} is added to the identity. Raises UserError for missing,
+        truncated or real .npy shards and for a row that is not finite; then no manifest is written.
+        """
+        store = cls.raw_shards(folder, dim, identity, provenance)
+        for shard, (start, stop) in enumerate(zip(store.bounds, store.bounds[1:])):
+            store._refuse_non_finite(shard)
+            store.write_record(shard, stop - start, sha256_file(store.path(shard, ".npy")))
+        write_json(store.folder / "manifest.json", store.manifest)
+        return store
+
+    @classmethod
+    def raw_shards(cls, folder, dim, identity=None, provenance=None):
+        """The store that `adopt_raw` would make, with nothing written yet: `rows` works. UserError as there, values unchecked."""
         folder = Path(folder)
         found = {int(m[1]): p for p in folder.glob("train_grad-*.npy") if (m := re.fullmatch(r"train_grad-(\d+)\.npy", p.name))}
         if not found or sorted(found) != list(range(len(found))):
@@ -106,15 +124,11 @@ class Store:
                 raise UserError(f"{found[shard]} is truncated or not of {dim} float32 values a row: fetch it again")
             bounds.append(bounds[-1] + rows)
         manifest = {"format": FORMAT, "num_rows": bounds[-1], "dim": dim, "dtype": "float32", "layout": "raw", "bounds": bounds}
-        store = cls(folder, manifest | {"identity": {"adopted": "raw float32"}, "provenance": {}})
-        for shard in range(store.num_split):
-            store._refuse_non_finite(shard)
-            store.write_record(shard, bounds[shard + 1] - bounds[shard], sha256_file(found[shard]))
-        write_json(folder / "manifest.json", store.manifest)
-        return store
+        identity = json.loads(json.dumps({"adopted": "raw float32", **(identity or {})}))
+        return cls(folder, manifest | {"identity": identity, "provenance": provenance or {}})
 
     @classmethod
-    def _read_manifest(cls, folder):
+    def read_manifest(cls, folder):
         path = folder / "manifest.json"
         try:
             manifest = json.loads(path.read_text())

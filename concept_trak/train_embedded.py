@@ -28,11 +28,12 @@ class TrainSettings:
     edge_weight: float = 0.5
     vae_shift: float = 0.06
     vae_scale: float = 0.08
-    decoder_phases: tuple[Phase, ...] = (Phase(4000, 4000),)
+    decoder_phases: tuple[Phase, ...] = (Phase(1600, 4000), Phase(1200, 1200, peak=0.65))
     decoder_batch: int = 16
     decoder_lr: float = 1.5e-3
     decoder_noise: float = 0.03  # added to the latents, in their own standard deviations: the UNet's are not exact either
-    unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(2250, 2600, max_weight=10.0), Phase(20000, 20000, max_weight=10.0, peak=0.8))
+    unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(2250, 2600, max_weight=10.0), Phase(1000, 20000, max_weight=10.0, peak=0.8),
+                                     Phase(750, 5000, max_weight=10.0), Phase(3000, 3000, max_weight=10.0, peak=0.95))
     unet_batch: int = 32
     unet_lr: float = 8e-4
     weight_decay: float = 1e-3

@@ -5,10 +5,8 @@ Folder name (as in the reference): {layer}-{f}-NFE{n}[-norm][-ddim-gs_{g}]; the 
 
 from __future__ import annotations
 
-import copy
 import os
 import re
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +14,11 @@ import torch
 from tqdm import tqdm
 
 from . import featurize
-from .datasets.folder import ImageCaptionDataset, load_folder
+from .corpus import Corpus
 from .errors import UserError
 from .featurize import StateSettings
-from .gradients import PerSampleVjp
-from .models import TextToImage, load_pipeline
-from .projection import make_projection
-from .settings import ROOT, Settings
+from .release import adopt_release, resolve_mask
+from .settings import ROOT, Settings, digest
 from .store import Store
 
 EMBEDDED_GRADS = ROOT / "data/emoji/grads"  # the committed store of the embedded model
@@ -46,76 +42,47 @@ def row_settings(settings: Settings) -> dict:
 
 
 def folder_name(settings: Settings) -> str:
-    """The reference's folder name; a projection other than its own is appended."""
-    name = f"{settings.layer.replace('|', '+')}-{settings.f}-NFE{settings.nfe}" + ("-norm" if settings.normalize else "")
-    name += f"-ddim-gs_{settings.train_guidance_scale}" if settings.ddim_inversion else ""
-    name += "" if settings.recipe == "default" else f"-{settings.recipe}"
-    return f"{name}-{settings.proj_type}_{settings.proj_dim}"
+    """The reference's folder name where rows are the reference's; our own inversion grid and other projections are appended."""
+    s = settings
+    name = f"{s.layer.replace('|', '+')}-{s.f}-NFE{s.nfe}" + ("-norm" if s.normalize else "")
+    if s.ddim_inversion:
+        name += f"-ddim-gs_{s.train_guidance_scale}" + ("" if s.recipe == "reference" else "-short")
+    if s.lora_path:
+        name += f"-lora_{digest(s.lora_path)}"
+    projection = f"{s.proj_type}_{s.proj_dim}" + (f"_seed{s.proj_seed}" if s.proj_seed else "")
+    return name if projection == "random_mask_32768" else f"{name}-{projection}"
 
 
-class Corpus:
-    """A model and the train split it is attributed to: latents [N, C, h, w], one caption a picture.
-
-    Latents are encoded once, on the model's device, in batches; N C h w 4 bytes are kept on the CPU.
-    """
-
-    def __init__(self, settings: Settings, device: str):
-        self.settings, self.device = settings, device
-        self.model: TextToImage = load_pipeline(settings.sd_model_path, device, settings.dtype)
-        self.everything: ImageCaptionDataset = load_folder(settings.data_dir)
-        self.train = self.everything.split("train")
-        if not len(self.train):
-            raise UserError(f"{settings.data_dir} has no picture in its train split; check the split column of its metadata")
-
-    @cached_property
-    def latents(self) -> torch.Tensor:
-        """[N, C, h, w] scaled latents of the train pictures."""
-        size, step = self.model.image_size, 64
-        return torch.cat([self.model.encode_images(self.train.images(range(i, min(i + step, len(self.train))), size=size)).cpu()
-                          for i in range(0, len(self.train), step)])
-
-    @cached_property
-    def projection(self):
-        """The settings' projection for the selected parameters of this model."""
-        tape = PerSampleVjp(self.model.network, self.settings.layer)
-        s = self.settings
-        return make_projection(s.proj_type, tape.input_dim, 0 if s.proj_type == "identity" else s.proj_dim, s.proj_seed, self.device)
-
-    @cached_property
-    def identity(self) -> dict:
-        """What a store of this corpus must have been made from."""
-        return {"rows": row_settings(self.settings), "model": self.model.weight_hash(), "data": self.train.content_hash(),
-                "projection": self.projection.describe()}
-
-    def with_settings(self, settings: Settings) -> Corpus:
-        """The same model, pictures and latents under other settings."""
-        other = copy.copy(self)
-        for name in ("projection", "identity"):
-            other.__dict__.pop(name, None)
-        other.settings = settings
-        return other
+def identity(corpus: Corpus) -> dict:
+    """What a store of this corpus must have been made from."""
+    return {"rows": row_settings(corpus.settings), "model": corpus.model.weight_hash(), "data": corpus.data.content_hash(),
+            "projection": corpus.projection.describe()}
 
 
-def parse_shards(text: str, count: int) -> list[int]:
-    """"3,7-9" -> [3, 7, 8, 9]; empty is all. UserError for anything else or a shard out of range."""
+def parse_numbers(variable: str, text: str, count: int, what: str) -> list[int]:
+    """"3,7-9" -> [3, 7, 8, 9]; empty is all `count`. UserError for anything else or a number out of range."""
     chosen = []
     for part in text.split(",") if text.strip() else ():
         numbers = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
         low, high = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (1, 0)
         if high < low:
-            raise UserError(f"SHARDS={text!r} is not a list of shards such as 3,7-9")
+            raise UserError(f"{variable}={text!r} is not a list of numbers such as 3,7-9")
         chosen += range(low, min(high, max(low, count)) + 1)  # one too many is enough to be refused below
     if bad := [s for s in chosen if s >= count]:
-        raise UserError(f"SHARDS={text!r} names shard {bad[0]} but there are only {count} (0 to {count - 1}); mend SHARDS or NUM_SPLIT")
+        raise UserError(f"{variable}={text!r} names {bad[0]} but there are only {count} {what} (0 to {count - 1}); mend {variable}")
     return chosen or list(range(count))
+
+
+def parse_shards(text: str, count: int) -> list[int]:
+    """SHARDS as numbers; see `parse_numbers`."""
+    return parse_numbers("SHARDS", text, count, "shards of NUM_SPLIT")
 
 
 def compute(corpus: Corpus, rows: range) -> np.ndarray:
     """Projected rows [len(rows), k] float32 of consecutive train pictures."""
     s = corpus.settings
-    x0 = corpus.latents[rows.start:rows.stop].to(corpus.device)
-    captions = corpus.model.encode_prompts([corpus.train.captions[i] for i in rows] + [""])
-    out, _ = featurize.featurize(corpus.model, corpus.projection, x0, captions[:-1], captions[-1:], layer=s.layer, objective=s.f,
+    x0, cond = corpus.data.batch(rows)
+    out, _ = featurize.featurize(corpus.model, corpus.projection, x0, cond, corpus.model.encode_prompts([""]), layer=s.layer, objective=s.f,
                                  states=train_states(s), normalize=s.normalize)
     return out.cpu().numpy()
 
@@ -124,11 +91,11 @@ def train_grad(corpus: Corpus) -> Store:
     """Fill the store of the settings (its pending shards among SHARDS), resuming at the first row that is not on disk."""
     s = corpus.settings
     folder = Path(s.grad_dir) / folder_name(s)
-    store = Store.create(folder, len(corpus.train), corpus.projection.proj_dim, s.num_split, s.store_dtype, corpus.identity)
+    store = Store.create(folder, len(corpus.data), corpus.projection.proj_dim, s.num_split, s.store_dtype, identity(corpus))
     pending = store.pending(parse_shards(s.shards, s.num_split))
     todo = sum(store.shard_range(i)[1] - store.resume_row(i) for i in pending)
-    size = len(corpus.train) * corpus.projection.proj_dim * np.dtype("float16" if "16" in s.store_dtype else "float32").itemsize
-    print(f"{folder}: {todo} of {len(corpus.train)} rows to compute, {size / 1e6:.0f} MB on disk when complete")
+    size = len(corpus.data) * corpus.projection.proj_dim * np.dtype("float16" if "16" in s.store_dtype else "float32").itemsize
+    print(f"{folder}: {todo} of {len(corpus.data)} rows to compute, {size / 1e6:.0f} MB on disk when complete")
     with tqdm(total=todo, desc="train gradients", unit="image") as bar:
         for shard in pending:
             fill(corpus, store, shard, bar)
@@ -150,23 +117,46 @@ def fill(corpus: Corpus, store: Store, shard: int, bar) -> None:
 def dsm_losses(corpus: Corpus) -> np.ndarray:
     """[N] DAS's residuals: mean squared DSM error of each train picture, summed over the states."""
     states, model, losses = train_states(corpus.settings), corpus.model, []
-    for start in range(0, len(corpus.train), 64):
-        x0 = corpus.latents[start:start + 64].to(corpus.device)
-        cond = model.encode_prompts(corpus.train.captions[start:start + len(x0)])
+    for start in range(0, len(corpus.data), 64):
+        x0, cond = corpus.data.batch(range(start, min(start + 64, len(corpus.data))))
         errors = [(model.eps(x_t, t, cond) - eps).float().square().flatten(1).mean(1)
                   for t, x_t, eps in featurize.states_of(model, x0, cond, None, states)]
         losses.append(torch.stack(errors).sum(0))
     return torch.cat(losses).cpu().numpy()
 
 
-def open_store(corpus: Corpus) -> Store:
+def open_store(corpus: Corpus, required: bool = True) -> Store | None:
     """The finished store for this model, data and settings: under GRAD_DIR or, for the embedded model, the committed one.
 
-    UserError naming what differs when a store of the same name was made from something else.
+    The corpus' projection takes over the mask that the store records. Released shards without a manifest are adopted. UserError
+    naming what differs when a store of the same name was made from something else. None if there is none and it is not `required`.
     """
-    name = folder_name(corpus.settings)
-    folders = [Path(corpus.settings.grad_dir) / name, EMBEDDED_GRADS / name]
-    found = [f for f in folders if (f / "manifest.json").exists()]
-    if not found:
+    name, s = folder_name(corpus.settings), corpus.settings
+    folders = [Path(s.grad_dir) / name, EMBEDDED_GRADS / name]
+    found = next((f for f in folders if (f / "manifest.json").exists() or (f / "train_grad-0.npy").exists()), None)
+    if found is None and not required:
+        return None
+    if found is None:
         raise UserError(f"no train gradients in {os.path.relpath(folders[0])}; compute them with run_train_grad.sh (same variables)")
-    return Store.open(found[0], expect=corpus.identity)
+    adopt(corpus, found)
+    store = Store.open(found)
+    corpus.use_mask(resolve_mask(s.proj_mask, store.identity))
+    if "adopted" in store.identity:  # nothing is recorded but the mask; the number of pictures is all that can be checked
+        store.expect({"projection": corpus.projection.describe()})
+        if store.num_rows > len(corpus.data):
+            raise UserError(f"{found} has {store.num_rows} rows but {s.data_dir} has {len(corpus.data)} pictures; both must be of one release")
+        return store
+    store.expect(identity(corpus))
+    return store
+
+
+def adopt(corpus: Corpus, folder: Path) -> None:
+    """Give released shards, which have no record of their mask, a manifest that names it; other stores are left alone."""
+    s, manifest = corpus.settings, folder / "manifest.json"
+    if manifest.exists():
+        known = Store.read_manifest(folder).identity
+        if "adopted" not in known or "projection" in known:
+            return
+        manifest.unlink()  # as the download leaves it: complete, but without the mask
+    print(f"{folder}: shards without a record of their mask; looking for the one that made them", flush=True)
+    adopt_release(folder, s.proj_dim, s.proj_mask, [(name, p.numel()) for name, p in corpus.parameters.items()])

@@ -33,12 +33,17 @@ def test_weight_hash_is_the_same_whatever_the_dtype_it_is_loaded_in(tiny_model, 
     assert load_pipeline(str(tiny_pipeline), dtype="fp16").weight_hash() == tiny_model.weight_hash()
 
 
-def test_weight_hash_sees_one_changed_weight(tiny_pipeline):
+def test_weight_hash_sees_one_changed_weight(tiny_pipeline, tiny_model):
     model = load_pipeline(str(tiny_pipeline))
-    before = model.weight_hash()
     with torch.no_grad():
         next(model.pipe.text_encoder.parameters()).view(-1)[0] += 0.25
-    assert model.weight_hash() != before
+    assert model.weight_hash() != tiny_model.weight_hash()
+
+
+def test_weight_hash_is_computed_once(tiny_pipeline):
+    model = load_pipeline(str(tiny_pipeline))
+    first, model.pipe = model.weight_hash(), None
+    assert model.weight_hash() == first
 
 
 def test_a_loaded_pipeline_takes_no_parameter_gradients_and_keeps_the_schedule(tiny_model):

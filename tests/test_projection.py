@@ -9,6 +9,7 @@ from trak.projectors import BasicProjector
 
 from concept_trak import projection as projection_module
 from concept_trak.errors import UserError
+from concept_trak.gpu_mask import gpu_mask
 from concept_trak.projection import KINDS, make_projection
 
 P, K = 3001, 230  # neither divides a block
@@ -111,6 +112,26 @@ def test_mask_of_the_published_setting_is_the_cpu_mask():
     assert digest == hashlib.sha256(ours.indices.numpy().tobytes()).hexdigest()
 
 
+def test_mask_of_a_gpu_is_rebuilt_and_named():
+    wide, x = 50_000, grads(dim=50_000)
+    ours, kept = make_projection("random_mask", wide, K, 3, mask="t4"), gpu_mask("t4", wide, K, 3)
+    assert torch.equal(ours.project(x), x[:, torch.from_numpy(kept.copy())])
+    assert ours.describe() == {
+        "kind": "random_mask", "input_dim": wide, "proj_dim": K, "seed": 3, "generator": "torch philox4x32-10 (CUDA, 40960 threads)",
+        "indices_sha256": hashlib.sha256(kept.tobytes()).hexdigest(),
+    }  # fmt: skip
+    portable = make_projection("random_mask", wide, K, 3)
+    assert portable.describe()["generator"] == "torch mt19937 (CPU)" and not torch.equal(portable.indices, ours.indices)
+    assert make_projection("random_mask", wide, K, 3, mask="auto").describe() == portable.describe()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "random_mask"])
+def test_only_a_mask_can_be_that_of_a_gpu(kind):
+    assert build(kind, mask="auto").describe() == build(kind, mask="portable").describe() == build(kind).describe()
+    with pytest.raises(UserError, match=f"projection {kind} has no mask of a GPU"):
+        build(kind, mask="a100")
+
+
 def test_mask_keeps_values_and_half_precision_input_is_accepted():
     ours = build("random_mask")
     x = grads()
@@ -124,6 +145,8 @@ def test_mask_keeps_values_and_half_precision_input_is_accepted():
 def test_bad_requests_are_named():
     with pytest.raises(UserError, match="unknown projection 'gauss'"):
         make_projection("gauss", P, K, 0)
+    with pytest.raises(UserError, match="unknown GPU 'h101'"):
+        make_projection("random_mask", P, K, 0, mask="h101")
     with pytest.raises(UserError, match="cannot keep 4000 of 3001"):
         make_projection("random_mask", P, 4000, 0)
     with pytest.raises(UserError, match="identity keeps all"):

@@ -325,6 +325,17 @@ def test_released_raw_shards_can_be_adopted(tmp_path):
     assert store.shard_range(1) == (12, N)
 
 
+def test_adoption_records_the_identity_it_is_given(tmp_path):
+    some_rows().tofile(tmp_path / "train_grad-0.npy")
+    np.testing.assert_array_equal(Store.raw_shards(tmp_path, K).rows([3, 0]), some_rows()[[3, 0]])
+    assert not (tmp_path / "manifest.json").exists()
+    Store.adopt_raw(tmp_path, K, IDENTITY, {"origin": "a download"})
+    store = Store.open(tmp_path, IDENTITY)
+    assert store.identity == {"adopted": "raw float32", **IDENTITY} and store.manifest["provenance"] == {"origin": "a download"}
+    with pytest.raises(UserError, match="projection.seed = 0, not 1"):
+        Store.open(tmp_path, {"projection": {"kind": "sjlt", "seed": 1}})
+
+
 def test_adoption_refuses_gaps_wrong_width_nan_and_real_npy(tmp_path):
     with pytest.raises(UserError, match="found none"):
         Store.adopt_raw(tmp_path, K)

@@ -48,14 +48,15 @@ def _image_bytes(picture: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _write_listing(folder: Path, end: str, concept: ConceptResult, d: int, indices: list[int], pictures, dataset) -> None:
+def _write_listing(folder: Path, end: str, concept: ConceptResult, d: int, indices: list[int], pictures, dataset, num_train: int) -> None:
     """The JPG grid and the TSV of one end ("topk" or "leastk") of the ranking at one damping."""
     label = lambda_label(concept.dampings[d])
     captions = [" ".join(dataset.captions[index].split()) for index in indices]  # a tab or newline would break the TSV
     notes = [f"{rank}   {concept.scores[d, index]:+.3e}" for rank, index in enumerate(indices, start=1)]
     grid = picture_grid([pictures[index] for index in indices], captions, notes)
     write_atomic(folder / f"{end}-lambda_{label}.jpg", _image_bytes(grid, "JPEG"))
-    rows = [f"{rank}\ttrain\t{index}\t{text}" for rank, (index, text) in enumerate(zip(indices, captions), start=1)]
+    places = [f"train\t{index}" if index < num_train else f"exemplar\t{index - num_train}" for index in indices]
+    rows = [f"{rank}\t{place}\t{text}" for rank, (place, text) in enumerate(zip(places, captions), start=1)]
     write_atomic(folder / f"{end}-prompts-lambda_{label}.txt", ("\n".join([HEADER, *rows]) + "\n").encode())
 
 
@@ -94,12 +95,13 @@ def write_results(
     provenance: dict,
     render_leastk: bool,
     fixed_damping: float,
+    num_train: int | None = None,
 ) -> None:
     """Write the results folder of one target (see the module's docstring); `folder` is made if missing.
 
     dataset: ImageCaptionDataset of the N scored train rows. top_k: pictures a listing. fixed_damping: one of
     `concept.dampings`, the damping chosen without looking at this query. metrics.json is written last: where it
-    stands, the folder is complete. Raises UserError on scores for other rows or a damping outside the sweep.
+    stands, the folder is complete. num_train: rows from there on are exemplars (default: none are). Raises UserError on scores for other rows or a damping outside the sweep.
     """
     check_arguments(concept, dataset, top_k)
     record = metrics_record(concept, top_k, settings, provenance, fixed_damping)
@@ -112,6 +114,6 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "query.png", _image_bytes(query_image, "PNG"))
     for (end, d), indices in listings.items():
-        _write_listing(folder, end, concept, d, indices, pictures, dataset)
+        _write_listing(folder, end, concept, d, indices, pictures, dataset, concept.num_images if num_train is None else num_train)
     content = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
     write_atomic(folder / "metrics.json", content.encode())
