@@ -10,8 +10,9 @@
 | grass | random_mask to 4k, then sjlt to k | (4k/P) ||x||^2 | as above |
 
 Every number is drawn on the CPU and then moved, so a seed means the same on every device. (dattri on CUDA draws other numbers,
-and its masks even depend on the GPU model: `mask` names the one to rebuild, see gpu_mask.py.) Sources: sjlt: Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block
-construction); grass: Hu et al. 2025, "GraSS"; dense kinds: Park et al. 2023, "TRAK".
+and its masks even depend on the GPU model: `mask` names the one to rebuild, see gpu_mask.py.)
+Sources: sjlt: Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block construction); grass: Hu et al. 2025, "GraSS";
+dense kinds: Park et al. 2023, "TRAK".
 """
 
 import hashlib

@@ -12,9 +12,10 @@ the Gaussian log-likelihood of "z depends on the part alone". Compared are the C
 whether its name is known or not: one with a few more threads draws a similar mask, which must not pass for it), and `DECOYS` random
 ones, which are certainly wrong. gain = log L - median of the decoys. A mask is recognised if its gain exceeds every other one by
 `MIN_LEAD`, and that of every decoy by `MIN_SHARE` of itself, too: the first refuses noise and settles the number of threads, the second
-refuses masks from elsewhere (another seed), for which the candidates are only as good as decoys. In
-simulated profiles of SD v1.4's layout (tensors differing by e^0.1 to e^1, heads by e^0 to e^0.4, heavy-tailed scatter of e^0.7) none of
-942 foreign masks passed, and of 210 masks of the family, where tensors differed by e^0.3 or heads at all, 199 were recognised, 11
+refuses masks from elsewhere (another seed), for which the candidates are only as good as decoys.
+
+In simulated profiles of SD v1.4's layout (tensors differing by e^0.1 to e^1, heads by e^0 to e^0.4, heavy-tailed scatter of e^0.7) none
+of 942 foreign masks passed, and of 210 masks of the family, where tensors differed by e^0.3 or heads at all, 199 were recognised, 11
 refused and none mistaken. On gradients of the embedded emoji model (35 tensors, k = 4096, 32 and 96 rows) the masks of four GPUs and
 the CPU's were recognised, those of two other seeds refused. Own method. No released artifact was at hand to try it on.
 """
@@ -47,7 +48,7 @@ RELEASE_SEED = 0  # the reference's proj_seed, which it never changes
 
 
 class UnclearMask(UserError):
-    """No mask explains the columns clearly better than every other one."""
+    """The columns do not tell the mask: none explains them clearly better than every other one, or the rows are too few."""
 
 
 def sd14_attn2_layout():
@@ -123,9 +124,9 @@ def recognise(source, layout=None, dim=None, max_rows=SAMPLED_ROWS):
 
     source: a Store, or (with dim) a folder of raw shards. layout: [(name, numel or shape)] of the masked parameters in coordinate
     order, default `sd14_attn2_layout()`. evidence (JSON): {"rows", "clear", "decoys": {"count", "best_gain"}, "masks": the best ones,
-    [{"mask", "names": the GPUs that draw it, "threads", "explained", "gain"}, ...]}. Some 15 s and 200 MB for SD v1.4.
-    Raises UnclearMask if no mask wins by the rule above; UserError if a GPU that is not in GPUS wins, and for too few rows, a column of
-    zeros, a row that is not finite and a width that does not fit the layout.
+    [{"mask", "names": the GPUs that draw it, "threads", "explained", "gain"}, ...]}. Some 10 s and 400 MB for SD v1.4.
+    Raises UnclearMask if no mask wins by the rule above and for fewer than MIN_ROWS rows; UserError if a GPU that is not in GPUS wins,
+    and for a column of zeros, a row that is not finite and a width that does not fit the layout.
     """
     store = source if isinstance(source, Store) else Store.raw_shards(source, dim)
     sizes = _numels(layout or sd14_attn2_layout())
@@ -137,7 +138,7 @@ def recognise(source, layout=None, dim=None, max_rows=SAMPLED_ROWS):
         shown = ", ".join(f"{_called(mask)} {mask['gain']:.0f}" for mask in evidence["masks"][:2])
         raise UnclearMask(
             f"{store.folder}: no mask clearly explains its columns (log-likelihood gains: {shown}, best of {DECOYS} random masks "
-            f"{evidence['decoys']['best_gain']:.0f}); if you know the GPU that made it, set PROJ_MASK to it, else compute the train gradients again"
+            f"{evidence['decoys']['best_gain']:.0f}); set PROJ_MASK to the GPU that made it if you know it, else compute the train gradients again"
         )
     if best["mask"] is None:
         remedy = "add it to GPUS in concept_trak/gpu_mask.py, or compute the train gradients again"
@@ -152,7 +153,8 @@ def _called(mask):
 def column_scores(store, max_rows=SAMPLED_ROWS):
     """float64 [k]: normal scores of the columns' RMS over up to max_rows rows spread over the store. UserError as `recognise`."""
     if store.num_rows < MIN_ROWS:
-        raise UserError(f"{store.folder} has {store.num_rows} rows, too few to recognise its mask ({MIN_ROWS}); set PROJ_MASK to the GPU that made it")
+        few = f"{store.num_rows} rows, too few to recognise its mask (at least {MIN_ROWS})"
+        raise UnclearMask(f"{store.folder} has {few}; set PROJ_MASK to the GPU that made it")
     rows = np.linspace(0, store.num_rows - 1, min(store.num_rows, max_rows)).astype(np.int64)
     squares = np.zeros(store.dim)
     for start in range(0, len(rows), ROW_BATCH):

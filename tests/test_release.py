@@ -153,8 +153,9 @@ def test_stated_mask_is_refused_if_the_columns_show_another(tmp_path):
     assert adopt_release(tmp_path, K, "a100", LAYOUT).identity["projection"]["seed"] == 0
 
 
-def test_stated_mask_is_believed_where_the_columns_show_none(tmp_path):
-    write_artifact(tmp_path, mask("h100"), contrast=0.0)
+@pytest.mark.parametrize("contrast, rows", [(0.0, ROWS), (0.8, release.MIN_ROWS - 1)])
+def test_stated_mask_is_believed_where_the_columns_show_none(tmp_path, contrast, rows):
+    write_artifact(tmp_path, mask("h100"), contrast=contrast, rows=rows)
     with pytest.raises(UnclearMask):
         adopt_release(tmp_path, K, layout=LAYOUT)
     store = adopt_release(tmp_path, K, "h200", LAYOUT)
