@@ -94,7 +94,8 @@ def engine_query(inputs: Inputs):
     def run():
         read = query.read_states(inputs.model, query_states(s), inputs.cond_prompt, inputs.cond_null, x_T=inputs.x_T, x0=inputs.x0[:1],
                                  batch_size=s.batch_size)
-        return query.concept_gradient(inputs.model, projection, read, inputs.cond_plus, inputs.cond_minus, layer=s.layer, normalize=s.normalize)
+        return query.concept_gradient(inputs.model, projection, read, inputs.cond_plus, inputs.cond_minus, layer=s.layer, normalize=s.normalize,
+                                      batch_size=s.batch_size)
 
     return run
 

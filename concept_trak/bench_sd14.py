@@ -162,7 +162,8 @@ def bench_sd14(settings: Settings, device: str) -> dict:
     found = measure(model, s)
     if (parameters, found["coordinates"]) != (PARAMETERS, ATTN2_COORDINATES) and s.layer == "attn2":
         raise AssertionError(f"{parameters} parameters, {found['coordinates']} attn2 coordinates: not the architecture of SD v1.4")
-    recipes = {"reference": resolve("abc", {}), "own grid of 9 states, DPS": resolve("abc", {"recipe": "default", "ddim_inversion": True, "f": "dps"}),
+    own_grid = resolve("abc", {"recipe": "default", "ddim_inversion": True, "f": "dps"})
+    recipes = {"reference": resolve("abc", {}), "own grid of 9 states, DPS": own_grid,
                "own data (default)": resolve("own", {})}
     fe = {"published code": count_literal(), **{name: count_train(r) for name, r in recipes.items()}}
     result = {"parameters": parameters, **found, "threads": torch.get_num_threads(), "device": device, "dtype": s.dtype,
@@ -181,6 +182,7 @@ def table(result: dict) -> str:
              f"forward pass; peak {result['peak_gib']:.1f} GiB", "", "| measured, one image | seconds | forwards |", "|---|---|---|"]
     lines += [f"| {name} | {value:.1f} | {value / seconds['forward']:.1f} |" for name, value in seconds.items()]
     lines += ["", f"| counted, a train image | FE | hours for {IMAGES:,} images, computed: {' / '.join(SUSTAINED_TFLOPS)} |", "|---|---|---|"]
-    lines += [f"| {name} | {n} | {' / '.join(map(str, result['gpu_hours_computed'][name].values()))} |" for name, n in result["fe_per_train_image"].items()]
+    hours = {name: " / ".join(map(str, of.values())) for name, of in result["gpu_hours_computed"].items()}
+    lines += [f"| {name} | {n} | {hours[name]} |" for name, n in result["fe_per_train_image"].items()]
     lines += ["", "| counted, a query gradient | FE |", "|---|---|"]
     return "\n".join(lines + [f"| {name} | {n} |" for name, n in result["fe_per_query"].items()]) + "\n"

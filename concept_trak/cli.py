@@ -136,7 +136,8 @@ def run_train_judge(settings: Settings, device: str) -> None:
 VERBS = {"attribute": run_attribute, "train-grad": run_train_grad, "evaluate": run_evaluate, "train-model": run_train_model,
          "judge-model": run_judge_model, "train-judge": run_train_judge, "task-grad": run_task_grad, "test-grad": run_test_grad,
          "evaluate-tasks": run_evaluate_tasks, "make-tasks": run_make_tasks, "prepare": run_prepare, "bench-sd14": run_bench_sd14}
-WITH_OWN_FLAGS = ("bench", "train_token", "download")  # modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the arguments
+# Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the arguments.
+WITH_OWN_FLAGS = ("bench", "train_token", "download")
 
 
 def add_setting_flags(sub: argparse.ArgumentParser) -> None:

@@ -117,17 +117,20 @@ class QueryRows:
         states = [*query.read_states(model, self.states(), cond, cond_null, x_T=x_T, x0=x0, batch_size=s.batch_size)]
         projection = self.corpus.projection
         if self.method.per_concept:
-            rows = torch.cat([query.concept_gradient(model, projection, states, plus, minus, layer=s.layer, normalize=s.normalize)
+            rows = torch.cat([query.concept_gradient(model, projection, states, plus, minus, layer=s.layer, normalize=s.normalize,
+                                                       batch_size=s.batch_size)
                               for plus, minus in zip(conds[::2], conds[1::2])])
         else:
-            rows = query.image_gradient(model, projection, states, cond, self.method.f, layer=s.layer, normalize=self.method.normalize)
+            rows = query.image_gradient(model, projection, states, cond, self.method.f, layer=s.layer, normalize=self.method.normalize,
+                                        batch_size=s.batch_size)
         return rows.cpu().numpy()
 
     def load(self) -> np.ndarray:
         """[cells, per_cell, k], computing what is missing."""
         s = self.s
         made_from = {"method": self.name, "kind": self.kind, "cells": [c.caption for c in self.cells], "corpus": identity(self.corpus),
-                    "states": dataclasses.asdict(self.states()), "form": s.query_form, "gen": [s.gen_guidance_scale, s.gen_num_inference_steps, s.seed]}
+                    "states": dataclasses.asdict(self.states()), "form": s.query_form,
+                    "gen": [s.gen_guidance_scale, s.gen_num_inference_steps, s.seed]}
         folder = Path(s.grad_dir) / f"queries-{self.name}-{self.kind}-{digest(made_from)}"
         store = Store.create(folder, len(self.cells) * self.per_cell, self.corpus.projection.proj_dim, 1, "float32", made_from)
         for cell in tqdm(range(store.resume_row(0) // self.per_cell, len(self.cells)), desc=f"queries {self.name} {self.kind}"):

@@ -112,8 +112,8 @@ def launch_shards(settings: Settings) -> None:
         finally:
             workers.stop()
     if dead:
-        numbers = ",".join(map(str, sorted(dead)))
-        raise UserError(f"{len(dead)} of {len(wanted)} shards died; their rows so far are kept: see {folder / 'logs'}, then run again with SHARDS={numbers}")
+        again = "SHARDS=" + ",".join(map(str, sorted(dead)))
+        raise UserError(f"{len(dead)} of {len(wanted)} shards died; their rows so far are kept: see {folder / 'logs'}, then run again with {again}")
 
 
 def show(bar: tqdm, progress: tuple[int, int] | None) -> None:

@@ -30,12 +30,13 @@ class Denoiser:
         parameter = next(network.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
-    def eps(self, x_t: torch.Tensor, t: int, cond: torch.Tensor) -> torch.Tensor:
-        """eps_hat [B, C, H, W] at the common timestep t for conditions [B, T, d] (any batch-first form the network takes)."""
-        out = self.output(x_t, torch.full((len(x_t),), t, device=x_t.device), cond)
+    def eps(self, x_t: torch.Tensor, t: int | torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """eps_hat [B, C, H, W] at one timestep t, or one for each sample (t [B], on the CPU), for conditions [B, T, d] (any batch-first form)."""
+        t = torch.full((len(x_t),), t) if isinstance(t, int) else t
+        out = self.output(x_t, t.to(x_t.device), cond)
         if self.prediction == "epsilon":
             return out
-        a = float(self.alpha_bar[t])
+        a = self.alpha_bar[t].view(-1, *[1] * (x_t.dim() - 1)).to(x_t)
         return a**0.5 * out + (1 - a) ** 0.5 * x_t
 
     def output(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:

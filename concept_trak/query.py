@@ -12,6 +12,7 @@ Whole-image methods (TRAK, D-TRAK, DAS) use the same states with their train cot
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +85,20 @@ def draw_noise(seed: int, draws: range, t: int, shape) -> torch.Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in streams])
 
 
-def concept_gradient(denoiser, projection, read, cond_plus: torch.Tensor, cond_minus: torch.Tensor, *, layer: str, normalize: bool) -> torch.Tensor:
+def merged(read, batch_size: int):
+    """The states of `read` in batches of at most `batch_size`, whatever their levels: (t [b], x_t [b, ...], eps [b, ...] or None)."""
+    states = ((t, x_t[i:i + 1], None if eps is None else eps[i:i + 1]) for t, x_t, eps in read for i in range(len(x_t)))
+    while batch := list(itertools.islice(states, batch_size)):
+        t, x_t, eps = zip(*batch)
+        yield torch.tensor(t), torch.cat(x_t), None if eps[0] is None else torch.cat(eps)
+
+
+def concept_gradient(denoiser, projection, read, cond_plus: torch.Tensor, cond_minus: torch.Tensor, *, layer: str, normalize: bool,
+                     batch_size: int = 8) -> torch.Tensor:
     """[1, k] gradient of a contrast c+ against c-, averaged over the states of `read` (an iterable of (t, x_t, eps)); conds [1, T, d]."""
     total, count = torch.zeros(1, projection.proj_dim, device=cond_plus.device), 0
     with PerSampleVjp(denoiser.network, layer) as tape:
-        for t, x_t, _ in read:
+        for t, x_t, _ in merged(read, batch_size):
             n = len(x_t)
             with torch.no_grad():
                 eps_minus = denoiser.eps(x_t, t, cond_minus.expand(n, -1, -1))
@@ -100,12 +110,13 @@ def concept_gradient(denoiser, projection, read, cond_plus: torch.Tensor, cond_m
     return total / count
 
 
-def image_gradient(denoiser, projection, read, cond: torch.Tensor, objective: str, *, layer: str, normalize: bool) -> torch.Tensor:
+def image_gradient(denoiser, projection, read, cond: torch.Tensor, objective: str, *, layer: str, normalize: bool,
+                   batch_size: int = 8) -> torch.Tensor:
     """[1, k] whole-image gradient (dsm, dtrak, das) averaged over noised states of the query picture."""
     total, count = torch.zeros(1, projection.proj_dim, device=cond.device), 0
     choose = {"dsm": objectives.dsm, "dtrak": lambda e, _: objectives.dtrak(e), "das": lambda e, _: objectives.das(e)}[objective]
     with PerSampleVjp(denoiser.network, layer) as tape, torch.enable_grad():
-        for t, x_t, eps in read:
+        for t, x_t, eps in merged(read, batch_size):
             eps_hat = denoiser.eps(x_t, t, cond.expand(len(x_t), -1, -1))
             total += project_state(tape, projection, eps_hat, choose(eps_hat.detach(), eps), normalize).sum(0, keepdim=True)
             count += len(x_t)

@@ -80,7 +80,8 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
     """[1, k] concept gradient of the task, kept as test_grad-{number}.npy."""
     s, model = corpus.settings, corpus.model
     keys = ("nfe", "normalize", "layer", "scope", "eta", "epochs", "concept_guidance_scale", "gen_num_inference_steps", "batch_size", "dtype")
-    identity = {**model_identity(corpus), "prompt": task.prompt, "negative": task.negative_prompt, "seed": task.seed, **{k: getattr(s, k) for k in keys}}
+    identity = {**model_identity(corpus), "prompt": task.prompt, "negative": task.negative_prompt, "seed": task.seed,
+                **{k: getattr(s, k) for k in keys}}
 
     def compute():
         if s.scope == "local":
@@ -88,7 +89,8 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
         x_T = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(task.seed)).to(model.device, model.dtype)
         cond, cond_minus, cond_null = model.encode_prompts([task.prompt, task.negative_prompt, ""]).split(1)
         read = query.read_states(model, query_states(s), cond, cond_null, x_T=x_T, batch_size=s.batch_size)
-        return query.concept_gradient(model, corpus.projection, read, cond, cond_minus, layer=s.layer, normalize=s.normalize).cpu().numpy()
+        row = query.concept_gradient(model, corpus.projection, read, cond, cond_minus, layer=s.layer, normalize=s.normalize, batch_size=s.batch_size)
+        return row.cpu().numpy()
 
     name = f"{s.layer.replace('|', '+')}-test_grad-NFE{s.nfe}-gs_{s.concept_guidance_scale}-eta_{s.eta}" + ("-norm" if s.normalize else "")
     return cached_array(Path(s.grad_dir) / name / f"test_grad-{number}.npy", identity, compute, s.force_recompute_concept_grad)
@@ -107,7 +109,8 @@ def run_rows(settings: Settings, device: str, kind: str) -> None:
 def measure(values: np.ndarray, relevant: np.ndarray, fixed: int) -> dict:
     """Metrics of one task at DAMPINGS[fixed], the oracle's beside them; values [D, N + E], relevant bool [N + E]."""
     columns = {
-        "recall_at_10": metrics.recall_at_k(values, relevant), "recall_at_10_of_exemplars": metrics.recall_at_k(values, relevant, denominator="relevant"),
+        "recall_at_10": metrics.recall_at_k(values, relevant),
+        "recall_at_10_of_exemplars": metrics.recall_at_k(values, relevant, denominator="relevant"),
         "reverse_recall_at_10": metrics.least_k_recall(values, relevant), "map": metrics.average_precision(values, relevant)}
     best = int(np.argmax(columns["recall_at_10"]))
     return {**{name: float(c[fixed]) for name, c in columns.items()},

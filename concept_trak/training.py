@@ -135,7 +135,8 @@ def run_training(params: dict[str, torch.nn.Parameter], loss_of_step, *, phases:
                  log: Path | None = None) -> tuple[Ema, int]:
     """AdamW with the schedule of `learning_rate`, EMA, checkpoint and resume.
 
-    loss_of_step: step -> scalar loss tensor. Stops after the last phase or `max_minutes`, whichever is first. Returns the EMA weights and the number of steps done. Raises FloatingPointError on a NaN loss.
+    loss_of_step: step -> scalar loss tensor. Stops after the last phase or `max_minutes`, whichever is first. Returns the EMA weights
+    and the number of steps done. Raises FloatingPointError on a NaN loss.
     """
     tensors, steps = list(params.values()), sum(p.steps for p in phases)
     optimizer = torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True)

@@ -78,15 +78,13 @@ def test_finished_shards_are_skipped_and_nothing_is_overwritten(trained):
 
 
 def test_a_shard_that_dies_is_told_and_runs_again_alone(session, trained, tmp_path):
-    process = session.start("run_train_grad.sh", GPU_IDS="cpu", GRAD_DIR=tmp_path, SHARDS="1", NFE="50")
-    log, victim = None, None
-    for _ in range(600):
-        time.sleep(0.1)
-        found = subprocess.run(["pgrep", "-g", str(os.getpgid(process.pid)), "-f", "concept_trak train-grad .*--shards=1 "], capture_output=True, text=True)
-        parts = list(tmp_path.glob("*/train_grad-1.npy.part"))
-        if parts and found.stdout.split():
+    process = session.start("run_train_grad.sh", GPU_IDS="cpu", GRAD_DIR=tmp_path, SHARDS="1", BATCH_SIZE="1")
+    started, victim = time.monotonic(), None
+    while not victim and time.monotonic() - started < 150:
+        time.sleep(0.2)
+        if list(tmp_path.glob("*/train_grad-1.npy.part")):  # the shard is being written
+            found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "concept_trak train-grad .*--shards=1 "], capture_output=True, text=True)
             victim = int(found.stdout.split()[-1])
-            break
     assert victim, "the shard's process never began"
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=100)

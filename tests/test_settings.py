@@ -48,7 +48,7 @@ def test_an_unknown_benchmark_is_refused():
 
 def test_choices_are_those_of_the_modules_that_use_them():
     assert settings.CHOICES["f"] == ("presence", "dps", "dsm", "dtrak", "das") and set(settings.CHOICES["f"]) == set(objectives.TRAIN_OBJECTIVES)
-    assert set(settings.CHOICES["dtype"]) == set(DTYPES) and set(settings.CHOICES["store_dtype"]) == set(STORED_TYPES)
+    assert set(settings.CHOICES["dtype"]) == {"auto", *DTYPES} and set(settings.CHOICES["store_dtype"]) == set(STORED_TYPES)
 
 
 def test_recorded_settings_are_json_and_do_not_depend_on_where_the_repository_lies():

@@ -57,8 +57,8 @@ class EncodedData:
 
     def batch(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         """(x0 [b, C, h, w], cond [b, T, d]) of consecutive rows, on the model's device and in its dtype."""
-        part = slice(rows.start, rows.stop)
-        return tuple(torch.from_numpy(np.array(a[part], dtype=np.float32)).to(self.model.device, self.model.dtype) for a in (self._latents, self._text))
+        parts = (np.array(array[rows.start:rows.stop], dtype=np.float32) for array in (self._latents, self._text))
+        return tuple(torch.from_numpy(part).to(self.model.device, self.model.dtype) for part in parts)
 
     @cached_property
     def pictures(self) -> ImageCaptionDataset:
