@@ -16,6 +16,7 @@ from .cache import cached_array
 from .corpus import Corpus
 from .datasets import emoji
 from .diffusion import ddim_sample
+from .errors import UserError
 from .files import write_json
 from .report import ConceptResult, write_report, write_results
 from .settings import DAMPINGS, Settings, as_dict, digest, provenance
