@@ -17,7 +17,7 @@ from .corpus import Corpus
 from .datasets import emoji
 from .diffusion import ddim_sample
 from .errors import UserError
-from .files import write_json
+from .files import disk_errors, write_json
 from .report import ConceptResult, write_report, write_results
 from .settings import DAMPINGS, Settings, as_dict, digest, provenance
 from .train_grad import folder_name, open_store
@@ -92,11 +92,14 @@ def query_folders(settings: Settings, targets: list[str]) -> tuple[Path, list[Pa
 
 
 def save_query(folder: Path, asked: Query, meta: dict) -> None:
-    """query.png, query_noise/query_xT as safetensors (no pickles), query_meta.json."""
+    """query_noise/query_xT as safetensors (no pickles), query_meta.json; the picture itself comes with the results."""
     folder.mkdir(parents=True, exist_ok=True)
-    asked.image.save(folder / "query.png")
-    save_file({"noise": asked.x_T.cpu().contiguous()}, folder / "query_noise.safetensors")
-    save_file({"x_T": asked.x_T.cpu().contiguous(), "x0": asked.x0.cpu().contiguous()}, folder / "query_xT.safetensors")
+    x_T, x0 = asked.x_T.cpu().contiguous(), asked.x0.cpu().contiguous()
+    for stem, tensors in (("query_noise", {"noise": x_T}), ("query_xT", {"x_T": x_T, "x0": x0})):
+        part = folder / f"{stem}.safetensors.part"
+        with disk_errors(part):
+            save_file(tensors, part)
+            part.replace(folder / f"{stem}.safetensors")
     write_json(folder / "query_meta.json", meta)
 
 

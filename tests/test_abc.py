@@ -1,5 +1,6 @@
 """The AbC layout, its tasks, and the launcher's arguments; the scripts themselves run in test_abc_scripts.py."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,7 +15,8 @@ from concept_trak.errors import UserError
 from concept_trak.featurize import featurize
 from concept_trak.projection import make_projection
 from concept_trak.settings import resolve
-from concept_trak.train_grad import folder_name, parse_numbers, train_states
+from concept_trak.store import Store
+from concept_trak.train_grad import folder_name, open_store, parse_numbers, train_states
 
 
 def write_json_files(root, cases, paths_a_kind=40):
@@ -154,6 +156,51 @@ def test_rows_of_another_seed_grid_or_lora_lie_elsewhere():
     names = {folder_name(resolve("abc", o)) for o in ({}, {"proj_seed": 1}, {"recipe": "default", "ddim_inversion": True, "f": "dps",
              "proj_type": "random_mask"}, {"lora_path": "x.safetensors"}, {"proj_dim": 100})}
     assert len(names) == 5
+
+
+@pytest.fixture
+def released(corpus, tmp_path):
+    """A corpus over a folder of raw shards without a manifest, as the release comes, and that folder."""
+    rows = np.random.default_rng(0).standard_normal((standin.ROWS, 300)).astype(np.float32)
+    settings = dataclasses.replace(corpus.settings, grad_dir=str(tmp_path), proj_mask="a100")
+    folder = tmp_path / folder_name(settings)
+    folder.mkdir()
+    for i in range(2):
+        rows[20 * i:20 * i + 20].tofile(folder / f"train_grad-{i}.npy")
+    return corpus.with_settings(settings), folder
+
+
+def test_released_shards_are_adopted_with_the_mask_that_is_stated(released):
+    corpus, folder = released
+    store = open_store(corpus)
+    assert (store.num_rows, store.layout) == (standin.ROWS, "raw")
+    assert corpus.projection.mask == "a100" and store.identity["projection"] == corpus.projection.describe()
+
+
+def test_a_download_that_left_a_manifest_without_a_mask_is_adopted_on_first_use(released):
+    corpus, folder = released
+    Store.adopt_raw(folder, 300)
+    assert "projection" in open_store(corpus).identity
+
+
+def test_a_query_under_another_mask_is_refused_not_scored(released):
+    corpus, _ = released
+    open_store(corpus)
+    with pytest.raises(UserError, match="PROJ_MASK=portable but"):
+        open_store(corpus.with_settings(dataclasses.replace(corpus.settings, proj_mask="portable")))
+
+
+def test_shards_whose_mask_is_not_clear_are_refused_with_the_reason(released):
+    corpus, _ = released
+    with pytest.raises(UserError, match="no mask clearly explains its columns"):
+        open_store(corpus.with_settings(dataclasses.replace(corpus.settings, proj_mask="auto")))
+
+
+def test_more_released_rows_than_pictures_are_refused(released):
+    corpus, folder = released
+    np.zeros((10, 300), np.float32).tofile(folder / "train_grad-2.npy")
+    with pytest.raises(UserError, match="both must be of one release"):
+        open_store(corpus)
 
 
 def test_gpu_ids_are_numbers_or_cpus():

@@ -198,6 +198,7 @@ def build(preset: str, out: Path, work: Path, size: int = 64) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0, or 2 with one line on standard error for a UserError."""
     parser = argparse.ArgumentParser(description="Build the emoji dataset; prints the sha256 of the finished tree.")
     parser.add_argument("--preset", default=DEFAULT_PRESET)
     parser.add_argument("--out", type=Path, required=True, help="dataset folder to write")
