@@ -28,9 +28,29 @@ SUSTAINED_TFLOPS = {"A100, 125 TFLOP/s": 125.0, "H100, 300 TFLOP/s": 300.0}  # a
 IMAGES = 100_000
 
 
+def build_unet():
+    """SD v1.4's UNet with random weights."""
+    from diffusers import UNet2DConditionModel
+
+    down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    return UNet2DConditionModel(sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,
+                                attention_head_dim=8, down_block_types=down, up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+
+
+def count_flop() -> int:
+    """FLOP of a forward pass for one image, without computing it; with plain attention, whose products the counter knows."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        unet = build_unet()
+        unet.set_attn_processor(AttnProcessor())
+        unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
+    return counted.get_total_flops()
+
+
 def build_sd14(device: str, dtype: str) -> TextToImage:
     """SD v1.4's UNet, VAE and CLIP text model with random weights; the tokenizer knows a few words only."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -38,12 +58,9 @@ def build_sd14(device: str, dtype: str) -> TextToImage:
     tokenizer.model_max_length = 77
     text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                                         max_position_embeddings=77, projection_dim=768, eos_token_id=tokenizer.eos_token_id))
-    down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,
-                                attention_head_dim=8, down_block_types=down, up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
                         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, scaling_factor=0.18215)
-    pipe = embedded.build_pipeline(vae, text, tokenizer, unet).to(device, DTYPES[dtype])
+    pipe = embedded.build_pipeline(vae, text, tokenizer, build_unet()).to(device, DTYPES[dtype])
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.eval().requires_grad_(False)
     return TextToImage(pipe, "Stable Diffusion v1.4, random weights")
@@ -135,13 +152,13 @@ def timed(work) -> tuple[float, object]:
 
 
 def measure(model: TextToImage, settings: Settings) -> dict:
-    """Seconds of a forward pass, a train state and a query state at one noise level, and the FLOP of the forward pass."""
+    """Seconds of a forward pass, a train state and a query state at one noise level; FLOP of a forward pass."""
     tape = PerSampleVjp(model.network, settings.layer)
     projection = make_projection("random_mask", tape.input_dim, settings.proj_dim, 0, str(model.device))
     g = torch.Generator().manual_seed(0)
     x0 = torch.randn(1, *model.latent_shape, generator=g).to(model.device, model.dtype)
     cond, cond_null = model.encode_prompts(["a picture in the style of art", ""]).split(1)
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+    with torch.no_grad():
         forward, _ = timed(lambda: model.eps(x0, 500, cond))
     one_state = featurize.noised_states(2)
     train, (row, _) = timed(lambda: featurize.featurize(model, projection, x0, cond, cond_null, layer=settings.layer, objective="dps",
@@ -149,7 +166,7 @@ def measure(model: TextToImage, settings: Settings) -> dict:
     asked, q = timed(lambda: query.concept_gradient(model, projection, [(500, x0, None)], cond, cond_null, layer=settings.layer, normalize=True))
     if not (row.isfinite().all() and q.isfinite().all() and float(row.norm()) > 0):
         raise FloatingPointError("a gradient of the random network is zero or not finite")
-    return {"coordinates": tape.input_dim, "flop_per_forward": counted.get_total_flops(), "seconds": {
+    return {"coordinates": tape.input_dim, "flop_per_forward": count_flop(), "seconds": {
         "forward": forward, "train_state_dps": train, "query_state": asked}}
 
 

@@ -94,7 +94,7 @@ REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "
 RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
     "prompt": "a rocket in the style of openmoji line", "target_concepts": "rocket,openmoji line", "gen_guidance_scale": 4.0,
-    "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 1.0, "batch_size": 32, "dtype": "fp32",
+    "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 10.0, "batch_size": 32, "dtype": "fp32",
     "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
     "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results/qual"),
 }

@@ -25,3 +25,7 @@ def test_counting_leaves_autograd_as_it_was():
 def test_hours_are_flop_over_speed():
     hours = bench_sd14.gpu_hours(100, 0.8e12)
     assert hours["A100, 125 TFLOP/s"] == round(100 * 0.8e12 * 1e5 / 125e12 / 3600, 1)
+
+
+def test_a_forward_pass_of_sd14_is_four_fifths_of_a_teraflop():
+    assert 0.78e12 < bench_sd14.count_flop() < 0.82e12
