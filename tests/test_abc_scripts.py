@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import standin
 
@@ -83,8 +84,8 @@ def test_a_shard_that_dies_is_told_and_runs_again_alone(session, trained, tmp_pa
     while not victim and time.monotonic() - started < 150:
         time.sleep(0.2)
         if list(tmp_path.glob("*/train_grad-1.npy.part")):  # the shard is being written
-            found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "concept_trak train-grad .*--shards=1 "], capture_output=True, text=True)
-            victim = int(found.stdout.split()[-1])
+            family = psutil.Process(process.pid).children(recursive=True)
+            victim = next(p.pid for p in reversed(family) if "train-grad" in p.cmdline() and "accelerate.commands.launch" not in p.cmdline())
     assert victim, "the shard's process never began"
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=100)
