@@ -53,7 +53,8 @@ def load_inputs(settings: Settings, images: int) -> Inputs:
     """The first `images` of the train split, and the query of the settings' first target. UserError as its parts raise it."""
     data = load_folder(settings.data_dir).split("train")
     data = data.subset(range(min(images, len(data))))
-    model = load_pipeline(settings.sd_model_path, settings.device or "cpu", settings.dtype)
+    device = settings.device or "cpu"
+    model = load_pipeline(settings.sd_model_path, device, settings.on(device).dtype, settings.lora_path)
     x0 = model.encode_images(data.images(range(len(data)), size=model.image_size))
     plus, minus = contrasts(settings.query_form, settings.prompt, split_list(settings.target_concepts)[:1])[0]
     *asked, cond = model.encode_prompts([settings.prompt, plus, minus, "", *data.captions]).split([1, 1, 1, 1, len(data)])

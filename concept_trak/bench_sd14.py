@@ -74,6 +74,7 @@ class Counter:
 
     @contextlib.contextmanager
     def counting(self, network: torch.nn.Module):
+        """Count while the context is open: its forward hook, and `torch.autograd.grad` replaced by one that counts and calls it."""
         backward = torch.autograd.grad
 
         def counted(outputs, inputs, *args, **kwargs):
@@ -90,6 +91,7 @@ class Counter:
 
     @property
     def total(self) -> int:
+        """Forward-equivalents."""
         return self.forward + self.backward
 
 
@@ -146,6 +148,7 @@ def gpu_hours(fe: int, flop: float) -> dict[str, float]:
 
 
 def timed(work) -> tuple[float, object]:
+    """(seconds, result) of one call."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result

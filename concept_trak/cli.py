@@ -51,10 +51,6 @@ def run_attribute(settings: Settings, device: str) -> None:
 
 
 def run_train_grad(settings: Settings, device: str) -> None:
-    if settings.gpu_ids:
-        from .launch import launch_shards
-
-        return launch_shards(settings)
     from .corpus import Corpus
     from .train_grad import train_grad
 
@@ -164,8 +160,10 @@ def parser() -> argparse.ArgumentParser:
 def run_with_settings(run, arguments: argparse.Namespace) -> None:
     """Call `run` of VERBS with the settings and the device that the flags ask for."""
     settings = settings_of(arguments)
-    if settings.gpu_ids:  # the processes that are started will each pick their own
-        return run(settings, "")
+    if settings.gpu_ids and run is run_train_grad:  # the other verbs have no use for it; the processes pick their own devices
+        from .launch import launch_shards
+
+        return launch_shards(settings)
     device = pick_device(settings.device, settings.gpu_id)
     run(settings.on(device), device)
 

@@ -44,6 +44,7 @@ class FolderData:
         return self.latents[rows.start:rows.stop].to(self.model.device), self.model.encode_prompts([self.pictures.captions[i] for i in rows])
 
     def content_hash(self) -> str:
+        """Of the train pictures and captions; see `ImageCaptionDataset`."""
         return self.pictures.content_hash()
 
 

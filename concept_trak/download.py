@@ -183,6 +183,8 @@ def listed(folder: Path) -> str:
 
 def download_train_grad(arguments: argparse.Namespace) -> None:
     """Bring the shards to --grad-root/--train-grad-name and write the manifest that makes them a store."""
+    from .store import Store
+
     refuse_below_one(arguments, "max_workers", "count", "rows", "dim")
     names = [f"train_grad-{i}.npy" for i in range(arguments.count)]
     with DownloadFolder(Path(arguments.grad_root) / arguments.train_grad_name) as folder:
@@ -196,15 +198,8 @@ def download_train_grad(arguments: argparse.Namespace) -> None:
         if not is_adopted(folder, names, arguments.dim):
             print("checking every value and writing the manifest", flush=True)
             (folder.root / "manifest.json").unlink(missing_ok=True)  # if there is one, it is that of other shards
-            adopt(folder.root, arguments.dim)
+            Store.adopt_raw(folder.root, arguments.dim)
         print(f"{os.path.relpath(folder.root)}: {arguments.count * arguments.rows} rows of {arguments.dim}")
-
-
-def adopt(folder: Path, dim: int) -> None:
-    """Make the folder of raw shards a store."""
-    from .store import Store
-
-    Store.adopt_raw(folder, dim)
 
 
 def is_adopted(folder: DownloadFolder, names: list[str], dim: int) -> bool:

@@ -52,13 +52,14 @@ def rows_done(folder: Path, shards: list[int]) -> tuple[int, int] | None:
 
 
 class Workers:
-    """The processes that run at present: {gpu: (shard, process, log)}."""
+    """The processes that run at present: {slot: (shard, gpu, process, log)}, a slot being a place in GPU_IDS."""
 
     def __init__(self, settings: Settings, folder: Path):
         self.settings, self.logs, self.running = settings, folder / "logs", {}
         self.logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, shard: int, gpu: str, slot: int) -> None:
+        """Begin a shard; what its process says goes to its log."""
         log = self.logs / f"train_grad-{shard}.log"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
         with log.open("ab") as out:

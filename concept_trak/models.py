@@ -32,8 +32,8 @@ class Denoiser:
 
     def eps(self, x_t: torch.Tensor, t: int | torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """eps_hat [B, C, H, W] at one timestep t, or one for each sample (t [B], on the CPU), for conditions [B, T, d] (any batch-first form)."""
-        t = torch.full((len(x_t),), t) if isinstance(t, int) else t
-        out = self.output(x_t, t.to(x_t.device), cond)
+        levels = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t.to(x_t.device)
+        out = self.output(x_t, levels, cond)
         if self.prediction == "epsilon":
             return out
         a = self.alpha_bar[t].view(-1, *[1] * (x_t.dim() - 1)).to(x_t)

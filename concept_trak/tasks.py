@@ -27,8 +27,8 @@ from .errors import UserError
 from .files import write_json
 from .report import ConceptResult, write_results
 from .settings import DAMPINGS, Settings, as_dict, provenance
-from .textual_inversion import load_token
-from .train_grad import folder_name, open_store, parse_numbers, row_settings, train_states
+from .textual_inversion import load_token, pictures
+from .train_grad import find_store, folder_name, open_store, parse_numbers, row_settings, train_states
 
 
 def chosen_tasks(settings: Settings) -> dict[int, Task]:
@@ -54,20 +54,19 @@ def token_path(settings: Settings, task: Task) -> Path:
 
 def exemplar_pictures(settings: Settings, task: Task) -> ImageCaptionDataset:
     """The exemplars, captioned with the task's train prompt."""
-    paths = exemplars(Path(settings.data_dir), task)
-    return ImageCaptionDataset("/", [{"file_name": str(p.resolve())} for p in paths], [task.train_prompt] * len(paths))
+    return pictures(exemplars(Path(settings.data_dir), task), task.train_prompt)
 
 
 def exemplar_rows(corpus: Corpus, number: int, task: Task) -> np.ndarray:
     """[E, k] train rows of the exemplars, kept as task_grad-{number}.npy beside the train rows."""
-    s, model, pictures = corpus.settings, corpus.model, exemplar_pictures(corpus.settings, task)
-    identity = {**model_identity(corpus), "rows": row_settings(s), "pictures": pictures.content_hash()}
+    s, model, shown = corpus.settings, corpus.model, exemplar_pictures(corpus.settings, task)
+    identity = {**model_identity(corpus), "rows": row_settings(s), "pictures": shown.content_hash()}
 
     def compute():
         cond_null, rows = model.encode_prompts([""]), []
-        for start in range(0, len(pictures), s.batch_size):
-            part = range(start, min(start + s.batch_size, len(pictures)))
-            x0 = model.encode_images(pictures.images(part, size=model.image_size))
+        for start in range(0, len(shown), s.batch_size):
+            part = range(start, min(start + s.batch_size, len(shown)))
+            x0 = model.encode_images(shown.images(part, size=model.image_size))
             cond = model.encode_prompts([task.train_prompt] * len(part))
             rows.append(featurize.featurize(model, corpus.projection, x0, cond, cond_null, layer=s.layer, objective=s.f, states=train_states(s),
                                             normalize=s.normalize)[0].cpu().numpy())
@@ -99,7 +98,7 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
 def run_rows(settings: Settings, device: str, kind: str) -> None:
     """Compute and keep the rows of TASK_IDX: kind "exemplar" or "query"."""
     tasks, corpus = chosen_tasks(settings), Corpus(settings, device)
-    open_store(corpus, required=False)  # for its mask, should it be there
+    find_store(corpus)  # for its mask, should it be there
     for number, task in tasks.items():
         load_token(corpus.model, token_path(settings, task), TOKEN)
         rows = {"exemplar": exemplar_rows, "query": query_row}[kind](corpus, number, task)
@@ -168,11 +167,11 @@ def write_task(corpus: Corpus, number: int, task: Task, picture, values: np.ndar
     """eval/task_{number}/: grids and tables of the ranking, metrics.json. Left out, with a word, where the train pictures are not on disk."""
     s = corpus.settings
     try:
-        pictures = Joined(corpus.train, exemplar_pictures(s, task))
+        ranked = Joined(corpus.train, exemplar_pictures(s, task))
     except UserError as error:
         print(f"no pictures for task {number}: {error}")
         return
     folder = Path(s.results_dir).parent / "eval" / f"task_{number}"
     result = ConceptResult(task.prompt, task.negative_prompt, values, DAMPINGS, relevant)
-    write_results(folder, query_image=picture, concept=result, dataset=pictures, top_k=s.top_k, settings=as_dict(s), provenance=provenance(),
-                  render_leastk=s.render_leastk, fixed_damping=s.damping, num_train=pictures.num_train)
+    write_results(folder, query_image=picture, concept=result, dataset=ranked, top_k=s.top_k, settings=as_dict(s), provenance=provenance(),
+                  render_leastk=s.render_leastk, fixed_damping=s.damping, num_train=ranked.num_train)

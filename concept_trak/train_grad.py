@@ -125,28 +125,36 @@ def dsm_losses(corpus: Corpus) -> np.ndarray:
     return torch.cat(losses).cpu().numpy()
 
 
-def open_store(corpus: Corpus, required: bool = True) -> Store | None:
-    """The finished store for this model, data and settings: under GRAD_DIR or, for the embedded model, the committed one.
+def find_store(corpus: Corpus) -> Path | None:
+    """The folder of the settings' store, under GRAD_DIR or, for the embedded model, the committed one; None if there is none.
 
-    The corpus' projection takes over the mask that the store records. Released shards without a manifest are adopted. UserError
-    naming what differs when a store of the same name was made from something else. None if there is none and it is not `required`.
+    Released shards without a record of their mask are adopted, and the corpus' projection takes over the mask that the store records.
+    UserError when that is another than PROJ_MASK, or not clear.
     """
-    name, s = folder_name(corpus.settings), corpus.settings
-    folders = [Path(s.grad_dir) / name, EMBEDDED_GRADS / name]
+    name = folder_name(corpus.settings)
+    folders = Path(corpus.settings.grad_dir) / name, EMBEDDED_GRADS / name
     found = next((f for f in folders if (f / "manifest.json").exists() or (f / "train_grad-0.npy").exists()), None)
-    if found is None and not required:
-        return None
+    if found:
+        adopt(corpus, found)
+        corpus.use_mask(resolve_mask(corpus.settings.proj_mask, Store.read_manifest(found).identity))
+    return found
+
+
+def open_store(corpus: Corpus) -> Store:
+    """The finished store for this model, data and settings; see `find_store`.
+
+    UserError naming what differs when a store of the same name was made from something else.
+    """
+    s, found = corpus.settings, find_store(corpus)
     if found is None:
-        raise UserError(f"no train gradients in {os.path.relpath(folders[0])}; compute them with run_train_grad.sh (same variables)")
-    adopt(corpus, found)
-    store = Store.open(found)
-    corpus.use_mask(resolve_mask(s.proj_mask, store.identity))
-    if "adopted" in store.identity:  # nothing is recorded but the mask; the number of pictures is all that can be checked
-        store.expect({"projection": corpus.projection.describe()})
-        if store.num_rows > len(corpus.data):
-            raise UserError(f"{found} has {store.num_rows} rows but {s.data_dir} has {len(corpus.data)} pictures; both must be of one release")
-        return store
-    store.expect(identity(corpus))
+        where = os.path.relpath(Path(s.grad_dir) / folder_name(s))
+        raise UserError(f"no train gradients in {where}; compute them with run_train_grad.sh (same variables)")
+    if "adopted" not in Store.read_manifest(found).identity:
+        return Store.open(found, expect=identity(corpus))
+    # Of released rows nothing is recorded but the mask; the number of pictures is all that can be checked beside it.
+    store = Store.open(found, expect={"projection": corpus.projection.describe()})
+    if store.num_rows > len(corpus.data):
+        raise UserError(f"{found} has {store.num_rows} rows but {s.data_dir} has {len(corpus.data)} pictures; both must be of one release")
     return store
 
 

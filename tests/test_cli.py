@@ -224,3 +224,8 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
     assert set(verbs) == {*cli.VERBS, "bench", "train-token", *downloads}
     for sub in (verbs[name] for name in set(verbs) - downloads):
         assert {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Settings)} <= set(sub._option_string_actions)
+
+
+def test_gpu_ids_left_in_the_environment_concern_the_train_gradients_alone(computed, flags):
+    """A user who exported them for run_train_grad.sh goes on to attribute."""
+    assert run("attribute", flags, gpu_ids="0 1") == 0

@@ -74,6 +74,7 @@ class EncodedData:
 
     @property
     def everything(self) -> ImageCaptionDataset:
+        """The same: encoded pictures have no held-out split."""
         return self.pictures
 
     def content_hash(self) -> str:

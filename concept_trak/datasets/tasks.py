@@ -18,6 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from concept_trak.errors import UserError
+from concept_trak.files import disk_errors, write_json
 
 TOKEN = "<new1>"
 MODELS = {  # entries of json/{test_case}.json that the published tasks use
@@ -126,8 +127,7 @@ def _tasks_of(case: str, index: int, entry: dict, prompts: dict, gpt: bool) -> l
 def write_tasks(root: Path, path: Path) -> int:
     """`make_tasks` as a JSON file in the published schema; returns their number."""
     tasks = make_tasks(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps([asdict(t) for t in tasks], indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [asdict(task) for task in tasks])
     return len(tasks)
