@@ -1,14 +1,16 @@
 """The command line: one line for a user's mistake, whole results, cached gradients, resumed stores; all on a tiny pipeline."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from concept_trak import cli
+from concept_trak.settings import ROOT
 from concept_trak.store import Store
 from concept_trak.train_grad import parse_shards
 
@@ -170,21 +172,28 @@ def test_two_runs_give_the_same_ranking(computed, tmp_path):
         assert len(lists) == 9 and all((one / n).read_bytes() == (two / n).read_bytes() for n in lists)
 
 
+DYING = """
+import os, signal, sys
+from concept_trak import cli
+from concept_trak.store import Store
+
+append, calls = Store.append, []
+
+def dying(self, *args):
+    calls.append(args)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(self, *args)
+
+Store.append = dying
+cli.main(sys.argv[1:])
+"""
+
+
 def test_a_killed_train_grad_resumes_and_ends_with_the_same_rows(flags, tmp_path):
-    pid = os.fork()
-    if pid == 0:  # the child dies by SIGKILL in the middle of its second shard
-        append, calls = Store.append, []
-
-        def dying(self, *args):
-            calls.append(args)
-            if len(calls) == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            append(self, *args)
-
-        Store.append = dying
-        run("train-grad", flags)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    """A process of its own dies by SIGKILL in the middle of its second shard; a fork would inherit locks that threads hold."""
+    command = [sys.executable, "-c", DYING, "train-grad", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
+    assert subprocess.run(command, cwd=ROOT, timeout=200).returncode == -signal.SIGKILL
     folder = store_folder(flags)
     first = (folder / "train_grad-0.npy").stat().st_mtime_ns
     assert not (folder / "train_grad-1.npy").exists()
