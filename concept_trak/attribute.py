@@ -54,7 +54,8 @@ def concept_row(corpus: Corpus, asked: Query, plus: str, minus: str) -> np.ndarr
     s, model = corpus.settings, corpus.model
     cond, cond_plus, cond_minus, cond_null = model.encode_prompts([asked.prompt, plus, minus, ""]).split(1)
     read = query.read_states(model, query_states(s), cond, cond_null, x_T=asked.x_T, x0=asked.x0, batch_size=s.batch_size)
-    row = query.concept_gradient(model, corpus.projection, read, cond_plus, cond_minus, layer=s.layer, normalize=s.normalize, batch_size=s.batch_size)
+    row = query.concept_gradient(model, corpus.projection, read, cond_plus, cond_minus, layer=s.layer, normalize=s.normalize,
+                                 two_sided=s.f == "contrast", batch_size=s.batch_size)
     return row.cpu().numpy()
 
 
@@ -62,7 +63,7 @@ def gradient_identity(corpus: Corpus, contrast: tuple[str, str]) -> dict:
     """Everything that went into a concept gradient; a cached one is used only if all of it is the same."""
     s = corpus.settings
     keys = ("prompt", "seed", "scope", "layer", "nfe", "normalize", "concept_guidance_scale", "gen_guidance_scale", "gen_num_inference_steps",
-            "negative_prompt", "eta", "epochs", "batch_size", "dtype", "recipe")
+            "negative_prompt", "f", "eta", "epochs", "batch_size", "dtype", "recipe")
     return {**model_identity(corpus), "contrast": list(contrast), **{k: getattr(s, k) for k in keys}}
 
 
@@ -127,7 +128,7 @@ def attribute(corpus: Corpus) -> Path:
         rows.append(cached_array(folder / "concept_grad.npy", gradient_identity(corpus, contrast),
                                  functools.partial(concept_row, corpus, asked, plus, minus), s.force_recompute_concept_grad))
     memory = parse_memory(s.max_memory)
-    solved = fisher.precondition(store, np.concatenate(rows), DAMPINGS, memory, device=corpus.device)
+    solved = fisher.precondition(store, np.concatenate(rows), DAMPINGS, memory, device=corpus.device, widths=corpus.projection.widths)
     values = scores.scores(store, solved, max_memory=memory, device=corpus.device)
     results = [ConceptResult(t, c[1], values[:, i], DAMPINGS, truth) for i, (t, c, truth) in enumerate(zip(targets, contrasts, truths))]
     recorded = as_dict(s) | {"store": folder_name(s), "store_checksum": store.checksum, "settings_hash": digest(as_dict(s))}

@@ -73,8 +73,9 @@ def table(result: dict) -> str:
         low, high = result["spread"].get(name, (None, None))
         lines.append(f"{name:24} {result[name]:8.2f}   " + ("one run" if low is None else f"{low:.2f} to {high:.2f}"))
     lines.append(f"{'reference_max_rel_error':24} {result['reference_max_rel_error']:8.1e}\n")
-    lines.append(f"{'case':24} {'ms each':>8}   peak GiB")
+    lines.append(f"{'case':24} {'ms each':>8}   peak GiB   its own")
     for case, peak in result["peak_gib"].items():
         seconds = result["seconds_each"].get(case)
-        lines.append(f"{case:24} {'' if seconds is None else format(1e3 * seconds, '.1f'):>8}   {peak:.2f}")
+        added = "" if case not in result["added_gib"] else f"{result['added_gib'][case]:10.2f}"
+        lines.append(f"{case:24} {'' if seconds is None else format(1e3 * seconds, '.1f'):>8}   {peak:8.2f}{added}")
     return "\n".join(lines) + "\n"

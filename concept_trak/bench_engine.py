@@ -16,12 +16,12 @@ import torch
 
 from . import featurize, literal_reference, query
 from .attribute import query_states
-from .bench_scoring import peak_rss_gib
+from .bench_scoring import peak_rss_gib, restart_peak_rss
 from .datasets.folder import load_folder
 from .errors import UserError
 from .gradients import PerSampleVjp
 from .models import TextToImage, load_pipeline
-from .projection import make_projection
+from .projection import projection_for
 from .prompts import contrasts, split_list
 from .settings import Settings
 from .train_grad import train_states
@@ -64,7 +64,7 @@ def load_inputs(settings: Settings, images: int) -> Inputs:
 
 def projection_of(inputs: Inputs):
     s = inputs.settings
-    return make_projection(s.proj_type, PerSampleVjp(inputs.model.network, s.layer).input_dim, s.proj_dim, s.proj_seed, inputs.model.device)
+    return projection_for(PerSampleVjp(inputs.model.network, s.layer).parameters, s, inputs.model.device)
 
 
 def engine_rows(inputs: Inputs):
@@ -96,7 +96,7 @@ def engine_query(inputs: Inputs):
         read = query.read_states(inputs.model, query_states(s), inputs.cond_prompt, inputs.cond_null, x_T=inputs.x_T, x0=inputs.x0[:1],
                                  batch_size=s.batch_size)
         return query.concept_gradient(inputs.model, projection, read, inputs.cond_plus, inputs.cond_minus, layer=s.layer, normalize=s.normalize,
-                                      batch_size=s.batch_size)
+                                      two_sided=s.f == "contrast", batch_size=s.batch_size)
 
     return run
 
@@ -116,20 +116,24 @@ CASES = {"literal_rows": (literal_rows, "reference"), "reference_rows": (engine_
 
 
 def work(connection, case: str, settings: Settings, images: int) -> None:
-    """The process of one case: says when it is ready, then answers every request with (seconds, result, peak GiB) until None."""
+    """The process of one case: says when it is ready, then answers every request until None.
+
+    An answer is (seconds, result, peak GiB, GiB of it that the case added to imports, model and inputs).
+    """
     try:
         run = CASES[case][0](load_inputs(settings, images))
+        resident = restart_peak_rss()
         connection.send(None)
         while connection.recv():
             started = time.perf_counter()
             result = run()
-            connection.send((time.perf_counter() - started, result.cpu().numpy(), peak_rss_gib()))
+            connection.send((time.perf_counter() - started, result.cpu().numpy(), peak_rss_gib(), peak_rss_gib() - resident))
     except UserError as error:
         connection.send(error)
 
 
 def time_in_turn(cases: dict[str, Settings], images: int, rounds: int) -> dict[str, list]:
-    """{case: [(seconds, result, peak GiB)] a round}, the cases of a round one after the other. UserError from a process's set-up."""
+    """{case: [answer of `work`] a round}, the cases of a round one after the other. UserError from a process's set-up."""
     context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
     try:
         for case, settings in cases.items():
@@ -194,4 +198,5 @@ def bench_engine(settings: dict[str, Settings], images: int, repeats: int) -> di
         "spread": {name: spread for name, (_, spread) in ratios.items()},
         "seconds_each": {case: statistics.median(r[0] for r in rounds) / units[case] for case, rounds in (rows | asked).items()},
         "peak_gib": {case: max(r[2] for r in rounds) for case, rounds in (rows | asked).items()},
+        "added_gib": {case: max(r[3] for r in rounds) for case, rounds in (rows | asked).items()},
     }

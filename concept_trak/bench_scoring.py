@@ -4,6 +4,7 @@ Rows are synthetic: a power-law part of rank RANK plus noise, so that the spectr
 Queries are copies of rows, noise added; at the smallest damping each must rank its own row first.
 """
 
+import contextlib
 import resource
 import sys
 import time
@@ -137,7 +138,14 @@ def relative_error(found, exact):
     return float((np.abs(found - exact).max(axis=1) / np.abs(exact).max(axis=1)).max())
 
 
+def restart_peak_rss():
+    """Let `peak_rss_gib` count from here on, and return what is resident now, GiB; off Linux it counts from the process's start."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss_gib()
+
+
 def peak_rss_gib():
-    """Peak resident memory of this process so far, GiB."""
+    """Peak resident memory of this process so far, or since `restart_peak_rss`, GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

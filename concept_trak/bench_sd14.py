@@ -127,7 +127,8 @@ def count_query(settings: Settings) -> int:
     x, cond = torch.randn(1, 2, 4, 4), torch.randn(3, 1, 3, 8)
     with counter.counting(denoiser.network):
         read = query.read_states(denoiser, query_states(settings), cond[0], cond[2], x_T=x, x0=x, batch_size=settings.batch_size)
-        query.concept_gradient(denoiser, make_projection("random_mask", count, 16, 0), read, cond[0], cond[1], layer=settings.layer, normalize=True)
+        query.concept_gradient(denoiser, make_projection("random_mask", count, 16, 0), read, cond[0], cond[1], layer=settings.layer, normalize=True,
+                               two_sided=settings.f == "contrast")
     return counter.total
 
 

@@ -13,7 +13,7 @@ from .datasets.folder import ImageCaptionDataset, load_folder
 from .errors import UserError
 from .gradients import PerSampleVjp
 from .models import TextToImage, load_pipeline
-from .projection import make_projection
+from .projection import projection_for
 from .release import resolve_mask
 from .settings import Settings
 
@@ -83,9 +83,8 @@ class Corpus:
     @cached_property
     def projection(self):
         """The settings' projection for the selected parameters of this model."""
-        s, count = self.settings, sum(p.numel() for p in self.parameters.values())
-        mask = self.__dict__.get("mask") or resolve_mask(s.proj_mask, None)
-        return make_projection(s.proj_type, count, 0 if s.proj_type == "identity" else s.proj_dim, s.proj_seed, self.device, mask=mask)
+        mask = self.__dict__.get("mask") or resolve_mask(self.settings.proj_mask, None)
+        return projection_for(self.parameters, self.settings, self.device, mask)
 
     def use_mask(self, mask: str) -> None:
         """Project with this mask (`gpu_mask`) from now on: a store was made with it."""

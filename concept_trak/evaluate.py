@@ -118,7 +118,7 @@ class QueryRows:
         projection = self.corpus.projection
         if self.method.per_concept:
             rows = torch.cat([query.concept_gradient(model, projection, states, plus, minus, layer=s.layer, normalize=s.normalize,
-                                                       batch_size=s.batch_size)
+                                                       two_sided=s.f == "contrast", batch_size=s.batch_size)
                               for plus, minus in zip(conds[::2], conds[1::2])])
         else:
             rows = query.image_gradient(model, projection, states, cond, self.method.f, layer=s.layer, normalize=self.method.normalize,
@@ -153,7 +153,7 @@ def method_scores(corpus: Corpus, name: str, kind: str, pictures: Pictures) -> n
     own = corpus.with_settings(settings)
     store, rows = train_store(own), QueryRows(own, name, kind, pictures).load()
     memory = parse_memory(settings.max_memory)
-    solved = fisher.precondition(store, rows.reshape(-1, rows.shape[-1]), DAMPINGS, memory, device=corpus.device)
+    solved = fisher.precondition(store, rows.reshape(-1, rows.shape[-1]), DAMPINGS, memory, device=corpus.device, widths=own.projection.widths)
     weight = dsm_losses(own) if METHODS[name].residual_weight else None
     values = scores.scores(store, solved, row_weight=weight, max_memory=memory, device=corpus.device)
     values = values.reshape(len(DAMPINGS), len(pictures.cells), -1, store.num_rows)

@@ -3,7 +3,7 @@
     row_i = sum over states s of  P^T g_{i,s} / ||g_{i,s}||         g = J_theta eps_hat(x_t, t, c)^T v
 
 Projection is linear, so a state's gradient is projected first and divided by the norm of the *whole* gradient after;
-a parameter-sized vector per sample never exists.
+a parameter-sized vector per sample never exists. With BLOCKS=module the norm is that of each module's gradient by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from . import diffusion, objectives
 from .errors import UserError
-from .gradients import PerSampleVjp, sq_norm
+from .gradients import PerSampleVjp
 
 
 @dataclass(frozen=True)
@@ -75,34 +75,48 @@ def states_of(denoiser, x0: torch.Tensor, cond: torch.Tensor, cond_null: torch.T
 
 
 def cotangent(objective: str, denoiser, tape, x_t, t, x0, cond, cond_null, eps):
-    """(eps_hat with its graph, v) of one state for a train objective; see `objectives`."""
+    """(eps_hat with its graph, v) of one state for a train objective; see `objectives`. The first B of eps_hat are those of cond."""
     if objective == "dps":
         x_t = x_t.detach().requires_grad_()
-    with torch.no_grad():
-        eps_null = denoiser.eps(x_t, t, cond_null) if objective == "presence" else None
+    if objective in ("presence", "contrast"):
+        return contrast(denoiser, x_t, t, cond, cond_null, two_sided=objective == "contrast")
     eps_hat = denoiser.eps(x_t, t, cond)
     value = eps_hat.detach()
     if objective == "dps":
         return eps_hat, objectives.dps(eps_hat, x_t, x0, diffusion.alpha_bar_at(denoiser, t))
-    choices = {"dsm": lambda: objectives.dsm(value, eps), "dtrak": lambda: objectives.dtrak(value), "das": lambda: objectives.das(value),
-               "presence": lambda: objectives.contrast(value, eps_null)}
+    choices = {"dsm": lambda: objectives.dsm(value, eps), "dtrak": lambda: objectives.dtrak(value), "das": lambda: objectives.das(value)}
     if objective not in choices:
         raise UserError(f"F={objective!r} is unknown; use one of {', '.join(objectives.TRAIN_OBJECTIVES)}")
     return eps_hat, choices[objective]()
 
 
-def project_state(tape: PerSampleVjp, projection, eps_hat: torch.Tensor, v: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """[B, k] projected per-sample gradients of one state, unit-normed (a zero gradient stays zero) if asked."""
-    grads = tape.vjp(eps_hat, v)
-    out = torch.zeros(len(eps_hat), projection.proj_dim, device=eps_hat.device)
-    for g in grads:
-        if hasattr(projection, "add_entries"):  # a mask reads a few entries; everything else needs all of them
-            projection.add_entries(out, g)
-        else:
-            projection.accumulate(out, g.dense(), g.offset)
+def contrast(denoiser, x_t, t, cond_plus, cond_minus, two_sided: bool):
+    """(eps_hat with its graph, v) of c+ against c-, conds [B, T, d]: [B, ...] each or, two-sided, [2B, ...], c+ first.
+
+    t: a number, or a tensor [B].
+    """
+    if two_sided:
+        t = t.repeat(2) if isinstance(t, torch.Tensor) else t
+        eps_hat = denoiser.eps(torch.cat([x_t, x_t]), t, torch.cat([cond_plus, cond_minus]))
+        v = objectives.contrast(*eps_hat.detach().chunk(2))
+        return eps_hat, torch.cat([v, -v])
+    with torch.no_grad():
+        eps_minus = denoiser.eps(x_t, t, cond_minus)
+    eps_hat = denoiser.eps(x_t, t, cond_plus)
+    return eps_hat, objectives.contrast(eps_hat.detach(), eps_minus)
+
+
+def project_state(tape: PerSampleVjp, projection, eps_hat: torch.Tensor, v: torch.Tensor, normalize: bool, samples: int) -> torch.Tensor:
+    """[samples, k] projected gradients of one state, each block of them unit-normed (a zero gradient stays zero) if asked."""
+    out = torch.zeros(samples, projection.proj_dim, device=eps_hat.device)
+    square = torch.zeros(samples, len(projection.widths), device=eps_hat.device)
+    for g in tape.vjp(eps_hat, v, samples):
+        projection.add(out, g)
+        if normalize:
+            square[:, projection.block_of(g.offset)] += g.sq_norm()
     if normalize:
-        norm = sq_norm(grads).sqrt()
-        out /= torch.where(norm > 0, norm, torch.ones_like(norm))[:, None]
+        norm = torch.where(square > 0, square, 1).sqrt()
+        out /= norm.repeat_interleave(torch.tensor(projection.widths, device=norm.device), 1)
     return out
 
 
@@ -119,7 +133,7 @@ def featurize(denoiser, projection, x0, cond, cond_null, *, layer: str, objectiv
         for t, x_t, eps in states_of(denoiser, x0, cond, cond_null, states, known):
             with torch.enable_grad():
                 eps_hat, v = cotangent(objective, denoiser, tape, x_t, t, x0, cond, cond_null, eps)
-                rows += project_state(tape, projection, eps_hat, v, normalize)
-            known[t] = eps_hat.detach()
+                rows += project_state(tape, projection, eps_hat, v, normalize, len(x0))
+            known[t] = eps_hat.detach()[:len(x0)]
             losses += (known[t] - eps).float().square().flatten(1).mean(1)
     return rows, losses

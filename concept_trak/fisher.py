@@ -9,6 +9,7 @@ TRAK; Park et al. 2025, Concept-TRAK). All dampings come from one factorisation 
 | dual | X X^T = U S U^T, z = (q - X^T U (S + lambda)^-1 U^T X q) / lambda | N < k, N of a few thousand at most |
 | krylov_gram | shifted Lanczos with K held in memory, cached beside the store | middling k, many queries |
 | krylov_rows | shifted Lanczos with v -> X^T (X v) streamed from disk, K never formed | large k, few queries |
+| (blocks) | primal in each block, K taken as block-diagonal (as K-FAC does: Martens & Grosse 2015) | BLOCKS=module |
 
 Known limit: a K that only fits in memory as float32 (krylov_gram, large k) carries a rounding error of about 1e-7 ||K||, which
 the smallest dampings may feel; krylov_rows has none.
@@ -33,8 +34,10 @@ STREAM_VALUES = 2**18  # values of X widened at a time in a product: 2 MB of flo
 GRAM_ROWS, GRAM_TILE = 2048, 1024  # rows and columns of X in one matrix product of the Gram matrix
 
 
-def precondition(store, queries, dampings, max_memory, method="auto", device="cpu", cache=True):
+def precondition(store, queries, dampings, max_memory, method="auto", device="cpu", cache=True, widths=None):
     """(K + lambda_d I)^-1 q for all dampings and queries: [D, Q, k] float64 numpy.
+
+    widths: of blocks of features (`projection.Projection`) between which K is taken to be zero, each with a lambda of its own.
 
     queries: [Q, k] array. dampings: [D], relative to the mean eigenvalue. max_memory: bytes this call may hold.
     cache: keep the Gram matrix beside the store, named by the store's checksum.
@@ -48,6 +51,8 @@ def precondition(store, queries, dampings, max_memory, method="auto", device="cp
         raise UserError("the query gradient is NaN or infinite: compute it again")
     if min(dampings) <= 0:
         raise UserError(f"dampings must be positive, not {min(dampings)}")
+    if widths is not None and len(widths) > 1:
+        return _block_diagonal(store, queries, dampings, max_memory, widths).cpu().numpy()
     method = choose_method(store, len(queries), max_memory, method)
     solver = {"primal": _primal, "dual": _dual, "krylov_gram": _krylov_gram, "krylov_rows": _krylov_rows}[method]
     return solver(store, queries, dampings, max_memory, cache).cpu().numpy()
@@ -110,11 +115,32 @@ def stream_rows(dim):
 
 
 def _primal(store, queries, dampings, max_memory, cache):
-    kernel = gram(store, max_memory, queries.device, cache).double()
+    return _eigh_solve(gram(store, max_memory, queries.device, cache).double(), queries, dampings)
+
+
+def _eigh_solve(kernel, queries, dampings):
     values, vectors = torch.linalg.eigh(kernel)
-    lambdas = shifts(dampings, kernel.trace(), store.dim, queries.device)
+    lambdas = shifts(dampings, kernel.trace(), len(kernel), queries.device)
     scaled = (queries @ vectors) / (values.clamp_min(0) + lambdas[:, None, None])
     return scaled @ vectors.T
+
+
+def _block_diagonal(store, queries, dampings, max_memory, widths):
+    """primal in each block, the blocks of K summed in one pass. A block without any gradient has no say."""
+    if sum(widths) != store.dim:
+        raise UserError(f"blocks of {sum(widths)} features do not fit {store.folder}, whose rows have {store.dim}")
+    if (needed := sum(8 * w * w for w in widths) + _primal_bytes(max(widths))) > max_memory:
+        raise UserError(f"{len(widths)} blocks of up to {max(widths)} features need {needed / 2**30:.1f} GiB: raise MAX_MEMORY or lower PROJ_DIM")
+    kernels = [torch.zeros(w, w, dtype=torch.float64, device=queries.device) for w in widths]
+    for _, rows in store.tensor_blocks(GRAM_ROWS, queries.device):
+        for kernel, part in zip(kernels, rows.split(widths, 1)):
+            part = part.double()
+            kernel.addmm_(part.T, part)
+    if not any(kernel.any() for kernel in kernels):
+        shifts(dampings, 0, store.dim)  # says that every row is zero
+    solved = [_eigh_solve(kernel, part, dampings) if kernel.any() else part.new_zeros(len(dampings), *part.shape)
+              for kernel, part in zip(kernels, queries.split(widths, 1))]
+    return torch.cat(solved, 2)
 
 
 def _dual(store, queries, dampings, max_memory, cache):

@@ -11,6 +11,7 @@ few entries can be had from the factors alone; `dense()` is only formed when a p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -183,8 +184,12 @@ class PerSampleVjp:
 
         return keep
 
-    def vjp(self, eps_hat: torch.Tensor, cotangent: torch.Tensor) -> list[OuterProductGrad | DenseGrad]:
-        """Per-sample gradients of <cotangent, eps_hat>; both [B, ...]. Consumes the recorded forward."""
+    def vjp(self, eps_hat: torch.Tensor, cotangent: torch.Tensor, samples: int | None = None) -> list[OuterProductGrad | DenseGrad]:
+        """Per-sample gradients of <cotangent, eps_hat>; both [B, ...]. Consumes the recorded forward.
+
+        samples: when the batch holds several predictions of each sample (all of the first kind, then all of the second), their number
+        of samples; the gradients of a sample's predictions are summed.
+        """
         calls, self._calls = self._calls, []
         seen = {prefix for prefix, *_ in calls}
         missed = [n for n in self.parameters if n.rpartition(".")[0] not in seen]
@@ -197,11 +202,11 @@ class PerSampleVjp:
             a = a if isinstance(module, nn.Embedding) else a.float()
             for kind, value in rule(module, a, delta.float()):
                 if f"{prefix}.{kind}" in grads:
-                    grads[f"{prefix}.{kind}"].append(value)
+                    grads[f"{prefix}.{kind}"] += _predictions(value, samples or len(eps_hat))
         return [self._merge(name, values) for name, values in grads.items()]
 
     def _merge(self, name: str, values: list):
-        """A module used several times contributes the sum over its uses."""
+        """A module used several times, or for several predictions of a sample, contributes the sum."""
         offset = self.offsets[name]
         if isinstance(values[0], tuple):
             delta, a = (torch.cat(parts, 1) for parts in zip(*values))
@@ -209,9 +214,15 @@ class PerSampleVjp:
         return DenseGrad(offset, sum(values[1:], values[0]))
 
 
-def sq_norm(grads: list) -> torch.Tensor:
-    """[B] squared L2 norm over all selected parameters."""
-    return torch.stack([g.sq_norm() for g in grads]).sum(0)
+def _predictions(value, samples: int) -> list:
+    """A rule's value cut into those of `samples` rows."""
+    return list(zip(*(part.split(samples) for part in value))) if isinstance(value, tuple) else list(value.split(samples))
+
+
+def module_layout(parameters: dict[str, nn.Parameter]) -> list[list[tuple[int, ...]]]:
+    """Shapes of the selected parameters, those of one module together, in coordinate order."""
+    owners = itertools.groupby(parameters, key=lambda name: name.rpartition(".")[0])
+    return [[tuple(parameters[name].shape) for name in names] for _, names in owners]
 
 
 def dense(grads: list) -> torch.Tensor:

@@ -8,9 +8,12 @@ All signs are those of a loss gradient, so for two matching rows the inner produ
     das       v = sign(eps_hat)                    grad of ||eps_hat||_1                      DAS, in the form Concept-TRAK uses
     dps       v = g                                grad of 1/2 ||sg[eps_hat - g] - eps_hat||^2  Concept-TRAK, eq. for D_train
               g = -d/dx_t mean((x0_hat - x0)^2)    guidance of diffusion posterior sampling (Chung et al. 2023)
-    presence  v = -(eps(c) - eps(null))            reward: how much the caption is present
+    presence  v = -(eps(c) - eps(null))            reward: how much the caption is present; eps(null) held fixed
+    contrast  v = -(eps(c) - eps(null)) at c, -v at null    grad of -1/2 ||eps(c) - eps(null)||^2, nothing held fixed
     slider    v = -(eps(c+) - eps(c-))             grad of 1/2 ||sg[eps(c+) + w (eps(c+) - eps(c-))] - eps(c+)||^2, concept slider
                                                    (Gandikota et al. 2023); with c- = "" it is the CFG form
+
+The slider has the one-sided form of presence and the two-sided form of contrast, too; a query takes that of the train rows.
 
 dps points along +g because g raises log p(x0 | x_t) and eps-space is minus score-space: the target is eps_hat - g, for the
 train rows and for exemplars alike.
@@ -24,7 +27,7 @@ import torch
 
 from .diffusion import predict_x0
 
-TRAIN_OBJECTIVES = ("dsm", "dtrak", "das", "dps", "presence")
+TRAIN_OBJECTIVES = ("dsm", "dtrak", "das", "dps", "presence", "contrast")
 
 
 def dsm(eps_hat: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

@@ -8,19 +8,27 @@
 | trak_normal, trak_rademacher | N(0,1), +-1 | k ||x||^2 | trak's BasicProjector: the same blocks without the scale |
 | sjlt | `nonzeros` entries +-1/sqrt(nonzeros) a row | ||x||^2 | own: word p of a Philox4x64 stream for coordinate p |
 | grass | random_mask to 4k, then sjlt to k | (4k/P) ||x||^2 | as above |
+| logra | L (x) R for each weight matrix, entries N(0, 1/columns) in either | ||x||^2 | own: a seed for each module |
+
+Features of logra, and of every kind with BLOCKS=module, stand side by side: each module has some k / modules of its own.
 
 Every number is drawn on the CPU and then moved, so a seed means the same on every device. (dattri on CUDA draws other numbers,
 and its masks even depend on the GPU model: `mask` names the one to rebuild, see gpu_mask.py.)
 Sources: sjlt: Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block construction); grass: Hu et al. 2025, "GraSS";
-dense kinds: Park et al. 2023, "TRAK".
+dense kinds: Park et al. 2023, "TRAK"; logra: Choe et al. 2024, "What is your data worth to GPT?".
 """
 
+import bisect
+import dataclasses
 import hashlib
+import itertools
+import math
 
 import numpy as np
 import torch
 
 from concept_trak.errors import UserError
+from concept_trak.gradients import module_layout
 from concept_trak.gpu_mask import generator_name, gpu_mask
 
 COLUMN_BLOCK = 100  # columns drawn from one seed: the block size of dattri and trak, part of what their seed means
@@ -32,10 +40,22 @@ GRASS_MULTIPLIER = 4  # width of the intermediate mask in multiples of k, as in 
 
 
 class Projection:
-    """The P x k matrix R, never materialised whole. Attributes: kind, input_dim (P), proj_dim (k), seed, device."""
+    """The P x k matrix R, never materialised whole. Attributes: kind, input_dim (P), proj_dim (k), seed, device, and
+
+    widths: features of each of the blocks in which gradients are unit-normed and preconditioned; here one block, of all k.
+    """
 
     def __init__(self, kind, input_dim, proj_dim, seed, device):
         self.kind, self.input_dim, self.proj_dim, self.seed, self.device = kind, input_dim, proj_dim, seed, torch.device(device)
+        self.widths = [proj_dim]
+
+    def block_of(self, offset):
+        """Number of the block that the tensor with this first coordinate is in."""
+        return 0
+
+    def add(self, out, grad):
+        """Add a tensor's share, given as a per-sample gradient (`gradients`); kinds that need not form it do not."""
+        self.accumulate(out, grad.dense(), grad.offset)
 
     def accumulate(self, out, grads, offset):
         """Add one parameter tensor's share: ``out += grads @ R[offset : offset + n]``, in place.
@@ -86,8 +106,8 @@ class RandomMask(Projection):
         start, stop = self.within(offset, grads.shape[1])
         out[:, start:stop] += grads.index_select(1, self.indices[start:stop] - offset)
 
-    def add_entries(self, out, grad):
-        """As `accumulate` for a gradient that is never formed: grad has `offset`, `numel` and `gather(index [m]) -> [B, m]`."""
+    def add(self, out, grad):
+        """Reads the kept entries only."""
         start, stop = self.within(grad.offset, grad.numel)
         out[:, start:stop] += grad.gather(self.indices[start:stop] - grad.offset)
 
@@ -193,14 +213,91 @@ class Grass(Projection):
         start, stop = self.mask.within(offset, grads.shape[1])
         self.sjlt.accumulate(out, grads.index_select(1, self.mask.indices[start:stop] - offset), start)
 
-    def add_entries(self, out, grad):
-        """As `RandomMask.add_entries`."""
+    def add(self, out, grad):
+        """As `RandomMask.add`."""
         start, stop = self.mask.within(grad.offset, grad.numel)
         if stop > start:
             self.sjlt.accumulate(out, grad.gather(self.mask.indices[start:stop] - grad.offset), start)
 
     def describe(self):
         return {**super().describe(), "mask": self.mask.describe(), "sjlt": self.sjlt.describe()}
+
+
+class LoGra(Projection):
+    """One module's gradient: of a weight, G [out, in] to L^T G R, flattened; a vector by a Gaussian matrix to the same features.
+
+    A gradient known by its factors, sum_p delta_p a_p^T, is never formed: L^T delta and R^T a are enough.
+    """
+
+    def __init__(self, kind, shapes, proj_dim, seed, device):
+        matrices = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
+        sizes = [math.prod(shape) for shape in shapes]
+        left = min(math.isqrt(proj_dim), *(out for out, _ in matrices)) if matrices else 1
+        right = min(proj_dim // left, *(width for _, width in matrices)) if matrices else min(proj_dim, max(sizes))
+        super().__init__(kind, sum(sizes), left * right, seed, device)
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(rows, columns):
+            return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(self.device)
+
+        self._maps = {}  # first coordinate: (size, L, R), L None for a vector
+        for shape, size, start in zip(shapes, sizes, itertools.accumulate(sizes, initial=0)):
+            self._maps[start] = (size, draw(shape[0], left), draw(size // shape[0], right)) if len(shape) > 1 else (size, None, draw(size, left * right))
+
+    def accumulate(self, out, grads, offset):
+        """As for every kind, but only whole tensors."""
+        for start, (size, left, right) in self._maps.items():
+            if offset <= start < offset + grads.shape[1]:
+                piece = grads[:, start - offset : start - offset + size].float()
+                out += piece @ right if left is None else (left.T @ piece.view(len(piece), len(left), -1) @ right).flatten(1)
+
+    def add(self, out, grad):
+        _, left, right = self._maps[grad.offset]
+        if left is None or not hasattr(grad, "delta"):
+            super().add(out, grad)
+        else:
+            out += ((grad.delta @ left).mT @ (grad.a @ right)).flatten(1)
+
+
+class Blockwise(Projection):
+    """A projection of its own for each module, their features side by side.
+
+    layout: the shapes of each module's tensors (`gradients.module_layout`). separate: whether the modules are blocks (`widths`).
+    """
+
+    def __init__(self, kind, layout, proj_dim, seed, device, separate, **options):
+        if proj_dim < len(layout) and kind != "identity":
+            raise UserError(f"PROJ_DIM={proj_dim} leaves no feature for each of {len(layout)} modules; raise it or set BLOCKS=all")
+        sizes = [sum(math.prod(shape) for shape in shapes) for shapes in layout]
+        seeds, width = (seed * 1_000_003 + block for block in range(len(layout))), proj_dim // len(layout)
+        self.parts = [LoGra(kind, shapes, width, own, device) if kind == "logra"
+                      else KINDS[kind](kind, size, size if kind == "identity" else min(width, size), own, device, **options)
+                      for shapes, size, own in zip(layout, sizes, seeds)]  # fmt: skip
+        self._starts = list(itertools.accumulate(sizes, initial=0))
+        self._columns = list(itertools.accumulate((part.proj_dim for part in self.parts), initial=0))
+        super().__init__(kind, self._starts[-1], self._columns[-1], seed, device)
+        self.widths = [part.proj_dim for part in self.parts] if separate else [self.proj_dim]
+
+    def _part(self, offset):
+        return bisect.bisect_right(self._starts, offset) - 1
+
+    def block_of(self, offset):
+        return self._part(offset) if len(self.widths) > 1 else 0
+
+    def accumulate(self, out, grads, offset):
+        end = offset + grads.shape[1]
+        for part, start, stop, column in zip(self.parts, self._starts, self._starts[1:], self._columns):
+            low, high = max(offset, start), min(end, stop)
+            if low < high:
+                part.accumulate(out[:, column : column + part.proj_dim], grads[:, low - offset : high - offset], low - start)
+
+    def add(self, out, grad):
+        block = self._part(grad.offset)
+        columns = out[:, self._columns[block] : self._columns[block + 1]]
+        self.parts[block].add(columns, dataclasses.replace(grad, offset=grad.offset - self._starts[block]))
+
+    def describe(self):
+        return {**super().describe(), "modules": [part.proj_dim for part in self.parts], "blocks": len(self.widths)}
 
 
 KINDS = {
@@ -215,17 +312,27 @@ KINDS = {
 }
 
 
-def make_projection(kind, input_dim, proj_dim, seed, device="cpu", mask="portable", **options):
-    """The projection of `kind` (a key of KINDS) from input_dim = P to proj_dim = k.
+def projection_for(parameters, settings, device, mask="auto"):
+    """The settings' projection of selected parameters (name: parameter, in coordinate order)."""
+    s, count = settings, sum(p.numel() for p in parameters.values())
+    dim = 0 if s.proj_type == "identity" else s.proj_dim
+    layout = module_layout(parameters) if s.proj_type == "logra" or s.blocks == "module" else None
+    return make_projection(s.proj_type, count, dim, s.proj_seed, device, mask, layout, s.blocks == "module")
+
+
+def make_projection(kind, input_dim, proj_dim, seed, device="cpu", mask="portable", layout=None, separate=False, **options):
+    """The projection of `kind` (a key of KINDS, or logra) from input_dim = P to proj_dim = k, or a little less with a layout.
 
     mask (random_mask only): "portable" or "auto", the CPU's generator, or the GPU (a key of gpu_mask.GPUS) whose draw to rebuild.
+    layout: the shapes of each module's tensors (`gradients.module_layout`), for a projection module by module; logra needs it.
+    separate: let the modules be blocks of their own, see `Projection`.
     options: `nonzeros` (sjlt, grass), features each coordinate is added to; more lowers the variance at proportional cost.
     Raises UserError for an unknown kind or mask, a GPU's mask for another kind, a mask wider than P, or identity with proj_dim other
     than P (0 or None means P).
     """
     mask = "portable" if mask == "auto" else mask
-    if kind not in KINDS:
-        raise UserError(f"unknown projection {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in (*KINDS, "logra"):
+        raise UserError(f"unknown projection {kind!r}: choose one of {', '.join(KINDS)}, logra")
     if kind == "identity":
         proj_dim = proj_dim or input_dim
         if proj_dim != input_dim:
@@ -234,8 +341,11 @@ def make_projection(kind, input_dim, proj_dim, seed, device="cpu", mask="portabl
         raise UserError(f"proj_dim must be at least 1, not {proj_dim}")
     if kind == "random_mask" and proj_dim > input_dim:
         raise UserError(f"random_mask cannot keep {proj_dim} of {input_dim} coordinates: lower proj_dim")
-    if kind == "random_mask":
+    if kind == "random_mask" and layout is None:
         options["mask"] = mask
     elif mask != "portable":
-        raise UserError(f"projection {kind} has no mask of a GPU: leave the mask {mask!r} out, or use random_mask")
+        own = "random_mask module by module" if kind == "random_mask" else kind
+        raise UserError(f"projection {own} has no mask of a GPU: leave the mask {mask!r} out, or use random_mask and BLOCKS=all")
+    if layout is not None:
+        return Blockwise(kind, layout, proj_dim, seed, device, separate, **options)
     return KINDS[kind](kind, input_dim, proj_dim, seed, device, **options)

@@ -2,6 +2,8 @@
 
     q = 1/n sum over states  P^T g / ||g||,     g = J_theta eps(x_t, t, c+)^T v,    v = -(eps(x_t, t, c+) - eps(x_t, t, c-))
 
+and, two-sided (train rows of F=contrast), g = J_theta (eps(x_t, t, c+) - eps(x_t, t, c-))^T v.
+
 The states x_t are read from whole trajectories: one pass gives every noise level, with latent and timestep paired.
     scope "seed"    DDIM sampling from the query's own x_T; with eta > 0 each draw has noise of its own
     scope "global"  the same from a fresh x_T for every draw: the concept as such, not this picture
@@ -19,7 +21,7 @@ import torch
 
 from . import diffusion, objectives
 from .errors import UserError
-from .featurize import StateSettings, project_state, states_of
+from .featurize import StateSettings, contrast, project_state, states_of
 from .gradients import PerSampleVjp
 
 
@@ -94,18 +96,18 @@ def merged(read, batch_size: int):
 
 
 def concept_gradient(denoiser, projection, read, cond_plus: torch.Tensor, cond_minus: torch.Tensor, *, layer: str, normalize: bool,
-                     batch_size: int = 8) -> torch.Tensor:
-    """[1, k] gradient of a contrast c+ against c-, averaged over the states of `read` (an iterable of (t, x_t, eps)); conds [1, T, d]."""
+                     two_sided: bool = False, batch_size: int = 8) -> torch.Tensor:
+    """[1, k] gradient of a contrast c+ against c-, averaged over the states of `read` (an iterable of (t, x_t, eps)); conds [1, T, d].
+
+    two_sided: differentiate the prediction of c- as well.
+    """
     total, count = torch.zeros(1, projection.proj_dim, device=cond_plus.device), 0
     with PerSampleVjp(denoiser.network, layer) as tape:
         for t, x_t, _ in merged(read, batch_size):
             n = len(x_t)
-            with torch.no_grad():
-                eps_minus = denoiser.eps(x_t, t, cond_minus.expand(n, -1, -1))
             with torch.enable_grad():
-                eps_hat = denoiser.eps(x_t, t, cond_plus.expand(n, -1, -1))
-                v = objectives.contrast(eps_hat.detach(), eps_minus)
-                total += project_state(tape, projection, eps_hat, v, normalize).sum(0, keepdim=True)
+                eps_hat, v = contrast(denoiser, x_t, t, cond_plus.expand(n, -1, -1), cond_minus.expand(n, -1, -1), two_sided)
+                total += project_state(tape, projection, eps_hat, v, normalize, n).sum(0, keepdim=True)
             count += n
     return total / count
 
@@ -118,6 +120,6 @@ def image_gradient(denoiser, projection, read, cond: torch.Tensor, objective: st
     with PerSampleVjp(denoiser.network, layer) as tape, torch.enable_grad():
         for t, x_t, eps in merged(read, batch_size):
             eps_hat = denoiser.eps(x_t, t, cond.expand(len(x_t), -1, -1))
-            total += project_state(tape, projection, eps_hat, choose(eps_hat.detach(), eps), normalize).sum(0, keepdim=True)
+            total += project_state(tape, projection, eps_hat, choose(eps_hat.detach(), eps), normalize, len(x_t)).sum(0, keepdim=True)
             count += len(x_t)
     return total / count

@@ -80,7 +80,7 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
     s, model = corpus.settings, corpus.model
     keys = ("nfe", "normalize", "layer", "scope", "eta", "epochs", "concept_guidance_scale", "gen_num_inference_steps", "batch_size", "dtype")
     identity = {**model_identity(corpus), "prompt": task.prompt, "negative": task.negative_prompt, "seed": task.seed,
-                **{k: getattr(s, k) for k in keys}}
+                "two_sided": s.f == "contrast", **{k: getattr(s, k) for k in keys}}
 
     def compute():
         if s.scope == "local":
@@ -88,7 +88,8 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
         x_T = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(task.seed)).to(model.device, model.dtype)
         cond, cond_minus, cond_null = model.encode_prompts([task.prompt, task.negative_prompt, ""]).split(1)
         read = query.read_states(model, query_states(s), cond, cond_null, x_T=x_T, batch_size=s.batch_size)
-        row = query.concept_gradient(model, corpus.projection, read, cond, cond_minus, layer=s.layer, normalize=s.normalize, batch_size=s.batch_size)
+        row = query.concept_gradient(model, corpus.projection, read, cond, cond_minus, layer=s.layer, normalize=s.normalize,
+                                     two_sided=s.f == "contrast", batch_size=s.batch_size)
         return row.cpu().numpy()
 
     name = f"{s.layer.replace('|', '+')}-test_grad-NFE{s.nfe}-gs_{s.concept_guidance_scale}-eta_{s.eta}" + ("-norm" if s.normalize else "")
@@ -139,7 +140,7 @@ def evaluate_tasks(settings: Settings, device: str) -> dict:
         exemplar.append(exemplar_rows(corpus, number, task))
         drawn.append(generate(corpus, task.prompt, task.seed).image)  # from the x_T that the query gradient starts at
     memory, fixed = parse_memory(settings.max_memory), int(np.argmin(np.abs(np.log(np.array(DAMPINGS) / settings.damping))))
-    solved = fisher.precondition(store, np.concatenate(queries), DAMPINGS, memory, device=device)
+    solved = fisher.precondition(store, np.concatenate(queries), DAMPINGS, memory, device=device, widths=corpus.projection.widths)
     of_train, results = scores.scores(store, solved, max_memory=memory, device=device), {}
     for t, (number, task) in enumerate(tasks.items()):
         values = np.concatenate([of_train[:, t], solved[:, t] @ exemplar[t].T], 1)

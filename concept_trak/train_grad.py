@@ -50,6 +50,7 @@ def folder_name(settings: Settings) -> str:
     if s.lora_path:
         name += f"-lora_{digest(s.lora_path)}"
     projection = f"{s.proj_type}_{s.proj_dim}" + (f"_seed{s.proj_seed}" if s.proj_seed else "")
+    projection += "-module" if s.blocks == "module" else ""
     return name if projection == "random_mask_32768" else f"{name}-{projection}"
 
 

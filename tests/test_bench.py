@@ -72,7 +72,7 @@ def test_scoring_from_disk_ends_with_one_json_object(tmp_path, capsys):
 
 def test_the_whole_benchmark_ends_with_one_json_object_of_the_promised_numbers(monkeypatch, capsys):
     seconds = {"literal_rows": 8.0, "reference_rows": 4.0, "default_rows": 1.0, "literal_query": 9.0, "reference_query": 18.0, "default_query": 4.0}
-    monkeypatch.setattr(bench_engine, "time_in_turn", lambda cases, images, rounds: {c: [(seconds[c], np.ones((2, 3)), 0.5)] * rounds for c in cases})
+    monkeypatch.setattr(bench_engine, "time_in_turn", lambda cases, images, rounds: {c: [(seconds[c], np.ones((2, 3)), 0.5, 0.2)] * rounds for c in cases})
     monkeypatch.setattr(bench, "bench_scores", lambda *_: {"scoring_speedup": 100.0, "peak_rss_gib": 1.0})
     assert cli.main(["bench", "--repeats=2", "--epochs=2", "--nfe=5", "--f=dsm"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -80,7 +80,8 @@ def test_the_whole_benchmark_ends_with_one_json_object_of_the_promised_numbers(m
     assert result["query_speedup"] == 1.0  # 9 gradients in 9 s against 2 draws x 9 states in 18 s
     assert result["default_query_speedup"] == 2.0  # ... against 2 draws x 4 states in 4 s
     assert result["reference_max_rel_error"] == 0 and result["spread"]["default_speedup"] == [8.0, 8.0]
-    assert set(result["peak_gib"]) == {*seconds, "scoring"} and result["provenance"]["versions"]["torch"]
+    assert set(result["peak_gib"]) == {*seconds, "scoring"} and result["added_gib"] == dict.fromkeys(seconds, 0.2)
+    assert result["provenance"]["versions"]["torch"]
     assert result["settings"]["reference"]["f"] == "dps" and result["settings"]["default"]["f"] == "dsm"  # a reference is not to be tuned
 
 
@@ -93,8 +94,8 @@ def test_ratios_are_taken_within_rounds():
 def test_cases_are_timed_in_turn_in_processes_of_their_own(inputs):
     settings = dataclasses.replace(inputs.settings, **{**REFERENCE, "nfe": 2, "ddim_inversion": False})
     answers = bench_engine.time_in_turn({"default_rows": settings}, 2, 2)
-    (seconds, rows, peak), again = answers["default_rows"]
-    assert seconds > 0 and 0.05 < peak < 8 and rows.shape == (2, 200)
+    (seconds, rows, peak, added), again = answers["default_rows"]
+    assert seconds > 0 and 0 <= added < peak < 8 and rows.shape == (2, 200)
     np.testing.assert_array_equal(rows, again[1])
 
 

@@ -6,7 +6,7 @@ import torch
 from concept_trak import diffusion, featurize, fisher, query
 from concept_trak.errors import UserError
 from concept_trak.featurize import featurize as rows_of
-from concept_trak.gradients import PerSampleVjp, dense
+from concept_trak.gradients import PerSampleVjp, dense, module_layout
 from concept_trak.objectives import TRAIN_OBJECTIVES
 from concept_trak.projection import make_projection
 from concept_trak.scores import scores
@@ -101,6 +101,28 @@ def test_a_caption_equal_to_the_empty_one_has_a_zero_row_and_no_nan(tiny_denoise
     assert torch.equal(rows(tiny_denoiser, x0[:1], null, null)[0], torch.zeros(1, projection_for(tiny_denoiser).proj_dim))
 
 
+def test_a_contrast_row_is_the_gradient_of_the_whole_squared_contrast(tiny_denoiser):
+    """Of -1/2 ||eps(c) - eps(null)||^2 by autograd, which holds nothing fixed."""
+    x0, cond, null = batch(3)
+    got = rows(tiny_denoiser, x0, cond, null, "contrast", featurize.noised_states(2), normalize=False)[0]
+    x_t = next(featurize.states_of(tiny_denoiser, x0, cond, null, featurize.noised_states(2)))[1]
+    chosen = list(PerSampleVjp(tiny_denoiser.network, "attn2").parameters.values())
+    for i, row in enumerate(got):
+        loss = -0.5 * (tiny_denoiser.eps(x_t[i:i + 1], 500, cond[i:i + 1]) - tiny_denoiser.eps(x_t[i:i + 1], 500, null)).square().sum()
+        want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, chosen)])
+        torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_of_blocks_has_unit_norm_in_each(tiny_denoiser):
+    x0, cond, null = batch()
+    parameters = PerSampleVjp(tiny_denoiser.network, "attn2").parameters
+    projection = make_projection("identity", sum(p.numel() for p in parameters.values()), 0, 0, layout=module_layout(parameters), separate=True)
+    found = rows(tiny_denoiser, x0, cond, null, "contrast", featurize.noised_states(2), projection)[0]
+    norms = torch.stack([part.norm(dim=1) for part in found.split(projection.widths, 1)])
+    assert len(norms) == len({name.rpartition(".")[0] for name in parameters})
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
 @pytest.mark.parametrize("kind", ["random_mask", "sjlt", "rademacher"])
 def test_projecting_state_by_state_equals_projecting_the_dense_row(kind, tiny_denoiser):
     x0, cond, null = batch()
@@ -150,11 +172,13 @@ def test_copy_of_query_ranks_first_for_every_method(objective, tiny_denoiser, tm
         assert (values[:, i] > 0).all()
 
 
-def test_copy_of_a_concept_query_ranks_first_among_presence_rows(tiny_denoiser, tmp_path):
+@pytest.mark.parametrize("objective", ["presence", "contrast"])
+def test_copy_of_a_concept_query_ranks_first_among_rows_of_the_same_reward(objective, tiny_denoiser, tmp_path):
     """A slider query against the empty prompt, read at a picture's own noised states, finds that picture."""
     x0, cond, null = batch(21)
     projection = projection_for(tiny_denoiser, "sjlt", 256)
-    train = rows(tiny_denoiser, x0, cond, null, projection=projection)[0]
+    train = rows(tiny_denoiser, x0, cond, null, objective, projection=projection)[0]
     read = featurize.states_of(tiny_denoiser, x0[7:8], cond[7:8], null, STATES["noised"])
-    asked = query.concept_gradient(tiny_denoiser, projection, read, cond[7:8], null, layer="attn2", normalize=True)
+    asked = query.concept_gradient(tiny_denoiser, projection, read, cond[7:8], null, layer="attn2", normalize=True,
+                                   two_sided=objective == "contrast")
     assert (scores_of(store_of(train, tmp_path / "store"), asked).argmax(1) == 7).all()

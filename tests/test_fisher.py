@@ -226,3 +226,31 @@ def test_bad_input_is_named(tmp_path):
         precondition(store, good, DAMPINGS, 100, "primal")
     with pytest.raises(UserError, match="every row of the store is zero"):
         precondition(make(tmp_path / "b", np.zeros((5, 20), np.float32)), good, DAMPINGS, MEMORY)
+
+
+@pytest.mark.parametrize("widths", [[10, 25, 5], [40]])
+def test_blocks_are_solved_each_by_itself(tmp_path, widths, monkeypatch):
+    monkeypatch.setattr(fisher, "GRAM_ROWS", 7)
+    rows = synthetic(60, 40)
+    queries, edges = queries_for(rows), np.cumsum(widths)[:-1]
+    want = np.concatenate([direct(r, q) for r, q in zip(np.split(rows, edges, 1), np.split(queries, edges, 1))], 2)
+    assert_close(precondition(make(tmp_path, rows), queries, DAMPINGS, MEMORY, widths=widths), want, 1e-8)
+
+
+def test_a_block_without_gradients_has_no_say(tmp_path):
+    rows = synthetic(60, 40)
+    rows[:, 10:] = 0
+    queries = queries_for(rows) + 1e-3
+    found = precondition(make(tmp_path, rows), queries, DAMPINGS, MEMORY, widths=[10, 30])
+    assert_close(found[:, :, :10], direct(rows[:, :10], queries[:, :10]), 1e-8)
+    assert not found[:, :, 10:].any()
+
+
+def test_blocks_that_cannot_be_solved_are_named(tmp_path):
+    store = make(tmp_path / "a", synthetic(60, 40))
+    with pytest.raises(UserError, match="blocks of 41 features do not fit"):
+        precondition(store, np.ones((1, 40)), DAMPINGS, MEMORY, widths=[20, 21])
+    with pytest.raises(UserError, match="raise MAX_MEMORY"):
+        precondition(store, np.ones((1, 40)), DAMPINGS, 1000, widths=[20, 20])
+    with pytest.raises(UserError, match="every row of the store is zero"):
+        precondition(make(tmp_path / "b", np.zeros((60, 40), np.float32)), np.ones((1, 40)), DAMPINGS, MEMORY, widths=[20, 20])

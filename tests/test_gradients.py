@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, vmap
 
 from concept_trak import gradients
 from concept_trak.errors import UserError
-from concept_trak.gradients import PerSampleVjp, dense, sq_norm
+from concept_trak.gradients import PerSampleVjp, dense, module_layout
 
 from conftest import tiny_unet
 
@@ -87,7 +87,7 @@ def test_norms_and_gathered_entries_equal_those_of_the_dense_gradient():
     with PerSampleVjp(network, "") as tape:
         grads = tape.vjp(unet_call(network, *inputs), v)
     rows = dense(grads)
-    torch.testing.assert_close(sq_norm(grads), rows.square().sum(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sum(g.sq_norm() for g in grads), rows.square().sum(1), rtol=1e-4, atol=1e-6)
     for g in grads[::7]:
         index = torch.arange(0, g.numel, 3)
         torch.testing.assert_close(g.gather(index), rows[:, g.offset:g.offset + g.numel][:, index], rtol=1e-4, atol=1e-6)
@@ -131,3 +131,18 @@ def test_requires_grad_flags_and_hooks_are_restored():
         tape.vjp(unet_call(network, *inputs), v)
     assert all(p.requires_grad for p in network.parameters())
     assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_gradients_of_several_predictions_of_a_sample_are_summed():
+    network, (x, t, cond), v = text_case()
+    other, w = torch.flip(cond, [0]), torch.flip(v, [0])
+    with PerSampleVjp(network, "attn2") as tape:
+        both = tape.vjp(unet_call(network, torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, other])), torch.cat([v, w]), samples=3)
+        want = dense(tape.vjp(unet_call(network, x, t, cond), v)) + dense(tape.vjp(unet_call(network, x, t, other), w))
+    torch.testing.assert_close(dense(both), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sum(g.sq_norm() for g in both), want.square().sum(1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_layout_keeps_the_tensors_of_a_module_together():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Conv2d(3, 4, 5, bias=False), nn.LayerNorm(6))
+    assert module_layout(dict(network.named_parameters())) == [[(3, 2), (3,)], [(4, 3, 5, 5)], [(6,), (6,)]]

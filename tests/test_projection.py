@@ -9,6 +9,7 @@ from trak.projectors import BasicProjector
 
 from concept_trak import projection as projection_module
 from concept_trak.errors import UserError
+from concept_trak.gradients import DenseGrad, OuterProductGrad
 from concept_trak.gpu_mask import gpu_mask
 from concept_trak.projection import KINDS, make_projection
 
@@ -157,3 +158,62 @@ def test_bad_requests_are_named():
         build("sjlt").project(grads(dim=10))
     with pytest.raises(UserError, match="at least 1"):
         make_projection("sjlt", P, 0, 0)
+
+
+# ---- module by module
+
+LAYOUT = [[(20, 30), (20,)], [(7, 3, 2, 2)], [(11,), (11,)], [(40, 25)]]
+SIZES = [620, 84, 22, 1000]
+P2 = sum(SIZES)
+
+
+def by_module(kind, dim=160, seed=3, separate=True):
+    return make_projection(kind, P2, 0 if kind == "identity" else dim, seed, layout=LAYOUT, separate=separate)
+
+
+def test_logra_of_a_weight_is_a_kronecker_product():
+    ours = by_module("logra")
+    _, left, right = ours.parts[0]._maps[0]
+    x = grads(dim=P2)
+    want = x[:, :600] @ torch.kron(left, right) + x[:, 600:620] @ ours.parts[0]._maps[600][2]
+    torch.testing.assert_close(ours.project(x)[:, :ours.widths[0]], want, rtol=1e-4, atol=1e-5)
+
+
+def test_logra_by_factors_equals_logra_of_the_formed_gradient():
+    ours, g = by_module("logra"), torch.Generator().manual_seed(1)
+    weight = OuterProductGrad(726, torch.randn(4, 6, 40, generator=g), torch.randn(4, 6, 25, generator=g))
+    vector = DenseGrad(704, torch.randn(4, 11, generator=g))
+    out, row = torch.zeros(4, ours.proj_dim), torch.zeros(4, P2)
+    for grad in (weight, vector):
+        ours.add(out, grad)
+        row[:, grad.offset:grad.offset + grad.numel] = grad.dense()
+    torch.testing.assert_close(out, ours.project(row), rtol=1e-4, atol=1e-4)
+    assert ours.block_of(704) == 2 and ours.block_of(726) == 3 and by_module("logra", separate=False).block_of(726) == 0
+
+
+def test_logra_keeps_inner_products_on_average():
+    x = torch.nn.functional.normalize(grads(2, P2), dim=1)
+    found = torch.stack([(lambda z: z @ z.T)(by_module("logra", 640, seed).project(x)) for seed in range(80)])
+    standard_error = found.std(0) / 80**0.5
+    assert ((found.mean(0) - x @ x.T).abs() < 4 * standard_error).all() and standard_error.max() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["identity", "random_mask", "sjlt", "grass", "normal", "logra"])
+def test_features_of_a_module_depend_on_its_gradient_alone(kind):
+    x, ours = grads(dim=P2), by_module(kind)
+    whole, part = ours.project(x), torch.zeros(len(x), ours.proj_dim)
+    ours.accumulate(part, x[:, 620:704], 620)
+    first, stop = ours.widths[0], sum(ours.widths[:2])
+    torch.testing.assert_close(part[:, first:stop], whole[:, first:stop])
+    assert not part[:, :first].any() and not part[:, stop:].any() and sum(ours.widths) == ours.proj_dim == whole.shape[1]
+    assert by_module(kind, separate=False).widths == [ours.proj_dim]
+    if kind != "identity":
+        assert max(ours.widths) <= 160 // 4
+        assert not torch.allclose(by_module(kind, seed=4).project(x), whole)
+
+
+def test_bad_requests_module_by_module_are_named():
+    with pytest.raises(UserError, match="PROJ_DIM=3 leaves no feature for each of 4 modules"):
+        by_module("logra", 3)
+    with pytest.raises(UserError, match="module by module has no mask of a GPU"):
+        make_projection("random_mask", P2, 160, 0, mask="a100", layout=LAYOUT)

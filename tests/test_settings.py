@@ -47,7 +47,7 @@ def test_an_unknown_benchmark_is_refused():
 
 
 def test_choices_are_those_of_the_modules_that_use_them():
-    assert settings.CHOICES["f"] == ("presence", "dps", "dsm", "dtrak", "das") and set(settings.CHOICES["f"]) == set(objectives.TRAIN_OBJECTIVES)
+    assert settings.CHOICES["f"] == ("contrast", "presence", "dps", "dsm", "dtrak", "das") and set(settings.CHOICES["f"]) == set(objectives.TRAIN_OBJECTIVES)
     assert set(settings.CHOICES["dtype"]) == {"auto", *DTYPES} and set(settings.CHOICES["store_dtype"]) == set(STORED_TYPES)
 
 
