@@ -179,14 +179,22 @@ def choose_damping(values: np.ndarray, relevant: np.ndarray) -> int:
     return int(np.argmax([np.mean([metrics.recall_at_k(v[:, c], relevant[:, c]).mean() for c in range(len(CONCEPTS))]) for v in values]))
 
 
+def chosen_methods(text: str) -> list[str]:
+    """METHODS as names; empty is all. UserError for one that there is not."""
+    names = [name.strip() for name in text.split(",") if name.strip()] or list(METHODS)
+    if unknown := [name for name in names if name not in METHODS]:
+        raise UserError(f"METHODS names {unknown[0]!r}; choose among {', '.join(METHODS)}")
+    return names
+
+
 def tables(corpus: Corpus, groups: dict[str, list[Cell]]) -> tuple[dict, dict[str, float]]:
     """{kind: {group: {concept: {method: summary}}}} and the dampings."""
-    cells, names = sum(groups.values(), []), list(groups)
+    methods, cells, names = chosen_methods(corpus.settings.methods), sum(groups.values(), []), list(groups)
     pictures = Pictures(corpus, cells)
     bounds = np.cumsum([0, *(len(groups[n]) for n in names)])
     relevant, part = truth(corpus, cells), {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(names)}
     out, dampings = {kind: {g: {c: {} for c in CONCEPTS} for g in ("ood", "id")} for kind in KINDS}, {}
-    for name in METHODS:
+    for name in methods:
         for kind in KINDS:
             values = method_scores(corpus, name, kind, pictures)
             if name not in dampings:
@@ -233,7 +241,7 @@ def evaluate(corpus: Corpus) -> dict:
     """Print the table and, as the last line, one JSON object; both are kept under the results folder."""
     groups = choose_cells(corpus)
     found, dampings = tables(corpus, groups)
-    result = {**found["generated"], "damping": dampings["concept_trak"], "dampings": dampings, "real": found["real"],
+    result = {**found["generated"], "damping": dampings.get("concept_trak"), "dampings": dampings, "real": found["real"],
               "queries": {name: len(cells) for name, cells in groups.items()}}
     folder = Path(corpus.settings.results_dir).parent / "eval"
     folder.mkdir(parents=True, exist_ok=True)

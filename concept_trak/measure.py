@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from .corpus import Corpus
 from .diffusion import ddim_sample
 from .files import write_json
-from PIL import Image
-
 from .judge import load_judge
 from .settings import ROOT, as_dict, provenance
-from .corpus import Corpus
 
 SEEDS = 4
 

@@ -75,6 +75,7 @@ class Settings:
     gpu_ids: str = ""  # train-grad: one process on each, e.g. "0 1 2 3"
     force_recompute_concept_grad: bool = False
     num_queries: int = 0  # evaluate: 0 is all
+    methods: str = ""  # evaluate: "concept_trak,das"; empty: all
     # tasks of AbC
     task_idx: str = "0"  # "0", "0-47", "3,7-9"
     task_json: str = str(ROOT / "experiments/abc/configs/all_tasks.json")
@@ -94,7 +95,7 @@ REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "
              "query_form": "slider", "scope": "seed", "blocks": "all"}
 RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
-    "prompt": "a rocket in the style of openmoji line", "target_concepts": "rocket,openmoji line", "gen_guidance_scale": 4.0,
+    "prompt": "a rocket in the style of openmoji line", "target_concepts": "rocket,openmoji line", "gen_guidance_scale": 3.0,
     "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "batch_size": 32, "dtype": "fp32",
     "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
     "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results/qual"),

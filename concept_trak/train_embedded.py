@@ -33,7 +33,8 @@ class TrainSettings:
     decoder_lr: float = 1.5e-3
     decoder_noise: float = 0.03  # added to the latents, in their own standard deviations: the UNet's are not exact either
     unet_phases: tuple[Phase, ...] = (Phase(1000, 4200), Phase(2250, 2600, max_weight=10.0), Phase(1000, 20000, max_weight=10.0, peak=0.8),
-                                     Phase(750, 5000, max_weight=10.0), Phase(3000, 3000, max_weight=10.0, peak=0.95))
+                                     Phase(750, 5000, max_weight=10.0), Phase(3000, 3000, max_weight=10.0, peak=0.95),
+                                     Phase(2750, 5000, max_weight=10.0, peak=0.8), Phase(1250, 1250, max_weight=10.0, peak=0.36))
     unet_batch: int = 32
     unet_lr: float = 8e-4
     weight_decay: float = 1e-3

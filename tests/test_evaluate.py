@@ -57,3 +57,12 @@ def test_evaluation_prints_the_table_and_one_json_line_and_a_second_run_says_the
     assert first["damping"] in DAMPINGS and {"id", "real", "dampings"} <= first.keys()
     assert cli.main(flags) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first
+
+
+def test_methods_can_be_chosen_and_unknown_ones_are_named(settings, capsys):
+    flags = ["evaluate", "--device=cpu", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())]
+    assert cli.main([*flags, "--methods=concept_trak"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found["ood"]["style"]) == {"concept_trak", "pixel_neighbours", "latent_neighbours", "caption_similarity", "chance"}
+    assert cli.main([*flags, "--methods=concept_trak,tracin"]) == 2
+    assert "METHODS names 'tracin'" in capsys.readouterr().err
