@@ -242,7 +242,9 @@ class LoGra(Projection):
 
         self._maps = {}  # first coordinate: (size, L, R), L None for a vector
         for shape, size, start in zip(shapes, sizes, itertools.accumulate(sizes, initial=0)):
-            self._maps[start] = (size, draw(shape[0], left), draw(size // shape[0], right)) if len(shape) > 1 else (size, None, draw(size, left * right))
+            is_matrix = len(shape) > 1
+            self._maps[start] = (size, draw(shape[0], left) if is_matrix else None,
+                                 draw(size // shape[0], right) if is_matrix else draw(size, left * right))  # fmt: skip
 
     def accumulate(self, out, grads, offset):
         """As for every kind, but only whole tensors."""
@@ -328,8 +330,10 @@ def make_projection(kind, input_dim, proj_dim, seed, device="cpu", mask="portabl
     separate: let the modules be blocks of their own, see `Projection`.
     options: `nonzeros` (sjlt, grass), features each coordinate is added to; more lowers the variance at proportional cost.
     Raises UserError for an unknown kind or mask, a GPU's mask for another kind, a mask wider than P, or identity with proj_dim other
-    than P (0 or None means P).
+    than P (0 or None means P). ValueError for logra without a layout.
     """
+    if kind == "logra" and layout is None:
+        raise ValueError("logra needs the layout of the modules")
     mask = "portable" if mask == "auto" else mask
     if kind not in (*KINDS, "logra"):
         raise UserError(f"unknown projection {kind!r}: choose one of {', '.join(KINDS)}, logra")

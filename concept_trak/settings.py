@@ -87,7 +87,8 @@ class Settings:
         return dataclasses.replace(self, dtype="fp32" if device == "cpu" else "fp16") if self.dtype == "auto" else self
 
 
-CHOICES = {"scope": ("seed", "global", "local"), "f": ("contrast", "presence", "dps", "dsm", "dtrak", "das"), "blocks": ("module", "all"), "dtype": ("auto", "fp32", "fp16", "bf16"),
+CHOICES = {"scope": ("seed", "global", "local"), "f": ("contrast", "presence", "dps", "dsm", "dtrak", "das"), "blocks": ("module", "all"),
+           "dtype": ("auto", "fp32", "fp16", "bf16"),
            "store_dtype": ("float16", "bfloat16", "float32")}
 BOUNDS = {"nfe": (2, 500), "gen_num_inference_steps": (2, 999), "epochs": (1, None), "batch_size": (1, None), "proj_dim": (1, None),
           "top_k": (1, None), "num_split": (1, None), "eta": (0, 1), "seed": (0, 2**63 - 1), "num_queries": (0, None), "num_train": (0, None)}
@@ -96,7 +97,7 @@ REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "
 RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
     "prompt": "a rocket in the style of openmoji line", "target_concepts": "rocket,openmoji line", "gen_guidance_scale": 3.0,
-    "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "batch_size": 32, "dtype": "fp32",
+    "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 1.0, "batch_size": 32, "dtype": "fp32",
     "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
     "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results/qual"),
 }
@@ -104,7 +105,7 @@ ABC = {  # the reference's, but for EPOCHS: 28 trajectories read at nine states 
     "recipe": "reference", "proj_dim": 2**15, "store_dtype": "float32", "batch_size": 4, "epochs": 28, "num_train": 100_000, "damping": 10.0,
 }
 OWN = {  # your own pictures under Stable Diffusion: the cheap recipe
-    "proj_dim": 2**13, "batch_size": 4, "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "num_split": 4,
+    "proj_dim": 2**13, "batch_size": 4, "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 1.0, "num_split": 4,
     "grad_dir": str(ROOT / "experiments/own/results/grads"), "results_dir": str(ROOT / "experiments/own/results/qual"),
 }
 BENCHMARKS = {"emoji": EMOJI, "abc": ABC, "own": OWN}

@@ -35,6 +35,17 @@ def test_the_chosen_damping_is_the_best_on_average_over_concepts():
     assert evaluate.choose_damping(values, relevant) == 1
 
 
+def test_among_dampings_within_a_standard_error_the_largest_is_chosen():
+    relevant = np.zeros((4, 2, 40), bool)
+    relevant[..., :10] = True
+    hits = [[10, 10, 8, 8], [10, 9, 8, 8], [10, 8, 8, 7], [0, 0, 0, 0]]  # of ten, by damping and cell: means 9, 8.75, 8.25, 0; error 0.58
+    values = np.zeros((4, 4, 2, 40))
+    for d, row in enumerate(hits):
+        for cell, n in enumerate(row):
+            values[d, cell, :, 10 - n:20 - n] = 1
+    assert evaluate.choose_damping(values, relevant) == 1
+
+
 def test_caption_overlap_is_the_share_of_the_concepts_words():
     captions = ["a red cat in the style of blob", "a dog", "a cat"]
     assert controls.overlap("a red cat", captions).tolist() == [1.0, 0.0, 0.5]
