@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import time
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import embedded, featurize, literal_reference, query
+from .bench_scoring import peak_rss_gib
 from .gradients import PerSampleVjp
 from .models import DTYPES, Denoiser, TextToImage
 from .projection import make_projection
@@ -188,7 +188,7 @@ def bench_sd14(settings: Settings, device: str) -> dict:
                "own data (default)": resolve("own", {})}
     fe = {"published code": count_literal(), **{name: count_train(r) for name, r in recipes.items()}}
     result = {"parameters": parameters, **found, "threads": torch.get_num_threads(), "device": device, "dtype": s.dtype,
-              "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+              "peak_gib": peak_rss_gib(),
               "fe_per_train_image": fe, "fe_per_query": {name: count_query(r) for name, r in recipes.items()},
               "gpu_hours_computed": {name: gpu_hours(n, found["flop_per_forward"]) for name, n in fe.items()}}
     print(table(result))

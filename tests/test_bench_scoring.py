@@ -1,5 +1,8 @@
 """The scoring benchmark on a toy size: its numbers are right, whatever its times."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -43,3 +46,10 @@ def test_synthetic_rows_do_not_depend_on_where_they_were_interrupted(tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             bench.synthetic_store(tmp_path / "b", 3000, 16, "float32")
     np.testing.assert_array_equal(bench.synthetic_store(tmp_path / "b", 3000, 16, "float32").rows(range(3000)), whole)
+
+
+def test_the_peak_counts_from_a_restart_and_does_not_begin_with_the_parents():
+    code = "from concept_trak.bench_scoring import *; a = bytearray(300 << 20); peak = peak_rss_gib(); del a; print(peak, restart_peak_rss())"
+    held = bytearray(500 << 20)
+    peak, after = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert len(held) and 0.3 < peak < bench.peak_rss_gib() and after < peak - 0.25
