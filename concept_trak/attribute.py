@@ -55,7 +55,7 @@ def concept_row(corpus: Corpus, asked: Query, plus: str, minus: str) -> np.ndarr
     cond, cond_plus, cond_minus, cond_null = model.encode_prompts([asked.prompt, plus, minus, ""]).split(1)
     read = query.read_states(model, query_states(s), cond, cond_null, x_T=asked.x_T, x0=asked.x0, batch_size=s.batch_size)
     row = query.concept_gradient(model, corpus.projection, read, cond_plus, cond_minus, layer=s.layer, normalize=s.normalize,
-                                 two_sided=s.f == "contrast", batch_size=s.batch_size)
+                                 two_sided=s.two_sided, batch_size=s.batch_size)
     return row.cpu().numpy()
 
 

@@ -96,7 +96,7 @@ def engine_query(inputs: Inputs):
         read = query.read_states(inputs.model, query_states(s), inputs.cond_prompt, inputs.cond_null, x_T=inputs.x_T, x0=inputs.x0[:1],
                                  batch_size=s.batch_size)
         return query.concept_gradient(inputs.model, projection, read, inputs.cond_plus, inputs.cond_minus, layer=s.layer, normalize=s.normalize,
-                                      two_sided=s.f == "contrast", batch_size=s.batch_size)
+                                      two_sided=s.two_sided, batch_size=s.batch_size)
 
     return run
 

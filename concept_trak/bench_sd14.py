@@ -128,7 +128,7 @@ def count_query(settings: Settings) -> int:
     with counter.counting(denoiser.network):
         read = query.read_states(denoiser, query_states(settings), cond[0], cond[2], x_T=x, x0=x, batch_size=settings.batch_size)
         query.concept_gradient(denoiser, make_projection("random_mask", count, 16, 0), read, cond[0], cond[1], layer=settings.layer, normalize=True,
-                               two_sided=settings.f == "contrast")
+                               two_sided=settings.two_sided)
     return counter.total
 
 

@@ -118,7 +118,7 @@ class QueryRows:
         projection = self.corpus.projection
         if self.method.per_concept:
             rows = torch.cat([query.concept_gradient(model, projection, states, plus, minus, layer=s.layer, normalize=s.normalize,
-                                                       two_sided=s.f == "contrast", batch_size=s.batch_size)
+                                                       two_sided=s.two_sided, batch_size=s.batch_size)
                               for plus, minus in zip(conds[::2], conds[1::2])])
         else:
             rows = query.image_gradient(model, projection, states, cond, self.method.f, layer=s.layer, normalize=self.method.normalize,

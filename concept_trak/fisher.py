@@ -132,13 +132,12 @@ def _block_diagonal(store, queries, dampings, max_memory, widths):
     if (needed := sum(8 * w * w for w in widths) + _primal_bytes(max(widths))) > max_memory:
         raise UserError(f"{len(widths)} blocks of up to {max(widths)} features need {needed / 2**30:.1f} GiB: raise MAX_MEMORY or lower PROJ_DIM")
     kernels = [torch.zeros(w, w, dtype=torch.float64, device=queries.device) for w in widths]
-    for _, rows in store.tensor_blocks(GRAM_ROWS, queries.device):
+    for _, rows in store.tensor_blocks(gram_rows(store.dim, max_memory), queries.device):
         for kernel, part in zip(kernels, rows.split(widths, 1)):
             part = part.double()
             kernel.addmm_(part.T, part)
-    if not any(kernel.any() for kernel in kernels):
-        shifts(dampings, 0, store.dim)  # says that every row is zero
-    solved = [_eigh_solve(kernel, part, dampings) if kernel.any() else part.new_zeros(len(dampings), *part.shape)
+    shifts(dampings, sum(kernel.trace() for kernel in kernels), store.dim)  # refuses a store of zeros
+    solved = [_eigh_solve(kernel, part, dampings) if kernel.trace() > 0 else part.new_zeros(len(dampings), *part.shape)
               for kernel, part in zip(kernels, queries.split(widths, 1))]
     return torch.cat(solved, 2)
 
@@ -244,6 +243,11 @@ def gram(store, max_memory, device="cpu", cache=True):
     return kernel
 
 
+def gram_rows(dim, max_memory):
+    """Rows of X in one product of a Gram matrix."""
+    return max(1, min(GRAM_ROWS, max_memory // 32 // (8 * dim)))
+
+
 def compute_gram(store, dtype, max_memory, device="cpu"):
     """K by bands of its rows, each summed over the blocks of X in float64; products in `dtype`; only the upper half is computed.
 
@@ -253,7 +257,7 @@ def compute_gram(store, dtype, max_memory, device="cpu"):
     kernel = torch.zeros(dim, dim, dtype=dtype, device=device)
     whole = dtype == torch.float64
     height = dim if whole else max(1, min(dim, max_memory // 16 // (8 * dim)))
-    rows = max(1, min(GRAM_ROWS, max_memory // 32 // (8 * dim)))
+    rows = gram_rows(dim, max_memory)
     for top in range(0, dim, height):
         bottom = min(top + height, dim)
         strips = [(start, min(start + GRAM_TILE, bottom)) for start in range(top, bottom, GRAM_TILE)]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from concept_trak.errors import UserError
-from concept_trak.gradients import module_layout
+from concept_trak.gradients import OuterProductGrad, module_layout
 from concept_trak.gpu_mask import generator_name, gpu_mask
 
 COLUMN_BLOCK = 100  # columns drawn from one seed: the block size of dattri and trak, part of what their seed means
@@ -255,7 +255,7 @@ class LoGra(Projection):
 
     def add(self, out, grad):
         _, left, right = self._maps[grad.offset]
-        if left is None or not hasattr(grad, "delta"):
+        if left is None or not isinstance(grad, OuterProductGrad):
             super().add(out, grad)
         else:
             out += ((grad.delta @ left).mT @ (grad.a @ right)).flatten(1)

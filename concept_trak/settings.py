@@ -86,6 +86,11 @@ class Settings:
         """The settings with DTYPE=auto decided for a device, "cpu" or "cuda:0"."""
         return dataclasses.replace(self, dtype="fp32" if device == "cpu" else "fp16") if self.dtype == "auto" else self
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether a query's c- is differentiated, too: as the train rows differentiate the empty prompt."""
+        return self.f == "contrast"
+
 
 CHOICES = {"scope": ("seed", "global", "local"), "f": ("contrast", "presence", "dps", "dsm", "dtrak", "das"), "blocks": ("module", "all"),
            "dtype": ("auto", "fp32", "fp16", "bf16"),

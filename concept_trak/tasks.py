@@ -80,7 +80,7 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
     s, model = corpus.settings, corpus.model
     keys = ("nfe", "normalize", "layer", "scope", "eta", "epochs", "concept_guidance_scale", "gen_num_inference_steps", "batch_size", "dtype")
     identity = {**model_identity(corpus), "prompt": task.prompt, "negative": task.negative_prompt, "seed": task.seed,
-                "two_sided": s.f == "contrast", **{k: getattr(s, k) for k in keys}}
+                "two_sided": s.two_sided, **{k: getattr(s, k) for k in keys}}
 
     def compute():
         if s.scope == "local":
@@ -89,7 +89,7 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
         cond, cond_minus, cond_null = model.encode_prompts([task.prompt, task.negative_prompt, ""]).split(1)
         read = query.read_states(model, query_states(s), cond, cond_null, x_T=x_T, batch_size=s.batch_size)
         row = query.concept_gradient(model, corpus.projection, read, cond, cond_minus, layer=s.layer, normalize=s.normalize,
-                                     two_sided=s.f == "contrast", batch_size=s.batch_size)
+                                     two_sided=s.two_sided, batch_size=s.batch_size)
         return row.cpu().numpy()
 
     name = f"{s.layer.replace('|', '+')}-test_grad-NFE{s.nfe}-gs_{s.concept_guidance_scale}-eta_{s.eta}" + ("-norm" if s.normalize else "")
