@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from concept_trak.fisher import choose_method, gram, gram_path, gram_product, krylov_solutions, precondition, relative_residuals
-from concept_trak.fisher import row_product, shifts, trace
+from concept_trak.fisher import choose_method, compute_gram, gram, gram_path, gram_product, krylov_solutions, precondition
+from concept_trak.fisher import relative_residuals, row_product, shifts, trace
 from concept_trak.scores import scores, top_k
 from concept_trak.store import Store
 
@@ -22,6 +22,7 @@ RANK = 64
 BLOCK_ROWS = 500
 NUM_SPLIT = 16
 INVERSES_MAX = 4096  # above this k the explicit inverses are not run: nine at k = 8192 take ten minutes and more
+COLUMNS = 2048  # of them the streamed answer is checked against float64 Cholesky where k is too large for that
 WHOLE_RUN_SECONDS = 180  # explicit inverses for all dampings are timed if they take less, else one is timed and multiplied
 
 
@@ -30,7 +31,8 @@ def bench_scoring(n, k, dampings, num_queries, workdir, max_memory, dtype="float
 
     Always: seconds of the first call (nothing cached: K or the streamed products included) and, unless products are streamed,
     of a second call; peak RSS in GiB; `relative_residual`, the largest ||(K + lambda I) z - q|| / ||q|| recomputed in float64
-    from the stored rows; `own_row_first`, the share of queries whose own row ranks first at the smallest damping.
+    from the stored rows; `own_row_first`, the share of queries whose own row ranks first at the smallest damping. Above
+    INVERSES_MAX also `columns_max_rel_error`, see `columns_error`.
 
     If k <= INVERSES_MAX also the reference, in float32 with X and K in memory: for each damping M = solve(K + lambda I, I), then
     scores. Both sides are given the same K (not timed) and serve one query with all dampings; ours is Lanczos, its residual
@@ -60,8 +62,8 @@ def bench_scoring(n, k, dampings, num_queries, workdir, max_memory, dtype="float
     residual = relative_residuals(row_product(store), torch.from_numpy(queries), lambdas, torch.from_numpy(solutions))
     result["relative_residual"] = residual.max().item()
     if k <= INVERSES_MAX:
-        result |= compare_with_inverses(store, queries[:1], dampings, max_memory)
-    return result
+        return result | compare_with_inverses(store, queries[:1], dampings, max_memory)
+    return result | {"columns_checked": COLUMNS, "columns_max_rel_error": columns_error(store, queries[:1], dampings, max_memory)}
 
 
 def synthetic_store(folder, n, k, dtype):
@@ -78,6 +80,30 @@ def synthetic_store(folder, n, k, dtype):
             store.append(shard, (block / k**0.5).numpy(), start)
         store.finish(shard)
     return store
+
+
+class FirstColumns:
+    """The first `dim` columns of a store, held in memory as float32 and read by the same call."""
+
+    def __init__(self, store, dim):
+        self.folder, self.num_rows, self.dim = store.folder, store.num_rows, dim
+        self.values = torch.cat([block[:, :dim].clone() for _, block in store.tensor_blocks(BLOCK_ROWS)])
+
+    def tensor_blocks(self, max_rows, device="cpu"):
+        """As `Store.tensor_blocks`."""
+        for start in range(0, self.num_rows, max_rows):
+            yield start, self.values[start : start + max_rows].to(device)
+
+
+def columns_error(store, query, dampings, max_memory):
+    """`max_rel_error` of the streamed scores when the store ends after COLUMNS columns: exact is one Cholesky a damping."""
+    part = FirstColumns(store, COLUMNS)
+    query = query[:, :COLUMNS]
+    kernel = compute_gram(part, torch.float64, max_memory)
+    lambdas = shifts(dampings, kernel.trace(), COLUMNS)
+    solutions = krylov_solutions(row_product(part), torch.from_numpy(query), lambdas, max_memory)
+    found = scores(part, solutions.numpy(), max_memory=max_memory)[:, 0]
+    return relative_error(found, exact_scores(kernel, part.values, query, lambdas))
 
 
 def compare_with_inverses(store, query, dampings, max_memory):

@@ -20,6 +20,7 @@ import warnings
 
 import numpy as np
 import torch
+from scipy.linalg.blas import dsymv
 
 from concept_trak.errors import UserError
 from concept_trak.files import sync_folder
@@ -174,10 +175,19 @@ def _krylov_rows(store, queries, dampings, max_memory, cache):
 
 def gram_product(kernel):
     """v -> K v in float64 for rows v [n, k], K [k, k] held in float32 or float64."""
+    if kernel.dtype == torch.float64 and kernel.device.type == "cpu":
+        return lambda vectors: _symmetric_product(kernel.numpy(), vectors.numpy())
     if kernel.dtype == torch.float64:
         return lambda vectors: vectors @ kernel
     rows = stream_rows(len(kernel))
     return lambda vectors: torch.cat([vectors @ kernel[s : s + rows].double().T for s in range(0, len(kernel), rows)], dim=1)
+
+
+def _symmetric_product(kernel, vectors):
+    """vectors @ kernel. One vector costs the time of reading K from memory, and symv reads half of it; torch has no symv."""
+    if len(vectors) > 1:
+        return torch.from_numpy(vectors @ kernel)
+    return torch.from_numpy(dsymv(1.0, kernel.T, vectors[0])[None])  # the transpose is Fortran-ordered, so it is not copied
 
 
 def row_product(store):

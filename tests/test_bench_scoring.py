@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from concept_trak import bench_scoring as bench
+from concept_trak.scores import scores
 
 DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
 
@@ -20,10 +21,14 @@ def test_ours_equals_nine_explicit_inverses(tmp_path, method):
     assert result["reference_seconds"] > 0 and result["scoring_speedup"] == result["reference_seconds"] / result["ours_seconds"]
 
 
-def test_large_sizes_skip_the_inverses(tmp_path, monkeypatch):
+def test_large_sizes_check_some_columns_instead_of_the_inverses(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "INVERSES_MAX", 32)
+    monkeypatch.setattr(bench, "COLUMNS", 24)
     result = bench.bench_scoring(200, 48, DAMPINGS, 2, tmp_path, 2**30)
     assert "scoring_speedup" not in result and result["peak_rss_gib"] > 0
+    assert result["columns_checked"] == 24 and result["columns_max_rel_error"] < 1e-5
+    monkeypatch.setattr(bench, "scores", lambda *args, **kw: 1.01 * scores(*args, **kw))
+    assert bench.bench_scoring(200, 48, DAMPINGS, 2, tmp_path, 2**30)["columns_max_rel_error"] > 5e-3
 
 
 def test_slow_references_time_one_damping(tmp_path, monkeypatch):
