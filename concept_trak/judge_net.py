@@ -33,7 +33,7 @@ class JudgeSettings:
     width: int = 32  # channels of the first of four stages; each has twice those of the one before
     hidden: int = 256  # units of the style head's hidden layer
     dropout: float = 0.1
-    epochs: int = 40
+    epochs: int = 80
     fold_epochs: int = 30  # of each fold of the cross-validation
     batch: int = 32
     lr: float = 3e-3

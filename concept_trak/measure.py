@@ -17,6 +17,7 @@ from .judge import load_judge
 from .settings import ROOT, as_dict, provenance
 
 SEEDS = 4
+JUDGE = ROOT / "data/emoji/judge"
 
 
 def draw(corpus: Corpus, captions: list[str], seed: int) -> np.ndarray:
@@ -52,8 +53,9 @@ def measure_model(corpus: Corpus) -> dict:
     """Object and style accuracy over `SEEDS` pictures a cell, with 95 % intervals over cells; the last line printed is JSON.
 
     Held-out: all cells; seen: equally many, drawn with a fixed seed (`num_queries` bounds both).
+    Beside them what bounds them: `ceilings`, and the judge's own accuracy on real art that it was not trained on.
     """
-    judge, data = load_judge(ROOT / "data/emoji/judge"), corpus.everything
+    judge, data = load_judge(JUDGE), corpus.everything
     rows = {name: [i for i, r in enumerate(data.records) if r.get("split") == split] for name, split in (("held_out", "held_out"), ("seen", "train"))}
     n = corpus.settings.num_queries or len(rows["held_out"])
     result = {}
@@ -63,7 +65,8 @@ def measure_model(corpus: Corpus) -> dict:
         pictures = np.concatenate([draw(corpus, [data.captions[i] for i in chosen], seed) for seed in range(SEEDS)])
         result[name] = judge.measure(resized(pictures, judge.settings.size), [r["object"] for r in records] * SEEDS,
                                      [r["style"] for r in records] * SEEDS)
-    result |= ceilings(corpus, judge) | {"guidance": corpus.settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
+    unseen = json.loads((JUDGE / "judge.json").read_text(encoding="utf-8"))["metrics"].get("cross_validation")
+    result |= ceilings(corpus, judge) | {"judge_on_unseen_art": unseen, "guidance": corpus.settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
     folder = Path(corpus.settings.results_dir).parent / "model"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "accuracy.json", {**result, "settings": as_dict(corpus.settings), "provenance": provenance()})

@@ -2,7 +2,7 @@
 # Build data/emoji from pinned npm packages (needs Node's npm). The last line of output is the sha256 of the finished tree.
 #   bash scripts/emoji/build_data.sh                            # the embedded preset: 128 objects x 8 styles
 #   PRESET=s6-n64 OUT_DIR=data/emoji-s6-n64 bash scripts/emoji/build_data.sh
-# PRESET (s5i, s6, s7i, s8 by n64, n128, n256), OUT_DIR, WORK (download cache), SIZE (pixels), PYTHON_BIN.
+# PRESET (s5i, s6, s7i, s8 by n64, n128, n256; s8-n364), OUT_DIR, WORK (download cache), SIZE (pixels), PYTHON_BIN.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
