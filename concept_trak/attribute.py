@@ -17,6 +17,7 @@ from .corpus import Corpus
 from .datasets import emoji
 from .diffusion import ddim_sample
 from .errors import UserError
+from .featurize import noise_levels
 from .files import disk_errors, write_json
 from .report import ConceptResult, write_report, write_results
 from .settings import DAMPINGS, Settings, as_dict, digest, provenance
@@ -43,9 +44,9 @@ def generate(corpus: Corpus, prompt: str, seed: int) -> Query:
 
 
 def query_states(settings: Settings) -> query.QueryStates:
-    """Where the query's states come from, by scope."""
+    """Where the query's states come from, by scope: noisings at the train rows' levels, trajectories at those of their own grid."""
     s = settings
-    levels = query.trajectory_timesteps(s.nfe, s.gen_num_inference_steps)
+    levels = noise_levels(s.nfe) if s.scope == "local" else query.trajectory_timesteps(s.nfe, s.gen_num_inference_steps)
     return query.QueryStates(s.scope, s.epochs, levels, s.gen_num_inference_steps, s.concept_guidance_scale, s.eta)
 
 

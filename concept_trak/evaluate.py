@@ -22,6 +22,7 @@ from .attribute import parse_memory, query_states
 from .datasets import emoji
 from .diffusion import ddim_sample
 from .errors import UserError
+from .featurize import noise_levels
 from .files import write_json
 from .methods import METHODS, settings_for
 from .prompts import contrasts
@@ -104,8 +105,7 @@ class QueryRows:
         """Concept-TRAK reads trajectories from x_T of a generated picture; noisings of a picture serve everything else."""
         states = query_states(self.s)
         if self.kind == "real" or not self.method.per_concept:
-            levels = tuple(1000 * i // self.s.nfe for i in range(1, self.s.nfe))
-            states = dataclasses.replace(states, scope="local", timesteps=levels)
+            states = dataclasses.replace(states, scope="local", timesteps=noise_levels(self.s.nfe))
         return states
 
     def compute(self, index: int) -> np.ndarray:

@@ -28,26 +28,39 @@ class StateSettings:
     noise_seed: int = 42
 
 
+def noise_levels(nfe: int) -> tuple[int, ...]:
+    """nfe - 1 noise levels, evenly from 100 to 900: the reference's 100, 200, ..., 900 for nfe = 10, and 500 for nfe = 2.
+
+    The ends of the range are kept whatever the number: they say more about a concept than what lies between them.
+    """
+    return (500,) if nfe == 2 else tuple(100 + 800 * i // (nfe - 2) for i in range(nfe - 1))
+
+
+def levels_on_grid(nfe: int, grid: list[int], remedy: str) -> tuple[int, ...]:
+    """The levels of `noise_levels` as members of a grid of timesteps; UserError, ending in `remedy`, when it is too coarse for them to differ."""
+    chosen = tuple(grid[len(grid) * level // diffusion.NUM_TRAIN_TIMESTEPS] for level in noise_levels(nfe))
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"NFE={nfe} asks for {nfe - 1} states between the levels 100 and 900 of a grid of {len(grid)} steps; {remedy}")
+    return chosen
+
+
 def reference_states(nfe: int, guidance_scale: float) -> StateSettings:
     """The reference's 50-step inversion and nfe - 1 of its states; for nfe = 10 every fifth, t = 99, 199, ..., 899.
 
     UserError when 50 steps do not have that many.
     """
-    steps = 50
-    if nfe > steps:
-        raise UserError(f"NFE={nfe} asks for {nfe - 1} states of the reference's {steps}-step inversion; lower NFE or use RECIPE=default")
-    grid = diffusion.inversion_timesteps(steps)
-    return StateSettings(tuple(grid[steps * i // nfe] for i in range(1, nfe)), True, guidance_scale, tuple(grid))
+    grid = diffusion.inversion_timesteps(50)
+    return StateSettings(levels_on_grid(nfe, grid, "lower NFE or use RECIPE=default"), True, guidance_scale, tuple(grid))
 
 
 def noised_states(nfe: int, noise_seed: int = 42) -> StateSettings:
-    """q(x_t | x0) at t = 1000 i / nfe, i = 1 .. nfe - 1; for nfe = 10 the reference's 100, 200, ..., 900."""
-    return StateSettings(tuple(diffusion.NUM_TRAIN_TIMESTEPS * i // nfe for i in range(1, nfe)), False, 1.0, (), noise_seed)
+    """q(x_t | x0) at `noise_levels`."""
+    return StateSettings(noise_levels(nfe), False, 1.0, (), noise_seed)
 
 
 def inverted_states(nfe: int, guidance_scale: float) -> StateSettings:
     """DDIM inversion that walks on the grid of the states itself: nfe - 1 steps instead of 45."""
-    levels = tuple(diffusion.NUM_TRAIN_TIMESTEPS * i // nfe - 1 for i in range(1, nfe))
+    levels = tuple(level - 1 for level in noise_levels(nfe))
     return StateSettings(levels, True, guidance_scale, (0, *levels))
 
 

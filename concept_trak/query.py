@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from . import diffusion, objectives
-from .errors import UserError
-from .featurize import StateSettings, contrast, project_state, states_of
+from .featurize import StateSettings, contrast, levels_on_grid, project_state, states_of
 from .gradients import PerSampleVjp
 
 
@@ -40,14 +39,11 @@ class QueryStates:
 
 
 def trajectory_timesteps(nfe: int, num_steps: int) -> tuple[int, ...]:
-    """The nfe - 1 inner borders of the sampling grid cut in nfe parts: 881, 781, ..., 81 for 10 of 50 steps.
+    """nfe - 1 levels of the sampling grid, evenly over its inner four fifths: 881, 781, ..., 81 for 10 of 50 steps.
 
     UserError when the grid is too short for them to differ.
     """
-    if nfe > num_steps:
-        raise UserError(f"NFE={nfe} asks for {nfe - 1} states of a trajectory of {num_steps} steps; raise GEN_NUM_INFERENCE_STEPS or lower NFE")
-    grid = diffusion.sampling_timesteps(num_steps)
-    return tuple(grid[num_steps * s // nfe] for s in range(1, nfe))
+    return levels_on_grid(nfe, diffusion.sampling_timesteps(num_steps), "raise GEN_NUM_INFERENCE_STEPS or lower NFE")
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class Settings:
     recipe: str = "default"
     layer: str = "attn2"  # part of the parameter names, "|" between alternatives
     f: str = "contrast"  # train objective: contrast, presence, dps, dsm, dtrak, das
-    nfe: int = 10  # the noise range is cut in `nfe` parts, whose nfe - 1 inner borders are the states
+    nfe: int = 10  # nfe - 1 states, at noise levels evenly from 100 to 900
     ddim_inversion: bool = False
     normalize: bool = True  # unit norm for each state's gradient, in each of the blocks
     blocks: str = "module"  # what is unit-normed and preconditioned by itself: each module, or all parameters as one block
@@ -102,7 +102,7 @@ REFERENCE = {"f": "dps", "nfe": 10, "ddim_inversion": True, "normalize": True, "
 RECIPES = {"default": {}, "reference": REFERENCE}
 EMOJI = {
     "prompt": "a rocket in the style of openmoji line", "target_concepts": "rocket,openmoji line", "gen_guidance_scale": 3.0,
-    "query_form": "concept", "scope": "local", "nfe": 5, "epochs": 4, "damping": 1.0, "batch_size": 32, "dtype": "fp32",
+    "query_form": "concept", "scope": "local", "nfe": 3, "epochs": 4, "damping": 1.0, "batch_size": 32, "dtype": "fp32",
     "sd_model_path": str(ROOT / "data/emoji/pipeline"), "data_dir": str(ROOT / "data/emoji"), "num_split": 4,
     "grad_dir": str(ROOT / "experiments/emoji/results/grads"), "results_dir": str(ROOT / "experiments/emoji/results/qual"),
 }

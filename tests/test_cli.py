@@ -98,9 +98,8 @@ def test_a_store_of_another_model_is_refused(verb, computed, other_pipeline, cap
     assert "model" in refused(capfd, verb, computed, sd_model_path=other_pipeline)
 
 
-@pytest.mark.parametrize("changes,words", [({"max_memory": "much"}, "MAX_MEMORY"), ({"nfe": 3, "gen_num_inference_steps": 2}, "GEN_NUM_INFERENCE_STEPS")])
-def test_mistakes_that_show_after_the_store_is_open_are_told_as_shortly(changes, words, computed, capfd):
-    assert words in refused(capfd, "attribute", computed, **changes)
+def test_mistakes_that_show_after_the_store_is_open_are_told_as_shortly(computed, capfd):
+    assert "MAX_MEMORY" in refused(capfd, "attribute", computed, max_memory="much")
 
 
 def test_a_missing_verb_is_refused(capsys):

@@ -35,18 +35,24 @@ def test_reference_grid_is_99_to_899():
     assert states.inversion_grid[:3] == (0, 19, 39) and states.inversion_grid[-2:] == (979, 999)
 
 
-@pytest.mark.parametrize("nfe", [2, 3, 7, 10, 11, 33, 50])
+@pytest.mark.parametrize("nfe", [2, 3, 4, 7, 10, 11, 33])
 def test_nfe_is_honoured(nfe, tiny_denoiser):
     levels = {"noised": featurize.noised_states(nfe).timesteps, "inverted": featurize.inverted_states(nfe, 1.0).timesteps,
               "reference": featurize.reference_states(nfe, 7.5).timesteps, "trajectory": query.trajectory_timesteps(nfe, 50)}
     for kind, timesteps in levels.items():
         assert len(set(timesteps)) == len(timesteps) == nfe - 1, kind
         assert all(0 < t < 1000 for t in timesteps), kind
+        assert nfe == 2 or (min(timesteps) <= 100 and max(timesteps) >= 881), kind  # the ends of the range, however few the states
+
+
+def test_noised_levels_are_the_references_for_ten():
+    assert featurize.noised_states(10).timesteps == tuple(range(100, 901, 100))
+    assert featurize.inverted_states(10, 1.0).timesteps == tuple(range(99, 900, 100))
 
 
 def test_nfe_beyond_the_grid_is_refused():
-    with pytest.raises(UserError, match="NFE=51"):
-        featurize.reference_states(51, 7.5)
+    with pytest.raises(UserError, match="NFE=50"):
+        featurize.reference_states(50, 7.5)
     with pytest.raises(UserError, match="GEN_NUM_INFERENCE_STEPS"):
         query.trajectory_timesteps(11, 10)
 

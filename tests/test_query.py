@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from concept_trak import diffusion, featurize, query
+from concept_trak.attribute import query_states
 from concept_trak.embedded import build_scheduler
 from concept_trak.gradients import PerSampleVjp
 from concept_trak.projection import make_projection
 from concept_trak.query import QueryStates
+from concept_trak.settings import resolve
+from concept_trak.train_grad import train_states
 
 SEED_SCOPE = QueryStates("seed", 5, query.trajectory_timesteps(5, 10), num_steps=10, guidance_scale=2.0, eta=0.5)
 
@@ -31,6 +34,11 @@ def read(denoiser, states, batch_size=8, **start):
 
 def test_trajectory_levels_are_881_to_81_for_the_reference_sampler():
     assert query.trajectory_timesteps(10, 50) == tuple(range(881, 80, -100))
+
+
+def test_noisings_of_the_query_are_read_at_the_levels_of_the_train_rows():
+    settings = resolve("emoji", {})
+    assert settings.scope == "local" and query_states(settings).timesteps == train_states(settings).timesteps == (100, 900)
 
 
 @pytest.mark.parametrize("draw", [0, 3])
