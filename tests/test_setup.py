@@ -23,7 +23,6 @@ VERBS = {
     "emoji/run_train_grad.sh": ["train-grad", "--benchmark", "emoji"],
     "emoji/run_eval.sh": ["evaluate", "--benchmark", "emoji"],
     "emoji/train_model.sh": ["train-model", "--benchmark", "emoji"],
-    "emoji/train_judge.sh": ["train-judge", "--benchmark", "emoji"],
     "bench.sh": ["bench"],
 }
 TOOLS = ("awk basename bash cat cp cut df dirname env find flock getconf grep mkdir mktemp rm sed sha256sum shasum tail tr "
@@ -172,6 +171,15 @@ def test_script_calls_its_verb_with_variables_then_arguments(sandbox, name, verb
     assert [m, module, called] == ["-m", "concept_trak", verb[0]]
     assert sorted(arguments[:3]) == ["--negative-prompt=", f"--results-dir={sandbox.env['RESULTS_DIR']}", "--top-k=7"]
     assert arguments[3:] == [*verb[1:], "--top-k", "3 4"]  # last, so that an argument wins over a variable
+
+
+def test_the_judge_learns_from_all_art_unless_other_pictures_are_named(sandbox):
+    script, art = sandbox.repo / "scripts/emoji/train_judge.sh", sandbox.repo / "data/emoji-s8-n364"
+    done, calls = sandbox.bash(script, PYTHON_BIN=sandbox.python)
+    assert done.returncode == 0, done.stderr
+    assert f"--preset|s8-n364|--out|{art}|" in calls[-2] and f"|train-judge|--data-dir={art}|" in calls[-1]
+    [call] = sandbox.bash(script, PYTHON_BIN=sandbox.python, DATA_DIR="mine", RESULTS_DIR="")[1]
+    assert "|train-judge|--data-dir=mine|" in call
 
 
 def test_demo_sets_up_and_names_the_report(sandbox):
