@@ -71,7 +71,7 @@ def gradient_identity(corpus: Corpus, contrast: tuple[str, str]) -> dict:
 def model_identity(corpus: Corpus) -> dict:
     """What a query gradient depends on beside its question."""
     return {"model": corpus.model.weight_hash(), "tokens": corpus.model.tokens, "projection": corpus.projection.describe(),
-            "device": corpus.device, "torch": torch.__version__}
+            "levels": list(query_states(corpus.settings).timesteps), "device": corpus.device, "torch": torch.__version__}
 
 
 def check_words(corpus: Corpus, prompt: str, targets: list[str]) -> list[np.ndarray | None]:

@@ -22,7 +22,6 @@ from .attribute import parse_memory, query_states
 from .datasets import emoji
 from .diffusion import ddim_sample
 from .errors import UserError
-from .featurize import noise_levels
 from .files import write_json
 from .methods import METHODS, settings_for
 from .prompts import contrasts
@@ -103,10 +102,8 @@ class QueryRows:
 
     def states(self) -> query.QueryStates:
         """Concept-TRAK reads trajectories from x_T of a generated picture; noisings of a picture serve everything else."""
-        states = query_states(self.s)
-        if self.kind == "real" or not self.method.per_concept:
-            states = dataclasses.replace(states, scope="local", timesteps=noise_levels(self.s.nfe))
-        return states
+        noisings = self.kind == "real" or not self.method.per_concept
+        return query_states(dataclasses.replace(self.s, scope="local") if noisings else self.s)
 
     def compute(self, index: int) -> np.ndarray:
         """[per_cell, k] rows of one cell."""
