@@ -125,8 +125,10 @@ def run_make_tasks(settings: Settings, device: str) -> None:
 def run_train_judge(settings: Settings, device: str) -> None:
     from .datasets.folder import load_folder
     from .judge import train_and_save
+    from .models import load_pipeline
 
-    train_and_save(load_folder(settings.data_dir), ROOT / "data/emoji/judge", seed=settings.seed)
+    model = load_pipeline(settings.sd_model_path, device, settings.dtype)
+    train_and_save(load_folder(settings.data_dir), model, ROOT / "data/emoji/judge", seed=settings.seed)
 
 
 VERBS = {"attribute": run_attribute, "train-grad": run_train_grad, "evaluate": run_evaluate, "train-model": run_train_model,

@@ -2,7 +2,8 @@
 
     L = CE(object head, object) + w CE(style head, style), with label smoothing, on pictures under `concept_trak.augment.damage`,
 
-since it must judge imperfect pictures. Accuracy on art it was not trained on comes from `cross_validate`.
+since it must judge imperfect pictures, and on what the autoencoder makes of them, since every picture it will judge has been
+through its decoder. Accuracy on art it was not trained on comes from `cross_validate`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from .augment import damage, warp
 from .errors import UserError
 from .files import disk_errors, sha256_file, write_json
-from .judge_net import Judge, JudgeSettings, cell_accuracy, class_indices, to_input
+from .judge_net import Judge, JudgeSettings, cell_accuracy, class_indices, resized, to_input
 from .settings import provenance
 
 __all__ = [
@@ -33,14 +34,15 @@ __all__ = [
 
 
 def train_judge(
-    images: np.ndarray, objects: Sequence[str], styles: Sequence[str], settings: JudgeSettings, desc: str = "judge"
+    versions: dict[str, np.ndarray], objects: Sequence[str], styles: Sequence[str], settings: JudgeSettings, desc: str = "judge"
 ) -> Judge:
     """Fit both heads by cross-entropy with AdamW, linear warm-up and cosine decay, over `settings.epochs`, on the CPU.
 
-    images: uint8 [N, size, size, 3]; objects, styles: N names, whose sorted distinct values become the classes. The same
-    arguments give the same judge; the caller's random state is left alone. Raises UserError if the pictures have another shape.
+    versions: name -> uint8 [N, size, size, 3], the same N pictures in each; an epoch takes one of them of every picture, by
+    chance. objects, styles: N names, whose sorted distinct values become the classes. The same arguments give the same judge;
+    the caller's random state is left alone. Raises UserError if the pictures have another shape.
     """
-    x = to_input(images, settings)
+    x = torch.stack([to_input(images, settings) for images in versions.values()])
     classes = sorted(set(objects)), sorted(set(styles))
     truth = [torch.tensor(class_indices(names, known, "class")) for names, known in zip((objects, styles), classes)]
     with torch.random.fork_rng(devices=[]):
@@ -49,12 +51,14 @@ def train_judge(
         decay = settings.weight_decay
         optimizer = torch.optim.AdamW(judge.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
         generator = torch.Generator().manual_seed(settings.seed)
-        per_epoch = math.ceil(len(x) / settings.batch)
+        count = x.shape[1]
+        per_epoch = math.ceil(count / settings.batch)
         with tqdm(total=settings.epochs * per_epoch, desc=desc, mininterval=5) as bar:
             for _ in range(settings.epochs):
-                for rows in torch.randperm(len(x), generator=generator).tensor_split(per_epoch):
+                for rows in torch.randperm(count, generator=generator).tensor_split(per_epoch):
                     _set_rate(optimizer, settings.lr, bar.n / bar.total)
-                    loss = _step(judge, optimizer, x[rows], [t[rows] for t in truth], generator)
+                    version = torch.randint(len(x), rows.shape, generator=generator)
+                    loss = _step(judge, optimizer, x[version, rows], [t[rows] for t in truth], generator)
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update()
     return judge.eval()
@@ -96,30 +100,37 @@ def fold_of_cells(objects: Sequence[str], styles: Sequence[str], folds: int, see
 
 
 def cross_validate(
-    images: np.ndarray, objects: Sequence[str], styles: Sequence[str], settings: JudgeSettings, folds: int = 5
+    versions: dict[str, np.ndarray], objects: Sequence[str], styles: Sequence[str], settings: JudgeSettings, folds: int = 5
 ) -> dict:
     """Accuracy on art that a judge was not trained on: each fold's cells are named by a judge fitted to the other folds.
 
-    images, objects, styles as in `train_judge`, for `settings.fold_epochs`. Returns for "object", "style" and "both" the pooled
-    `cell_accuracy`, with "folds": list of the folds' accuracies, and "std" over them.
+    versions, objects, styles as in `train_judge`, for `settings.fold_epochs`. Returns for each version, for "object", "style"
+    and "both", the pooled `cell_accuracy`, with "folds": list of the folds' accuracies, and "std" over them.
     """
     objects, styles = np.asarray(objects), np.asarray(styles)
     fold = fold_of_cells(objects, styles, folds, settings.seed)
     shorter = replace(settings, epochs=settings.fold_epochs)
-    right = np.zeros((2, len(images)), bool)
+    right = {name: np.zeros((2, len(objects)), bool) for name in versions}
     for k in range(folds):
         train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        judge = train_judge(images[train], objects[train], styles[train], shorter, f"fold {k + 1}/{folds}")
-        found = judge.predict(images[test])
-        right[0, test] = np.array(judge.objects)[found[0]] == objects[test]
-        right[1, test] = np.array(judge.styles)[found[1]] == styles[test]
-        shares = right[:, test].mean(1)
-        tqdm.write(f"fold {k + 1}/{folds}: object {shares[0]:.3f}, style {shares[1]:.3f} on unseen art", file=sys.stderr)
+        part = {name: images[train] for name, images in versions.items()}
+        judge = train_judge(part, objects[train], styles[train], shorter, f"fold {k + 1}/{folds}")
+        for name, images in versions.items():
+            found = judge.predict(images[test])
+            right[name][0, test] = np.array(judge.objects)[found[0]] == objects[test]
+            right[name][1, test] = np.array(judge.styles)[found[1]] == styles[test]
+            shares = right[name][:, test].mean(1)
+            tqdm.write(f"fold {k + 1}/{folds}: object {shares[0]:.3f}, style {shares[1]:.3f} on unseen art, {name}", file=sys.stderr)
     cells = np.unique(np.stack([objects, styles]), axis=1, return_inverse=True)[1].ravel()
+    return {name: _pooled(hits, cells, fold, settings.seed) for name, hits in right.items()}
+
+
+def _pooled(right: np.ndarray, cells: np.ndarray, fold: np.ndarray, seed: int) -> dict:
+    """The report of `cross_validate` for one version. right: bool [2, N], object and style; cells, fold: [N]."""
     report = {}
-    for name, hits in {"object": right[0], "style": right[1], "both": right.all(0)}.items():
-        each = [float(hits[fold == k].mean()) for k in range(folds)]
-        report[name] = cell_accuracy(hits, cells, settings.seed) | {"folds": each, "std": float(np.std(each, ddof=1))}
+    for head, hits in {"object": right[0], "style": right[1], "both": right.all(0)}.items():
+        each = [float(hits[fold == k].mean()) for k in range(fold.max() + 1)]
+        report[head] = cell_accuracy(hits, cells, seed) | {"folds": each, "std": float(np.std(each, ddof=1))}
     return report
 
 
@@ -154,24 +165,27 @@ def load_judge(folder: str | Path) -> Judge:
     return judge.eval()
 
 
-def train_and_save(dataset, out_folder: str | Path, folds: int = 5, seed: int = 0, settings: JudgeSettings | None = None) -> dict:
+def train_and_save(dataset, model, out_folder: str | Path, folds: int = 5, seed: int = 0, settings: JudgeSettings | None = None) -> dict:
     """Cross-validate (folds = 0: not), train on all pictures, save; print the metrics as one JSON line and return them.
 
     dataset: `concept_trak.datasets.folder.ImageCaptionDataset` whose rows have "object" and "style"; all splits are used,
-    because the judge must know what a held-out cell ought to look like. Raises UserError if a row lacks either.
+    because the judge must know what a held-out cell ought to look like. model: `concept_trak.models.TextToImage`, whose
+    autoencoder the judge must see through. Raises UserError if a row lacks an object or a style.
     """
     settings = replace(settings or JudgeSettings(), seed=seed)
     objects, styles = dataset.column("object"), dataset.column("style")
     if None in objects or None in styles:
         raise UserError(f"{dataset.root} has rows without an object or a style; the judge learns both, so every row needs both")
-    images = dataset.images(range(len(dataset)), settings.size)
-    metrics = {"cross_validation": cross_validate(images, objects, styles, settings, folds)} if folds else {}
-    judge = train_judge(images, objects, styles, settings)
-    facts = {"data_hash": dataset.content_hash(), "provenance": provenance()}
+    rows = range(len(dataset))
+    decoded = model.reconstruct(dataset.images(rows, model.image_size))
+    versions = {"real": dataset.images(rows, settings.size), "reconstructed": resized(decoded, settings.size)}
+    metrics = {"cross_validation": cross_validate(versions, objects, styles, settings, folds)} if folds else {}
+    judge = train_judge(versions, objects, styles, settings)
+    facts = {"data_hash": dataset.content_hash(), "model": model.weight_hash(), "provenance": provenance()}
     save_judge(judge, out_folder, facts)
     judge = load_judge(out_folder)  # measure what is on disk: float16 weights
-    metrics["train"] = judge.measure(images, objects, styles)
-    metrics["train_damaged"] = judge.measure(damaged(images, settings), objects, styles)
+    metrics["train"] = {name: judge.measure(images, objects, styles) for name, images in versions.items()}
+    metrics["train_damaged"] = judge.measure(damaged(versions["real"], settings), objects, styles)
     save_judge(judge, out_folder, facts | {"metrics": metrics})
     print(json.dumps(metrics))
     return metrics

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from .errors import UserError
@@ -33,8 +34,8 @@ class JudgeSettings:
     width: int = 32  # channels of the first of four stages; each has twice those of the one before
     hidden: int = 256  # units of the style head's hidden layer
     dropout: float = 0.1
-    epochs: int = 80
-    fold_epochs: int = 30  # of each fold of the cross-validation
+    epochs: int = 120
+    fold_epochs: int = 40  # of each fold of the cross-validation
     batch: int = 32
     lr: float = 3e-3
     weight_decay: float = 0.05
@@ -149,3 +150,8 @@ def to_input(images: np.ndarray, settings: JudgeSettings) -> torch.Tensor:
         raise UserError(f"the judge takes uint8 pictures [n, {side}, {side}, 3], got {got}; resize or convert them first")
     x = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
     return F.interpolate(x, size=settings.inner_size, mode="bilinear", antialias=True)
+
+
+def resized(pictures: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [n, H, W, 3] -> [n, size, size, 3] (Lanczos): the judge has an input size of its own."""
+    return np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.LANCZOS)) for p in pictures])

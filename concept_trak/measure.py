@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from .corpus import Corpus
 from .diffusion import ddim_sample
 from .files import write_json
 from .judge import load_judge
+from .judge_net import resized
 from .settings import ROOT, as_dict, provenance
 
 SEEDS = 4
@@ -34,26 +34,19 @@ def draw(corpus: Corpus, captions: list[str], seed: int) -> np.ndarray:
     return np.stack(pictures)
 
 
-def resized(pictures: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [n, H, W, 3] -> [n, size, size, 3] (Lanczos): the judge has an input size of its own."""
-    return np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.LANCZOS)) for p in pictures])
-
-
 def ceilings(corpus: Corpus, judge) -> dict:
-    """What the judge says of every fourth real picture at the model's size, as it is and after the autoencoder: bounds on any UNet."""
+    """What the judge says of all real pictures at the model's size, as they are and after the autoencoder: bounds on any UNet."""
     data, model = corpus.everything, corpus.model
-    rows = range(0, len(data), 4)
-    names = [data.records[i]["object"] for i in rows], [data.records[i]["style"] for i in rows]
-    real = data.images(rows, size=model.image_size)
-    decoded = np.stack([np.asarray(p) for p in model.decode(model.encode_images(real))])
-    return {kind: judge.measure(resized(x, judge.settings.size), *names) for kind, x in (("real", real), ("reconstructed", decoded))}
+    names = data.column("object"), data.column("style")
+    real = data.images(range(len(data)), size=model.image_size)
+    return {kind: judge.measure(resized(x, judge.settings.size), *names) for kind, x in (("real", real), ("reconstructed", model.reconstruct(real)))}
 
 
 def measure_model(corpus: Corpus) -> dict:
     """Object and style accuracy over `SEEDS` pictures a cell, with 95 % intervals over cells; the last line printed is JSON.
 
     Held-out: all cells; seen: equally many, drawn with a fixed seed (`num_queries` bounds both).
-    Beside them what bounds them: `ceilings`, and the judge's own accuracy on real art that it was not trained on.
+    Beside them what bounds them: `ceilings`, and the judge's accuracy on art that it was not trained on, real and reconstructed.
     """
     judge, data = load_judge(JUDGE), corpus.everything
     rows = {name: [i for i, r in enumerate(data.records) if r.get("split") == split] for name, split in (("held_out", "held_out"), ("seen", "train"))}

@@ -79,6 +79,11 @@ class TextToImage(Denoiser):
         pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p) for p in pixels]
 
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """What the autoencoder makes of pictures, uint8 [n, H, W, 3] -> the same shape: a bound on any network between its halves."""
+        parts = (images[i:i + 64] for i in range(0, len(images), 64))
+        return np.stack([np.asarray(picture) for part in parts for picture in self.decode(self.encode_images(part))])
+
     @torch.no_grad()
     def add_token(self, token: str, embedding: torch.Tensor) -> int:
         """Make `token` a word with this embedding [d], and return its number; a token added before gets the new embedding.

@@ -152,10 +152,10 @@ def test_training_learns_is_reproducible_and_survives_the_disk(tmp_path):
     images, objects, styles = toy()
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    judge = train_judge(images, objects, styles, TINY)
+    judge = train_judge({"real": images}, objects, styles, TINY)
     assert torch.equal(torch.get_rng_state(), before)
     assert judge.measure(images, objects, styles)["style"]["accuracy"] == 1
-    again = train_judge(images, objects, styles, TINY)
+    again = train_judge({"real": images}, objects, styles, TINY)
     assert all(torch.equal(a, b) for a, b in zip(judge.state_dict().values(), again.state_dict().values()))
     save_judge(judge, tmp_path / "judge", {"note": "toy"})
     loaded = load_judge(tmp_path / "judge")
@@ -168,9 +168,9 @@ def test_cross_validation_names_only_pictures_it_was_not_trained_on(monkeypatch)
     images[:, 0, 0, 0] = np.arange(len(images))  # a mark to know each picture by
     trained, named = [], []
     fit, predict = train_judge, Judge.predict
-    monkeypatch.setattr("concept_trak.judge.train_judge", lambda x, *rest: trained.append(set(x[:, 0, 0, 0])) or fit(x, *rest))
+    monkeypatch.setattr("concept_trak.judge.train_judge", lambda x, *rest: trained.append(set(x["real"][:, 0, 0, 0])) or fit(x, *rest))
     monkeypatch.setattr(Judge, "predict", lambda self, x: named.append(set(x[:, 0, 0, 0])) or predict(self, x))
-    report = cross_validate(images, objects, styles, TINY, folds=2)
+    report = cross_validate({"real": images}, objects, styles, TINY, folds=2)["real"]
     assert all(not (a & b) and len(a | b) == len(images) for a, b in zip(trained, named, strict=True))
     assert set().union(*named) == set(range(len(images)))
     assert report["style"]["accuracy"] >= 0.9 and len(report["style"]["folds"]) == 2
