@@ -60,6 +60,7 @@ def bench(arguments: argparse.Namespace) -> None:
     print(f"scoring {n} rows of {k}", flush=True)
     scoring = bench_scores(n, k, given.num_queries or 1, arguments.workdir, memory)  # first: its peak is this process's
     result = bench_engine(settings, arguments.images, arguments.repeats) | {"scoring_speedup": scoring["scoring_speedup"], "scoring": scoring}
+    result["spread"]["scoring_speedup"] = scoring["scoring_speedup_spread"]
     result["peak_gib"]["scoring"] = scoring["peak_rss_gib"]
     print(table(result))
     recorded = {"images": arguments.images, "repeats": arguments.repeats, "threads": torch.get_num_threads()}
@@ -70,8 +71,7 @@ def table(result: dict) -> str:
     """Two small tables: ratios with their range over rounds, and seconds and peak memory of every case."""
     lines = [f"{'ratio':24} {'median':>8}   range"]
     for name in ("reference_speedup", "default_speedup", "query_speedup", "default_query_speedup", "scoring_speedup"):
-        low, high = result["spread"].get(name, (None, None))
-        lines.append(f"{name:24} {result[name]:8.2f}   " + ("one run" if low is None else f"{low:.2f} to {high:.2f}"))
+        lines.append("{:24} {:8.2f}   {:.2f} to {:.2f}".format(name, result[name], *result["spread"][name]))
     lines.append(f"{'reference_max_rel_error':24} {result['reference_max_rel_error']:8.1e}\n")
     lines.append(f"{'case':24} {'ms each':>8}   peak GiB   its own")
     for case, peak in result["peak_gib"].items():

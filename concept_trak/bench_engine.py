@@ -16,7 +16,7 @@ import torch
 
 from . import featurize, literal_reference, query
 from .attribute import query_states
-from .bench_scoring import peak_rss_gib, restart_peak_rss
+from .bench_scoring import peak_rss_gib, ratio, restart_peak_rss
 from .datasets.folder import load_folder
 from .errors import UserError
 from .gradients import PerSampleVjp
@@ -170,10 +170,9 @@ def receive(case: str, pipe):
     return message
 
 
-def ratio(slow: list, fast: list, factor: float = 1.0) -> tuple[float, list[float]]:
-    """(median, [least, greatest]) over rounds of slow / fast seconds, times `factor`."""
-    values = [factor * a[0] / b[0] for a, b in zip(slow, fast)]
-    return statistics.median(values), [min(values), max(values)]
+def speedup(slow: list, fast: list, factor: float = 1.0) -> tuple[float, list[float]]:
+    """`bench_scoring.ratio` of the seconds of two cases of `time_in_turn`."""
+    return ratio([r[0] for r in slow], [r[0] for r in fast], factor)
 
 
 def row_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -187,9 +186,9 @@ def bench_engine(settings: dict[str, Settings], images: int, repeats: int) -> di
     rows = time_in_turn({c: s for c, s in chosen.items() if c.endswith("_rows")}, images, repeats)
     asked = time_in_turn({c: s for c, s in chosen.items() if c.endswith("_query")}, 1, repeats)
     gradients = {f"{r}_query": s.epochs * (s.nfe - 1) for r, s in settings.items()} | {"literal_query": len(LITERAL_DRAWS)}
-    ratios = {"reference_speedup": ratio(rows["literal_rows"], rows["reference_rows"]),
-              "default_speedup": ratio(rows["literal_rows"], rows["default_rows"]),
-              **{name: ratio(asked["literal_query"], asked[case], gradients[case] / len(LITERAL_DRAWS))
+    ratios = {"reference_speedup": speedup(rows["literal_rows"], rows["reference_rows"]),
+              "default_speedup": speedup(rows["literal_rows"], rows["default_rows"]),
+              **{name: speedup(asked["literal_query"], asked[case], gradients[case] / len(LITERAL_DRAWS))
                  for name, case in (("query_speedup", "reference_query"), ("default_query_speedup", "default_query"))}}
     units = {case: gradients.get(case, len(rounds[0][1])) for case, rounds in (rows | asked).items()}
     return {

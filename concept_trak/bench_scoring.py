@@ -6,12 +6,14 @@ Queries are copies of rows, noise added; at the smallest damping each must rank 
 
 import contextlib
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from concept_trak.fisher import choose_method, compute_gram, gram, gram_path, gram_product, krylov_solutions, precondition
 from concept_trak.fisher import relative_residuals, row_product, shifts, trace
@@ -23,7 +25,7 @@ BLOCK_ROWS = 500
 NUM_SPLIT = 16
 INVERSES_MAX = 4096  # above this k the explicit inverses are not run: nine at k = 8192 take ten minutes and more
 COLUMNS = 2048  # of them the streamed answer is checked against float64 Cholesky where k is too large for that
-WHOLE_RUN_SECONDS = 180  # explicit inverses for all dampings are timed if they take less, else one is timed and multiplied
+WHOLE_RUN_SECONDS = 180  # no further round after so many seconds of explicit inverses
 
 
 def bench_scoring(n, k, dampings, num_queries, workdir, max_memory, dtype="float16", method="auto"):
@@ -36,9 +38,10 @@ def bench_scoring(n, k, dampings, num_queries, workdir, max_memory, dtype="float
 
     If k <= INVERSES_MAX also the reference, in float32 with X and K in memory: for each damping M = solve(K + lambda I, I), then
     scores. Both sides are given the same K (not timed) and serve one query with all dampings; ours is Lanczos, its residual
-    check and the scores with rows read from disk:
+    check and the scores with rows read from disk. A round is one inverse of the reference, times the dampings, and one run of
+    ours; seconds and ratios are medians over rounds, one a damping:
 
-    - `scoring_speedup`: the reference literally, (X M)^T first and then q times it, / ours;
+    - `scoring_speedup`: the reference literally, (X M)^T first and then q times it, / ours; with its range over rounds;
     - `scoring_speedup_cheaper_order`: the reference with q M first, which leaves little but the inverses, / ours;
     - `max_rel_error`: largest |score - exact| / max |exact| over dampings, exact from float64; `reference_max_rel_error` alike.
     """
@@ -110,46 +113,44 @@ def compare_with_inverses(store, query, dampings, max_memory):
     """Reference against ours for one query given K; see `bench_scoring`."""
     kernel = gram(store, max_memory, cache=False)
     lambdas = shifts(dampings, kernel.diagonal().double().sum(), store.dim)
-    started = time.perf_counter()
-    solutions = krylov_solutions(gram_product(kernel), torch.from_numpy(query), lambdas, max_memory)
-    ours = scores(store, solutions.numpy(), max_memory=max_memory)[:, 0]
-    ours_seconds = time.perf_counter() - started
-
     rows = torch.cat([block for _, block in store.tensor_blocks(BLOCK_ROWS)])
     exact = exact_scores(kernel.double(), rows, query, lambdas)
-    found, seconds, cheaper_seconds = explicit_inverses(kernel.float(), rows, query, lambdas)
+    single, ours, inverses, found = kernel.float(), [], [], []
+    for damping in tqdm(lambdas.float(), desc="rounds of an inverse and our scores"):
+        values, *seconds = explicit_inverse(single, rows, query, damping)
+        found.append(values)
+        inverses.append(seconds)
+        started = time.perf_counter()
+        solutions = krylov_solutions(gram_product(kernel), torch.from_numpy(query), lambdas, max_memory)
+        values = scores(store, solutions.numpy(), max_memory=max_memory)[:, 0]
+        ours.append(time.perf_counter() - started)
+        if sum(map(sum, inverses)) > WHOLE_RUN_SECONDS:
+            break
+    literal, cheaper = zip(*inverses)
+    speedup, spread = ratio(literal, ours, len(lambdas))
     return {
-        "ours_seconds": ours_seconds,
-        "reference_seconds": seconds,
-        "reference_cheaper_order_seconds": cheaper_seconds,
-        "reference_dampings_timed": len(found),
-        "scoring_speedup": seconds / ours_seconds,
-        "scoring_speedup_cheaper_order": cheaper_seconds / ours_seconds,
-        "max_rel_error": relative_error(ours, exact),
-        "reference_max_rel_error": relative_error(found, exact[: len(found)]),
+        "ours_seconds": statistics.median(ours),
+        "reference_seconds": statistics.median(literal) * len(lambdas),
+        "reference_cheaper_order_seconds": statistics.median(cheaper) * len(lambdas),
+        "rounds": len(ours),
+        "scoring_speedup": speedup,
+        "scoring_speedup_spread": spread,
+        "scoring_speedup_cheaper_order": ratio(cheaper, ours, len(lambdas))[0],
+        "max_rel_error": relative_error(values, exact),
+        "reference_max_rel_error": relative_error(torch.stack(found).numpy(), exact[: len(found)]),
     }
 
 
-def explicit_inverses(kernel, rows, query, lambdas):
-    """float32 reference: (scores [timed, N], seconds for all dampings, seconds with q M first).
-
-    All dampings are timed unless that would exceed WHOLE_RUN_SECONDS: then only the first, and multiplied.
-    """
+def explicit_inverse(kernel, rows, query, damping):
+    """The reference at one damping in float32: (scores [N], seconds, seconds with q M first)."""
     query, identity = torch.from_numpy(query).float(), torch.eye(len(kernel))
-    found, seconds, cheaper_seconds = [], 0.0, 0.0
-    for damping in lambdas.float():
-        started = time.perf_counter()
-        inverse = torch.linalg.solve(kernel + damping * identity, identity)
-        solved = time.perf_counter()
-        found.append((query @ (rows @ inverse).T)[0])
-        literal = time.perf_counter()
-        query @ inverse @ rows.T
-        cheaper_seconds += solved - started + time.perf_counter() - literal
-        seconds += literal - started
-        if len(found) == 1 and seconds * len(lambdas) > WHOLE_RUN_SECONDS:
-            break
-    factor = len(lambdas) / len(found)
-    return torch.stack(found).numpy(), seconds * factor, cheaper_seconds * factor
+    started = time.perf_counter()
+    inverse = torch.linalg.solve(kernel + damping * identity, identity)
+    solved = time.perf_counter()
+    found = (query @ (rows @ inverse).T)[0]
+    literal = time.perf_counter()
+    query @ inverse @ rows.T
+    return found, literal - started, solved - started + time.perf_counter() - literal
 
 
 def exact_scores(kernel, rows, query, lambdas):
@@ -162,6 +163,12 @@ def exact_scores(kernel, rows, query, lambdas):
 def relative_error(found, exact):
     """max over dampings of max_i |found - exact| / max_i |exact|."""
     return float((np.abs(found - exact).max(axis=1) / np.abs(exact).max(axis=1)).max())
+
+
+def ratio(slow, fast, factor=1.0):
+    """(median, [least, greatest]) over rounds of slow / fast seconds, times `factor`."""
+    values = [factor * a / b for a, b in zip(slow, fast, strict=True)]
+    return statistics.median(values), [min(values), max(values)]
 
 
 def restart_peak_rss():

@@ -73,7 +73,7 @@ def test_scoring_from_disk_ends_with_one_json_object(tmp_path, capsys):
 def test_the_whole_benchmark_ends_with_one_json_object_of_the_promised_numbers(monkeypatch, capsys):
     seconds = {"literal_rows": 8.0, "reference_rows": 4.0, "default_rows": 1.0, "literal_query": 9.0, "reference_query": 18.0, "default_query": 4.0}
     monkeypatch.setattr(bench_engine, "time_in_turn", lambda cases, images, rounds: {c: [(seconds[c], np.ones((2, 3)), 0.5, 0.2)] * rounds for c in cases})
-    monkeypatch.setattr(bench, "bench_scores", lambda *_: {"scoring_speedup": 100.0, "peak_rss_gib": 1.0})
+    monkeypatch.setattr(bench, "bench_scores", lambda *_: {"scoring_speedup": 100.0, "scoring_speedup_spread": [90.0, 110.0], "peak_rss_gib": 1.0})
     assert cli.main(["bench", "--repeats=2", "--epochs=2", "--nfe=5", "--f=dsm"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["reference_speedup"], result["default_speedup"], result["scoring_speedup"]) == (2.0, 8.0, 100.0)
@@ -87,8 +87,8 @@ def test_the_whole_benchmark_ends_with_one_json_object_of_the_promised_numbers(m
 
 def test_ratios_are_taken_within_rounds():
     slow, fast = [(4.0,), (8.0,), (9.0,)], [(2.0,), (4.0,), (3.0,)]
-    assert bench_engine.ratio(slow, fast) == (2.0, [2.0, 3.0])
-    assert bench_engine.ratio(slow, fast, 10)[0] == 20.0
+    assert bench_engine.speedup(slow, fast) == (2.0, [2.0, 3.0])
+    assert bench_engine.speedup(slow, fast, 10)[0] == 20.0
 
 
 def test_cases_are_timed_in_turn_in_processes_of_their_own(inputs):

@@ -17,8 +17,8 @@ def test_ours_equals_nine_explicit_inverses(tmp_path, method):
     result = bench.bench_scoring(600, 96, DAMPINGS, 3, tmp_path, 2**30, "float32", method)
     assert result["max_rel_error"] < 1e-5 and result["reference_max_rel_error"] < 1e-2
     assert result["relative_residual"] < 1e-6 and result["own_row_first"] == 1.0
-    assert result["reference_dampings_timed"] == 9
-    assert result["reference_seconds"] > 0 and result["scoring_speedup"] == result["reference_seconds"] / result["ours_seconds"]
+    low, high = result["scoring_speedup_spread"]
+    assert result["rounds"] == 9 and 0 < low <= result["scoring_speedup"] <= high
 
 
 def test_large_sizes_check_some_columns_instead_of_the_inverses(tmp_path, monkeypatch):
@@ -31,9 +31,9 @@ def test_large_sizes_check_some_columns_instead_of_the_inverses(tmp_path, monkey
     assert bench.bench_scoring(200, 48, DAMPINGS, 2, tmp_path, 2**30)["columns_max_rel_error"] > 5e-3
 
 
-def test_slow_references_time_one_damping(tmp_path, monkeypatch):
+def test_slow_references_get_one_round(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "WHOLE_RUN_SECONDS", 0)
-    assert bench.bench_scoring(200, 48, DAMPINGS, 1, tmp_path, 2**30)["reference_dampings_timed"] == 1
+    assert bench.bench_scoring(200, 48, DAMPINGS, 1, tmp_path, 2**30)["rounds"] == 1
 
 
 def test_synthetic_rows_do_not_depend_on_where_they_were_interrupted(tmp_path, monkeypatch):
