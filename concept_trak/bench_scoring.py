@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from concept_trak.fisher import choose_method, compute_gram, gram, gram_path, gram_product, krylov_solutions, precondition
+from concept_trak.fisher import choose_method, compute_gram, gram, gram_path, gram_solutions, krylov_solutions, precondition
 from concept_trak.fisher import relative_residuals, row_product, shifts, trace
 from concept_trak.scores import scores, top_k
 from concept_trak.store import Store
@@ -121,7 +121,7 @@ def compare_with_inverses(store, query, dampings, max_memory):
         found.append(values)
         inverses.append(seconds)
         started = time.perf_counter()
-        solutions = krylov_solutions(gram_product(kernel), torch.from_numpy(query), lambdas, max_memory)
+        solutions = gram_solutions(kernel, torch.from_numpy(query), lambdas, max_memory)
         values = scores(store, solutions.numpy(), max_memory=max_memory)[:, 0]
         ours.append(time.perf_counter() - started)
         if sum(map(sum, inverses)) > WHOLE_RUN_SECONDS:

@@ -28,10 +28,11 @@ from concept_trak.krylov import shifted_solve
 
 METHODS = ("auto", "primal", "dual", "krylov", "krylov_gram", "krylov_rows")
 DIRECT_MAX = 2048  # largest side "auto" gives to a full eigendecomposition: seconds on one core, Krylov is faster beyond
-TOLERANCE = 1e-10  # relative residual at which Lanczos stops
+TOLERANCE = 1e-8  # relative residual at which Lanczos stops; scores are stored as float32
 ACCEPTED_RESIDUAL = 1e-6  # relative residual, recomputed from the solution, above which the answer is refused
 MAX_ITERATIONS = 1000
 STREAM_VALUES = 2**18  # values of X widened at a time in a product: 2 MB of float64 stay in cache (1.5 times faster than 16 MB)
+SYMV_MAX = 3  # vectors up to which one symv each is faster than one matrix product for all (k = 4096, two cores)
 GRAM_ROWS, GRAM_TILE = 2048, 1024  # rows and columns of X in one matrix product of the Gram matrix
 
 
@@ -165,7 +166,19 @@ def _dual(store, queries, dampings, max_memory, cache):
 def _krylov_gram(store, queries, dampings, max_memory, cache):
     kernel = gram(store, max_memory, queries.device, cache)
     lambdas = shifts(dampings, kernel.diagonal().double().sum(), store.dim, queries.device)
-    return krylov_solutions(gram_product(kernel), queries, lambdas, max_memory)
+    return gram_solutions(kernel, queries, lambdas, max_memory)
+
+
+def gram_solutions(kernel, queries, lambdas, max_memory):
+    """`krylov_solutions` with K [k, k] in memory. After a symv scipy's threads spin for a while, and torch's, for what are tiny
+    vectors, would wait for the cores: then torch keeps to one thread."""
+    threads, product = torch.get_num_threads(), gram_product(kernel)
+    by_symv = kernel.dtype == torch.float64 and kernel.device.type == "cpu" and len(queries) <= SYMV_MAX
+    torch.set_num_threads(1 if by_symv else threads)
+    try:
+        return krylov_solutions(product, queries, lambdas, max_memory)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _krylov_rows(store, queries, dampings, max_memory, cache):
@@ -184,10 +197,11 @@ def gram_product(kernel):
 
 
 def _symmetric_product(kernel, vectors):
-    """vectors @ kernel. One vector costs the time of reading K from memory, and symv reads half of it; torch has no symv."""
-    if len(vectors) > 1:
+    """vectors @ kernel. A few vectors cost the time of reading K from memory, and symv reads half of it; torch has no symv."""
+    if len(vectors) > SYMV_MAX:
         return torch.from_numpy(vectors @ kernel)
-    return torch.from_numpy(dsymv(1.0, kernel.T, vectors[0])[None])  # the transpose is Fortran-ordered, so it is not copied
+    transpose = kernel.T  # Fortran-ordered, so it is not copied
+    return torch.from_numpy(np.stack([dsymv(1.0, transpose, vector) for vector in vectors]))
 
 
 def row_product(store):
