@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from concept_trak import augment
 from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.judge import cell_accuracy, cross_validate, damaged, fold_of_cells, load_judge, save_judge, train_judge
-from concept_trak.judge_net import Judge, JudgeSettings
+from concept_trak.judge_net import Judge, JudgeSettings, resized
 
 DATA = Path(__file__).resolve().parent.parent / "data/emoji"
 TINY = JudgeSettings(size=16, inner_size=16, width=4, epochs=30, fold_epochs=30, batch=8, dropout=0.0)
@@ -53,15 +52,14 @@ def toy(repeats=6, seed=0):
 def test_judge_names_the_real_pictures(judge, sample):
     found = judge.measure(*sample)
     assert found["object"]["accuracy"] >= 0.97
-    # Flat colour styles are close relatives: judge.json records 0.97 on all 2,912 pictures, which bounds what it can measure.
+    # Flat colour styles are close relatives: judge.json records 0.98 on all 2,912 pictures, which bounds what it can measure.
     assert found["style"]["accuracy"] >= 0.88
 
 
 def test_judge_names_pictures_enlarged_from_half_the_size(judge, dataset, sample):
     """The size at which the embedded model draws."""
-    half = dataset.subset(range(0, len(dataset), 5))
-    small = [Image.fromarray(p).resize((64, 64), Image.Resampling.LANCZOS) for p in half.images(range(len(half)), 32)]
-    found = judge.measure(np.stack([np.asarray(p) for p in small]), *sample[1:])
+    small = dataset.subset(range(0, len(dataset), 5)).images(range(len(sample[0])), 32)
+    found = judge.measure(resized(small, 64), *sample[1:])
     assert found["object"]["accuracy"] >= 0.97
     assert found["style"]["accuracy"] >= 0.95
 
@@ -82,9 +80,11 @@ def test_judge_sees_through_damage(judge, sample):
     assert found["style"]["accuracy"] >= 0.8
 
 
-def test_judge_does_not_see_objects_in_noise(judge):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
-    assert np.median(judge.predict(noise)[2]["object"].max(1)) < 0.5
+@pytest.mark.parametrize("side", [8, 16, 32])
+def test_judge_does_not_see_objects_in_noise(judge, side):
+    """As coarse as a generator that has learned nothing can draw it: 32 pixels, or blotches of them."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, side, side, 3), dtype=np.uint8)
+    assert np.median(judge.predict(resized(noise, 64))[2]["object"].max(1)) < 0.5
 
 
 def test_judge_knows_every_object_and_just_the_styles_of_the_dataset(judge, dataset):
