@@ -1,5 +1,7 @@
 """Properties of the damped inverse Fisher: every method against a float64 solve."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -130,12 +132,12 @@ def test_gram_does_not_depend_on_tiles_blocks_or_shards(tmp_path, monkeypatch, d
 
 def test_products_do_not_depend_on_the_block_size(tmp_path, monkeypatch):
     rows = synthetic(50, 20)
-    store, vectors = make(tmp_path, rows), torch.randn(3, 20, dtype=torch.float64)
+    store, vectors = make(tmp_path, rows), torch.randn(fisher.SYMV_MAX + 1, 20, dtype=torch.float64)
     whole = fisher.row_product(store)(vectors)
     monkeypatch.setattr(fisher, "STREAM_VALUES", 60)
     torch.testing.assert_close(fisher.row_product(store)(vectors), whole, rtol=1e-12, atol=1e-14)
     kernel = torch.from_numpy(rows.T @ rows)
-    for some in (vectors, vectors[:1]):
+    for some in (vectors, vectors[1:], vectors[:1]):
         torch.testing.assert_close(fisher.gram_product(kernel)(some), some @ kernel.double(), rtol=1e-12, atol=1e-14)
 
 
@@ -210,6 +212,19 @@ def test_krylov_that_does_not_converge_is_refused(tmp_path, monkeypatch):
     rows = synthetic(200, 50)
     with pytest.raises(UserError, match="reached a relative residual of .* after 4 iterations"):
         precondition(make(tmp_path, rows), queries_for(rows), DAMPINGS, MEMORY, "krylov_rows")
+
+
+@pytest.mark.parametrize("iterations", [1000, 4])
+def test_solving_leaves_the_number_of_threads_alone(tmp_path, monkeypatch, iterations):
+    monkeypatch.setattr(fisher, "MAX_ITERATIONS", iterations)
+    rows, threads = synthetic(200, 50), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(UserError):  # of the four iterations that do not suffice
+            precondition(make(tmp_path, rows), queries_for(rows, 1), DAMPINGS, MEMORY, "krylov_gram")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_bad_input_is_named(tmp_path):

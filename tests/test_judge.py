@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from concept_trak import augment
 from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
-from concept_trak.judge import cell_accuracy, cross_validate, damaged, fold_of_cells, load_judge, save_judge, train_judge
+from concept_trak.judge import cell_accuracy, cross_validate, damaged, fold_of_cells, load_judge, save_judge, train_and_save, train_judge
 from concept_trak.judge_net import Judge, JudgeSettings, resized
 
 DATA = Path(__file__).resolve().parent.parent / "data/emoji"
@@ -174,6 +176,31 @@ def test_cross_validation_names_only_pictures_it_was_not_trained_on(monkeypatch)
     assert all(not (a & b) and len(a | b) == len(images) for a, b in zip(trained, named, strict=True))
     assert set().union(*named) == set(range(len(images)))
     assert report["style"]["accuracy"] >= 0.9 and len(report["style"]["folds"]) == 2
+
+
+def test_every_version_of_the_pictures_is_learned():
+    images, objects, styles = toy()
+    versions = {"real": images, "reconstructed": 255 - images}
+    judge = train_judge(versions, objects, styles, TINY)
+    assert all(judge.measure(x, objects, styles)["style"]["accuracy"] == 1 for x in versions.values())
+    assert train_judge({"real": images}, objects, styles, TINY).measure(255 - images, objects, styles)["style"]["accuracy"] < 1
+
+
+def test_the_judge_is_trained_measured_and_saved_in_one_call(tmp_path, capsys):
+    images, objects, styles = toy()
+    columns = {"object": objects, "style": styles}
+    dataset = MagicMock(root=tmp_path, column=columns.get, images=lambda rows, size: images[list(rows)], content_hash=lambda: "data")
+    dataset.__len__.return_value = len(images)
+    model = SimpleNamespace(image_size=16, reconstruct=lambda pictures: pictures // 2 + 100, weight_hash=lambda: "weights")
+    metrics = train_and_save(dataset, model, tmp_path / "judge", folds=2, settings=TINY)
+    assert json.loads(capsys.readouterr().out) == metrics
+    facts = json.loads((tmp_path / "judge/judge.json").read_text())
+    assert facts["metrics"] == metrics and (facts["data_hash"], facts["model"]) == ("data", "weights")
+    assert set(metrics["cross_validation"]) == set(metrics["train"]) == {"real", "reconstructed"}
+    columns["object"] = [None, *objects[1:]]
+    with pytest.raises(UserError, match="without an object"):
+        train_and_save(dataset, model, tmp_path / "other", settings=TINY)
+    assert not (tmp_path / "other").exists()
 
 
 def test_missing_or_foreign_weights_are_refused(tmp_path):
