@@ -170,8 +170,11 @@ def _krylov_gram(store, queries, dampings, max_memory, cache):
 
 
 def gram_solutions(kernel, queries, lambdas, max_memory):
-    """`krylov_solutions` with K [k, k] in memory. After a symv scipy's threads spin for a while, and torch's, for what are tiny
-    vectors, would wait for the cores: then torch keeps to one thread."""
+    """`krylov_solutions` with K [k, k] in memory.
+
+    After a symv scipy's threads spin for a while, and torch's, for what are tiny vectors, would wait for the cores: then torch
+    keeps to one thread.
+    """
     threads, product = torch.get_num_threads(), gram_product(kernel)
     by_symv = kernel.dtype == torch.float64 and kernel.device.type == "cpu" and len(queries) <= SYMV_MAX
     torch.set_num_threads(1 if by_symv else threads)

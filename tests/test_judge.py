@@ -82,9 +82,12 @@ def test_judge_sees_through_damage(judge, sample):
     assert found["style"]["accuracy"] >= 0.8
 
 
-@pytest.mark.parametrize("side", [8, 16, 32])
+# Known shortfall: it calls white noise at its full size a rainbow, with 0.56; the model, which draws at 32 pixels, cannot draw that.
+FULL_SIZE = pytest.param(64, marks=pytest.mark.xfail(strict=True, reason="named a rainbow with 0.56"))
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, FULL_SIZE])
 def test_judge_does_not_see_objects_in_noise(judge, side):
-    """As coarse as a generator that has learned nothing can draw it: 32 pixels, or blotches of them."""
     noise = np.random.default_rng(0).integers(0, 256, (64, side, side, 3), dtype=np.uint8)
     assert np.median(judge.predict(resized(noise, 64))[2]["object"].max(1)) < 0.5
 
