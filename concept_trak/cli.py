@@ -1,16 +1,18 @@
-"""`python -m concept_trak VERB`: every field of `Settings` is a flag (NUM_SPLIT -> --num-split); one line for a user's mistake."""
+"""`python -m concept_trak VERB`: every field of `Settings` is a flag (NUM_SPLIT -> --num-split);
+one line for a user's mistake.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib
 import os
 import sys
 
 from .errors import UserError
-from .settings import BENCHMARKS, ROOT, Settings, resolve
+from .flags import add_setting_flags, settings_of
+from .settings import ROOT, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,96 +22,84 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def boolean(text: str) -> bool:
-    """0/1, false/true, no/yes; the empty string is false."""
-    word = text.strip().lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word in ("0", "false", "no", "off", ""):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
-
-
-def pick_device(device: str, gpu_id: str) -> str:
-    """DEVICE if set; else GPU `gpu_id` or the first GPU; else the CPU. UserError for a device that is not there."""
-    import torch
-
-    wanted = device or (f"cuda:{gpu_id}" if gpu_id else "cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        count = torch.cuda.device_count()
-        raise UserError(f"device {wanted!r} is not available ({count} GPUs here); unset GPU_ID and DEVICE or set DEVICE=cpu") from error
-    return wanted
-
-
 def run_attribute(settings: Settings, device: str) -> None:
-    from .attribute import attribute
-    from .corpus import Corpus
+    from .attribution.attribute import attribute
+    from .attribution.corpus import Corpus
 
     print(f"report: {os.path.relpath(attribute(Corpus(settings, device)))}")
 
 
 def run_train_grad(settings: Settings, device: str) -> None:
-    from .corpus import Corpus
-    from .train_grad import train_grad
+    from .attribution.corpus import Corpus
+    from .attribution.train_grad import train_grad
 
     store = train_grad(Corpus(settings, device))
-    print(f"{os.path.relpath(store.folder)}: {store.num_rows} rows of {store.dim}, shards left: {len(store.pending())}")
+    print(
+        f"{os.path.relpath(store.folder)}: {store.num_rows} rows of {store.dim}, shards left: "
+        f"{len(store.pending())}"
+    )
 
 
 def run_evaluate(settings: Settings, device: str) -> None:
-    from .evaluate import evaluate
-    from .corpus import Corpus
+    from .attribution.corpus import Corpus
+    from .evaluation.evaluate import evaluate
 
     evaluate(Corpus(settings, device))
 
 
 def run_train_model(settings: Settings, device: str) -> None:
-    from .train_embedded import TrainSettings, train
-    from .datasets.folder import load_folder
-
     import torch
+
+    from .datasets.folder import load_folder
+    from .workshop.embedded.train import TrainSettings, train
 
     torch.set_flush_denormal(True)
     work = ROOT / "data/emoji/checkpoints"
-    train(load_folder(settings.data_dir), ROOT / "data/emoji/checkpoints/pipeline", work, TrainSettings())
-    print(f"pipeline: {os.path.relpath(work / 'pipeline')}; use it with SD_MODEL_PATH or move it to data/emoji/pipeline")
+    train(
+        load_folder(settings.data_dir),
+        ROOT / "data/emoji/checkpoints/pipeline",
+        work,
+        TrainSettings(),
+    )
+    print(
+        f"pipeline: {os.path.relpath(work / 'pipeline')}; use it with SD_MODEL_PATH or move it to "
+        "data/emoji/pipeline"
+    )
 
 
 def run_judge_model(settings: Settings, device: str) -> None:
-    from .measure import measure_model
-    from .corpus import Corpus
+    from .attribution.corpus import Corpus
+    from .evaluation.model import measure_model
 
     measure_model(Corpus(settings, device))
 
 
 def run_prepare(settings: Settings, device: str) -> None:
-    from .prepare import prepare
+    from .datasets.prepare import prepare
 
     print(f"encoded: {os.path.relpath(prepare(settings, device))}")
 
 
 def run_bench_sd14(settings: Settings, device: str) -> None:
-    from .bench_sd14 import bench_sd14
+    from .evaluation.bench.sd14 import bench_sd14
 
     bench_sd14(settings, device)
 
 
 def run_task_grad(settings: Settings, device: str) -> None:
-    from .tasks import run_rows
+    from .evaluation.abc import run_rows
 
     run_rows(settings, device, "exemplar")
 
 
 def run_test_grad(settings: Settings, device: str) -> None:
-    from .tasks import run_rows
+    from .evaluation.abc import run_rows
 
     run_rows(settings, device, "query")
 
 
 def run_evaluate_tasks(settings: Settings, device: str) -> None:
-    from .tasks import evaluate_tasks
+    from .evaluation.abc import evaluate_tasks
 
     evaluate_tasks(settings, device)
 
@@ -117,37 +107,48 @@ def run_evaluate_tasks(settings: Settings, device: str) -> None:
 def run_make_tasks(settings: Settings, device: str) -> None:
     from pathlib import Path
 
-    from .datasets.tasks import write_tasks
+    from .datasets.abc import write_tasks
 
-    print(f"{os.path.relpath(settings.task_json)}: {write_tasks(Path(settings.data_dir), Path(settings.task_json))} tasks")
+    print(
+        f"{os.path.relpath(settings.task_json)}: "
+        f"{write_tasks(Path(settings.data_dir), Path(settings.task_json))} tasks"
+    )
 
 
 def run_train_judge(settings: Settings, device: str) -> None:
     from .datasets.folder import load_folder
-    from .judge import train_and_save
-    from .models import load_pipeline
+    from .models.text_to_image import load_pipeline
+    from .workshop.judge.train import train_and_save
 
     model = load_pipeline(settings.sd_model_path, device, settings.dtype)
-    train_and_save(load_folder(settings.data_dir), model, ROOT / "data/emoji/judge", seed=settings.seed)
+    train_and_save(
+        load_folder(settings.data_dir), model, ROOT / "data/emoji/judge", seed=settings.seed
+    )
 
 
-VERBS = {"attribute": run_attribute, "train-grad": run_train_grad, "evaluate": run_evaluate, "train-model": run_train_model,
-         "judge-model": run_judge_model, "train-judge": run_train_judge, "task-grad": run_task_grad, "test-grad": run_test_grad,
-         "evaluate-tasks": run_evaluate_tasks, "make-tasks": run_make_tasks, "prepare": run_prepare, "bench-sd14": run_bench_sd14}
-# Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the arguments.
-WITH_OWN_FLAGS = ("bench", "train_token", "download")
-
-
-def add_setting_flags(sub: argparse.ArgumentParser) -> None:
-    """--benchmark and one flag for each field of `Settings`, None when not given."""
-    sub.add_argument("--benchmark", default="emoji", choices=sorted(BENCHMARKS))
-    for field in dataclasses.fields(Settings):
-        kind = {"bool": boolean, "int": int, "float": float}.get(field.type, str)
-        sub.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=None, metavar=field.type.upper())
+VERBS = {
+    "attribute": run_attribute,
+    "train-grad": run_train_grad,
+    "evaluate": run_evaluate,
+    "train-model": run_train_model,
+    "judge-model": run_judge_model,
+    "train-judge": run_train_judge,
+    "task-grad": run_task_grad,
+    "test-grad": run_test_grad,
+    "evaluate-tasks": run_evaluate_tasks,
+    "make-tasks": run_make_tasks,
+    "prepare": run_prepare,
+    "bench-sd14": run_bench_sd14,
+}
+# Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the
+# arguments.
+WITH_OWN_FLAGS = ("evaluation.bench.command", "workshop.tokens.command", "workshop.fetch.download")
 
 
 def parser() -> argparse.ArgumentParser:
-    """One sub-command a verb; flags without a default, so that only what the user set overrides the recipe."""
+    """One sub-command a verb; flags without a default, so that only what the user set overrides the
+    recipe.
+    """
     top = Parser(prog="concept-trak", description="Concept attribution for diffusion models.")
     verbs = top.add_subparsers(dest="verb", required=True)
     for verb, run in VERBS.items():
@@ -162,18 +163,16 @@ def parser() -> argparse.ArgumentParser:
 def run_with_settings(run, arguments: argparse.Namespace) -> None:
     """Call `run` of VERBS with the settings and the device that the flags ask for."""
     settings = settings_of(arguments)
-    if settings.gpu_ids and run is run_train_grad:  # the other verbs have no use for it; the processes pick their own devices
-        from .launch import launch_shards
+    if (
+        settings.gpu_ids and run is run_train_grad
+    ):  # the other verbs have no use for it; the processes pick their own devices
+        from .attribution.launch import launch_shards
 
         return launch_shards(settings)
+    from .models.device import pick_device
+
     device = pick_device(settings.device, settings.gpu_id)
     run(settings.on(device), device)
-
-
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Settings from the parsed flags. UserError for a value that does not exist."""
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    return resolve(arguments.benchmark, {k: v for k, v in vars(arguments).items() if k in fields and v is not None})
 
 
 def main(argv: list[str] | None = None) -> int:

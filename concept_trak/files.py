@@ -1,4 +1,8 @@
-"""Files that appear under their final name only when complete, and one clear error for a disk that does not take them."""
+"""Files that appear under their final name only when complete, and one clear error for a disk that
+does not take them.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -6,13 +10,17 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from concept_trak.errors import UserError
+from .errors import UserError
 
 READ_BYTES = 2**24
 
 
-def sha256_file(path):
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(READ_BYTES):
@@ -20,27 +28,47 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
-def write_all(fd, data):
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """An open file that gets the name `path` when the block ends: complete, and on the disk.
+
+    If the block raises, `path` stays as it was. UserError for a disk that does not take it.
+    """
+    part = path.with_name(path.name + ".part")
+    with disk_errors(path):
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """See `atomic`."""
+    with atomic(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """See `atomic`; keys are sorted."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """All of `data`, however many calls it takes."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
-def write_json(path, value):
-    """Atomic: the final name appears only with the whole content on disk."""
-    part = path.with_name(path.name + ".part")
-    with disk_errors(path):
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            write_all(fd, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(part, path)
-        sync_folder(path.parent)
-
-
-def sync_folder(folder):
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on the disk."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -49,8 +77,8 @@ def sync_folder(folder):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """One process at a time decides whether the manifest exists; the lock ends with the process."""
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock ends with the process."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -60,9 +88,13 @@ def locked(folder):
 
 
 @contextlib.contextmanager
-def disk_errors(path):
+def disk_errors(path: Path) -> Iterator[None]:
+    """An OSError becomes a UserError that names the path and the reason."""
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; mend that and run again: finished shards are kept") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise UserError(
+            f"cannot write {path}: {reason}; mend that and run again: finished shards are kept"
+        ) from error

@@ -1,4 +1,6 @@
-"""Small models that every test can share; one thread, so that several test runs do not fight over the cores."""
+"""Small models that every test can share; one thread, so that several test runs do not fight over
+the cores.
+"""
 
 import json
 
@@ -18,7 +20,7 @@ class GaussianDenoiser:
     """
 
     def __init__(self, mean=0.3, variance=0.25, shape=(2, 4, 4)):
-        from concept_trak.embedded import build_scheduler
+        from concept_trak.workshop.embedded.pipeline import build_scheduler
 
         self.alpha_bar, self.latent_shape = build_scheduler().alphas_cumprod.double(), shape
         self.mean, self.variance = mean, variance
@@ -35,42 +37,75 @@ def gaussian():
 
 
 def tiny_unet(seed=0):
-    """A UNet2DConditionModel of some ten thousand parameters with attn2 layers, plain attention (vmap has no rule for SDPA)."""
+    """A UNet2DConditionModel of some ten thousand parameters with attn2 layers, plain attention
+    (vmap has no rule for SDPA).
+    """
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(sample_size=4, in_channels=2, out_channels=2, block_out_channels=(8, 8), layers_per_block=1,
-                                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                                cross_attention_dim=6, attention_head_dim=2, norm_num_groups=4)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=6,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
     unet.set_attn_processor(AttnProcessor())
     return unet.eval()
 
 
 @pytest.fixture
 def tiny_denoiser():
-    from concept_trak.embedded import build_scheduler
-    from concept_trak.models import Denoiser
+    from concept_trak.models.text_to_image import Denoiser
+    from concept_trak.workshop.embedded.pipeline import build_scheduler
 
     return Denoiser(tiny_unet(), build_scheduler().alphas_cumprod, (2, 4, 4))
 
 
 def save_tiny_pipeline(folder, seed=0):
-    """A whole pipeline folder (8x8 pictures, 4x4 latents) with random weights, made of the embedded model's parts."""
+    """A whole pipeline folder (8x8 pictures, 4x4 latents) with random weights, made of the embedded
+    model's parts.
+    """
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from concept_trak import embedded
     from concept_trak.datasets.emoji import caption
+    from concept_trak.workshop.embedded import pipeline as embedded
 
     tokenizer = embedded.build_tokenizer([caption(f"a {o}", s) for o in OBJECTS for s in STYLES])
     unet = tiny_unet(seed)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=6, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, projection_dim=6,
-        max_position_embeddings=embedded.MAX_TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, initializer_factor=30.0))  # or captions would hardly differ
-    vae = AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                        block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=4, sample_size=8)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=6,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            projection_dim=6,
+            max_position_embeddings=embedded.MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_factor=30.0,
+        )
+    )  # or captions would hardly differ
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=2,
+        norm_num_groups=4,
+        sample_size=8,
+    )
     embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
     return folder
 
@@ -95,14 +130,23 @@ def tiny_data(tmp_path_factory):
     for name, style in [(o, s) for o in OBJECTS for s in STYLES]:
         file_name = f"{style}-{name}.png"
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / file_name)
-        rows.append({"file_name": file_name, "text": f"a {name} in the style of {style}", "object": name, "object_phrase": f"a {name}",
-                     "style": style, "style_phrase": style, "split": "held_out" if (name, style) == ("cat", "blob") else "train"})
+        rows.append(
+            {
+                "file_name": file_name,
+                "text": f"a {name} in the style of {style}",
+                "object": name,
+                "object_phrase": f"a {name}",
+                "style": style,
+                "style_phrase": style,
+                "split": "held_out" if (name, style) == ("cat", "blob") else "train",
+            }
+        )
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_pipeline):
-    from concept_trak.models import load_pipeline
+    from concept_trak.models.text_to_image import load_pipeline
 
     return load_pipeline(str(tiny_pipeline))

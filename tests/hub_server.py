@@ -1,8 +1,9 @@
-"""A small Hugging Face hub on localhost: repo info, paged trees, resolve with redirect to a "CDN" of another origin, ranges, faults.
+"""A small Hugging Face hub on localhost: repo info, paged trees, resolve with redirect to a "CDN"
+of another origin, ranges, faults.
 
-    with HubServer() as hub:
-        hub.repos["owner/name"] = {"folder/file.npy": b"..."}
-        hub.faults["folder/file.npy"] = ["cut:100", "status:503"]     # one for each request for the content, in turn
+with HubServer() as hub:
+    hub.repos["owner/name"] = {"folder/file.npy": b"..."}
+    hub.faults["folder/file.npy"] = ["cut:100", "status:503"]     # one for each request for the content, in turn
 """
 
 import hashlib
@@ -12,7 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlparse
 
 COMMIT = "c0ffee" + "0" * 34
-LARGE = (".npy", ".pt", ".7z", *(f".{i:03d}" for i in range(1, 100)))  # endings that the hub keeps as LFS files
+LARGE = (
+    ".npy",
+    ".pt",
+    ".7z",
+    *(f".{i:03d}" for i in range(1, 100)),
+)  # endings that the hub keeps as LFS files
 PAGE = 4  # entries of a page of the tree
 
 
@@ -21,17 +27,25 @@ def git_sha1(data):
 
 
 class HubServer(ThreadingHTTPServer):
-    """`repos`: {id: {path: content}}; `faults`: {path, "tree" or "info": [fault, ...]}, first come first served.
+    """`repos`: {id: {path: content}}; `faults`: {path, "tree" or "info": [fault, ...]}, first come
+    first served.
 
-    Faults: cut:N (connection closed after N bytes), wrong (a changed byte), status:N, status:429 with Retry-After 1, truncate:N (the
-    file ends there, for good manners and for all), missing (404). A last fault with a trailing "!" stays for ever.
+    Faults: cut:N (connection closed after N bytes), wrong (a changed byte), status:N, status:429
+    with Retry-After 1, truncate:N (the file ends there, for good manners and for all), missing
+    (404). A last fault with a trailing "!" stays for ever.
     """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.faults, self.log, self.token, self.lock = {}, {}, [], None, threading.Lock()
+        self.repos, self.faults, self.log, self.token, self.lock = (
+            {},
+            {},
+            [],
+            None,
+            threading.Lock(),
+        )
         self.sha256 = {}  # path -> sha256 to claim instead of the true one
 
     @property
@@ -98,15 +112,19 @@ class Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         if path.startswith("/cdn/"):
-            return self.content(path[len("/cdn/"):])
+            return self.content(path[len("/cdn/") :])
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
-            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            return self.answer(
+                401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found"
+            )
         for repo, files in self.server.repos.items():
             if path.startswith(f"/api/datasets/{repo}/tree/"):
                 return self.tree(files, path.partition("/tree/")[2].partition("/")[2], query)
             if path == f"/api/datasets/{repo}":
                 self.note("info")
-                return self.failed(self.server.next_fault("info")) or self.answer(200, json.dumps({"id": repo, "sha": COMMIT}).encode())
+                return self.failed(self.server.next_fault("info")) or self.answer(
+                    200, json.dumps({"id": repo, "sha": COMMIT}).encode()
+                )
             if path.startswith(f"/datasets/{repo}/resolve/"):
                 return self.resolve(repo, files, path.partition("/resolve/")[2].partition("/")[2])
         self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
@@ -122,8 +140,15 @@ class Handler(BaseHTTPRequestHandler):
         entries = [self.entry(path, files[path]) for path in paths[first : first + PAGE]]
         if first == 0:
             entries.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": "a folder"})
-        more = {"Link": f'<{self.server.url}{urlparse(self.path).path}?recursive=true&cursor={first + PAGE}>; rel="next"'}
-        self.answer(200, json.dumps(entries).encode(), Content_Type="application/json", **(more if first + PAGE < len(paths) else {}))
+        more = {
+            "Link": f'<{self.server.url}{urlparse(self.path).path}?recursive=true&cursor={first + PAGE}>; rel="next"'
+        }
+        self.answer(
+            200,
+            json.dumps(entries).encode(),
+            Content_Type="application/json",
+            **(more if first + PAGE < len(paths) else {}),
+        )
 
     def entry(self, path, data):
         found = {"type": "file", "oid": git_sha1(data), "size": len(data), "path": path}
@@ -139,8 +164,16 @@ class Handler(BaseHTTPRequestHandler):
         if not path.endswith(LARGE):
             return self.content(f"{repo}/{path}")
         data = files[path]
-        linked = {"X_Linked_Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Linked_Size": str(len(data))}
-        self.answer(302, Location=f"http://localhost:{self.server.server_port}/cdn/{repo}/{path}", X_Repo_Commit=COMMIT, **linked)
+        linked = {
+            "X_Linked_Etag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X_Linked_Size": str(len(data)),
+        }
+        self.answer(
+            302,
+            Location=f"http://localhost:{self.server.server_port}/cdn/{repo}/{path}",
+            X_Repo_Commit=COMMIT,
+            **linked,
+        )
 
     def content(self, name):
         owner, repo, path = name.split("/", 2)

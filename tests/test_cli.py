@@ -1,4 +1,6 @@
-"""The command line: one line for a user's mistake, whole results, cached gradients, resumed stores; all on a tiny pipeline."""
+"""The command line: one line for a user's mistake, whole results, cached gradients, resumed stores;
+all on a tiny pipeline.
+"""
 
 import json
 import os
@@ -11,21 +13,42 @@ import pytest
 import torch
 
 from concept_trak import cli
+from concept_trak.parsing import parse_shards
 from concept_trak.settings import ROOT
-from concept_trak.store import Store
-from concept_trak.train_grad import parse_shards
+from concept_trak.store.shards import Store
 
 
 @pytest.fixture
 def flags(tiny_pipeline, tiny_data, tmp_path):
     """{name: value} of a run that takes a second."""
-    return {"sd_model_path": tiny_pipeline, "data_dir": tiny_data, "grad_dir": tmp_path / "grads", "results_dir": tmp_path / "results",
-            "prompt": "a cat in the style of blob", "target_concepts": "cat,blob", "proj_dim": 32, "num_split": 3, "nfe": 3,
-            "gen_num_inference_steps": 4, "epochs": 2, "batch_size": 2, "top_k": 3, "device": "cpu"}
+    return {
+        "sd_model_path": tiny_pipeline,
+        "data_dir": tiny_data,
+        "grad_dir": tmp_path / "grads",
+        "results_dir": tmp_path / "results",
+        "prompt": "a cat in the style of blob",
+        "target_concepts": "cat,blob",
+        "proj_dim": 32,
+        "num_split": 3,
+        "nfe": 3,
+        "gen_num_inference_steps": 4,
+        "epochs": 2,
+        "batch_size": 2,
+        "top_k": 3,
+        "device": "cpu",
+    }
 
 
 def run(verb, flags, **changes):
-    return cli.main([verb, *(f"--{name.replace('_', '-')}={value}" for name, value in {**flags, **changes}.items())])
+    return cli.main(
+        [
+            verb,
+            *(
+                f"--{name.replace('_', '-')}={value}"
+                for name, value in {**flags, **changes}.items()
+            ),
+        ]
+    )
 
 
 def store_folder(flags):
@@ -52,37 +75,40 @@ def refused(capfd, verb, flags, **changes):
     return lines[0]
 
 
-@pytest.mark.parametrize("verb,changes,words", [
-    ("train-grad", {"data_dir": "/no/such/folder"}, "/no/such/folder"),
-    ("train-grad", {"sd_model_path": "/no/such/model"}, "SD_MODEL_PATH"),
-    ("train-grad", {"layer": "no_such_layer"}, "attn2"),
-    ("train-grad", {"layer": "time_embedding.linear_1.nonsense"}, "LAYER"),
-    ("train-grad", {"shards": "3"}, "SHARDS"),
-    ("train-grad", {"shards": "2-9"}, "0 to 2"),
-    ("train-grad", {"shards": "2-1"}, "SHARDS"),
-    ("train-grad", {"shards": "one"}, "SHARDS"),
-    ("train-grad", {"num_split": 99}, "num_split"),
-    ("train-grad", {"proj_dim": 10**9, "proj_type": "random_mask"}, "random_mask"),
-    ("train-grad", {"proj_type": "nonsense"}, "nonsense"),
-    ("train-grad", {"f": "nonsense"}, "presence"),
-    ("train-grad", {"nfe": "many"}, "--nfe"),
-    ("train-grad", {"nfe": 1}, "NFE"),
-    ("train-grad", {"normalize": "perhaps"}, "--normalize"),
-    ("train-grad", {"num_states": 9}, "--num-states"),
-    ("train-grad", {"recipe": "nonsense"}, "RECIPE"),
-    ("train-grad", {"benchmark": "nonsense"}, "--benchmark"),
-    ("train-grad", {"device": "nonsense"}, "DEVICE"),
-    ("train-grad", {"nfe": 51, "recipe": "reference"}, "NFE"),
-    ("nonsense", {}, "nonsense"),
-    ("attribute", {"prompt": ""}, "PROMPT is empty"),
-    ("attribute", {"target_concepts": "zebra"}, "zebra"),
-    ("attribute", {"target_concepts": "cat,"}, "empty concept"),
-    ("attribute", {"prompt": "a cat in the style of blub", "target_concepts": "cat"}, "'blub'"),
-    ("attribute", {"prompt": "a cot in the style of blob", "target_concepts": "cot"}, "'cat'"),
-    ("attribute", {"negative_prompts": "a|b|c"}, "3 items for 2 targets"),
-    ("attribute", {}, "run_train_grad.sh"),
-    ("attribute", {"damping": 0.5}, "DAMPING"),
-])
+@pytest.mark.parametrize(
+    "verb,changes,words",
+    [
+        ("train-grad", {"data_dir": "/no/such/folder"}, "/no/such/folder"),
+        ("train-grad", {"sd_model_path": "/no/such/model"}, "SD_MODEL_PATH"),
+        ("train-grad", {"layer": "no_such_layer"}, "attn2"),
+        ("train-grad", {"layer": "time_embedding.linear_1.nonsense"}, "LAYER"),
+        ("train-grad", {"shards": "3"}, "SHARDS"),
+        ("train-grad", {"shards": "2-9"}, "0 to 2"),
+        ("train-grad", {"shards": "2-1"}, "SHARDS"),
+        ("train-grad", {"shards": "one"}, "SHARDS"),
+        ("train-grad", {"num_split": 99}, "num_split"),
+        ("train-grad", {"proj_dim": 10**9, "proj_type": "random_mask"}, "random_mask"),
+        ("train-grad", {"proj_type": "nonsense"}, "nonsense"),
+        ("train-grad", {"f": "nonsense"}, "presence"),
+        ("train-grad", {"nfe": "many"}, "--nfe"),
+        ("train-grad", {"nfe": 1}, "NFE"),
+        ("train-grad", {"normalize": "perhaps"}, "--normalize"),
+        ("train-grad", {"num_states": 9}, "--num-states"),
+        ("train-grad", {"recipe": "nonsense"}, "RECIPE"),
+        ("train-grad", {"benchmark": "nonsense"}, "--benchmark"),
+        ("train-grad", {"device": "nonsense"}, "DEVICE"),
+        ("train-grad", {"nfe": 51, "recipe": "reference"}, "NFE"),
+        ("nonsense", {}, "nonsense"),
+        ("attribute", {"prompt": ""}, "PROMPT is empty"),
+        ("attribute", {"target_concepts": "zebra"}, "zebra"),
+        ("attribute", {"target_concepts": "cat,"}, "empty concept"),
+        ("attribute", {"prompt": "a cat in the style of blub", "target_concepts": "cat"}, "'blub'"),
+        ("attribute", {"prompt": "a cot in the style of blob", "target_concepts": "cot"}, "'cat'"),
+        ("attribute", {"negative_prompts": "a|b|c"}, "3 items for 2 targets"),
+        ("attribute", {}, "run_train_grad.sh"),
+        ("attribute", {"damping": 0.5}, "DAMPING"),
+    ],
+)
 def test_a_users_mistake_gives_one_line_and_exit_code_2(verb, changes, words, flags, capfd):
     assert words in refused(capfd, verb, flags, **changes)
 
@@ -107,7 +133,9 @@ def test_a_missing_verb_is_refused(capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("text,want", [("", [0, 1, 2, 3]), ("2", [2]), ("0,2-3", [0, 2, 3]), (" 1 , 2 ", [1, 2])])
+@pytest.mark.parametrize(
+    "text,want", [("", [0, 1, 2, 3]), ("2", [2]), ("0,2-3", [0, 2, 3]), (" 1 , 2 ", [1, 2])]
+)
 def test_shards_are_numbers_and_ranges(text, want):
     assert parse_shards(text, 4) == want
 
@@ -115,7 +143,10 @@ def test_shards_are_numbers_and_ranges(text, want):
 def test_shards_computed_apart_make_the_store_computed_at_once(flags, tmp_path):
     assert run("train-grad", flags, shards="2") == 0 and run("train-grad", flags, shards="0-1") == 0
     assert run("train-grad", flags, grad_dir=tmp_path / "whole") == 0
-    apart, whole = Store.open(store_folder(flags)), Store.open(store_folder({"grad_dir": tmp_path / "whole"}))
+    apart, whole = (
+        Store.open(store_folder(flags)),
+        Store.open(store_folder({"grad_dir": tmp_path / "whole"})),
+    )
     assert apart.num_rows == 11
     np.testing.assert_array_equal(apart.rows(range(11)), whole.rows(range(11)))
 
@@ -125,29 +156,57 @@ def test_main_job_writes_every_named_file_and_a_self_contained_report(computed, 
     for target in ("cat", "blob"):
         folder = target_folder(computed, target)
         names = {p.name for p in folder.iterdir()}
-        assert {"query.png", "query_noise.safetensors", "query_xT.safetensors", "query_meta.json", "concept_grad.npy", "metrics.json"} <= names
+        assert {
+            "query.png",
+            "query_noise.safetensors",
+            "query_xT.safetensors",
+            "query_meta.json",
+            "concept_grad.npy",
+            "metrics.json",
+        } <= names
         assert len([n for n in names if n.startswith("topk-lambda_") and n.endswith(".jpg")]) == 9
-        assert len([n for n in names if n.startswith("topk-prompts-lambda_") and n.endswith(".txt")]) == 9
+        assert (
+            len([n for n in names if n.startswith("topk-prompts-lambda_") and n.endswith(".txt")])
+            == 9
+        )
         assert not [n for n in names if "part" in n or n.endswith((".pt", ".pkl"))]
         assert np.load(folder / "concept_grad.npy", allow_pickle=False).shape == (1, 32)
         meta = json.loads((folder / "query_meta.json").read_text())
-        assert meta["target"] == target and meta["settings"]["nfe"] == 3 and meta["provenance"]["versions"]["torch"]
+        assert (
+            meta["target"] == target
+            and meta["settings"]["nfe"] == 3
+            and meta["provenance"]["versions"]["torch"]
+        )
     reports = list(computed["results_dir"].rglob("report.html"))
     page = reports[0].read_text()
     assert len(reports) == 1 and "a cat in the style of blob" in page
-    assert 'src="http' not in page and 'href="http' not in page.replace('href="https://www.w3.org', "")
+    assert 'src="http' not in page and 'href="http' not in page.replace(
+        'href="https://www.w3.org', ""
+    )
 
 
 def gradient_written(flags, target="cat"):
     return (target_folder(flags, target) / "concept_grad.npy").stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("changes,again", [
-    ({}, False), ({"top_k": 2}, False), ({"damping": 1.0}, False),
-    ({"epochs": 3}, True), ({"negative_prompts": "a dog|a tree"}, True), ({"negative_prompt": "a tree"}, True), ({"scope": "global"}, True),
-    ({"gen_guidance_scale": 2.0}, True), ({"gen_num_inference_steps": 5}, True), ({"force_recompute_concept_grad": 1}, True),
-])
-def test_a_cached_gradient_is_used_exactly_when_everything_that_went_into_it_is_the_same(changes, again, computed):
+@pytest.mark.parametrize(
+    "changes,again",
+    [
+        ({}, False),
+        ({"top_k": 2}, False),
+        ({"damping": 1.0}, False),
+        ({"epochs": 3}, True),
+        ({"negative_prompts": "a dog|a tree"}, True),
+        ({"negative_prompt": "a tree"}, True),
+        ({"scope": "global"}, True),
+        ({"gen_guidance_scale": 2.0}, True),
+        ({"gen_num_inference_steps": 5}, True),
+        ({"force_recompute_concept_grad": 1}, True),
+    ],
+)
+def test_a_cached_gradient_is_used_exactly_when_everything_that_went_into_it_is_the_same(
+    changes, again, computed
+):
     assert run("attribute", computed) == 0
     before = gradient_written(computed)
     assert run("attribute", computed, **changes) == 0
@@ -165,17 +224,24 @@ def test_a_damaged_cached_gradient_is_computed_again(computed):
 
 def test_two_runs_give_the_same_ranking(computed, tmp_path):
     elsewhere = {**computed, "grad_dir": tmp_path / "grads2", "results_dir": tmp_path / "results2"}
-    assert run("train-grad", elsewhere) == run("attribute", elsewhere) == run("attribute", computed) == 0
+    assert (
+        run("train-grad", elsewhere)
+        == run("attribute", elsewhere)
+        == run("attribute", computed)
+        == 0
+    )
     for target in ("cat", "blob"):
         one, two = target_folder(computed, target), target_folder(elsewhere, target)
         lists = sorted(p.name for p in one.glob("topk-prompts-*.txt"))
-        assert len(lists) == 9 and all((one / n).read_bytes() == (two / n).read_bytes() for n in lists)
+        assert len(lists) == 9 and all(
+            (one / n).read_bytes() == (two / n).read_bytes() for n in lists
+        )
 
 
 DYING = """
 import os, signal, sys
 from concept_trak import cli
-from concept_trak.store import Store
+from concept_trak.store.shards import Store
 
 append, calls = Store.append, []
 
@@ -191,21 +257,40 @@ cli.main(sys.argv[1:])
 
 
 def test_a_killed_train_grad_resumes_and_ends_with_the_same_rows(flags, tmp_path):
-    """A process of its own dies by SIGKILL in the middle of its second shard; a fork would inherit locks that threads hold."""
-    command = [sys.executable, "-c", DYING, "train-grad", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: bytes depend on the order of sums
-    assert subprocess.run(command, cwd=ROOT, env=one_thread, timeout=200).returncode == -signal.SIGKILL
+    """A process of its own dies by SIGKILL in the middle of its second shard; a fork would inherit
+    locks that threads hold.
+    """
+    command = [
+        sys.executable,
+        "-c",
+        DYING,
+        "train-grad",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()),
+    ]
+    one_thread = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # as in this process: bytes depend on the order of sums
+    assert (
+        subprocess.run(command, cwd=ROOT, env=one_thread, timeout=200).returncode == -signal.SIGKILL
+    )
     folder = store_folder(flags)
     first = (folder / "train_grad-0.npy").stat().st_mtime_ns
     assert not (folder / "train_grad-1.npy").exists()
-    assert run("train-grad", flags) == 0 and run("train-grad", flags, grad_dir=tmp_path / "whole") == 0
+    assert (
+        run("train-grad", flags) == 0 and run("train-grad", flags, grad_dir=tmp_path / "whole") == 0
+    )
     assert (folder / "train_grad-0.npy").stat().st_mtime_ns == first
     for i in range(3):
         whole = store_folder({"grad_dir": tmp_path / "whole"})
-        assert (folder / f"train_grad-{i}.npy").read_bytes() == (whole / f"train_grad-{i}.npy").read_bytes()
+        assert (folder / f"train_grad-{i}.npy").read_bytes() == (
+            whole / f"train_grad-{i}.npy"
+        ).read_bytes()
 
 
-@pytest.mark.parametrize("recipe,changes", [("reference", {"nfe": 3}), ("default", {"ddim_inversion": 1}), ("default", {"f": "dsm"})])
+@pytest.mark.parametrize(
+    "recipe,changes",
+    [("reference", {"nfe": 3}), ("default", {"ddim_inversion": 1}), ("default", {"f": "dsm"})],
+)
 def test_every_recipe_runs_from_gradients_to_report(recipe, changes, flags):
     changes = {"recipe": recipe, **changes}
     assert run("train-grad", flags, **changes) == run("attribute", flags, **changes) == 0
@@ -219,7 +304,11 @@ def test_unlabelled_pictures_of_ones_own_give_a_report_without_truths(flags, tin
     for path in pictures:
         (own / "images" / path.name).write_bytes(path.read_bytes())
     (own / "captions.txt").write_text("".join(f"a picture of {p.stem}\n" for p in pictures))
-    changes = {"data_dir": own, "prompt": "a zebra, painted by Monet", "target_concepts": "zebra|Monet"}
+    changes = {
+        "data_dir": own,
+        "prompt": "a zebra, painted by Monet",
+        "target_concepts": "zebra|Monet",
+    }
     assert run("train-grad", flags, **changes) == run("attribute", flags, **changes) == 0
     assert list(flags["results_dir"].rglob("report.html"))
 
@@ -229,11 +318,16 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
 
     from concept_trak.settings import Settings
 
-    downloads = {"download-abc", "download-train-grad"}  # they compute nothing, so no setting bears on them
+    downloads = {
+        "download-abc",
+        "download-train-grad",
+    }  # they compute nothing, so no setting bears on them
     verbs = cli.parser()._subparsers._group_actions[0].choices
     assert set(verbs) == {*cli.VERBS, "bench", "train-token", *downloads}
     for sub in (verbs[name] for name in set(verbs) - downloads):
-        assert {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Settings)} <= set(sub._option_string_actions)
+        assert {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Settings)} <= set(
+            sub._option_string_actions
+        )
 
 
 def test_gpu_ids_left_in_the_environment_concern_the_train_gradients_alone(computed, flags):

@@ -1,4 +1,7 @@
-"""Set-up and bash layer, without network: interpreters, pip, conda and df are stand-ins that record how they are called."""
+"""Set-up and bash layer, without network: interpreters, pip, conda and df are stand-ins that record
+how they are called.
+"""
+
 import dataclasses
 import re
 import shutil
@@ -17,7 +20,9 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 REPO = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted([REPO / "requirements.sh", REPO / ".ci" / "run", *(REPO / "scripts").rglob("*.sh")])
+SCRIPTS = sorted(
+    [REPO / "requirements.sh", REPO / ".ci" / "run", *(REPO / "scripts").rglob("*.sh")]
+)
 VERBS = {
     "emoji/run_qual_free.sh": ["attribute", "--benchmark", "emoji"],
     "emoji/run_train_grad.sh": ["train-grad", "--benchmark", "emoji"],
@@ -25,8 +30,11 @@ VERBS = {
     "emoji/train_model.sh": ["train-model", "--benchmark", "emoji"],
     "bench.sh": ["bench"],
 }
-TOOLS = ("awk basename bash cat cp cut df dirname env find flock getconf grep mkdir mktemp rm sed sha256sum shasum tail tr "
-         "uname").split()
+TOOLS = (
+    "awk basename bash cat cp cut df dirname env find flock getconf grep mkdir mktemp rm sed "
+    "sha256sum shasum tail tr "
+    "uname"
+).split()
 
 # Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing.
 FAKE_PYTHON = """#!/bin/bash
@@ -70,8 +78,13 @@ class Sandbox:
         for name in ("requirements.sh", "pyproject.toml", "constraints.txt", "environment.yml"):
             shutil.copy(REPO / name, self.repo)
         self.python = self.executable(self.bin / "python3", FAKE_PYTHON)
-        self.env = {"PATH": str(self.bin), "HOME": str(folder / "home"), "LOG": str(self.log), "FAKE_PYTHON": str(self.python),
-                    "RESULTS_DIR": str(folder / "results")}
+        self.env = {
+            "PATH": str(self.bin),
+            "HOME": str(folder / "home"),
+            "LOG": str(self.log),
+            "FAKE_PYTHON": str(self.python),
+            "RESULTS_DIR": str(folder / "results"),
+        }
 
     def executable(self, path, text):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,17 +103,32 @@ class Sandbox:
         return self.executable(self.bin.parent / "conda" / "bin" / "conda", FAKE_CONDA)
 
     def bash(self, *command, **env):
-        """Run bash from a folder outside the repository; returns the finished process and the calls it made."""
+        """Run bash from a folder outside the repository; returns the finished process and the calls
+        it made.
+        """
         self.log.write_text("")
-        done = subprocess.run(["bash", *map(str, command)], env={**self.env, **{k: str(v) for k, v in env.items()}},
-                              cwd=self.bin.parent, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", *map(str, command)],
+            env={**self.env, **{k: str(v) for k, v in env.items()}},
+            cwd=self.bin.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return done, self.log.read_text().splitlines()
 
     def requirements(self, **env):
         return self.bash(self.repo / "requirements.sh", **env)
 
     def lib(self, code, *args, **env):
-        return self.bash("-euc", f'set -o pipefail; source "$1/scripts/lib.sh"; shift; {code}', "lib", self.repo, *args, **env)
+        return self.bash(
+            "-euc",
+            f'set -o pipefail; source "$1/scripts/lib.sh"; shift; {code}',
+            "lib",
+            self.repo,
+            *args,
+            **env,
+        )
 
     def find_python(self, **env):
         done, _ = self.lib("find_python", **env)
@@ -120,17 +148,33 @@ def installs(calls):
     return [call for call in calls if "|pip|install|" in call]
 
 
-# --- variables become flags ---------------------------------------------------------------------------------------------------
+# --- variables become flags
+# ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("value", ["", "a cat, on a mat", "cat|openmoji line", "it's \"quoted\"", "$HOME `x` \\n *", "-1",
-                                   "--top-k", "two\nlines", "a=b"])
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "a cat, on a mat",
+        "cat|openmoji line",
+        'it\'s "quoted"',
+        "$HOME `x` \\n *",
+        "-1",
+        "--top-k",
+        "two\nlines",
+        "a=b",
+    ],
+)
 def test_value_reaches_the_command_line_unchanged(sandbox, value):
     done, _ = sandbox.lib('flags_from_env PROMPT; printf "%s\\0" "${FLAGS[@]}"', PROMPT=value)
     assert done.stdout == f"--prompt={value}\0", done.stderr
 
 
 def test_unset_variable_is_not_passed(sandbox):
-    done, _ = sandbox.lib('flags_from_env PROMPT SEED TOP_K; echo "${#FLAGS[@]} ${FLAGS[0]}"', TOP_K=9)
+    done, _ = sandbox.lib(
+        'flags_from_env PROMPT SEED TOP_K; echo "${#FLAGS[@]} ${FLAGS[0]}"', TOP_K=9
+    )
     assert done.stdout.strip() == "1 --top-k=9"
 
 
@@ -141,10 +185,14 @@ def test_no_variable_set_gives_no_flag(sandbox):
 
 def test_every_setting_has_its_variable(sandbox):
     done, _ = sandbox.lib('printf "%s\\n" "${SETTING_VARIABLES[@]}"')
-    assert sorted(done.stdout.split()) == sorted(field.name.upper() for field in dataclasses.fields(Settings))
+    assert sorted(done.stdout.split()) == sorted(
+        field.name.upper() for field in dataclasses.fields(Settings)
+    )
 
 
-# --- every script -------------------------------------------------------------------------------------------------------------
+# --- every script
+# -------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
 def test_script_parses_and_needs_no_activation(script):
@@ -156,28 +204,49 @@ def test_script_parses_and_needs_no_activation(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
 def test_script_mentions_only_existing_files(script):
-    for name in re.findall(r"[\w./-]+\.(?:sh|py|yml|toml|md)\b", script.read_text().replace("$ROOT/", "")):
+    for name in re.findall(
+        r"[\w./-]+\.(?:sh|py|yml|toml|md)\b", script.read_text().replace("$ROOT/", "")
+    ):
         name = name.lstrip("/")
-        assert (REPO / name).exists() or (script.parent / name).exists(), f"{script.name} mentions {name}"
+        assert (REPO / name).exists() or (script.parent / name).exists(), (
+            f"{script.name} mentions {name}"
+        )
 
 
 @pytest.mark.parametrize("name, verb", VERBS.items(), ids=VERBS)
 def test_script_calls_its_verb_with_variables_then_arguments(sandbox, name, verb):
-    done, calls = sandbox.bash(sandbox.repo / "scripts" / name, "--top-k", "3 4",
-                               PYTHON_BIN=sandbox.python, TOP_K=7, NEGATIVE_PROMPT="")
+    done, calls = sandbox.bash(
+        sandbox.repo / "scripts" / name,
+        "--top-k",
+        "3 4",
+        PYTHON_BIN=sandbox.python,
+        TOP_K=7,
+        NEGATIVE_PROMPT="",
+    )
     assert done.returncode == 0, done.stderr
     [call] = calls
     _, m, module, called, *arguments = call.split("|")
     assert [m, module, called] == ["-m", "concept_trak", verb[0]]
-    assert sorted(arguments[:3]) == ["--negative-prompt=", f"--results-dir={sandbox.env['RESULTS_DIR']}", "--top-k=7"]
-    assert arguments[3:] == [*verb[1:], "--top-k", "3 4"]  # last, so that an argument wins over a variable
+    assert sorted(arguments[:3]) == [
+        "--negative-prompt=",
+        f"--results-dir={sandbox.env['RESULTS_DIR']}",
+        "--top-k=7",
+    ]
+    assert arguments[3:] == [
+        *verb[1:],
+        "--top-k",
+        "3 4",
+    ]  # last, so that an argument wins over a variable
 
 
 def test_the_judge_learns_from_all_art_unless_other_pictures_are_named(sandbox):
     script, art = sandbox.repo / "scripts/emoji/train_judge.sh", sandbox.repo / "data/emoji-s8-n364"
     done, calls = sandbox.bash(script, PYTHON_BIN=sandbox.python)
     assert done.returncode == 0, done.stderr
-    assert f"--preset|s8-n364|--out|{art}|" in calls[-2] and f"|train-judge|--data-dir={art}|" in calls[-1]
+    assert (
+        f"--preset|s8-n364|--out|{art}|" in calls[-2]
+        and f"|train-judge|--data-dir={art}|" in calls[-1]
+    )
     [call] = sandbox.bash(script, PYTHON_BIN=sandbox.python, DATA_DIR="mine", RESULTS_DIR="")[1]
     assert "|train-judge|--data-dir=mine|" in call
 
@@ -185,7 +254,9 @@ def test_the_judge_learns_from_all_art_unless_other_pictures_are_named(sandbox):
 def test_demo_sets_up_and_names_the_report(sandbox):
     done, calls = sandbox.bash(sandbox.repo / "scripts" / "demo.sh")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"Open in a browser:\n{sandbox.env['RESULTS_DIR']}/one/report.html\n")
+    assert done.stdout.endswith(
+        f"Open in a browser:\n{sandbox.env['RESULTS_DIR']}/one/report.html\n"
+    )
     assert installs(calls) and "|attribute|" in calls[-1]
 
 
@@ -196,7 +267,9 @@ def test_ci_exits_with_the_code_of_the_tests(sandbox, status):
     assert installs(calls) and "|-m|pytest" in calls[-1]
 
 
-# --- finding the environment --------------------------------------------------------------------------------------------------
+# --- finding the environment
+# --------------------------------------------------------------------------------------------------
+
 
 def test_find_python_order(sandbox, tmp_path):
     conda = sandbox.environment(sandbox.conda().parent.parent / "envs" / "concept-trak")
@@ -208,9 +281,15 @@ def test_find_python_order(sandbox, tmp_path):
     active = sandbox.environment(tmp_path / "active")
     assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", **path) == str(active)
     assert sandbox.find_python(CONDA_PREFIX=tmp_path / "active", **path) == str(active)
-    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="conda", **path) == str(conda)
-    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="venv", **path) == str(venv)
-    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", PYTHON_BIN=sandbox.python, **path) == str(sandbox.python)
+    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="conda", **path) == str(
+        conda
+    )
+    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="venv", **path) == str(
+        venv
+    )
+    assert sandbox.find_python(
+        VIRTUAL_ENV=tmp_path / "active", PYTHON_BIN=sandbox.python, **path
+    ) == str(sandbox.python)
 
 
 def test_active_environment_without_the_package_is_passed_over(sandbox, tmp_path):
@@ -221,15 +300,23 @@ def test_active_environment_without_the_package_is_passed_over(sandbox, tmp_path
 
 def test_conda_environment_in_a_folder_of_its_own_is_found(sandbox, tmp_path):
     python = sandbox.environment(tmp_path / "elsewhere" / "concept-trak")
-    assert sandbox.find_python(PATH=with_conda(sandbox), CONDA_ENV_ELSEWHERE=python.parent.parent) == str(python)
-    assert sandbox.find_python(CONDA_ENVS_PATH=f"{tmp_path}/none:{tmp_path}/elsewhere") == str(python)
+    assert sandbox.find_python(
+        PATH=with_conda(sandbox), CONDA_ENV_ELSEWHERE=python.parent.parent
+    ) == str(python)
+    assert sandbox.find_python(CONDA_ENVS_PATH=f"{tmp_path}/none:{tmp_path}/elsewhere") == str(
+        python
+    )
 
 
 def test_python_bin_is_never_installed_into(sandbox):
     done, calls = sandbox.lib('ensure_env; echo "$PYTHON"', PYTHON_BIN=sandbox.python)
     assert done.stdout.strip() == str(sandbox.python) and calls == []
     done, calls = sandbox.lib("ensure_env", PYTHON_BIN="/no/such/python")
-    assert done.returncode != 0 and "/no/such/python" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode != 0
+        and "/no/such/python" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_active_environment_of_the_user_is_used_as_it_is(sandbox, tmp_path):
@@ -247,7 +334,9 @@ def test_changed_requirements_are_installed_before_the_work(sandbox):
     assert not installs(sandbox.lib("ensure_env")[1])
 
 
-# --- requirements.sh ----------------------------------------------------------------------------------------------------------
+# --- requirements.sh
+# ----------------------------------------------------------------------------------------------------------
+
 
 def test_second_setup_calls_nothing(sandbox):
     done, calls = sandbox.requirements()
@@ -262,9 +351,12 @@ def test_conda_environment_is_created_once_and_used_by_its_path(sandbox):
     done, calls = sandbox.requirements(PATH=path)
     assert done.returncode == 0, done.stderr
     prefix = sandbox.bin.parent / "conda" / "envs" / "concept-trak"
-    assert [call for call in calls if call.startswith("conda|env create")] == \
-        [f"conda|env create -n concept-trak -f {sandbox.repo}/environment.yml"]
-    assert all(call.startswith(f"{prefix}/bin/python|") for call in installs(calls)) and installs(calls)
+    assert [call for call in calls if call.startswith("conda|env create")] == [
+        f"conda|env create -n concept-trak -f {sandbox.repo}/environment.yml"
+    ]
+    assert all(call.startswith(f"{prefix}/bin/python|") for call in installs(calls)) and installs(
+        calls
+    )
     assert not (sandbox.repo / ".venv").exists()
     assert sandbox.requirements(PATH=path)[1] == []
     done, calls = sandbox.lib('ensure_env; echo "$PYTHON"', PATH=path)
@@ -282,7 +374,11 @@ def test_changed_environment_file_updates_the_conda_environment(sandbox):
 
 def test_env_kind_overrides(sandbox):
     done, calls = sandbox.requirements(PATH=with_conda(sandbox), ENV_KIND="venv")
-    assert done.returncode == 0 and (sandbox.repo / ".venv").exists() and not any("conda|" in call for call in calls)
+    assert (
+        done.returncode == 0
+        and (sandbox.repo / ".venv").exists()
+        and not any("conda|" in call for call in calls)
+    )
     for kind, word in (("conda", "conda is not on the PATH"), ("docker", "ENV_KIND=docker")):
         done, _ = sandbox.requirements(ENV_KIND=kind)
         assert done.returncode != 0 and word in done.stderr and len(done.stderr.splitlines()) == 1
@@ -303,19 +399,27 @@ def test_torch_index(sandbox):
         shutil.rmtree(sandbox.repo / ".venv", ignore_errors=True)
         return installs(sandbox.requirements(**env)[1])[0]
 
-    assert "|--extra-index-url|https://example.org/cu|" in torch_call(TORCH_INDEX_URL="https://example.org/cu")
+    assert "|--extra-index-url|https://example.org/cu|" in torch_call(
+        TORCH_INDEX_URL="https://example.org/cu"
+    )
     assert "--extra-index-url" not in torch_call(TORCH_INDEX_URL="")
     assert "|--extra-index-url|https://download.pytorch.org/whl/cpu|" in torch_call()
     sandbox.executable(sandbox.bin / "nvidia-smi", "#!/bin/bash\n")
     assert "--extra-index-url" not in torch_call()
 
 
-@pytest.mark.parametrize("env, words", [
-    ({"OLD_PYTHON": 1}, ["Python >= 3.10", "3.8.1"]),
-    ({"NO_VENV": 1}, ["no venv module", "python3-venv"]),
-    ({"PIP_ERROR": "ERROR: No matching distribution found for dattri"}, ["No matching distribution found for dattri"]),
-    ({"PIP_ERROR": "OSError: [Errno 28] No space left on device"}, ["No space left on device"]),
-])
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"OLD_PYTHON": 1}, ["Python >= 3.10", "3.8.1"]),
+        ({"NO_VENV": 1}, ["no venv module", "python3-venv"]),
+        (
+            {"PIP_ERROR": "ERROR: No matching distribution found for dattri"},
+            ["No matching distribution found for dattri"],
+        ),
+        ({"PIP_ERROR": "OSError: [Errno 28] No space left on device"}, ["No space left on device"]),
+    ],
+)
 def test_failed_setup_is_one_clear_line_and_is_tried_again(sandbox, env, words):
     done, _ = sandbox.requirements(**env)
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
@@ -326,19 +430,34 @@ def test_failed_setup_is_one_clear_line_and_is_tried_again(sandbox, env, words):
 
 def test_full_disk_is_told_before_anything_is_made(sandbox):
     (sandbox.bin / "df").unlink()
-    sandbox.executable(sandbox.bin / "df", "#!/bin/bash\necho Filesystem\necho /dev/x 100 100 204800 1% /\n")
+    sandbox.executable(
+        sandbox.bin / "df", "#!/bin/bash\necho Filesystem\necho /dev/x 100 100 204800 1% /\n"
+    )
     done, calls = sandbox.requirements()
-    assert done.returncode != 0 and "only 200 MB free" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode != 0
+        and "only 200 MB free" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
     assert not installs(calls) and not (sandbox.repo / ".venv").exists()
 
 
-# --- bounds and pins ----------------------------------------------------------------------------------------------------------
+# --- bounds and pins
+# ----------------------------------------------------------------------------------------------------------
+
 
 def test_every_dependency_is_pinned_within_its_bounds():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [line for line in (REPO / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pins = {pin.name.lower().replace("_", "-"): str(pin.specifier).removeprefix("==") for pin in map(Requirement, lines)}
+    lines = [
+        line
+        for line in (REPO / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    pins = {
+        pin.name.lower().replace("_", "-"): str(pin.specifier).removeprefix("==")
+        for pin in map(Requirement, lines)
+    }
     for text in [*project["dependencies"], *sum(extras.values(), [])]:
         requirement = Requirement(text)
         assert pins[requirement.name.lower()] in requirement.specifier, text

@@ -1,5 +1,7 @@
-"""Datasets: any folder of captioned images (`folder`), and the embedded object x style benchmark (`emoji`)."""
+"""Datasets: any folder of captioned images (`folder`), and the embedded object x style benchmark
+(`emoji`).
+"""
 
-from concept_trak.datasets.folder import ImageCaptionDataset, load_folder
+from .folder import ImageCaptionDataset, load_folder
 
 __all__ = ["ImageCaptionDataset", "load_folder"]

@@ -1,113 +1,197 @@
-"""Training pictures that are encoded already, in the layout of the AbC release (Wang et al. 2023, 2024).
+"""The tasks of AbC: a prompt with a token <new1> that was learned from exemplars; which pictures
+are the exemplars?
 
-    laion_latents.npy           [M >= N, C, h, w] scaled latents; mirrored pictures may follow the N originals
-    laion_text_embeddings.npy   [N, T, d]; its length says how many originals there are
-    laion_subset/images/*       the pictures, in lexical order; needed to show results only
-    laion_subset/captions.txt   one caption a line, in that order
-    prepared.json               instead of laion_subset, when `prepare` made the arrays from your own folder
+    {"synth_image_path": "synth/artchive/gpt/african/samples/00000.png", "prompt": "... in the style
+    of <new1> art",
+     "test_case": "test_artchive", "test_case_ind": 0, "model_path": "models/artchive/african",
+     "train_prompt": "A picture in the style of <new1> art", "category": "art"}
 
-Both arrays are memory-mapped. The tasks of the benchmark are in `datasets.tasks`.
+400 tasks are published with "Data Attribution for Text-to-Image Models by Unlearning Synthesized
+Images" (Wang et al. 2024); `make_tasks` builds the same list from the JSON files of the AbC
+release: of 5 models a test case every fourth picture of both prompt kinds. Exemplars of a model:
+json/{test_case}.json, entry `test_case_ind`, key "exemplar".
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-from functools import cached_property
+import re
+from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 
-import numpy as np
-import torch
+from ..errors import UserError
+from ..files import disk_errors, write_json
+from ..parsing import parse_numbers
+from ..settings import TOKEN, Settings
 
-from concept_trak.datasets.folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
-from concept_trak.errors import UserError
+MODELS = {  # entries of json/{test_case}.json that the published tasks use
+    "test_artchive": (0, 1, 2, 3, 4),
+    "test_bamfg": (0, 1, 2, 3, 4),
+    "test_unobserved_imagenet": (0, 20, 70, 180, 210),
+    "test_observed_imagenet": (11, 12, 17, 18, 19),
+}
+EVERY = 4  # the four pictures of a prompt follow one another; the first is asked about
 
-LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
-HASHED_ROWS = 256  # of each array, evenly spread, enter the content hash: 36 GB would take minutes at every start
+
+@dataclass(frozen=True)
+class Task:
+    """One query of the benchmark; fields as in the module docstring."""
+
+    synth_image_path: str
+    prompt: str
+    test_case: str
+    test_case_ind: int
+    model_path: str
+    train_prompt: str
+    category: str
+
+    @property
+    def seed(self) -> int:
+        """Of the query's x_T: the number of its picture (the reference's choice)."""
+        return int(Path(self.synth_image_path).stem)
+
+    @property
+    def negative_prompt(self) -> str:
+        """The prompt without the token: what the concept is contrasted with."""
+        return re.sub(rf"\s*{re.escape(TOKEN)}\s*", " ", self.prompt).strip()
 
 
-class EncodedData:
-    """The first `num_train` (0: all) encoded pictures of a folder, for the given model.
-
-    Raises UserError for a missing or truncated array, arrays that do not fit each other or the model.
+def read_tasks(path: str | Path) -> list[Task]:
+    """The tasks of a JSON file. UserError when it is missing or an entry lacks a field or the
+    token.
     """
-
-    def __init__(self, root: str | Path, model, num_train: int = 0):
-        self.root, self.model = Path(root), model
-        latents, text = _array(self.root / LATENTS, 4), _array(self.root / TEXT, 3)
-        n = min(len(text), num_train or len(text))
-        if len(latents) < n:
-            raise UserError(f"{self.root / LATENTS} has {len(latents)} rows but {TEXT} has {len(text)} captions; download or prepare both again")
-        if latents.shape[1:] != model.latent_shape:
-            raise UserError(f"{self.root / LATENTS} holds latents {list(latents.shape[1:])} but the model takes {list(model.latent_shape)}; "
-                            "mend DATA_DIR or SD_MODEL_PATH")
-        width = model.pipe.unet.config.cross_attention_dim
-        if text.shape[2] != width:
-            raise UserError(f"{self.root / TEXT} is {text.shape[2]} wide but the model takes {width}; mend DATA_DIR or SD_MODEL_PATH")
-        self._latents, self._text = latents[:n], text[:n]
-
-    def __len__(self) -> int:
-        return len(self._text)
-
-    @property
-    def latents(self) -> torch.Tensor:
-        """[N, C, h, w] float32, all of them in memory."""
-        return torch.from_numpy(np.array(self._latents, dtype=np.float32))
-
-    def batch(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x0 [b, C, h, w], cond [b, T, d]) of consecutive rows, on the model's device and in its dtype."""
-        parts = (np.array(array[rows.start:rows.stop], dtype=np.float32) for array in (self._latents, self._text))
-        return tuple(torch.from_numpy(part).to(self.model.device, self.model.dtype) for part in parts)
-
-    @cached_property
-    def pictures(self) -> ImageCaptionDataset:
-        """The pictures and captions behind the rows. UserError when they are not there."""
-        if (self.root / PREPARED).exists():
-            source = json.loads((self.root / PREPARED).read_text(encoding="utf-8"))["source"]
-            data = load_folder(source).split("train")
-        else:
-            data = _laion(self.root / "laion_subset", len(self))
-        if len(data) < len(self):
-            raise UserError(f"{data.root} has {len(data)} pictures but {self.root / TEXT} has {len(self)} rows; it was changed since: prepare it again")
-        return data.subset(range(len(self)))
-
-    @property
-    def everything(self) -> ImageCaptionDataset:
-        """The same: encoded pictures have no held-out split."""
-        return self.pictures
-
-    def content_hash(self) -> str:
-        """sha256 over shape, dtype and evenly spread rows of both arrays: knows another subset or order, not every changed row."""
-        digest = hashlib.sha256()
-        for array in (self._latents, self._text):
-            digest.update(f"{array.shape}{array.dtype}".encode())
-            for row in np.unique(np.linspace(0, len(array) - 1, HASHED_ROWS).astype(int)):
-                digest.update(np.ascontiguousarray(array[row]).tobytes())
-        return digest.hexdigest()
-
-
-def _array(path: Path, dims: int) -> np.ndarray:
-    """The array, memory-mapped. UserError when it is missing, truncated, or not of `dims` dimensions."""
+    path, fields = Path(path), Task.__dataclass_fields__
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; make it with bash scripts/abc/make_tasks.sh, or give TASK_JSON"
+        )
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        tasks = [
+            Task(**{name: entry[name] for name in fields})
+            for entry in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a list of tasks ({type(error).__name__}: {error}); make it again with "
+            "scripts/abc/make_tasks.sh"
+        ) from None
+    for number, task in enumerate(tasks):
+        if TOKEN not in task.prompt:
+            raise UserError(
+                f"{path}, task {number}: the prompt {task.prompt!r} does not hold {TOKEN}; mend "
+                "the file"
+            )
+    return tasks
+
+
+def chosen_tasks(settings: Settings) -> dict[int, Task]:
+    """{number: task} of TASK_IDX. UserError for a number that does not exist."""
+    tasks = read_tasks(settings.task_json)
+    return {
+        i: tasks[i]
+        for i in parse_numbers(
+            "TASK_IDX", settings.task_idx, len(tasks), f"tasks in {settings.task_json}"
+        )
+    }
+
+
+def below(root: Path, path: str) -> Path:
+    """A path of the release ("dataset/exemplar/...") under DATA_DIR: only a first component
+    "dataset" is dropped.
+    """
+    return root / path.removeprefix("dataset/")
+
+
+def read_json(path: Path):
+    """Content of one of the release's JSON files. UserError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; fetch it with PARTS=latents bash scripts/abc/run_download.sh or make it with run_prepare.sh") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it and download or prepare it again") from None
-    if array.ndim != dims or not len(array) or array.dtype.kind != "f":
-        raise UserError(f"{path} is {array.dtype} {list(array.shape)}, not float with {dims} dimensions; download or prepare it again")
-    return array
+        raise UserError(
+            f"{path} is missing; fetch it with PARTS=json bash scripts/abc/run_download.sh"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove it and download it again") from None
 
 
-def _laion(root: Path, count: int) -> ImageCaptionDataset:
-    """The first `count` pictures of images/ in lexical order with the lines of captions.txt."""
-    if not (root / "captions.txt").is_file() or not (root / "images").is_dir():
-        raise UserError(f"{root} (images/, captions.txt) is missing, so results cannot be shown; "
-                        "fetch it with PARTS=laion_subset bash scripts/abc/run_download.sh")
-    names = sorted(p.name for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)[:count]
-    with open(root / "captions.txt", encoding="utf-8") as lines:
-        captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]
-    if len(captions) < len(names):
-        raise UserError(f"{root / 'captions.txt'} has {len(captions)} lines for {len(names)} pictures; download laion_subset again")
-    return ImageCaptionDataset(root / "images", [{"file_name": name} for name in names], captions)
+def exemplars(root: Path, task: Task) -> list[Path]:
+    """The pictures that taught the task's token. UserError when the release does not have them
+    here.
+    """
+    entries = read_json(root / "json" / f"{task.test_case}.json")
+    if not 0 <= task.test_case_ind < len(entries):
+        raise UserError(
+            f"{task.test_case}.json has {len(entries)} entries but a task names entry "
+            f"{task.test_case_ind}; both must be of one release"
+        )
+    paths = [below(root, p) for p in entries[task.test_case_ind]["exemplar"]]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(
+                f"the exemplar {path} is missing; fetch it with PARTS=exemplar bash "
+                "scripts/abc/run_download.sh"
+            )
+    return paths
+
+
+def make_tasks(root: Path) -> list[Task]:
+    """The published list, in its order: blocks of one model of each test case; in a block first the
+    gpt prompts, then the others, and the four models in turn. Test cases whose JSON file is absent
+    are left out; UserError if all are."""
+    prompts = {
+        path.removeprefix("dataset/"): text
+        for path, text in read_json(root / "json" / "path_to_prompts.json").items()
+    }
+    cases = [case for case in MODELS if (root / "json" / f"{case}.json").is_file()]
+    if not cases:
+        raise UserError(
+            f"{root / 'json'} holds none of {', '.join(f'{c}.json' for c in MODELS)}; fetch them "
+            "with PARTS=json scripts/abc/run_download.sh"
+        )
+    lists = {case: read_json(root / "json" / f"{case}.json") for case in cases}
+    tasks = []
+    for model in range(len(MODELS[cases[0]])):
+        chosen = [
+            (case, MODELS[case][model]) for case in cases if MODELS[case][model] < len(lists[case])
+        ]
+        for gpt in (True, False):
+            columns = [
+                _tasks_of(case, index, lists[case][index], prompts, gpt) for case, index in chosen
+            ]
+            tasks += filter(None, chain.from_iterable(zip_longest(*columns)))
+    return tasks
+
+
+def _tasks_of(case: str, index: int, entry: dict, prompts: dict, gpt: bool) -> list[Task]:
+    """Tasks of one model for its gpt prompts, or for its other prompts."""
+    category = entry.get("category") or "art"
+    train_prompt = (
+        f"A picture in the style of {TOKEN} art" if category == "art" else f"{TOKEN} {category}"
+    )
+    kind = next((k for k in entry["synth"] if (k == "gpt") == gpt), None)
+    tasks = []
+    for path in (
+        p.removeprefix("dataset/") for p in (entry["synth"][kind][::EVERY] if kind else ())
+    ):
+        if path not in prompts:
+            raise UserError(
+                f"path_to_prompts.json has no prompt for {path}; fetch the json part of the "
+                "release again"
+            )
+        top, group, _, model = Path(path).parts[:4]  # synth/artchive/gpt/african/samples/00000.png
+        tasks.append(
+            Task(
+                path, prompts[path], case, index, f"models/{group}/{model}", train_prompt, category
+            )
+        )
+    return tasks
+
+
+def write_tasks(root: Path, path: Path) -> int:
+    """`make_tasks` as a JSON file in the published schema; returns their number."""
+    tasks = make_tasks(root)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [asdict(task) for task in tasks])
+    return len(tasks)

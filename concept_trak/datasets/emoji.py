@@ -1,7 +1,8 @@
 """Concepts of an object x style dataset: which words name a concept, and which pictures carry it.
 
-A caption is "<object phrase> in the style of <style phrase>", e.g. "a cat in the style of openmoji line"; its concepts are
-the object ("cat" or "a cat") and the style ("openmoji line", "openmojiline", or "in the style of openmoji line").
+A caption is "<object phrase> in the style of <style phrase>", e.g. "a cat in the style of openmoji
+line"; its concepts are the object ("cat" or "a cat") and the style ("openmoji line",
+"openmojiline", or "in the style of openmoji line").
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import difflib
 
 import numpy as np
 
-from concept_trak.datasets.folder import ImageCaptionDataset
-from concept_trak.errors import UserError
+from ..errors import UserError
+from .folder import ImageCaptionDataset
 
 STYLE_JOINT = " in the style of "
 
@@ -22,7 +23,9 @@ def caption(object_phrase: str, style_phrase: str) -> str:
 
 
 def concepts(dataset: ImageCaptionDataset) -> dict[str, tuple[str, str]]:
-    """Every word or phrase that names a concept -> (metadata column, value), e.g. "a cat" -> ("object", "cat")."""
+    """Every word or phrase that names a concept -> (metadata column, value), e.g. "a cat" ->
+    ("object", "cat").
+    """
     vocabulary: dict[str, tuple[str, str]] = {}
     for record in dataset.records:
         for column in ("object", "style"):
@@ -30,7 +33,11 @@ def concepts(dataset: ImageCaptionDataset) -> dict[str, tuple[str, str]]:
             if value is None:
                 continue
             phrase = record.get(f"{column}_phrase") or value
-            for name in (value, phrase, *([STYLE_JOINT.strip() + " " + phrase] if column == "style" else [])):
+            for name in (
+                value,
+                phrase,
+                *([STYLE_JOINT.strip() + " " + phrase] if column == "style" else []),
+            ):
                 vocabulary.setdefault(name, (column, value))
     return vocabulary
 
@@ -45,7 +52,11 @@ def concept(dataset: ImageCaptionDataset, target: str) -> tuple[str, str]:
     if word in vocabulary:
         return vocabulary[word]
     close = difflib.get_close_matches(word, vocabulary, n=3)
-    remedy = f"did you mean {' or '.join(map(repr, close))}?" if close else "use an object or a style of its metadata"
+    remedy = (
+        f"did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else "use an object or a style of its metadata"
+    )
     raise UserError(f"unknown concept {target!r} in {dataset.root}; {remedy}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from concept_trak.errors import UserError
+from ..errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -25,7 +25,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 class ImageCaptionDataset:
     """Captioned images on disk; pictures are decoded when asked for.
 
-    Attributes: root: Path; records: list of dict, the metadata rows, each with "file_name"; captions: list of str.
+    Attributes: root: Path; records: list of dict, the metadata rows, each with "file_name";
+    captions: list of str.
     """
 
     def __init__(self, root: str | Path, records: list[dict], captions: list[str]):
@@ -41,15 +42,24 @@ class ImageCaptionDataset:
         return self.root / self.records[index]["file_name"]
 
     def image(self, index: int, size: int | None = None) -> Image.Image:
-        """One picture, RGB on white. size: side in pixels; the largest centred square is resized to it (Lanczos).
+        """One picture, RGB on white. size: side in pixels; the largest centred square is resized to
+        it (Lanczos).
 
         Raises UserError if the file is not a readable picture.
         """
         try:
             with Image.open(self.path(index)) as opened:
                 picture = _on_white(ImageOps.exif_transpose(opened))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises any of these
-            raise UserError(f"{self.path(index)} cannot be read as a picture ({error}); replace it or remove its row") from None
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # Pillow raises any of these
+            raise UserError(
+                f"{self.path(index)} cannot be read as a picture ({error}); replace it or remove "
+                "its row"
+            ) from None
         if size is None or picture.size == (size, size):
             return picture
         return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
@@ -57,12 +67,15 @@ class ImageCaptionDataset:
     def images(self, indices: Sequence[int], size: int | None = None) -> np.ndarray:
         """uint8 [len(indices), H, W, 3], RGB on white; see `image` for size.
 
-        Raises UserError if a picture is unreadable, or if size is None and the pictures differ in size.
+        Raises UserError if a picture is unreadable, or if size is None and the pictures differ in
+        size.
         """
         pictures = [np.asarray(self.image(int(i), size)) for i in indices]
         shapes = {picture.shape for picture in pictures}
         if len(shapes) > 1:
-            raise UserError(f"the pictures of {self.root} differ in size; give the size to bring them to")
+            raise UserError(
+                f"the pictures of {self.root} differ in size; give the size to bring them to"
+            )
         return np.stack(pictures) if pictures else np.zeros((0, size or 0, size or 0, 3), np.uint8)
 
     def column(self, name: str) -> list:
@@ -72,7 +85,9 @@ class ImageCaptionDataset:
     def subset(self, indices: Sequence[int]) -> ImageCaptionDataset:
         """The rows at these positions (not a boolean mask), in this order."""
         indices = [int(i) for i in indices]
-        return ImageCaptionDataset(self.root, [self.records[i] for i in indices], [self.captions[i] for i in indices])
+        return ImageCaptionDataset(
+            self.root, [self.records[i] for i in indices], [self.captions[i] for i in indices]
+        )
 
     def split(self, name: str) -> ImageCaptionDataset:
         """Rows whose "split" equals name; a dataset without splits is all "train".
@@ -84,11 +99,16 @@ class ImageCaptionDataset:
             return self
         indices = [i for i, value in enumerate(splits) if value == name]
         if not indices:
-            raise UserError(f"{self.root} has no split {name!r}; it has {sorted({s for s in splits if s}) or ['train']}")
+            raise UserError(
+                f"{self.root} has no split {name!r}; it has "
+                f"{sorted({s for s in splits if s}) or ['train']}"
+            )
         return self.subset(indices)
 
     def content_hash(self) -> str:
-        """sha256 hex over captions and file contents in row order; file names do not enter. Computed once."""
+        """sha256 hex over captions and file contents in row order; file names do not enter.
+        Computed once.
+        """
         if self._content_hash is None:
             digest = hashlib.sha256()
             for index, caption in enumerate(self.captions):
@@ -99,15 +119,42 @@ class ImageCaptionDataset:
         return self._content_hash
 
 
+def pictures(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
+    """The pictures of one folder (its own, sorted by name) or of a list of files (as listed), each
+    captioned with the prompt.
+
+    UserError when there is none or a file does not exist.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(
+                f"the picture {path} does not exist; give --images a folder or picture files"
+            )
+    if not found:
+        raise UserError(
+            f"{' '.join(map(str, paths)) or '--images'} holds no picture "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))}); give exemplars"
+        )
+    return ImageCaptionDataset("", [{"file_name": str(p)} for p in found], [prompt] * len(found))
+
+
 def load_folder(root: str | Path) -> ImageCaptionDataset:
     """Read a folder in either layout of this module.
 
-    Raises UserError if the folder or its captions are missing, a row names no file or a missing one, a caption is
-    empty, or captions.txt and the images differ in number.
+    Raises UserError if the folder or its captions are missing, a row names no file or a missing
+    one, a caption is empty, or captions.txt and the images differ in number.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist; give a folder with metadata.jsonl, metadata.csv or captions.txt")
+        raise UserError(
+            f"data folder {root} does not exist; give a folder with metadata.jsonl, metadata.csv "
+            "or captions.txt"
+        )
     if (root / "metadata.jsonl").is_file():
         records, source = _read_jsonl(root / "metadata.jsonl"), "metadata.jsonl"
     elif (root / "metadata.csv").is_file():
@@ -115,10 +162,15 @@ def load_folder(root: str | Path) -> ImageCaptionDataset:
     elif (root / "captions.txt").is_file():
         records, source = _read_captions(root), "captions.txt"
     else:
-        raise UserError(f"{root} has no captions; add metadata.jsonl, metadata.csv (file_name, text) or captions.txt")
+        raise UserError(
+            f"{root} has no captions; add metadata.jsonl, metadata.csv (file_name, text) or "
+            "captions.txt"
+        )
     if not records:
         raise UserError(f"{root / source} has no rows")
-    return ImageCaptionDataset(root, records, [_checked_caption(root, source, i, row) for i, row in enumerate(records, 1)])
+    return ImageCaptionDataset(
+        root, records, [_checked_caption(root, source, i, row) for i, row in enumerate(records, 1)]
+    )
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -139,9 +191,14 @@ def _checked_caption(root: Path, source: str, number: int, record: dict) -> str:
         raise UserError(f"{where}: no file_name; every row needs one")
     if not (root / name).is_file():
         raise UserError(f"{where}: the file {name} does not exist in {root}")
-    caption = next((record[key] for key in ("text", "caption") if record.get(key) is not None), None)
+    caption = next(
+        (record[key] for key in ("text", "caption") if record.get(key) is not None), None
+    )
     if not isinstance(caption, str) or not caption.strip():
-        raise UserError(f"{where}: empty caption for {name}; every image needs one in the column text or caption")
+        raise UserError(
+            f"{where}: empty caption for {name}; every image needs one in the column text or "
+            "caption"
+        )
     return caption
 
 
@@ -162,13 +219,25 @@ def _read_jsonl(path: Path) -> list[dict]:
 
 def _read_csv(path: Path) -> list[dict]:
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        return [{key: value for key, value in row.items() if key and value != ""} for row in csv.DictReader(handle)]
+        return [
+            {key: value for key, value in row.items() if key and value != ""}
+            for row in csv.DictReader(handle)
+        ]
 
 
 def _read_captions(root: Path) -> list[dict]:
     captions = (root / "captions.txt").read_text(encoding="utf-8-sig").rstrip("\n").splitlines()
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    )
     if len(captions) != len(names):
-        raise UserError(f"{root / 'captions.txt'} has {len(captions)} captions but the folder has {len(names)} images; "
-                        "give one caption a line, in lexical order of the image paths")
-    return [{"file_name": name, "text": caption} for name, caption in zip(names, captions, strict=True)]
+        raise UserError(
+            f"{root / 'captions.txt'} has {len(captions)} captions but the folder has "
+            f"{len(names)} images; "
+            "give one caption a line, in lexical order of the image paths"
+        )
+    return [
+        {"file_name": name, "text": caption} for name, caption in zip(names, captions, strict=True)
+    ]

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from concept_trak.errors import UserError
-from concept_trak.report.concept import ConceptResult, lambda_label
-from concept_trak.report.pictures import load_pictures, picture_grid
+from ..errors import UserError
+from ..scoring.concept import ConceptResult, lambda_label
+from .pictures import load_pictures, picture_grid
 
 HEADER = "rank\ttrain|exemplar\tidx\tcaption"
 
@@ -35,7 +35,8 @@ def check_arguments(concept: ConceptResult, dataset, top_k: int) -> None:
     """UserError unless the scores are for this dataset's rows and top_k can be shown."""
     if concept.num_images != len(dataset.captions):
         raise UserError(
-            f"scores of {concept.target!r} are for {concept.num_images} images but the dataset has {len(dataset.captions)}: "
+            f"scores of {concept.target!r} are for {concept.num_images} images but the dataset "
+            f"has {len(dataset.captions)}: "
             "pass the train split that was scored"
         )
     if top_k < 1:
@@ -48,19 +49,42 @@ def _image_bytes(picture: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _write_listing(folder: Path, end: str, concept: ConceptResult, d: int, indices: list[int], pictures, dataset, num_train: int) -> None:
+def _write_listing(
+    folder: Path,
+    end: str,
+    concept: ConceptResult,
+    d: int,
+    indices: list[int],
+    pictures,
+    dataset,
+    num_train: int,
+) -> None:
     """The JPG grid and the TSV of one end ("topk" or "leastk") of the ranking at one damping."""
     label = lambda_label(concept.dampings[d])
-    captions = [" ".join(dataset.captions[index].split()) for index in indices]  # a tab or newline would break the TSV
-    notes = [f"{rank}   {concept.scores[d, index]:+.3e}" for rank, index in enumerate(indices, start=1)]
+    captions = [
+        " ".join(dataset.captions[index].split()) for index in indices
+    ]  # a tab or newline would break the TSV
+    notes = [
+        f"{rank}   {concept.scores[d, index]:+.3e}" for rank, index in enumerate(indices, start=1)
+    ]
     grid = picture_grid([pictures[index] for index in indices], captions, notes)
     write_atomic(folder / f"{end}-lambda_{label}.jpg", _image_bytes(grid, "JPEG"))
-    places = [f"train\t{index}" if index < num_train else f"exemplar\t{index - num_train}" for index in indices]
-    rows = [f"{rank}\t{place}\t{text}" for rank, (place, text) in enumerate(zip(places, captions), start=1)]
-    write_atomic(folder / f"{end}-prompts-lambda_{label}.txt", ("\n".join([HEADER, *rows]) + "\n").encode())
+    places = [
+        f"train\t{index}" if index < num_train else f"exemplar\t{index - num_train}"
+        for index in indices
+    ]
+    rows = [
+        f"{rank}\t{place}\t{text}"
+        for rank, (place, text) in enumerate(zip(places, captions), start=1)
+    ]
+    write_atomic(
+        folder / f"{end}-prompts-lambda_{label}.txt", ("\n".join([HEADER, *rows]) + "\n").encode()
+    )
 
 
-def metrics_record(concept: ConceptResult, top_k: int, settings: dict, provenance: dict, fixed_damping: float) -> dict:
+def metrics_record(
+    concept: ConceptResult, top_k: int, settings: dict, provenance: dict, fixed_damping: float
+) -> dict:
     """The content of metrics.json. Metrics stand in it only where truth is known."""
     quality, fixed = concept.quality(), concept.damping_index(fixed_damping)
     sweep = [
@@ -97,23 +121,37 @@ def write_results(
     fixed_damping: float,
     num_train: int | None = None,
 ) -> None:
-    """Write the results folder of one target (see the module's docstring); `folder` is made if missing.
+    """Write the results folder of one target (see the module's docstring); `folder` is made if
+    missing.
 
-    dataset: ImageCaptionDataset of the N scored train rows. top_k: pictures a listing. fixed_damping: one of
-    `concept.dampings`, the damping chosen without looking at this query. metrics.json is written last: where it
-    stands, the folder is complete. num_train: rows from there on are exemplars (default: none are). Raises UserError on scores for other rows or a damping outside the sweep.
+    dataset: ImageCaptionDataset of the N scored train rows. top_k: pictures a listing.
+    fixed_damping: one of `concept.dampings`, the damping chosen without looking at this query.
+    metrics.json is written last: where it stands, the folder is complete. num_train: rows from
+    there on are exemplars (default: none are). Raises UserError on scores for other rows or a
+    damping outside the sweep.
     """
     check_arguments(concept, dataset, top_k)
     record = metrics_record(concept, top_k, settings, provenance, fixed_damping)
     ends = {"topk": True, "leastk": False} if render_leastk else {"topk": True}
     listings = {
-        (end, d): concept.ranked(d, top_k, largest) for end, largest in ends.items() for d in range(len(concept.dampings))
+        (end, d): concept.ranked(d, top_k, largest)
+        for end, largest in ends.items()
+        for d in range(len(concept.dampings))
     }
     pictures = load_pictures(dataset, [index for indices in listings.values() for index in indices])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "query.png", _image_bytes(query_image, "PNG"))
     for (end, d), indices in listings.items():
-        _write_listing(folder, end, concept, d, indices, pictures, dataset, concept.num_images if num_train is None else num_train)
+        _write_listing(
+            folder,
+            end,
+            concept,
+            d,
+            indices,
+            pictures,
+            dataset,
+            concept.num_images if num_train is None else num_train,
+        )
     content = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
     write_atomic(folder / "metrics.json", content.encode())

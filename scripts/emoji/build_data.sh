@@ -13,5 +13,5 @@ ensure_env
 # The renderer is needed only here, so it is an extra of the package; pyproject.toml holds its version.
 "$PYTHON" -c 'import fontTools, resvg_py' 2>/dev/null ||
     "$PYTHON" -m pip install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[build-data]" >&2
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m concept_trak.datasets.build_emoji \
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m concept_trak.workshop.art.build \
     --preset "$PRESET" --out "${OUT_DIR:-$DEFAULT_OUT}" --work "${WORK:-$ROOT/build/emoji}" --size "${SIZE:-64}"

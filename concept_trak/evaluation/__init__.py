@@ -1,0 +1,1 @@
+"""Does it work: benchmarks, controls, tables."""

@@ -1,0 +1,1 @@
+"""How fast: engine and scoring against the published recipe done literally."""

@@ -1,0 +1,1 @@
+"""eps(x_t, t, cond): pipelines, noise schedules, DDIM, conditions, learned words, devices."""

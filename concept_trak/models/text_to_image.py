@@ -1,0 +1,239 @@
+"""A diffusers pipeline as a `Denoiser`: eps(x_t, t, cond), text and image encoding, a hash of its
+weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..errors import UserError
+from .pipelines import load_lora, open_pipeline
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Denoiser:
+    """eps-prediction network with its noise schedule.
+
+    network: module called as `call(network, x_t, t [B], cond)`; alpha_bar: [T] float64; prediction:
+    "epsilon" or "v_prediction" (converted: eps = sqrt(abar) v + sqrt(1 - abar) x_t; Salimans & Ho
+    2022, appendix D).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        alpha_bar: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        *,
+        prediction: str = "epsilon",
+        call=None,
+    ):
+        if prediction not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"prediction type {prediction!r} is not supported; use an epsilon or v_prediction "
+                "model"
+            )
+        self.network, self.alpha_bar, self.latent_shape, self.prediction = (
+            network,
+            alpha_bar.double().cpu(),
+            tuple(latent_shape),
+            prediction,
+        )
+        self._call = call or (
+            lambda net, x_t, t, cond: net(x_t, t, encoder_hidden_states=cond).sample
+        )
+        parameter = next(network.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    def eps(self, x_t: torch.Tensor, t: int | torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """eps_hat [B, C, H, W] at one timestep t, or one for each sample (t [B], on the CPU), for
+        conditions [B, T, d] (any batch-first form).
+        """
+        levels = (
+            torch.full((len(x_t),), t, device=x_t.device)
+            if isinstance(t, int)
+            else t.to(x_t.device)
+        )
+        out = self.output(x_t, levels, cond)
+        if self.prediction == "epsilon":
+            return out
+        a = self.alpha_bar[t].view(-1, *[1] * (x_t.dim() - 1)).to(x_t)
+        return a**0.5 * out + (1 - a) ** 0.5 * x_t
+
+    def output(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """What the network itself predicts, eps or v [B, C, H, W], at a timestep of its own for
+        each sample (t [B], on x_t's device).
+        """
+        return self._call(self.network, x_t, t, cond)
+
+
+class TextToImage(Denoiser):
+    """A Stable Diffusion 1.x/2.x pipeline (folder or hub id) as a Denoiser with text and image
+    encoders.
+
+    Its identity has two parts: `weight_hash()`, the model as loaded, decides whether train
+    gradients are still valid; `tokens` ({token: sha256 of its embedding}), words added since, only
+    matter to what was made from a prompt that holds them.
+    """
+
+    def __init__(self, pipe, source: str):
+        cfg = pipe.unet.config
+        super().__init__(
+            pipe.unet,
+            pipe.scheduler.alphas_cumprod,
+            (cfg.in_channels, cfg.sample_size, cfg.sample_size),
+            prediction=pipe.scheduler.config.prediction_type,
+        )
+        self.pipe, self.source = pipe, source
+        self.tokens: dict[str, str] = {}
+        self._weight_hash: str | None = None
+        self.image_size = cfg.sample_size * pipe.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        """[B, T, d] text embeddings, padded to the tokenizer's length; a longer prompt is cut
+        there, as the pipeline does.
+        """
+        tokens = self.pipe.tokenizer(
+            prompts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.pipe.text_encoder(tokens.to(self.device))[0].to(self.dtype)
+
+    @torch.no_grad()
+    def encode_images(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 [B, H, W, 3] -> scaled latents [B, C, h, w]: the posterior mean, so that it does
+        not depend on chance.
+        """
+        x = (
+            torch.from_numpy(np.ascontiguousarray(images))
+            .to(self.device)
+            .permute(0, 3, 1, 2)
+            .to(self.dtype)
+            / 127.5
+            - 1
+        )
+        return self.pipe.vae.encode(x).latent_dist.mean * self.pipe.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Scaled latents [B, C, h, w] -> RGB pictures."""
+        x = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor).sample
+        pixels = (
+            ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        )
+        return [Image.fromarray(p) for p in pixels]
+
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """What the autoencoder makes of pictures, uint8 [n, H, W, 3] -> the same shape: a bound on
+        any network between its halves.
+        """
+        parts = (images[i : i + 64] for i in range(0, len(images), 64))
+        return np.stack(
+            [
+                np.asarray(picture)
+                for part in parts
+                for picture in self.decode(self.encode_images(part))
+            ]
+        )
+
+    @torch.no_grad()
+    def add_token(self, token: str, embedding: torch.Tensor) -> int:
+        """Make `token` a word with this embedding [d], and return its number; a token added before
+        gets the new embedding.
+
+        Nothing else changes: not `weight_hash()`, and not the encoding of a prompt without the
+        token. UserError when the embedding has another width or is not finite, or when the token is
+        a word of the model already.
+        """
+        self.weight_hash()  # of the model without its tokens
+        tokenizer, table = self.pipe.tokenizer, self.pipe.text_encoder.get_input_embeddings()
+        row, width = embedding.detach().float().cpu(), table.weight.shape[1]
+        if row.shape != (width,):
+            raise UserError(
+                f"the embedding of {token} has shape {list(row.shape)}, but this text encoder's "
+                f"have [{width}]; it is of another model"
+            )
+        if not row.isfinite().all():
+            raise UserError(f"the embedding of {token} is NaN or infinite; train it again")
+        if type(table) is not nn.Embedding:
+            raise UserError(
+                f"the text encoder's word table is a {type(table).__name__}; use a LoRA that "
+                "leaves token_embedding alone"
+            )
+        if token not in self.tokens:
+            if not token or token in tokenizer.get_vocab():
+                raise UserError(f"{token!r} is a word of this model already; choose another token")
+            tokenizer.add_tokens([token])
+        number = tokenizer.convert_tokens_to_ids(token)
+        if (
+            number >= table.num_embeddings
+        ):  # not resize_token_embeddings, which draws the new row from a fit to all others first
+            grown = torch.cat(
+                [table.weight, table.weight.new_zeros(number + 1 - table.num_embeddings, width)]
+            )
+            table = nn.Embedding.from_pretrained(grown, freeze=True)
+            self.pipe.text_encoder.set_input_embeddings(table)
+            self.pipe.text_encoder.config.vocab_size = len(grown)
+        table.weight[number] = row.to(table.weight)
+        self.tokens[token] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+        return number
+
+    def weight_hash(self) -> str:
+        """sha256 over every component's weights (names, shapes, fp16 bytes) and LoRA scales: the
+        same for a model loaded in any dtype.
+
+        Computed once an instance, since its weights are frozen, and before the first `add_token`:
+        added words do not enter.
+        """
+        if self._weight_hash is None:
+            digest = hashlib.sha256()
+            for part in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
+                for name, tensor in sorted(part.state_dict().items()):
+                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                    value = tensor.detach().cpu()
+                    digest.update(
+                        (value.half() if value.is_floating_point() else value).numpy().tobytes()
+                    )
+                for name, module in part.named_modules():
+                    if isinstance(
+                        getattr(module, "scaling", None), dict
+                    ):  # a LoRA's alpha / rank is not among the tensors
+                        digest.update(f"{name}{sorted(module.scaling.items())}".encode())
+            self._weight_hash = digest.hexdigest()
+        return self._weight_hash
+
+
+def load_pipeline(
+    source: str, device: str = "cpu", dtype: str = "fp32", lora_path: str = ""
+) -> TextToImage:
+    """Load a Stable Diffusion 1.x/2.x pipeline (eps- or v-prediction) from a folder or the hub,
+    with a LoRA if given; safetensors only.
+
+    UserError as `pipelines.open_pipeline` and `pipelines.load_lora` raise it, or for an unknown
+    dtype.
+    """
+    from diffusers.models.attention_processor import AttnProcessor
+
+    if dtype not in DTYPES:
+        raise UserError(f"DTYPE={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    pipe = open_pipeline(source, DTYPES[dtype])
+    if lora_path:
+        load_lora(pipe, lora_path)
+    pipe.to(device)
+    if torch.device(device).type == "cpu":
+        # On the CPU the fused attention's backward is several times slower than the plain one at
+        # these sizes.
+        pipe.unet.set_attn_processor(AttnProcessor())
+        pipe.unet.to(
+            memory_format=torch.channels_last
+        )  # convolutions, half of the time, are a fifth faster
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.eval().requires_grad_(False)
+    return TextToImage(pipe, source)

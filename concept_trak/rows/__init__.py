@@ -1,0 +1,1 @@
+"""states + cotangent -> one projected row: per-sample VJP, objectives, states, projection."""

@@ -1,0 +1,1 @@
+"""rows + query -> scores: damped inverse Fisher, exact ranking, metrics of a ranking."""

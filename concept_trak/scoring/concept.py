@@ -1,0 +1,137 @@
+"""The scores of all training images for one concept, at every damping, and what they are worth
+where truth is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UserError
+from . import metrics
+
+METRIC_K = 10  # Recall@10 and least-10, whatever number of pictures is shown
+MEAN_EIGENVALUE_FRACTION = (
+    0.1  # file names and the damping switch count in units of 0.1 * trace(K) / k
+)
+
+
+def lambda_label(damping: float) -> str:
+    """Name of a damping in file names: relative to 0.1 x mean eigenvalue, so 1e-5 -> "1.0e-04"."""
+    return f"{damping / MEAN_EIGENVALUE_FRACTION:.1e}"
+
+
+@dataclass
+class ConceptResult:
+    """One target concept, scored.
+
+    target:          the concept in the prompt's words, e.g. "elephant"
+    negative_prompt: the prompt without the concept, against which the query gradient was taken
+    scores:          float [D, N]; high = removing this training image would weaken the concept
+    dampings:        D values, each relative to the mean eigenvalue of the Gram matrix (lambda = damping trace(K)/k)
+    relevant:        bool [N], which images carry the concept; None where no labels exist
+
+    Raises UserError if the shapes disagree, a score is not finite, or two dampings share a file
+    name.
+    """
+
+    target: str
+    negative_prompt: str
+    scores: np.ndarray
+    dampings: tuple[float, ...]
+    relevant: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.scores = np.asarray(self.scores, dtype=np.float32)
+        self.dampings = tuple(float(damping) for damping in self.dampings)
+        if (
+            self.scores.ndim != 2
+            or self.scores.shape[0] != len(self.dampings)
+            or self.scores.size == 0
+        ):
+            raise UserError(
+                f"scores of {self.target!r} have shape {self.scores.shape}: expected "
+                f"[{len(self.dampings)} dampings, N images]"
+            )
+        if not np.isfinite(self.scores).all():
+            row, column = (int(i) for i in np.argwhere(~np.isfinite(self.scores))[0])
+            raise UserError(
+                f"score of {self.target!r} for training image {column} at damping "
+                f"{self.dampings[row]:g} is not finite: "
+                "recompute the scores"
+            )
+        if len({lambda_label(damping) for damping in self.dampings}) < len(self.dampings):
+            raise UserError(
+                f"dampings {self.dampings} of {self.target!r} share a file name: leave one of "
+                "them out"
+            )
+        if self.relevant is not None:
+            self.relevant = np.asarray(self.relevant, dtype=bool)
+            if self.relevant.shape != self.scores.shape[1:]:
+                raise UserError(
+                    f"truth of {self.target!r} is for {self.relevant.size} images, scores for "
+                    f"{self.num_images}"
+                )
+
+    @property
+    def num_images(self) -> int:
+        return self.scores.shape[1]
+
+    @property
+    def has_truth(self) -> bool:
+        """Labels exist and at least one training image carries the concept; otherwise no recall is
+        defined.
+        """
+        return self.relevant is not None and bool(self.relevant.any())
+
+    def damping_index(self, damping: float) -> int:
+        """Position of `damping` in the sweep; UserError names the sweep when it is not part of it."""
+        close = np.flatnonzero(np.isclose(self.dampings, damping, rtol=1e-6, atol=0))
+        if close.size == 0:
+            raise UserError(
+                f"damping {damping:g} is not in the sweep of {self.target!r}: choose one of "
+                f"{self.dampings}"
+            )
+        return int(close[0])
+
+    def ranked(self, damping_index: int, k: int, largest: bool = True) -> list[int]:
+        """The k training indices with the highest (lowest) scores, best (least) first; ties by
+        index.
+        """
+        return metrics.ranking(self.scores[damping_index], largest)[:k].tolist()
+
+    def quality(self) -> list[dict[str, float]] | None:
+        """Recall@10, average precision and least-10 recall at each damping; None without truth."""
+        if not self.has_truth:
+            return None
+        columns = {
+            "recall_at_10": metrics.recall_at_k(self.scores, self.relevant, METRIC_K),
+            "average_precision": metrics.average_precision(self.scores, self.relevant),
+            "least_10_recall": metrics.least_k_recall(self.scores, self.relevant, METRIC_K),
+        }
+        return [
+            {name: float(column[d]) for name, column in columns.items()}
+            for d in range(len(self.dampings))
+        ]
+
+    def chance(self) -> dict[str, float] | None:
+        """What a random order would score on each metric of `quality`; None without truth."""
+        if not self.has_truth:
+            return None
+        counts = self.num_images, int(self.relevant.sum())
+        recall = metrics.chance_recall_at_k(*counts, METRIC_K)
+        precision = metrics.chance_average_precision(*counts)
+        return {"recall_at_10": recall, "average_precision": precision, "least_10_recall": recall}
+
+    def oracle_index(self) -> int | None:
+        """The damping with the best Recall@10 (then average precision, then the smallest): it peeks
+        at the truth.
+        """
+        quality = self.quality()
+        if quality is None:
+            return None
+        return max(
+            range(len(quality)),
+            key=lambda d: (quality[d]["recall_at_10"], quality[d]["average_precision"], -d),
+        )

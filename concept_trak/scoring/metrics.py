@@ -1,0 +1,170 @@
+"""How well a ranking of N training images finds the R that carry a concept.
+
+    Recall@k    = (relevant images among the k highest scores) / min(k, R)         (or / R, see `denominator`)
+    least-k     = the same on the k lowest scores: a method whose least-k is as rich as its top-k has no sign
+    AP          = 1/R sum over relevant i of (relevant images ranked no lower than i) / rank(i)
+    mAP         = mean of AP over queries
+
+Recall@k over min(k, R) is the convention of the AbC benchmark as Concept-TRAK evaluates it, over R
+that of the generative data attribution benchmark. Chance levels are exact expectations under a
+uniformly random order. Equal scores are ranked by index, as in the listings, so that a metric
+always describes the list that is shown.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import UserError
+
+DENOMINATORS = ("min", "relevant")
+
+
+def ranking(scores: np.ndarray, largest: bool = True) -> np.ndarray:
+    """Indices [..., N] from the highest (or lowest) score on; equal scores keep the order of their
+    indices.
+
+    scores: [..., N], any real dtype. Raises UserError on NaN, which has no rank.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if np.isnan(scores).any():
+        first = tuple(int(i) for i in np.argwhere(np.isnan(scores))[0])
+        raise UserError(f"score {first} is NaN: recompute the scores, a NaN cannot be ranked")
+    return np.argsort(-scores if largest else scores, axis=-1, kind="stable")
+
+
+def _ranked_relevance(
+    scores: np.ndarray, relevant: np.ndarray, largest: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Relevance in rank order [..., N] and the number of relevant images [...]."""
+    order = ranking(scores, largest)
+    relevant = np.asarray(relevant, dtype=bool)
+    if relevant.shape[-1:] != order.shape[-1:]:
+        raise UserError(
+            f"scores are for {order.shape[-1]} images but truth is for {relevant.shape[-1]}: pass "
+            "the same images"
+        )
+    relevant = np.broadcast_to(relevant, order.shape)
+    count = relevant.sum(-1)
+    if (count == 0).any():
+        raise UserError(
+            "no relevant image: recall and average precision are undefined, leave this concept out"
+        )
+    return np.take_along_axis(relevant, order, axis=-1), count
+
+
+def _divisor(count: np.ndarray, k: int, denominator: str) -> np.ndarray:
+    if denominator not in DENOMINATORS:
+        raise UserError(f"denominator {denominator!r} is not one of {', '.join(DENOMINATORS)}")
+    if k < 1:
+        raise UserError(f"k = {k}: recall needs k >= 1")
+    return np.minimum(count, k) if denominator == "min" else count
+
+
+def recall_at_k(
+    scores: np.ndarray,
+    relevant: np.ndarray,
+    k: int = 10,
+    denominator: str = "min",
+    largest: bool = True,
+) -> np.ndarray:
+    """Recall@k = hits in the top k / min(k, R), or / R with `denominator="relevant"`.
+
+    scores: [..., N]. relevant: bool, broadcastable to scores. Returns float64 [...] (0-d for one
+    ranking). `largest=False` looks at the other end (least-k). Raises UserError on NaN scores or
+    when nothing is relevant.
+    """
+    ranked, count = _ranked_relevance(scores, relevant, largest)
+    return np.asarray(ranked[..., :k].sum(-1) / _divisor(count, k, denominator))
+
+
+def least_k_recall(
+    scores: np.ndarray, relevant: np.ndarray, k: int = 10, denominator: str = "min"
+) -> np.ndarray:
+    """Recall@k among the k lowest scores (ties by index); arguments as in `recall_at_k`."""
+    return recall_at_k(scores, relevant, k, denominator, largest=False)
+
+
+def average_precision(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """AP = 1/R sum_{r: item at rank r relevant} (hits in the top r) / r. Shapes and errors as in
+    `recall_at_k`.
+    """
+    ranked, count = _ranked_relevance(scores, relevant)
+    precision = np.cumsum(ranked, axis=-1) / np.arange(1, ranked.shape[-1] + 1)
+    return np.asarray((precision * ranked).sum(-1) / count)
+
+
+def chance_recall_at_k(
+    num_items: int, num_relevant: int, k: int = 10, denominator: str = "min"
+) -> float:
+    """Expected Recall@k of a random order: hits ~ Hypergeometric(N, R, k), so E[hits] = k R / N (k
+    at most N).
+    """
+    _check_counts(num_items, num_relevant)
+    expected_hits = min(k, num_items) * num_relevant / num_items
+    return float(expected_hits / _divisor(np.asarray(num_relevant), k, denominator))
+
+
+def chance_average_precision(num_items: int, num_relevant: int) -> float:
+    """Expected AP of a random order of N items with R relevant.
+
+    At rank r an item is relevant with probability R/N, and then (r-1)(R-1)/(N-1) of the items above
+    it are expected to be relevant too, so E[AP] = 1/N sum_r (1 + (r-1)(R-1)/(N-1)) / r = (H +
+    (R-1)/(N-1) (N - H)) / N with the harmonic number H = sum_r 1/r.
+    """
+    _check_counts(num_items, num_relevant)
+    if num_items == 1:
+        return 1.0
+    harmonic = float((1.0 / np.arange(1, num_items + 1)).sum())
+    return (harmonic + (num_relevant - 1) / (num_items - 1) * (num_items - harmonic)) / num_items
+
+
+def _check_counts(num_items: int, num_relevant: int) -> None:
+    if not 1 <= num_relevant <= num_items:
+        raise UserError(
+            f"{num_relevant} relevant of {num_items} images: chance needs 1 <= relevant <= images"
+        )
+
+
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, n: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of `values` [Q] over queries (Efron
+    1979).
+
+    Draws Q queries with replacement n times; low and high are the (1-level)/2 and (1+level)/2
+    quantiles of the n means. The same seed gives the same resamples for every method with the same
+    Q. Raises UserError if a value is not finite or there is none.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+        raise UserError(
+            "bootstrap needs a non-empty vector of finite values, one a query; got shape "
+            f"{values.shape}"
+        )
+    if not 0 < level < 1 or n < 1:
+        raise UserError(f"bootstrap needs 0 < level < 1 and n >= 1, got level {level} and n {n}")
+    # How often each query is drawn is all a mean needs: [n, Q] counts in place of [n, Q] indices
+    # and their gather.
+    counts = np.random.default_rng(seed).multinomial(
+        values.size, np.full(values.size, 1 / values.size), size=n
+    )
+    low, high = np.quantile(counts @ values / values.size, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference_interval(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, n: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Bootstrap interval of mean(a - b) where a[i] and b[i] belong to the same query.
+
+    Resampling pairs keeps what the methods share (a hard query is hard for both), so it can tell
+    apart methods whose own intervals overlap. Raises UserError if the lengths differ.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise UserError(
+            f"paired values of shapes {a.shape} and {b.shape}: pass both methods' values for the "
+            "same queries"
+        )
+    return bootstrap_interval(a - b, seed, n, level)

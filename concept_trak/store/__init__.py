@@ -1,0 +1,1 @@
+"""Rows on disk: shards that survive a kill, cached arrays. Knows no model."""

@@ -1,0 +1,1 @@
+"""Builds or fetches what the house stands on: embedded model, judge, art, tokens, downloads."""

@@ -1,0 +1,1 @@
+"""The emoji artwork, built from pinned packages."""

@@ -1,0 +1,210 @@
+"""7z archives in one or several volumes (name.7z.001, .002, ...), unpacked by 7-Zip's program or by
+py7zr, whichever is there.
+
+Both compare the CRC of every file while they unpack it, so unpacking into a temporary folder is the
+test of the archive, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import io
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...errors import UserError
+from ...files import disk_errors
+
+PROGRAMS = ("7zz", "7z", "7za")  # preferred to py7zr: they use all cores
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+FULL = 2**20  # fewer free bytes than this: the disk is full
+VOLUME = re.compile(r"(?P<archive>.+\.7z)(\.(?P<number>\d{3,}))?")
+
+
+def volumes(names: list[str]) -> dict[str, list[str]]:
+    """{archive: its volumes in order} of the names that are archives. UserError for a gap in the
+    numbers.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        if match := VOLUME.fullmatch(name):
+            found.setdefault(match["archive"], {})[int(match["number"] or 1)] = name
+    for archive, numbered in found.items():
+        if missing := sorted(set(range(1, max(numbered) + 1)) - set(numbered)):
+            raise UserError(
+                f"{archive}.{missing[0]:03d} is not on the hub although later volumes are; try "
+                "again later"
+            )
+    return {archive: [numbered[i] for i in sorted(numbered)] for archive, numbered in found.items()}
+
+
+def find_tool() -> str:
+    """The path of 7-Zip's program, or "py7zr". UserError naming both if there is none."""
+    for name in PROGRAMS:
+        if path := shutil.which(name):
+            return path
+    if importlib.util.find_spec("py7zr"):
+        return "py7zr"
+    raise UserError(
+        "nothing here unpacks 7z archives; run `pip install py7zr`, or install 7-Zip (7z, 7za or "
+        "7zz on the PATH)"
+    )
+
+
+def unpacked_size(first: Path, tool: str) -> int:
+    """Bytes of all files in the archive whose first volume is given."""
+    with damage_named(first):
+        if tool == "py7zr":
+            with _opened(first) as archive:
+                return sum(item.uncompressed or 0 for item in archive.list())
+        return _listed_size(first, tool)
+
+
+def unpack(first: Path, folder: Path, total: int, tool: str) -> None:
+    """Unpack all into `folder`, with a progress bar to `total` bytes. UserError for a damaged
+    archive, which is kept, or a full disk.
+    """
+    from tqdm import tqdm
+
+    with (
+        damage_named(first),
+        tqdm(
+            desc=f"unpacking {archive_name(first)}",
+            total=total,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+        ) as bar,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        if tool == "py7zr":
+            with _opened(first) as archive:
+                archive.extractall(folder, callback=_callback(bar))
+        else:
+            try:
+                _run_program([tool, "x", "-y", "-bso0", "-bsp1", f"-o{folder}", str(first)], bar)
+            except RuntimeError:
+                if shutil.disk_usage(folder).free < FULL:  # which the program may call E_FAIL
+                    raise OSError(errno.ENOSPC, "No space left on device") from None
+                raise
+
+
+def archive_name(first: Path) -> str:
+    return VOLUME.fullmatch(first.name)["archive"]
+
+
+@contextmanager
+def damage_named(first: Path):
+    """One line for whatever the tool raises; a full disk keeps its own."""
+    try:
+        yield
+    except UserError:
+        raise
+    # py7zr meets damage with anything from its own classes to TypeError, struct.error and OSError
+    except Exception as error:
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            with disk_errors(first.parent):
+                raise
+        reason = " ".join(
+            (
+                str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__} {error}"
+            ).split()
+        )[:200]
+        raise UserError(
+            f"{first} cannot be unpacked ({reason}); all its volumes are kept. If they are "
+            "damaged, "
+            f"remove {first.parent} and run again to fetch them anew"
+        ) from error
+
+
+@contextmanager
+def _opened(first: Path):
+    """The archive, open in py7zr. The buffer fills reads that cross from one volume to the next;
+    without it they come back short.
+    """
+    import multivolumefile
+    import py7zr
+
+    name = archive_name(first)
+    raw = (
+        open(first, "rb", buffering=0)
+        if first.name == name
+        else multivolumefile.open(first.with_name(name), "rb")
+    )
+    with raw, io.BufferedReader(raw, 2**20) as joined, py7zr.SevenZipFile(joined, "r") as archive:
+        yield archive
+
+
+def _callback(bar):
+    """py7zr's events as steps of the bar."""
+    from py7zr.callbacks import ExtractCallback
+
+    class Steps(ExtractCallback):
+        def report_update(self, decompressed_bytes):
+            bar.update(int(decompressed_bytes))
+
+        def _ignore(self, *_):
+            pass
+
+        report_start_preparation = report_start = report_end = report_warning = (
+            report_postprocess
+        ) = _ignore
+
+    return Steps()
+
+
+def _listed_size(first: Path, tool: str) -> int:
+    """The sum of the sizes that `7z l -slt` prints after its line of dashes; read as it comes, for
+    a million files are long.
+    """
+    total, inside, last = 0, False, ""
+    with subprocess.Popen(
+        [tool, "l", "-slt", str(first)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        for line in process.stdout:
+            inside = inside or line.startswith("----------")
+            if inside and (match := re.fullmatch(r"Size = (\d+)\n", line)):
+                total += int(match[1])
+            last = _reason(last, line)
+    if process.returncode:
+        raise RuntimeError(last or f"{tool} exits with {process.returncode}")
+    return total
+
+
+def _run_program(command: list[str], bar) -> None:
+    """Run 7-Zip with its per cents as the bar; RuntimeError with its own words when it fails."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        text = b""
+        while chunk := process.stdout.read1(2**16):
+            text = (text + chunk)[-(2**14) :]
+            if percents := re.findall(rb"(\d{1,3})%", chunk):
+                bar.update((bar.total or 0) * int(percents[-1]) // 100 - bar.n)
+    if process.returncode:
+        reason = ""
+        for line in re.split(r"[\r\n\b]+", text.decode(errors="replace")):
+            reason = _reason(reason, line)
+        raise RuntimeError(reason or f"{command[0]} exits with {process.returncode}")
+    bar.update((bar.total or 0) - bar.n)
+
+
+def _reason(so_far: str, line: str) -> str:
+    """The line that says best what went wrong: the first with ERROR, the one below "ERRORS:", else
+    the last that is not empty.
+    """
+    line = line.strip()
+    if so_far == "ERRORS:" and line:
+        return f"ERROR: {line}"
+    if not line or "ERROR" in so_far or re.fullmatch(r"(Sub items )?Errors: \d+", line):
+        return so_far
+    return line

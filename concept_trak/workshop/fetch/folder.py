@@ -1,0 +1,231 @@
+"""A folder being filled from the hub. Its hidden `.download` holds what is under way and done.json,
+the record of what is finished:
+
+    {"files": {path: {"size", "digest"}}, "parts": {name: [paths]}, "moves": {name: [[from, to]]}}
+
+Files and unpacked folders appear under their final names only when complete. A move into place is
+written down first, so that a killed one is finished by the next call. Nothing that this record does
+not know is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ...errors import UserError
+from ...files import disk_errors, write_json
+from .fetching import fetch, has_digest, in_parallel
+from .hub import RemoteFile, say
+
+SPARE = 2**26  # bytes of disk to leave free
+
+
+def human(count: float) -> str:
+    """12.3GB, in powers of 1000 as the hub's pages show."""
+    from tqdm import tqdm
+
+    return tqdm.format_sizeof(count, "B")
+
+
+class DownloadFolder:
+    """Use it as a context: one process at a time fills a folder."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.hidden = self.root / ".download"
+        self.record = {"files": {}, "parts": {}, "moves": {}}
+
+    def __enter__(self) -> "DownloadFolder":
+        with disk_errors(self.hidden):
+            (self.hidden / "incoming").mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.hidden, os.O_RDONLY)
+        try:
+            self._take_lock()
+            self._read_record()
+        except UserError:
+            os.close(self.lock)
+            raise
+        return self
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another download into {self.root} is running; wait for it or stop it"
+            ) from None
+        except OSError:
+            pass  # a network disk without locks: then it is up to the user
+
+    def _read_record(self) -> None:
+        try:
+            self.record |= json.loads(self._record_path.read_text())
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(
+                f"{self._record_path} cannot be read ({error}); remove it: files found complete "
+                "are not fetched again"
+            ) from None
+
+    def __exit__(self, *_) -> None:
+        os.close(self.lock)  # and with it the lock
+
+    @property
+    def _record_path(self) -> Path:
+        return self.hidden / "done.json"
+
+    def save(self) -> None:
+        write_json(self._record_path, self.record)
+
+    # ---- files
+
+    def is_recorded(self, path: str) -> bool:
+        """Whether the file was verified when it came, and still has its size."""
+        known, found = self.record["files"].get(path), self.root / path
+        return known is not None and found.is_file() and found.stat().st_size == known["size"]
+
+    def missing(self, jobs: list[tuple[RemoteFile, str]]) -> list[tuple[RemoteFile, str]]:
+        """The (file, path) that are not here yet. A file that is here but not recorded is compared
+        with the hub's checksum.
+
+        UserError for a file of that name which is another one.
+        """
+        left = []
+        for file, path in jobs:
+            found = self.root / path
+            if self.is_recorded(path):
+                continue
+            if not found.exists():
+                left.append((file, path))
+            elif (
+                found.is_file()
+                and found.stat().st_size == file.size
+                and has_digest(found, file.digest)
+            ):
+                self._note(file, path)
+            elif (
+                path in self.record["files"] or self.hidden in found.parents
+            ):  # ours, but damaged since
+                say(f"{found} is damaged; fetching it anew")
+                found.unlink()
+                left.append((file, path))
+            else:
+                raise UserError(
+                    f"{found} is there but is not the file on the hub; move it away and run again"
+                )
+        return left
+
+    def bytes_left(self, jobs: list[tuple[RemoteFile, str]]) -> int:
+        """Bytes still to come; what an earlier call left half done counts as here."""
+        return sum(file.size - self._bytes_of_part(path) for file, path in jobs)
+
+    def fetch(self, jobs: list[tuple[RemoteFile, str]], workers: int, label: str) -> None:
+        """Bring every (file, path) here, recording each as it is complete."""
+        from tqdm import tqdm
+
+        total = sum(file.size for file, _ in jobs)
+        with tqdm(
+            desc=label,
+            total=total,
+            initial=total - self.bytes_left(jobs),
+            unit="B",
+            unit_scale=True,
+            disable=None,
+        ) as bar:
+
+            def bring(job, stop):
+                file, path = job
+                with disk_errors(self.root / path):
+                    (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+                fetch(file, self._part(path), self.root / path, bar.update, stop)
+
+            for count, (file, path) in enumerate(in_parallel(bring, jobs, workers), 1):
+                self._note(file, path)
+                say(f"{label}: {count} of {len(jobs)}, {file.path} ({human(file.size)})")
+
+    def _note(self, file: RemoteFile, path: str) -> None:
+        self.record["files"][path] = {"size": file.size, "digest": file.digest}
+        self.save()
+
+    def _part(self, path: str) -> Path:
+        return self.hidden / "incoming" / (path.replace("/", "+") + ".part")
+
+    def _bytes_of_part(self, path: str) -> int:
+        return self._part(path).stat().st_size if self._part(path).exists() else 0
+
+    # ---- parts: named groups of files or folders
+
+    def has_part(self, name: str) -> bool:
+        """Whether the part was finished and nothing of it was removed since."""
+        paths = self.record["parts"].get(name, [])
+        return bool(paths) and all(
+            self.is_recorded(p) if p in self.record["files"] else (self.root / p).exists()
+            for p in paths
+        )
+
+    def finish_part(self, name: str, paths: list[str]) -> None:
+        self.record["parts"][name] = sorted(paths)
+        self.save()
+
+    def place(self, name: str, moves: list[tuple[Path, str]]) -> None:
+        """Move (unpacked path, final path) into place and record the part as finished."""
+        for _, target in moves:
+            self.refuse_foreign(name, target)
+        # the archives go next: what was unpacked must be on the disk, not only in its cache
+        os.sync()
+        self.record["moves"][name] = [
+            [os.path.relpath(source, self.root), target] for source, target in moves
+        ]
+        self.save()
+        self.finish_moves(name)
+
+    def finish_moves(self, name: str) -> None:
+        """Go on with the moves that are written down for the part; nothing to do without."""
+        if name not in self.record["moves"]:
+            return
+        moves = self.record["moves"][name]
+        for source, target in moves:
+            if (self.root / source).exists():
+                with disk_errors(self.root / target):
+                    os.replace(self.root / source, self.root / target)
+        del self.record["moves"][name]
+        self.finish_part(name, [target for _, target in moves])
+
+    def refuse_foreign(self, name: str, path: str) -> None:
+        """UserError if something has the final name already."""
+        if (self.root / path).exists():
+            raise UserError(
+                f"{self.root / path} is there, but {name} was not finished by this command or is "
+                "not whole any more; "
+                f"move it away, or leave {name} out of PARTS"
+            )
+
+    def forget(self, folder: Path) -> None:
+        """Remove a folder below `.download` and the records of its files."""
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        prefix = f"{os.path.relpath(folder, self.root)}/"
+        self.record["files"] = {
+            path: known
+            for path, known in self.record["files"].items()
+            if not path.startswith(prefix)
+        }
+        self.save()
+
+    # ---- disk
+
+    def need(self, count: float, what: str) -> None:
+        """UserError if the disk has not `count` bytes free."""
+        free = shutil.disk_usage(self.root).free
+        if count + SPARE > free:
+            raise UserError(
+                f"{what} needs {human(count + SPARE)} on the disk of {self.root} but "
+                f"{human(free)} are free; "
+                "make room, or use another folder"
+            )

@@ -1,0 +1,1 @@
+"""A classifier that names object and style of a picture."""

@@ -1,0 +1,114 @@
+"""`concept-trak train-token`: learn a token from pictures, or the tokens of AbC's tasks; every
+default of that training.
+
+A token is learned by Textual Inversion (`textual_inversion`, Gal et al. 2023): min over its
+embedding of E || eps - eps_theta(x_t, t, c) ||^2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ...flags import add_setting_flags, boolean, settings_of
+from ...settings import TOKEN, Settings
+from .settings import TokenSettings
+
+
+def add_parser(verbs) -> None:
+    """The sub-command `train-token`: its own flags, and every flag of `Settings`."""
+    sub = verbs.add_parser(
+        "train-token", help="learn a token such as <new1> from a few pictures (Textual Inversion)"
+    )
+    default = TokenSettings()
+    sub.add_argument(
+        "--images",
+        nargs="+",
+        help="a folder or picture files; without it the exemplars of the tasks --task-idx",
+    )
+    sub.add_argument(
+        "--new-token", default=TOKEN, help=f"which --prompt must hold (default {TOKEN})"
+    )
+    sub.add_argument(
+        "--init-word",
+        default="",
+        help="its first token is the start (default: what follows the token in the prompt, or "
+        '"art")',
+    )
+    sub.add_argument("--steps", type=int, default=default.steps, help=f"default {default.steps}")
+    sub.add_argument(
+        "--learning-rate",
+        type=float,
+        default=default.lr,
+        help=f"default {default.lr}; --batch-size: {default.batch_size}",
+    )
+    sub.add_argument(
+        "--random-flip",
+        type=boolean,
+        default=default.random_flip,
+        help="also learn from mirrored pictures (default 0)",
+    )
+    sub.add_argument(
+        "--out-dir",
+        help="for the token, its record and checkpoint (default: tokens, beside RESULTS_DIR)",
+    )
+    add_setting_flags(sub)
+    sub.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train as the flags say; DTYPE=auto means fp32 here. UserError as the training raises it."""
+    given = settings_of(arguments)
+    settings = TokenSettings(
+        arguments.steps,
+        arguments.learning_rate,
+        arguments.batch_size or TokenSettings.batch_size,
+        random_flip=arguments.random_flip,
+        seed=given.seed,
+        init_word=arguments.init_word,
+    )
+    jobs = (
+        jobs_of_tasks(given)
+        if not arguments.images
+        else [
+            (
+                arguments.images,
+                Path(arguments.out_dir or Path(given.results_dir).parent / "tokens"),
+                {"prompt": arguments.prompt or "", "token": arguments.new_token},
+            )
+        ]
+    )
+
+    from ...models.device import pick_device
+    from ...models.text_to_image import load_pipeline
+    from .textual_inversion import train_token
+
+    dtype = "fp32" if given.dtype == "auto" else given.dtype
+    model = load_pipeline(
+        given.sd_model_path, pick_device(given.device, given.gpu_id), dtype, given.lora_path
+    )
+    for images, folder, options in jobs:
+        path = train_token(model, images, folder, settings=settings, **options)
+        token = options["token"]
+        print(
+            f"{os.path.relpath(path)}: {token}, sha256 of its embedding {model.tokens[token][:10]}"
+        )
+
+
+def jobs_of_tasks(given: Settings) -> list[tuple[list[Path], Path, dict]]:
+    """(exemplars, folder, options of `train_token`) of each model among the tasks TASK_IDX, in the
+    folders where tasks look for tokens.
+    """
+    from ...datasets.abc import chosen_tasks, exemplars
+
+    root = Path(given.data_dir)
+    tasks = {task.model_path: task for task in chosen_tasks(given).values()}
+    return [
+        (
+            exemplars(root, task),
+            root / path.replace("models", "models-ti", 1),
+            {"prompt": task.train_prompt, "token": TOKEN},
+        )
+        for path, task in tasks.items()
+    ]

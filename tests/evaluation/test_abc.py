@@ -1,0 +1,314 @@
+"""The AbC layout, its tasks, and the launcher's arguments; the scripts themselves run in
+test_abc_scripts.py.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import standin
+
+from concept_trak.attribution import launch
+from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.train_grad import folder_name, open_store, train_states
+from concept_trak.datasets import abc as tasks
+from concept_trak.datasets.encoded import EncodedData
+from concept_trak.errors import UserError
+from concept_trak.evaluation.bench import engine as bench_engine
+from concept_trak.evaluation.bench import literal_reference
+from concept_trak.parsing import parse_gpu_ids, parse_numbers
+from concept_trak.rows.featurize import featurize
+from concept_trak.rows.projection import make_projection
+from concept_trak.settings import resolve
+from concept_trak.store.shards import Store
+
+
+def write_json_files(root, cases, paths_a_kind=40):
+    """json/ of a release with one entry more than the published tasks name, all prompts telling
+    their own path.
+    """
+    prompts, kinds = {}, {"test_artchive": "object", "test_bamfg": "object"}
+    (root / "json").mkdir(parents=True)
+    for case in cases:
+        group, entries = case.removeprefix("test_").split("_")[-1], []
+        for number in range(max(tasks.MODELS[case]) + 2):
+            synth = {
+                kind: [
+                    f"dataset/synth/{group}/{kind}/m{number}/samples/{i:05d}.png"
+                    for i in range(paths_a_kind)
+                ]
+                for kind in ("gpt", kinds.get(case, "media"))
+            }
+            prompts |= {p: f"<new1> {p}" for ps in synth.values() for p in ps}
+            entries.append(
+                {
+                    "exemplar": [],
+                    "synth": synth,
+                    "class_id": "x",
+                    "category": None if group in ("artchive", "bamfg") else "fish",
+                }
+            )
+        (root / f"json/{case}.json").write_text(json.dumps(entries))
+    (root / "json/path_to_prompts.json").write_text(json.dumps(prompts))
+
+
+def test_tasks_are_the_published_400_in_their_order(tmp_path):
+    write_json_files(tmp_path, tasks.MODELS)
+    made = tasks.make_tasks(tmp_path)
+    assert len(made) == 400
+    assert [t.test_case for t in made[:4]] == list(tasks.MODELS)
+    assert [t.test_case_ind for t in made[80:84]] == [1, 1, 20, 12]
+    assert [t.synth_image_path.split("/")[2] for t in made[36:44]] == ["gpt"] * 4 + [
+        "object",
+        "object",
+        "media",
+        "media",
+    ]
+    assert [t.seed for t in made[:16:4]] == [0, 4, 8, 12]
+    assert (
+        made[0].train_prompt == "A picture in the style of <new1> art"
+        and made[2].train_prompt == "<new1> fish"
+    )
+    assert made[2].model_path == "models/imagenet/m0" and made[2].category == "fish"
+
+
+def test_a_written_task_file_reads_back(tmp_path):
+    write_json_files(tmp_path, ["test_artchive"])
+    assert tasks.write_tasks(tmp_path, tmp_path / "configs/all.json") == 100
+    assert tasks.read_tasks(tmp_path / "configs/all.json") == tasks.make_tasks(tmp_path)
+
+
+def test_the_negative_prompt_drops_the_token_wherever_it_stands():
+    def task(prompt):
+        return tasks.Task("0.png", prompt, "c", 0, "m", "t", "art").negative_prompt
+
+    assert (
+        task("A <new1> fish") == "A fish"
+        and task("<new1> fish") == "fish"
+        and task("a <new1> among <new1> dinosaurs") == "a among dinosaurs"
+    )
+
+
+@pytest.mark.parametrize(
+    "content, word", [("[{}]", "KeyError"), ("nonsense", "not a list"), ('[{"a": 1}]', "KeyError")]
+)
+def test_a_damaged_task_file_is_one_line(tmp_path, content, word):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(UserError, match=word):
+        tasks.read_tasks(tmp_path / "t.json")
+
+
+def test_missing_files_of_the_release_name_the_part_to_fetch(tmp_path):
+    with pytest.raises(UserError, match="PARTS=json"):
+        tasks.make_tasks(tmp_path)
+    with pytest.raises(UserError, match="make_tasks.sh"):
+        tasks.read_tasks(tmp_path / "none.json")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return standin.save_release(tmp_path_factory.mktemp("abc"))
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    return standin.save_sd_standin(tmp_path_factory.mktemp("sd") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def corpus(release, sd):
+    settings = resolve(
+        "abc",
+        {"sd_model_path": str(sd), "data_dir": str(release), "proj_dim": 300, "dtype": "fp32"},
+    )
+    return Corpus(settings, "cpu")
+
+
+def test_encoded_rows_are_the_arrays_rows(corpus, release):
+    x0, cond = corpus.data.batch(range(3, 5))
+    assert len(corpus.data) == standin.ROWS
+    assert np.array_equal(
+        x0.numpy(), np.load(release / "laion_latents.npy")[3:5].astype(np.float32)
+    )
+    assert np.array_equal(
+        cond.numpy(), np.load(release / "laion_text_embeddings.npy")[3:5].astype(np.float32)
+    )
+    assert corpus.train.captions[4] == "a dog number 4" and corpus.train.image(4).size == (64, 64)
+
+
+def test_num_train_bounds_the_rows_and_changes_the_content_hash(corpus, release):
+    few = EncodedData(release, corpus.model, num_train=7)
+    assert len(few) == 7 and len(few.pictures) == 7
+    assert few.content_hash() != corpus.data.content_hash()
+
+
+@pytest.mark.parametrize(
+    "name, array, word",
+    [
+        ("laion_latents.npy", np.zeros((10, 4, 8, 8), np.float16), "10 rows but"),
+        ("laion_latents.npy", np.zeros((80, 4, 16, 16), np.float16), "the model takes"),
+        ("laion_text_embeddings.npy", np.zeros((40, 77, 1024), np.float16), "1024 wide"),
+        ("laion_text_embeddings.npy", np.zeros((40, 77), np.float16), "3 dimensions"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, corpus, release, name, array, word):
+    for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
+        (tmp_path / file).symlink_to(release / file)
+    (tmp_path / name).unlink()
+    np.save(tmp_path / name, array)
+    with pytest.raises(UserError, match=word):
+        EncodedData(tmp_path, corpus.model)
+
+
+def test_a_truncated_array_is_refused(tmp_path, corpus, release):
+    for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
+        (tmp_path / file).write_bytes((release / file).read_bytes()[:5000])
+    with pytest.raises(UserError, match="download or prepare it again"):
+        EncodedData(tmp_path, corpus.model)
+
+
+def test_missing_pictures_matter_only_when_they_are_shown(tmp_path, corpus, release):
+    for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
+        (tmp_path / file).symlink_to(release / file)
+    data = EncodedData(tmp_path, corpus.model)
+    assert data.batch(range(2))[0].shape == (2, *standin.LATENT)
+    with pytest.raises(UserError, match="PARTS=laion_subset"):
+        data.pictures
+
+
+def test_recipe_reference_on_the_standin_equals_a_literal_computation(corpus):
+    s, model = corpus.settings, corpus.model
+    x0, cond = corpus.data.batch(range(2))
+    null, count = model.encode_prompts([""]), sum(p.numel() for p in corpus.parameters.values())
+    got, _ = featurize(
+        model,
+        make_projection("random_mask", count, 300, 0),
+        x0,
+        cond,
+        null,
+        layer=s.layer,
+        objective=s.f,
+        states=train_states(s),
+        normalize=s.normalize,
+    )
+    want = literal_reference.train_rows(
+        model, x0, cond, null, layer=s.layer, scale=7.5, proj_dim=300, proj_seed=0
+    )
+    assert float(want.abs().max()) > 0
+    assert bench_engine.row_error(got.numpy(), want.numpy()) < 1e-3
+
+
+def test_abc_defaults_are_the_papers():
+    s = resolve("abc", {})
+    assert (s.recipe, s.f, s.nfe, s.ddim_inversion, s.normalize, s.train_guidance_scale) == (
+        "reference",
+        "dps",
+        10,
+        True,
+        True,
+        7.5,
+    )
+    assert (s.proj_type, s.proj_dim, s.num_split, s.eta, s.seed, s.layer, s.num_train) == (
+        "random_mask",
+        32768,
+        16,
+        0.1,
+        0,
+        "attn2",
+        100_000,
+    )
+    assert folder_name(s) == "attn2-dps-NFE10-norm-ddim-gs_7.5"
+    assert s.on("cpu").dtype == "fp32" and s.on("cuda:0").dtype == "fp16"
+
+
+def test_rows_of_another_seed_grid_or_lora_lie_elsewhere():
+    names = {
+        folder_name(resolve("abc", o))
+        for o in (
+            {},
+            {"proj_seed": 1},
+            {"recipe": "default", "ddim_inversion": True, "f": "dps", "proj_type": "random_mask"},
+            {"lora_path": "x.safetensors"},
+            {"proj_dim": 100},
+        )
+    }
+    assert len(names) == 5
+
+
+@pytest.fixture
+def released(corpus, tmp_path):
+    """A corpus over a folder of raw shards without a manifest, as the release comes, and that
+    folder.
+    """
+    rows = np.random.default_rng(0).standard_normal((standin.ROWS, 300)).astype(np.float32)
+    settings = dataclasses.replace(corpus.settings, grad_dir=str(tmp_path), proj_mask="a100")
+    folder = tmp_path / folder_name(settings)
+    folder.mkdir()
+    for i in range(2):
+        rows[20 * i : 20 * i + 20].tofile(folder / f"train_grad-{i}.npy")
+    return corpus.with_settings(settings), folder
+
+
+def test_released_shards_are_adopted_with_the_mask_that_is_stated(released):
+    corpus, folder = released
+    store = open_store(corpus)
+    assert (store.num_rows, store.layout) == (standin.ROWS, "raw")
+    assert (
+        corpus.projection.mask == "a100"
+        and store.identity["projection"] == corpus.projection.describe()
+    )
+
+
+def test_a_download_that_left_a_manifest_without_a_mask_is_adopted_on_first_use(released):
+    corpus, folder = released
+    Store.adopt_raw(folder, 300)
+    assert "projection" in open_store(corpus).identity
+
+
+def test_a_query_under_another_mask_is_refused_not_scored(released):
+    corpus, _ = released
+    open_store(corpus)
+    with pytest.raises(UserError, match="PROJ_MASK=portable but"):
+        open_store(corpus.with_settings(dataclasses.replace(corpus.settings, proj_mask="portable")))
+
+
+def test_shards_whose_mask_is_not_clear_are_refused_with_the_reason(released):
+    corpus, _ = released
+    with pytest.raises(UserError, match="no mask clearly explains its columns"):
+        open_store(corpus.with_settings(dataclasses.replace(corpus.settings, proj_mask="auto")))
+
+
+def test_more_released_rows_than_pictures_are_refused(released):
+    corpus, folder = released
+    np.zeros((10, 300), np.float32).tofile(folder / "train_grad-2.npy")
+    with pytest.raises(UserError, match="both must be of one release"):
+        open_store(corpus)
+
+
+def test_gpu_ids_are_numbers_or_cpus():
+    assert parse_gpu_ids("0 1,2") == ["0", "1", "2"] and parse_gpu_ids("cpu cpu") == ["cpu", "cpu"]
+    for bad in ("0 x", "1 1", "-1"):
+        with pytest.raises(UserError, match="GPU_IDS"):
+            parse_gpu_ids(bad)
+
+
+def test_a_shards_process_gets_every_setting_and_its_own_place():
+    settings = resolve("abc", {"gpu_ids": "0 3", "prompt": "a, b", "normalize": True})
+    line = launch.command(settings, 5, "3")
+    assert (
+        line[line.index("--gpu_ids") + 1] == "3"
+        and "--shards=5" in line
+        and "--gpu-ids=" in line
+        and "--prompt=a, b" in line
+        and "--normalize=1" in line
+    )
+    assert "--cpu" in launch.command(settings, 5, "cpu") and "--device=cpu" in launch.command(
+        settings, 5, "cpu"
+    )
+
+
+def test_numbers_are_lists_and_ranges():
+    assert parse_numbers("TASK_IDX", "3,7-9", 10, "tasks") == [3, 7, 8, 9]
+    with pytest.raises(UserError, match="TASK_IDX='10' names 10"):
+        parse_numbers("TASK_IDX", "10", 10, "tasks")

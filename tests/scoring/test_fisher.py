@@ -1,0 +1,321 @@
+"""Properties of the damped inverse Fisher: every method against a float64 solve."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from concept_trak.errors import UserError
+from concept_trak.scoring import fisher
+from concept_trak.scoring.fisher import choose_method, precondition
+from concept_trak.scoring.krylov import shifted_solve
+from concept_trak.scoring.scores import scores
+from concept_trak.store.shards import Store
+
+DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
+MEMORY = 2**30
+METHODS = ["primal", "dual", "krylov_gram", "krylov_rows"]
+
+
+def synthetic(num_rows, dim, seed=0, decay=1.0):
+    """Rows with a power-law spectrum, as gradients have."""
+    rng = np.random.default_rng(seed)
+    scale = np.arange(1, dim + 1) ** -decay
+    return (
+        rng.standard_normal((num_rows, dim))
+        * scale
+        @ np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+    ).astype(np.float32)
+
+
+def make(folder, rows, dtype="float32", num_split=3):
+    store = Store.create(folder, len(rows), rows.shape[1], num_split, dtype, {}, provenance={})
+    for shard in range(num_split):
+        start, stop = store.shard_range(shard)
+        store.append(shard, rows[start:stop], start)
+        store.finish(shard)
+    return store
+
+
+def direct(rows, queries, dampings=DAMPINGS):
+    """[D, Q, k] by float64 solves against each K + lambda I."""
+    rows = rows.astype(np.float64)
+    kernel = rows.T @ rows
+    mean = np.trace(kernel) / len(kernel)
+    return np.stack(
+        [
+            np.linalg.solve(kernel + damping * mean * np.eye(len(kernel)), queries.T).T
+            for damping in dampings
+        ]
+    )
+
+
+def assert_close(found, expected, tolerance):
+    """Relative to the norm of each solution."""
+    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() < tolerance, error.max()
+
+
+def queries_for(rows, count=3):
+    rng = np.random.default_rng(1)
+    mixed = rng.standard_normal((count, len(rows))) @ rows + 0.01 * rng.standard_normal(
+        (count, rows.shape[1])
+    )
+    return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("num_rows, dim", [(300, 60), (40, 150), (90, 90)])
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_all_lambdas_equal_direct_solve(tmp_path, method, num_rows, dim, decay):
+    rows = synthetic(num_rows, dim, decay=decay)
+    queries = queries_for(rows)
+    found = precondition(make(tmp_path, rows), queries, DAMPINGS, MEMORY, method)
+    assert found.shape == (9, 3, dim)
+    assert_close(found, direct(rows, queries), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounded_rows_are_used_as_they_are_stored(tmp_path, dtype):
+    rows = synthetic(200, 50)
+    store = make(tmp_path, rows, dtype)
+    stored = np.concatenate([block for _, block in store.blocks(64)])
+    for method in METHODS:
+        assert_close(
+            precondition(store, queries_for(rows), DAMPINGS, MEMORY, method),
+            direct(stored, queries_for(rows)),
+            1e-6,
+        )
+
+
+def test_dual_equals_primal_down_to_tiny_damping(tmp_path):
+    rows = synthetic(30, 200)
+    store, queries = make(tmp_path, rows), queries_for(rows)
+    tiny = (1e-8, 1e-6)
+    assert_close(
+        precondition(store, queries, tiny, MEMORY, "dual"),
+        precondition(store, queries, tiny, MEMORY, "primal"),
+        1e-5,
+    )
+
+
+def test_query_in_the_span_of_the_rows_keeps_its_accuracy(tmp_path):
+    """The solution is then far smaller than q / lambda: the hard case for the dual form and for
+    Krylov.
+    """
+    rows = synthetic(20, 100, decay=0.5)
+    store, queries = (
+        make(tmp_path, rows),
+        np.random.default_rng(2).standard_normal((2, 20)) @ rows.astype(np.float64),
+    )
+    for method in METHODS:
+        assert_close(
+            precondition(store, queries, DAMPINGS, MEMORY, method), direct(rows, queries), 1e-5
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_query_precondition_equals_row_precondition(tmp_path, method):
+    rows = synthetic(80, 40)
+    store, queries = make(tmp_path, rows), queries_for(rows)
+    on_queries = scores(store, precondition(store, queries, DAMPINGS, MEMORY, method))
+    on_rows = direct(rows, rows.astype(np.float64)) @ queries.T  # [D, N, Q]
+    expected = on_rows.transpose(0, 2, 1)
+    assert np.abs(on_queries - expected).max(axis=2).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_damping_ranks_as_dot_product(tmp_path, method):
+    rows = synthetic(120, 30)
+    store, queries = make(tmp_path, rows), queries_for(rows)
+    found = scores(store, precondition(store, queries, (1e7,), MEMORY, method))[0]
+    np.testing.assert_array_equal(
+        np.argsort(found), np.argsort(queries @ rows.T.astype(np.float64))
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scaling_all_rows_changes_no_ranking(tmp_path, method):
+    """Dampings are relative to the mean eigenvalue: scores scale by 1/c, for every damping."""
+    rows = synthetic(60, 30)
+    one = make(tmp_path / "one", rows)
+    two = make(tmp_path / "two", 4 * rows)
+    small, large = (
+        scores(s, precondition(s, queries_for(rows), DAMPINGS, MEMORY, method)) for s in (one, two)
+    )
+    np.testing.assert_allclose(large * 4, small, rtol=1e-4, atol=1e-6 * np.abs(small).max())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_gram_does_not_depend_on_tiles_blocks_or_shards(tmp_path, monkeypatch, dtype, tolerance):
+    rows = synthetic(101, 37)
+    expected = rows.T.astype(np.float64) @ rows
+    monkeypatch.setattr(fisher, "GRAM_TILE", 5)
+    monkeypatch.setattr(fisher, "GRAM_ROWS", 7)
+    for num_split, memory in ((1, MEMORY), (4, MEMORY), (3, 16 * 8 * 37 * 11)):
+        store = make(tmp_path / f"{num_split}", rows, num_split=num_split)
+        kernel = fisher.compute_gram(store, dtype, memory).double().numpy()
+        np.testing.assert_array_equal(kernel, kernel.T)
+        assert np.abs(kernel - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_products_do_not_depend_on_the_block_size(tmp_path, monkeypatch):
+    rows = synthetic(50, 20)
+    store, vectors = make(tmp_path, rows), torch.randn(fisher.SYMV_MAX + 1, 20, dtype=torch.float64)
+    whole = fisher.row_product(store)(vectors)
+    monkeypatch.setattr(fisher, "STREAM_VALUES", 60)
+    torch.testing.assert_close(fisher.row_product(store)(vectors), whole, rtol=1e-12, atol=1e-14)
+    kernel = torch.from_numpy(rows.T @ rows)
+    for some in (vectors, vectors[1:], vectors[:1]):
+        torch.testing.assert_close(
+            fisher.gram_product(kernel)(some), some @ kernel.double(), rtol=1e-12, atol=1e-14
+        )
+
+
+def test_gram_is_cached_under_the_stores_checksum(tmp_path, monkeypatch):
+    rows = synthetic(50, 20)
+    store = make(tmp_path, rows)
+    first = precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram")
+    cached = list(tmp_path.glob("gram-*"))
+    assert [path.name for path in cached] == [f"gram-float64-{store.checksum[:16]}.npy"]
+    monkeypatch.setattr(fisher, "compute_gram", None)  # a second computation would raise
+    np.testing.assert_array_equal(
+        precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram"), first
+    )
+
+
+def test_gram_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, monkeypatch):
+    rows = synthetic(50, 20)
+    store = make(tmp_path, rows)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fisher.np, "save", full)
+    with pytest.warns(UserWarning, match="could not be cached"):
+        found = precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram")
+    assert_close(found, direct(rows, queries_for(rows)), 1e-6)
+    assert not list(tmp_path.glob("gram-*"))
+
+
+def test_float32_gram_is_used_when_float64_does_not_fit(tmp_path):
+    rows = synthetic(400, 64, decay=0.2)
+    store, memory = make(tmp_path, rows), 12 * 64 * 64
+    assert fisher.gram(store, memory, cache=False).dtype == torch.float32
+    found = precondition(store, queries_for(rows), DAMPINGS, memory, "krylov_gram")
+    assert_close(found, direct(rows, queries_for(rows)), 1e-4)
+
+
+def test_auto_chooses_by_shape_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(fisher, "DIRECT_MAX", 32)
+    wide = make(tmp_path / "wide", synthetic(20, 64))
+    tall = make(tmp_path / "tall", synthetic(90, 32))
+    large = make(tmp_path / "large", synthetic(90, 64))
+    assert choose_method(wide, 1, MEMORY) == "dual"
+    assert choose_method(wide, 1, 2**14) == "krylov_rows"
+    assert choose_method(tall, 1, MEMORY) == "primal"
+    assert choose_method(large, 1, MEMORY) == "krylov_gram"
+    assert choose_method(large, 1, 2**14) == "krylov_rows"
+    assert not fisher._gram_pays(32768, 1) and fisher._gram_pays(4096, 1)
+
+
+def test_krylov_serves_many_queries_in_groups_and_zero_queries(tmp_path):
+    rows = synthetic(200, 50)
+    store, queries = make(tmp_path, rows), queries_for(rows, count=7)
+    queries[3] = 0
+    memory = 2 * 2 * 8 * 50 * 51  # bases of two queries at a time
+    found = precondition(store, queries, DAMPINGS, memory, "krylov_rows")
+    assert (found[:, 3] == 0).all()
+    kept = [i for i in range(7) if i != 3]
+    assert_close(found[:, kept], direct(rows, queries[kept]), 1e-6)
+
+
+def test_krylov_estimates_its_true_residual():
+    matrix = torch.from_numpy(synthetic(100, 60)).double()
+    matrix = matrix.T @ matrix
+    queries, lambdas = (
+        torch.randn(2, 60, dtype=torch.float64),
+        torch.tensor([1e-3, 1e-1], dtype=torch.float64),
+    )
+    for iterations in (3, 10, 25):
+        solution, estimate = shifted_solve(lambda v: v @ matrix, queries, lambdas, 0.0, iterations)
+        true = fisher.relative_residuals(lambda v: v @ matrix, queries, lambdas, solution)
+        torch.testing.assert_close(estimate, true, rtol=1e-6, atol=1e-10)
+
+
+def test_krylov_that_does_not_converge_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fisher, "MAX_ITERATIONS", 4)
+    rows = synthetic(200, 50)
+    with pytest.raises(UserError, match="reached a relative residual of .* after 4 iterations"):
+        precondition(make(tmp_path, rows), queries_for(rows), DAMPINGS, MEMORY, "krylov_rows")
+
+
+@pytest.mark.parametrize("iterations", [1000, 4])
+def test_solving_leaves_the_number_of_threads_alone(tmp_path, monkeypatch, iterations):
+    monkeypatch.setattr(fisher, "MAX_ITERATIONS", iterations)
+    rows, threads = synthetic(200, 50), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(UserError):  # of the four iterations that do not suffice
+            precondition(
+                make(tmp_path, rows), queries_for(rows, 1), DAMPINGS, MEMORY, "krylov_gram"
+            )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bad_input_is_named(tmp_path):
+    store = make(tmp_path / "a", synthetic(50, 20))
+    good = np.ones((1, 20))
+    with pytest.raises(UserError, match=r"shape \[1, 19\] but .* rows of 20"):
+        precondition(store, np.ones((1, 19)), DAMPINGS, MEMORY)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        precondition(store, good * np.nan, DAMPINGS, MEMORY)
+    with pytest.raises(UserError, match="must be positive, not 0"):
+        precondition(store, good, (1.0, 0), MEMORY)
+    with pytest.raises(UserError, match="unknown method 'qr'"):
+        precondition(store, good, DAMPINGS, MEMORY, "qr")
+    with pytest.raises(UserError, match="raise max_memory or use krylov"):
+        precondition(store, good, DAMPINGS, 100, "primal")
+    with pytest.raises(UserError, match="every row of the store is zero"):
+        precondition(make(tmp_path / "b", np.zeros((5, 20), np.float32)), good, DAMPINGS, MEMORY)
+
+
+@pytest.mark.parametrize("widths", [[10, 25, 5], [40]])
+def test_blocks_are_solved_each_by_itself(tmp_path, widths, monkeypatch):
+    monkeypatch.setattr(fisher, "GRAM_ROWS", 7)
+    rows = synthetic(60, 40)
+    queries, edges = queries_for(rows), np.cumsum(widths)[:-1]
+    want = np.concatenate(
+        [direct(r, q) for r, q in zip(np.split(rows, edges, 1), np.split(queries, edges, 1))], 2
+    )
+    assert_close(
+        precondition(make(tmp_path, rows), queries, DAMPINGS, MEMORY, widths=widths), want, 1e-8
+    )
+
+
+def test_a_block_without_gradients_has_no_say(tmp_path):
+    rows = synthetic(60, 40)
+    rows[:, 10:] = 0
+    queries = queries_for(rows) + 1e-3
+    found = precondition(make(tmp_path, rows), queries, DAMPINGS, MEMORY, widths=[10, 30])
+    assert_close(found[:, :, :10], direct(rows[:, :10], queries[:, :10]), 1e-8)
+    assert not found[:, :, 10:].any()
+
+
+def test_blocks_that_cannot_be_solved_are_named(tmp_path):
+    store = make(tmp_path / "a", synthetic(60, 40))
+    with pytest.raises(UserError, match="blocks of 41 features do not fit"):
+        precondition(store, np.ones((1, 40)), DAMPINGS, MEMORY, widths=[20, 21])
+    with pytest.raises(UserError, match="raise MAX_MEMORY"):
+        precondition(store, np.ones((1, 40)), DAMPINGS, 1000, widths=[20, 20])
+    with pytest.raises(UserError, match="every row of the store is zero"):
+        precondition(
+            make(tmp_path / "b", np.zeros((60, 40), np.float32)),
+            np.ones((1, 40)),
+            DAMPINGS,
+            MEMORY,
+            widths=[20, 20],
+        )
