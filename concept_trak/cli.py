@@ -9,22 +9,19 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from .errors import UserError
-from .flags import add_setting_flags, settings_of
+from .flags import Parser, add_setting_flags, settings_of
 from .settings import ROOT, Settings
 
 
-class Parser(argparse.ArgumentParser):
-    """A wrong flag is a user's mistake like any other: one line, without the usage."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def run_attribute(settings: Settings, device: str) -> None:
-    from .attribution.attribute import attribute
     from .attribution.corpus import Corpus
+    from .report.answer import attribute
 
     print(f"report: {os.path.relpath(attribute(Corpus(settings, device)))}")
 
@@ -40,11 +37,11 @@ def run_train_grad(settings: Settings, device: str) -> None:
     )
 
 
-def run_evaluate(settings: Settings, device: str) -> None:
+def run_evaluate(settings: Settings, device: str, benchmark: str = "emoji") -> None:
     from .attribution.corpus import Corpus
     from .evaluation.evaluate import evaluate
 
-    evaluate(Corpus(settings, device))
+    evaluate(Corpus(settings, device), benchmark)
 
 
 def run_train_model(settings: Settings, device: str) -> None:
@@ -55,12 +52,7 @@ def run_train_model(settings: Settings, device: str) -> None:
 
     torch.set_flush_denormal(True)
     work = ROOT / "data/emoji/checkpoints"
-    train(
-        load_folder(settings.data_dir),
-        ROOT / "data/emoji/checkpoints/pipeline",
-        work,
-        TrainSettings(),
-    )
+    train(load_folder(settings.data_dir), work / "pipeline", work, TrainSettings())
     print(
         f"pipeline: {os.path.relpath(work / 'pipeline')}; use it with SD_MODEL_PATH or move it to "
         "data/emoji/pipeline"
@@ -105,14 +97,10 @@ def run_evaluate_tasks(settings: Settings, device: str) -> None:
 
 
 def run_make_tasks(settings: Settings, device: str) -> None:
-    from pathlib import Path
-
     from .datasets.abc import write_tasks
 
-    print(
-        f"{os.path.relpath(settings.task_json)}: "
-        f"{write_tasks(Path(settings.data_dir), Path(settings.task_json))} tasks"
-    )
+    made = write_tasks(Path(settings.data_dir), Path(settings.task_json))
+    print(f"{os.path.relpath(settings.task_json)}: {made} tasks")
 
 
 def run_train_judge(settings: Settings, device: str) -> None:
@@ -121,24 +109,102 @@ def run_train_judge(settings: Settings, device: str) -> None:
     from .workshop.judge.train import train_and_save
 
     model = load_pipeline(settings.sd_model_path, device, settings.dtype)
-    train_and_save(
-        load_folder(settings.data_dir), model, ROOT / "data/emoji/judge", seed=settings.seed
-    )
+    data = load_folder(settings.data_dir)
+    train_and_save(data, model, ROOT / "data/emoji/judge", seed=settings.seed)
 
 
+def run_export(folder: str, kind: str, settings: Settings, device: str) -> None:
+    from .attribution.corpus import Corpus
+    from .attribution.train_grad import open_store
+    from .store.export import export
+
+    export(open_store(Corpus(settings, device)), Path(folder), kind)
+    print(f"exported: {os.path.relpath(folder)}")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A sub-command: what it runs, one sentence on it, its flags after the verb in an example.
+
+    uses: stages and fields of `Settings` that bear on it; its help shows no others.
+    """
+
+    run: Callable[[Settings, str], None]
+    says: str
+    example: str
+    uses: tuple[str, ...]
+
+
+PLACE = ("device", "gpu_id")
+MODEL = ("model", "data_dir", *PLACE)
+ROWS = ("rows", "projection", "grad_dir", "batch_size", "num_train", *MODEL)
+TASK_ROWS = ("tasks", "force_recompute_concept_grad", *ROWS)
+QUERIES = ("query", "gen_num_inference_steps")
 VERBS = {
-    "attribute": run_attribute,
-    "train-grad": run_train_grad,
-    "evaluate": run_evaluate,
-    "train-model": run_train_model,
-    "judge-model": run_judge_model,
-    "train-judge": run_train_judge,
-    "task-grad": run_task_grad,
-    "test-grad": run_test_grad,
-    "evaluate-tasks": run_evaluate_tasks,
-    "make-tasks": run_make_tasks,
-    "prepare": run_prepare,
-    "bench-sd14": run_bench_sd14,
+    "attribute": Verb(
+        run_attribute,
+        "Generate a picture, and rank the training pictures that taught the model each concept.",
+        "--prompt 'an owl in the style of openmoji line' --target-concepts 'owl|openmoji line'",
+        ("question", "generation", "query", "scoring", "report", "results_dir", *ROWS),
+    ),
+    "train-grad": Verb(
+        run_train_grad,
+        "Compute the rows of the training pictures, and keep them; goes on where it stopped.",
+        "--nfe 5 --shards 0-1",
+        ("store", "gpu_ids", *ROWS),
+    ),
+    "evaluate": Verb(
+        run_evaluate,
+        "Attribute many queries with every method, and compare the top ten with the labels.",
+        "--num-queries 16 --methods concept_trak,das",
+        ("evaluation", "generation", "query", "query_form", "max_memory", "store", "results_dir")
+        + ROWS,
+    ),
+    "train-model": Verb(
+        run_train_model, "Train the embedded model.", "--data-dir data/emoji", ("data_dir", *PLACE)
+    ),
+    "judge-model": Verb(
+        run_judge_model,
+        "Let the judge name what the embedded model draws.",
+        "--num-queries 16",
+        ("generation", "num_queries", "results_dir", "num_train", *MODEL),
+    ),
+    "train-judge": Verb(
+        run_train_judge, "Train the judge of the embedded model.", "--seed 1", ("seed", *MODEL)
+    ),
+    "task-grad": Verb(
+        run_task_grad, "Compute the rows of AbC's exemplars.", "--task-idx 0-47", TASK_ROWS
+    ),
+    "test-grad": Verb(
+        run_test_grad,
+        "Compute the concept gradients of AbC's tasks.",
+        "--task-idx 0-47",
+        (*QUERIES, *TASK_ROWS),
+    ),
+    "evaluate-tasks": Verb(
+        run_evaluate_tasks,
+        "Find the exemplars of AbC's tasks among the training pictures.",
+        "--task-idx 0-47",
+        ("generation", "scoring", "report", "results_dir", *QUERIES, *TASK_ROWS),
+    ),
+    "make-tasks": Verb(
+        run_make_tasks,
+        "List the tasks of AbC from its files.",
+        "--task-json tasks.json",
+        ("data_dir", "task_json"),
+    ),
+    "prepare": Verb(
+        run_prepare,
+        "Encode a folder of pictures and captions once, for a model.",
+        "--source-dir my_pictures --data-dir encoded",
+        ("source_dir", "batch_size", *MODEL),
+    ),
+    "bench-sd14": Verb(
+        run_bench_sd14,
+        "Time the engine on the architecture of Stable Diffusion, with random weights.",
+        "--dtype fp32",
+        ("layer", "proj_dim", "dtype", *PLACE),
+    ),
 }
 # Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the
 # arguments.
@@ -149,29 +215,60 @@ def parser() -> argparse.ArgumentParser:
     """One sub-command a verb; flags without a default, so that only what the user set overrides the
     recipe.
     """
-    top = Parser(prog="concept-trak", description="Concept attribution for diffusion models.")
-    verbs = top.add_subparsers(dest="verb", required=True)
-    for verb, run in VERBS.items():
-        sub = verbs.add_parser(verb)
-        add_setting_flags(sub)
-        sub.set_defaults(run=functools.partial(run_with_settings, run))
+    top = Parser(
+        prog="concept-trak",
+        description="Which training images taught a diffusion model a concept?",
+        usage="%(prog)s VERB [--FLAG VALUE ...]",
+        epilog="concept-trak VERB --help shows the flags of a verb, grouped, with their defaults.",
+    )
+    verbs = top.add_subparsers(
+        dest="verb", required=True, title="verbs", metavar="VERB", prog=top.prog
+    )
+    for name, verb in VERBS.items():
+        sub = add_verb(verbs, name, verb.says, verb.example)
+        add_setting_flags(sub, verb.uses)
+        sub.set_defaults(run=functools.partial(run_with_settings, verb.run))
+    add_export(verbs)
     for module in WITH_OWN_FLAGS:
         importlib.import_module(f".{module}", __package__).add_parser(verbs)
     return top
 
 
-def run_with_settings(run, arguments: argparse.Namespace) -> None:
+def add_verb(verbs: Any, name: str, says: str, example: str) -> Any:
+    """A sub-command's `Parser`, without flags."""
+    epilog = f"example:\n  concept-trak {name} {example}"
+    return verbs.add_parser(name, help=says, description=says, epilog=epilog)
+
+
+def add_export(verbs: Any) -> None:
+    """The sub-command `export`, which has flags of its own."""
+    says = "Write the finished rows as a file of numpy, or as a store of trak or dattri."
+    sub = add_verb(verbs, "export", says, "--kind numpy --out-dir exported")
+    kinds = ("numpy", "trak", "dattri")
+    sub.add_argument("--kind", choices=kinds, default="numpy", help="layout (default: numpy)")
+    sub.add_argument("--out-dir", required=True, metavar="FOLDER", help="where to (required)")
+    add_setting_flags(sub, ROWS)
+
+    def run(arguments: argparse.Namespace) -> None:
+        of_store = functools.partial(run_export, arguments.out_dir, arguments.kind)
+        run_with_settings(of_store, arguments)
+
+    sub.set_defaults(run=run)
+
+
+def run_with_settings(run: Callable[[Settings, str], None], arguments: argparse.Namespace) -> None:
     """Call `run` of VERBS with the settings and the device that the flags ask for."""
     settings = settings_of(arguments)
-    if (
-        settings.gpu_ids and run is run_train_grad
-    ):  # the other verbs have no use for it; the processes pick their own devices
+    # the other verbs have no use for GPU_IDS; the processes pick their own devices
+    if settings.gpu_ids and run is run_train_grad:
         from .attribution.launch import launch_shards
 
         return launch_shards(settings)
     from .models.device import pick_device
 
     device = pick_device(settings.device, settings.gpu_id)
+    if run is run_evaluate:
+        run = functools.partial(run, benchmark=arguments.benchmark)
     run(settings.on(device), device)
 
 

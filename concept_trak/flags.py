@@ -6,8 +6,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from .settings import BENCHMARKS, Settings, resolve
+from .errors import UserError
+from .parsing import Option
+from .settings import PRESETS, STAGES, Settings, as_dict, names, resolve
+
+SHOWN_AS = {"bool": "0|1", "int": "N", "float": "X", "str": "TEXT"}
 
 
 def boolean(text: str) -> bool:
@@ -20,20 +27,114 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
 
 
-def add_setting_flags(sub: argparse.ArgumentParser) -> None:
-    """--benchmark and one flag for each field of `Settings`, None when not given."""
-    sub.add_argument("--benchmark", default="emoji", choices=sorted(BENCHMARKS))
-    for field in dataclasses.fields(Settings):
-        kind = {"bool": boolean, "int": int, "float": float}.get(field.type, str)
-        sub.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=None, metavar=field.type.upper()
-        )
+class Help(argparse.Action):
+    """-h: every flag with the defaults of the benchmark, if that was named before."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> NoReturn:
+        if parser.settings:
+            defaults = as_dict(resolve(namespace.benchmark, {}))
+            for action, field in parser.settings.items():
+                action.help = describe(field.metadata["option"], defaults[field.name])
+        parser.print_help()
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is a user's mistake like any other: one line, without the usage.
+
+    later: adds the flags of `Settings` when the parser is used, one verb of many in a start.
+    settings: {action: field} of the flags that the help shows.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        layout = {"formatter_class": layout_of, "usage": "%(prog)s [--FLAG VALUE ...]"}
+        super().__init__(**layout | options | {"add_help": False})
+        self.later: Callable[[], None] | None = None
+        self.settings: dict[argparse.Action, dataclasses.Field] = {}
+        self.add_argument("-h", "--help", action=Help, nargs=0, help="show this and end")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def complete(self) -> Parser:
+        """The parser with all its flags."""
+        add, self.later = self.later, None
+        if add is not None:
+            add()
+        return self
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Nothing is left over: what is not known is refused, with the nearest flag there is."""
+        self.complete()
+        parsed, left = super().parse_known_args(args, namespace)
+        if left:
+            import difflib  # here: no other start needs it
+
+            flag = left[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(left)}{meant}")
+        return parsed, left
+
+
+def layout_of(prog: str) -> argparse.HelpFormatter:
+    """Flags in a column of their own; the description and the examples as they were written."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+
+
+def describe(option: Option, default: Any) -> str:
+    """A flag's line of help: what it is (unit; what is allowed; the default)."""
+    notes = [option.unit, limits(option)]
+    if any(name not in option.help for name in option.allowed()):
+        notes.append(", ".join(option.allowed()))
+    shown = int(default) if isinstance(default, bool) else default
+    if shown != "" or "empty:" not in option.help:
+        notes.append(f"default: {'empty' if shown == '' else shown}")
+    told = "; ".join(filter(None, notes))
+    return f"{option.help} ({told})".replace("%", "%%") if told else option.help
+
+
+def limits(option: Option) -> str:
+    """Bounds as words; an upper one that nobody reaches is left out."""
+    if option.low is None:
+        return ""
+    far = option.high is None or option.high > 10**9
+    return f"at least {option.low}" if far else f"{option.low} to {option.high}"
+
+
+def add_setting_flags(sub: Any, uses: Sequence[str] | None = None) -> None:
+    """--benchmark and one flag for each field of `Settings`, None when not given.
+
+    sub: a `Parser`. uses: stages and fields that its help shows, by default all; the others are
+    accepted without a word, since scripts pass on every variable that is set.
+    """
+    sub.add_argument(
+        "--benchmark",
+        default="emoji",
+        metavar="NAME",
+        help=f"whose defaults apply: {', '.join(PRESETS)}, or one that is registered; "
+        "named before --help, those are shown (default: emoji)",
+    )
+    sub.later = functools.partial(_add_fields, sub, uses)
+
+
+def _add_fields(sub: Parser, uses: Sequence[str] | None) -> None:
+    for stage, fields in STAGES.items():
+        group = sub.add_argument_group(fields.__doc__.rstrip("."))
+        for field in dataclasses.fields(fields):
+            shown = uses is None or stage in uses or field.name in uses
+            action = (group if shown else sub).add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type={"bool": boolean, "int": int, "float": float}.get(field.type, str),
+                default=None,
+                metavar=SHOWN_AS[field.type],
+                help=None if shown else argparse.SUPPRESS,
+            )
+            if shown:
+                sub.settings[action] = field
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Settings from the parsed flags. UserError for a value that does not exist."""
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    return resolve(
-        arguments.benchmark,
-        {k: v for k, v in vars(arguments).items() if k in fields and v is not None},
-    )
+    given = {k: v for k, v in vars(arguments).items() if k in names() and v is not None}
+    return resolve(arguments.benchmark, given)

@@ -1,10 +1,19 @@
-"""Texts that name several things: numbers, sizes, devices. Each is refused in one line before any work begins."""
+"""What a setting may be, and texts that name several things: numbers, sizes, devices, methods.
+
+Everything is refused in one line before any work begins.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from .errors import UserError
+from .registry import RANKERS, Registry, unknown
 
 UNITS = {
     "": 1,
@@ -18,8 +27,49 @@ UNITS = {
 }
 
 
+@dataclass(frozen=True)
+class Option:
+    """What stands beside a setting's default.
+
+    help, one line · unit · choices, the allowed values · low, high, inclusive bounds · parse, which
+    raises UserError for a value that breaks the setting's inner grammar.
+    """
+
+    help: str
+    unit: str = ""
+    choices: tuple[str, ...] | Registry[Any] = ()
+    low: float | None = None
+    high: float | None = None
+    parse: Callable[[Any], object] | None = None
+
+    def allowed(self) -> tuple[str, ...]:
+        """The choices there are now; empty is everything."""
+        return self.choices.names() if isinstance(self.choices, Registry) else self.choices
+
+    def check(self, variable: str, value: Any) -> None:
+        """UserError for a value that is not allowed; it names the variable and the remedy."""
+        if self.choices and value not in self.allowed():
+            raise UserError(unknown(variable, value, self.allowed()))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"{variable}={value} is not a number to compute with; give a finite one"
+            )
+        above = self.low is None or value >= self.low
+        below = self.high is None or value <= self.high
+        if not (above and below):
+            upper = "" if self.high is None else f" and at most {self.high}"
+            raise UserError(f"{variable}={value} is out of range; give at least {self.low}{upper}")
+        if self.parse is not None:
+            self.parse(value)
+
+
+def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:
+    """A dataclass field with its `Option`: option(50, "of the picture", "DDIM steps", low=2)."""
+    return dataclasses.field(default=default, metadata={"option": Option(help, unit, **about)})
+
+
 def parse_numbers(variable: str, text: str, count: int, what: str) -> list[int]:
-    """ "3,7-9" -> [3, 7, 8, 9]; empty is all `count`. UserError for anything else or out of range."""
+    """ "3,7-9" -> [3, 7, 8, 9]; empty is all `count`. UserError if malformed or out of range."""
     chosen = []
     for low, high in number_ranges(variable, text):
         # one too many is enough to be refused below
@@ -76,3 +126,12 @@ def parse_gpu_ids(text: str) -> list[str]:
             f"GPU_IDS={text!r} names GPU {bad[0]} twice; its processes would share the memory"
         )
     return ids
+
+
+def parse_methods(text: str) -> list[str]:
+    """METHODS as names of `RANKERS`; empty stands for all. UserError for one that there is not."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = RANKERS.names() if names else ()
+    if bad := [name for name in names if name not in known]:
+        raise UserError(f"METHODS names {bad[0]!r}; choose among {', '.join(known)}")
+    return names

@@ -1,149 +1,33 @@
 """The one place for every default. A recipe or a benchmark only states where it departs; a script
 only passes on what the user set.
 
-resolve("emoji", {"prompt": "..."})  ->  Settings        fields < benchmark < recipe < what the user set
+    resolve("emoji", {"prompt": "..."})  ->  Settings
+    fields < benchmark < recipe < what the user set
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
-import platform
-import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
+from .parsing import number_ranges, option, parse_gpu_ids, parse_memory, parse_methods, parse_shards
+from .registry import BENCHMARKS as REGISTERED
+from .registry import OBJECTIVES, unknown
 
-ROOT = Path(__file__).resolve().parent.parent
-DAMPINGS = tuple(
-    0.1 * 10.0**e for e in range(-4, 5)
-)  # relative to the mean eigenvalue of K; the reference's lambda_r x 0.1
+ABOVE = Path(__file__).resolve().parent.parent
+IN_CHECKOUT = (ABOVE / "pyproject.toml").is_file()
+# What paths are given from: the repository, or where an installed package is called.
+ROOT = ABOVE if IN_CHECKOUT else Path.cwd()
+# relative to the mean eigenvalue of K; the reference's lambda_r x 0.1
+DAMPINGS = tuple(0.1 * 10.0**e for e in range(-4, 5))
 TOKEN = "<new1>"  # the word that a token stands for in AbC and Custom Diffusion
-PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "traker",
-    "dattri",
-    "numpy",
-    "pillow",
-    "safetensors",
-)
+PACKAGES = "torch diffusers transformers accelerate traker dattri numpy pillow safetensors".split()
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything a run depends on; the environment variable of a field is its name in capitals."""
-
-    # what is asked
-    prompt: str = "Pikachu in the style of Pablo Picasso"
-    target_concepts: str = (
-        "Pikachu,Pablo Picasso"  # separated by "," or, when a concept holds commas, by "|"
-    )
-    negative_prompts: str = ""  # one for each target; empty: the prompt without the target
-    negative_prompt: str = ""  # of the generation of the query picture
-    seed: int = 0
-    # where the query's states come from: seed (the query's own x_T), global (fresh x_T), local (its
-    # picture)
-    scope: str = "seed"
-    # how rows are made
-    recipe: str = "default"
-    layer: str = "attn2"  # part of the parameter names, "|" between alternatives
-    f: str = "contrast"  # train objective: contrast, presence, dps, dsm, dtrak, das
-    nfe: int = 10  # nfe - 1 states, at noise levels evenly from 100 to 900
-    ddim_inversion: bool = False
-    normalize: bool = True  # unit norm for each state's gradient, in each of the blocks
-    # what is unit-normed and preconditioned by itself: each module, or all parameters as one block
-    blocks: str = "module"
-    train_guidance_scale: float = 7.5  # of the inversion
-    proj_type: str = "logra"
-    proj_dim: int = 4096
-    proj_seed: int = 0
-    # of random_mask: portable, a GPU whose mask to rebuild, or auto: that of the store, portable
-    # for a new one
-    proj_mask: str = "auto"
-    # the query
-    # c+ and c-: slider (prompt, prompt without target), cfg (prompt, ""), concept (the target's
-    # words, "")
-    query_form: str = "slider"
-    concept_guidance_scale: float = 1.0  # of the query's trajectories
-    gen_guidance_scale: float = 7.5
-    gen_num_inference_steps: int = 50
-    eta: float = 0.1
-    # draws: trajectories (scope seed, global) or noisings (scope local), each read at all states
-    epochs: int = 8
-    # scoring
-    damping: float = 0.1  # the fixed one; one of DAMPINGS
-    top_k: int = 10
-    render_leastk: bool = False
-    max_memory: str = "6GB"  # bound on the working memory of scoring
-    # running
-    sd_model_path: str = "CompVis/stable-diffusion-v1-4"
-    lora_path: str = ""  # weights on top of the model
-    data_dir: str = str(ROOT / "data/abc")
-    source_dir: str = ""  # prepare: pictures and captions to encode into data_dir
-    num_train: int = 0  # the first so many encoded pictures; 0: all
-    grad_dir: str = str(ROOT / "experiments/abc/results/grads")
-    results_dir: str = str(ROOT / "experiments/abc/results/qual")
-    num_split: int = 16
-    shards: str = ""  # "3,7-9"; empty: all
-    batch_size: int = 16
-    dtype: str = "auto"  # auto: fp16 on a GPU, fp32 on the CPU
-    store_dtype: str = "float16"
-    device: str = ""  # empty: GPU `gpu_id`, or the first GPU, or the CPU
-    gpu_id: str = ""
-    gpu_ids: str = ""  # train-grad: one process on each, e.g. "0 1 2 3"
-    force_recompute_concept_grad: bool = False
-    num_queries: int = 0  # evaluate: 0 is all
-    methods: str = ""  # evaluate: "concept_trak,das"; empty: all
-    # tasks of AbC
-    task_idx: str = "0"  # "0", "0-47", "3,7-9"
-    task_json: str = str(ROOT / "experiments/abc/configs/all_tasks.json")
-    ti_model_path: str = (
-        ""  # folder of the token's embedding; empty: where the release or run_ti.sh puts it
-    )
-    ti_weight_name: str = "new1.bin"
-
-    def on(self, device: str) -> Settings:
-        """The settings with DTYPE=auto decided for a device, "cpu" or "cuda:0"."""
-        return (
-            dataclasses.replace(self, dtype="fp32" if device == "cpu" else "fp16")
-            if self.dtype == "auto"
-            else self
-        )
-
-    @property
-    def two_sided(self) -> bool:
-        """Whether a query's c- is differentiated, too: as the train rows differentiate the empty
-        prompt.
-        """
-        return self.f == "contrast"
-
-
-CHOICES = {
-    "scope": ("seed", "global", "local"),
-    "f": ("contrast", "presence", "dps", "dsm", "dtrak", "das"),
-    "blocks": ("module", "all"),
-    "dtype": ("auto", "fp32", "fp16", "bf16"),
-    "store_dtype": ("float16", "bfloat16", "float32"),
-}
-BOUNDS = {
-    "nfe": (2, 500),
-    "gen_num_inference_steps": (2, 999),
-    "epochs": (1, None),
-    "batch_size": (1, None),
-    "proj_dim": (1, None),
-    "top_k": (1, None),
-    "num_split": (1, None),
-    "eta": (0, 1),
-    "seed": (0, 2**63 - 1),
-    "num_queries": (0, None),
-    "num_train": (0, None),
-}
 REFERENCE = {
     "f": "dps",
     "nfe": 10,
@@ -168,7 +52,7 @@ EMOJI = {
     "damping": 1.0,
     "batch_size": 32,
     "dtype": "fp32",
-    "sd_model_path": str(ROOT / "data/emoji/pipeline"),
+    "sd_model_path": str(ROOT / "data/emoji/pipeline"),  # that of DATA_DIR, if it brings its own
     "data_dir": str(ROOT / "data/emoji"),
     "num_split": 4,
     "grad_dir": str(ROOT / "experiments/emoji/results/grads"),
@@ -196,60 +80,339 @@ OWN = {  # your own pictures under Stable Diffusion: the cheap recipe
     "grad_dir": str(ROOT / "experiments/own/results/grads"),
     "results_dir": str(ROOT / "experiments/own/results/qual"),
 }
-BENCHMARKS = {"emoji": EMOJI, "abc": ABC, "own": OWN}
+PRESETS = {"emoji": EMOJI, "abc": ABC, "own": OWN}
+
+PROJECTIONS = (
+    *("identity", "random_mask", "normal", "rademacher", "trak_normal", "trak_rademacher"),
+    *("sjlt", "grass", "logra"),
+)
+MASKS = (
+    *("auto", "portable", "a100", "h100", "h200", "gh200", "h100-pcie", "v100", "b200", "p100"),
+    *("a30", "rtx4090", "rtx4080", "rtx5090", "l40s", "l40", "rtx6000-ada", "l4", "a6000", "a40"),
+    *("rtx3090ti", "rtx3090", "a10g", "rtx3080ti", "a10", "a5000", "t4", "rtx2080ti", "titan-rtx"),
+)
 
 
-def resolve(benchmark: str, overrides: dict) -> Settings:
-    """Settings of a benchmark with what the user set on top. UserError for a benchmark, recipe or
-    value that does not exist.
+def parse_damping(value: float) -> float:
+    """One of DAMPINGS. UserError for another."""
+    if min(abs(value / d - 1) for d in DAMPINGS) > 1e-6:
+        sweep = ", ".join(f"{d:g}" for d in DAMPINGS)
+        raise UserError(f"DAMPING={value:g} is not one of the sweep {sweep}")
+    return value
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked."""
+
+    prompt: str = option("Pikachu in the style of Pablo Picasso", "what to generate and ask about")
+    target_concepts: str = option(
+        "Pikachu,Pablo Picasso",
+        "words of the prompt, separated by ',' or, if they hold ',', by '|'",
+    )
+    negative_prompts: str = option("", "c- of each target, in order; empty: by QUERY_FORM")
+    query_form: str = option(
+        "slider",
+        "c+ and c-: slider (prompt, prompt without the target), cfg (prompt, empty), "
+        "concept (the target's words, empty)",
+        choices=("slider", "cfg", "concept"),
+    )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the query picture is generated."""
+
+    negative_prompt: str = option("", "what the picture is guided away from")
+    seed: int = option(0, "of the picture's noise, or of a training", low=0, high=2**63 - 1)
+    gen_guidance_scale: float = option(7.5, "classifier-free guidance of the picture")
+    gen_num_inference_steps: int = option(
+        50, "of the picture and of the query's trajectories", "DDIM steps", low=2, high=999
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows are made."""
+
+    recipe: str = option("default", "default, or reference: the paper's", choices=tuple(RECIPES))
+    layer: str = option("attn2", "part of the parameter names, '|' between alternatives")
+    f: str = option("contrast", "train objective", choices=OBJECTIVES)
+    nfe: int = option(10, "NFE - 1 states, at noise levels evenly from 100 to 900", low=2, high=500)
+    ddim_inversion: bool = option(False, "states by DDIM inversion instead of noising")
+    normalize: bool = option(True, "unit norm of each state's gradient, in each of the blocks")
+    blocks: str = option(
+        "module",
+        "what is unit-normed and preconditioned by itself: each module, or all parameters as one",
+        choices=("module", "all"),
+    )
+    train_guidance_scale: float = option(7.5, "classifier-free guidance of the inversion")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How rows are projected."""
+
+    proj_type: str = option("logra", "kind of projection", choices=PROJECTIONS)
+    proj_dim: int = option(
+        4096, "length of a row, rounded down to fit the modules", "features", low=1
+    )
+    proj_seed: int = option(0, "of the random projection")
+    proj_mask: str = option(
+        "auto",
+        "of random_mask: portable, a GPU whose mask to rebuild, or auto: that of the store, "
+        "portable for a new one",
+        choices=MASKS,
+    )
+    proj_backend: str = option(
+        "own",
+        "whose code projects: this library's own, dattri's or trak's",
+        choices=("own", "dattri", "trak"),
+    )
+
+
+@dataclass(frozen=True)
+class Query:
+    """At which states the query is differentiated."""
+
+    scope: str = option(
+        "seed",
+        "where they come from: the picture's own x_T (seed), a fresh x_T each draw (global), or "
+        "noisings of the picture (local)",
+        choices=("seed", "global", "local"),
+    )
+    concept_guidance_scale: float = option(1.0, "classifier-free guidance of trajectories")
+    eta: float = option(0.1, "DDIM noise of the trajectories", low=0, high=1)
+    epochs: int = option(8, "trajectories, or noisings, read at all states", "draws", low=1)
+    force_recompute_concept_grad: bool = option(False, "ignore a cached query gradient")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How rows become scores."""
+
+    damping: float = option(
+        0.1, "the fixed one: 1e-05, 1e-04, ... or 1000", "mean eigenvalues", parse=parse_damping
+    )
+    max_memory: str = option("6GB", "bound on the working memory, e.g. 500MB", parse=parse_memory)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is shown."""
+
+    top_k: int = option(10, "how many of the highest scores to show", "pictures", low=1)
+    render_leastk: bool = option(False, "also write the pictures with the lowest scores")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model."""
+
+    sd_model_path: str = option(
+        "CompVis/stable-diffusion-v1-4",
+        "folder or hub id of a Stable Diffusion 1.x or 2.x pipeline",
+    )
+    lora_path: str = option("", "a LoRA on top of the model (safetensors)")
+    dtype: str = option(
+        "auto",
+        "of the model; auto: fp16 on a GPU, fp32 on the CPU",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training pictures."""
+
+    data_dir: str = option(str(ROOT / "data/abc"), "pictures and captions, or encoded pictures")
+    source_dir: str = option("", "pictures and captions to encode into DATA_DIR")
+    num_train: int = option(0, "only the first so many encoded ones; 0: all", "pictures", low=0)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where rows are kept."""
+
+    grad_dir: str = option(str(ROOT / "experiments/abc/results/grads"), "folder of the stores")
+    num_split: int = option(16, "into how many files rows are split", "shards", low=1)
+    shards: str = option(
+        "", "which to compute, e.g. 3,7-9; empty: all", parse=partial(number_ranges, "SHARDS")
+    )
+    store_dtype: str = option(
+        "float16", "of stored rows", choices=("float16", "bfloat16", "float32")
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how it runs."""
+
+    results_dir: str = option(str(ROOT / "experiments/abc/results/qual"), "folder of the results")
+    batch_size: int = option(16, "pictures, or draws, at a time", low=1)
+    device: str = option("", "cpu, cuda:0, ...; empty: GPU_ID, or the first GPU, or the CPU")
+    gpu_id: str = option("", "number of the GPU; empty: the first")
+    gpu_ids: str = option(
+        "", "one process on each, e.g. '0 1 2 3'; cpu for one on the CPU", parse=parse_gpu_ids
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated."""
+
+    num_queries: int = option(0, "at most so many of a kind; 0: all", "queries", low=0)
+    methods: str = option(
+        "", "what is compared, e.g. concept_trak,das; empty: all", parse=parse_methods
+    )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of AbC."""
+
+    task_idx: str = option(
+        "0", "their numbers, e.g. 3,7-9; empty: all", parse=partial(number_ranges, "TASK_IDX")
+    )
+    task_json: str = option(str(ROOT / "experiments/abc/configs/all_tasks.json"), "their list")
+    ti_model_path: str = option(
+        "", "folder of the token; empty: where the release or run_ti.sh puts it"
+    )
+    ti_weight_name: str = option("new1.bin", "file of the token")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on, by stage; each field can be read by its own name, too.
+
+    The environment variable of a field is its name in capitals.
     """
-    base = _choose(BENCHMARKS, benchmark, "benchmark")
+
+    question: Question = Question()
+    generation: Generation = Generation()
+    rows: Rows = Rows()
+    projection: Projection = Projection()
+    query: Query = Query()
+    scoring: Scoring = Scoring()
+    report: Report = Report()
+    model: Model = Model()
+    data: Data = Data()
+    store: Store = Store()
+    run: Run = Run()
+    evaluation: Evaluation = Evaluation()
+    tasks: Tasks = Tasks()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from {field: value}. TypeError for a name that is no field."""
+        by_stage: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+        for name, value in values.items():
+            if name not in STAGE_OF:
+                raise TypeError(f"Settings has no field {name!r}")
+            by_stage[STAGE_OF[name]][name] = value
+        return cls(**{name: stage(**by_stage[name]) for name, stage in STAGES.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in STAGE_OF:  # among them what copy and pickle ask for
+            raise AttributeError(f"Settings has no field {name!r}")
+        return getattr(getattr(self, STAGE_OF[name]), name)
+
+    def flat(self) -> dict[str, Any]:
+        """{field: value} over all stages."""
+        return {k: v for stage in STAGES for k, v in vars(getattr(self, stage)).items()}
+
+    def but(self, **changes: Any) -> Settings:
+        """A copy with other values of some fields. TypeError for a name that is no field."""
+        return Settings.of(self.flat() | changes)
+
+    def on(self, device: str) -> Settings:
+        """The settings with DTYPE=auto decided for a device, "cpu" or "cuda:0"."""
+        if self.dtype != "auto":
+            return self
+        return self.but(dtype="fp32" if device == "cpu" else "fp16")
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether a query's c- is differentiated, too: as the train rows differentiate the empty
+        prompt.
+        """
+        return self.f == "contrast"
+
+
+STAGES = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+STAGE_OF = {f.name: name for name, stage in STAGES.items() for f in dataclasses.fields(stage)}
+
+
+def flat_fields() -> tuple[dataclasses.Field, ...]:
+    """The fields of all stages; `metadata["option"]` is what is known of one."""
+    return tuple(field for stage in STAGES.values() for field in dataclasses.fields(stage))
+
+
+def names() -> tuple[str, ...]:
+    """The names of the fields of all stages."""
+    return tuple(STAGE_OF)
+
+
+def resolve(benchmark: str, overrides: dict[str, Any]) -> Settings:
+    """Settings of a benchmark with what the user set on top.
+
+    UserError for a benchmark, recipe or value that does not exist.
+    """
+    base = preset(benchmark)
     recipe = _choose(RECIPES, overrides.get("recipe", base.get("recipe", "default")), "RECIPE")
-    settings = Settings(**{**base, **recipe, **overrides})
-    if min(abs(settings.damping / d - 1) for d in DAMPINGS) > 1e-6:
-        raise UserError(
-            f"DAMPING={settings.damping:g} is not one of the sweep "
-            f"{', '.join(f'{d:g}' for d in DAMPINGS)}"
-        )
-    for name, choices in CHOICES.items():
-        if getattr(settings, name) not in choices:
-            raise UserError(
-                f"{name.upper()}={getattr(settings, name)!r} is unknown; use one of "
-                f"{', '.join(choices)}"
-            )
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(settings, name)
-        if not (value >= low and (high is None or value <= high)):  # a NaN is refused, too
-            raise UserError(
-                f"{name.upper()}={value} is out of range; give at least {low}"
-                + ("" if high is None else f" and at most {high}")
-            )
+    values = {**base, **recipe, **overrides}
+    if benchmark == "emoji" and "sd_model_path" not in overrides:
+        brought = Path(values["data_dir"]) / "pipeline"
+        values |= {"sd_model_path": str(brought)} if brought.is_dir() else {}
+    settings = Settings.of(values)
+    for field in flat_fields():
+        field.metadata["option"].check(field.name.upper(), getattr(settings, field.name))
+    parse_shards(settings.shards, settings.num_split)
     return settings
 
 
-def _choose(table: dict, key: str, what: str) -> dict:
+def preset(benchmark: str) -> dict[str, Any]:
+    """The defaults of a benchmark; one that is registered elsewhere changes those of emoji.
+
+    UserError for one that there is not.
+    """
+    if benchmark in PRESETS:
+        return PRESETS[benchmark]
+    known = dict.fromkeys((*PRESETS, *REGISTERED.names()))
+    if benchmark not in known:
+        raise UserError(unknown("--benchmark", benchmark, tuple(known)))
+    return EMOJI | REGISTERED.get(benchmark).settings
+
+
+def _choose(table: dict[str, dict], key: str, what: str) -> dict[str, Any]:
     if key not in table:
         raise UserError(f"{what} {key!r} is unknown; use one of {', '.join(table)}")
     return table[key]
 
 
-def as_dict(settings: Settings) -> dict:
-    """Plain JSON types; paths inside the repository are given relative to it, so that results do
-    not depend on where it lies.
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """Plain JSON types, flat; paths inside the repository are given relative to it, so that results
+    do not depend on where it lies.
     """
     return {
         k: v.removeprefix(f"{ROOT}/") if isinstance(v, str) else v
-        for k, v in dataclasses.asdict(settings).items()
+        for k, v in settings.flat().items()
     }
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
     """First 10 hex digits of the sha256 of a JSON value."""
+    import hashlib  # here, like those below: they take as long as the rest of a start
+    import json
+
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def provenance() -> dict:
+def provenance() -> dict[str, Any]:
     """Versions, platform and git commit that made a result."""
+    import importlib.metadata
+    import platform
+
     versions = {}
     for name in PACKAGES:
         try:
@@ -265,17 +428,16 @@ def provenance() -> dict:
 
 
 def _git_commit() -> str | None:
-    def run(*args):
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20
-        ).stdout.strip()
+    """Of the checkout; None for an installed package, wherever it is called."""
+    import subprocess
+
+    def run(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
 
     try:
-        commit = run("rev-parse", "HEAD")
-        return (
-            f"{commit}{'-dirty' if run('status', '--porcelain', '--untracked-files=no') else ''}"
-            if commit
-            else None
-        )
+        commit = run("rev-parse", "HEAD") if IN_CHECKOUT else ""
+        changed = commit and run("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}{'-dirty' if changed else ''}" if commit else None

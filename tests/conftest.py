@@ -16,19 +16,21 @@ OBJECTS, STYLES = ("cat", "dog", "tree"), ("blob", "line", "flat", "soft")
 class GaussianDenoiser:
     """The exact eps of data ~ N(mean, variance I): an oracle for samplers and inversions.
 
-    x_t ~ N(sqrt(a) mean, (a variance + 1 - a) I), and eps = -sqrt(1 - a) * score.
+    x_t ~ N(alpha mean, (alpha^2 variance + sigma^2) I), and eps = -sigma * score.
     """
 
-    def __init__(self, mean=0.3, variance=0.25, shape=(2, 4, 4)):
+    def __init__(self, mean=0.3, variance=0.25, shape=(2, 4, 4), schedule=None):
+        from concept_trak.models.schedule import VariancePreserving
         from concept_trak.workshop.embedded.pipeline import build_scheduler
 
-        self.alpha_bar, self.latent_shape = build_scheduler().alphas_cumprod.double(), shape
-        self.mean, self.variance = mean, variance
+        self.schedule = schedule or VariancePreserving(build_scheduler().alphas_cumprod)
+        self.latent_shape, self.mean, self.variance = shape, mean, variance
 
     def eps(self, x_t, t, cond):
-        a = float(self.alpha_bar[t])
-        shift = self.mean + (0.0 if cond is None else cond.flatten(1).mean(1).view(-1, 1, 1, 1))
-        return (1 - a) ** 0.5 * (x_t - a**0.5 * shift) / (a * self.variance + 1 - a)
+        alpha, sigma = self.schedule.level(t)
+        told = 0.0 if cond is None else cond.embeddings.flatten(1).mean(1).view(-1, 1, 1, 1)
+        spread = alpha**2 * self.variance + sigma**2
+        return sigma * (x_t - alpha * (self.mean + told)) / spread
 
 
 @pytest.fixture
@@ -62,10 +64,12 @@ def tiny_unet(seed=0):
 
 @pytest.fixture
 def tiny_denoiser():
-    from concept_trak.models.text_to_image import Denoiser
+    from concept_trak.models.denoiser import NetworkDenoiser
+    from concept_trak.models.schedule import VariancePreserving
     from concept_trak.workshop.embedded.pipeline import build_scheduler
 
-    return Denoiser(tiny_unet(), build_scheduler().alphas_cumprod, (2, 4, 4))
+    schedule = VariancePreserving(build_scheduler().alphas_cumprod)
+    return NetworkDenoiser(tiny_unet(), schedule, (2, 4, 4))
 
 
 def save_tiny_pipeline(folder, seed=0):

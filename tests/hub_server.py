@@ -3,7 +3,7 @@ of another origin, ranges, faults.
 
 with HubServer() as hub:
     hub.repos["owner/name"] = {"folder/file.npy": b"..."}
-    hub.faults["folder/file.npy"] = ["cut:100", "status:503"]     # one for each request for the content, in turn
+    hub.faults["folder/file.npy"] = ["cut:100", "status:503"]  # one a request for it, in turn
 """
 
 import hashlib
@@ -13,12 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlparse
 
 COMMIT = "c0ffee" + "0" * 34
-LARGE = (
-    ".npy",
-    ".pt",
-    ".7z",
-    *(f".{i:03d}" for i in range(1, 100)),
-)  # endings that the hub keeps as LFS files
+# endings that the hub keeps as LFS files
+LARGE = (".npy", ".pt", ".7z", *(f".{i:03d}" for i in range(1, 100)))
 PAGE = 4  # entries of a page of the tree
 
 
@@ -30,22 +26,18 @@ class HubServer(ThreadingHTTPServer):
     """`repos`: {id: {path: content}}; `faults`: {path, "tree" or "info": [fault, ...]}, first come
     first served.
 
-    Faults: cut:N (connection closed after N bytes), wrong (a changed byte), status:N, status:429
-    with Retry-After 1, truncate:N (the file ends there, for good manners and for all), missing
-    (404). A last fault with a trailing "!" stays for ever.
+    Faults: cut:N (connection closed after N bytes), wrong (a changed byte), whole (all of it, even
+    if a range was asked for), status:N, status:429 with Retry-After 1, limited:N (429 with the rest
+    of the rate limit's window), truncate:N (the file ends there, for good manners and for all),
+    missing (404). A last fault with a trailing "!" stays for ever.
     """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.faults, self.log, self.token, self.lock = (
-            {},
-            {},
-            [],
-            None,
-            threading.Lock(),
-        )
+        self.repos, self.faults, self.log = {}, {}, []
+        self.token, self.lock = None, threading.Lock()
         self.sha256 = {}  # path -> sha256 to claim instead of the true one
 
     @property
@@ -103,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
         elif fault.startswith("status:"):
             status = int(fault.partition(":")[2])
             self.answer(status, **({"Retry_After": "1"} if status == 429 else {}))
-        return fault == "missing" or fault.startswith("status:")
+        elif fault.startswith("limited:"):
+            self.answer(429, RateLimit=f'"resolvers";r=0;t={fault.partition(":")[2]}')
+        return fault.startswith(("missing", "status:", "limited:"))
 
     def do_HEAD(self):
         self.do_GET()
@@ -140,9 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         entries = [self.entry(path, files[path]) for path in paths[first : first + PAGE]]
         if first == 0:
             entries.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": "a folder"})
-        more = {
-            "Link": f'<{self.server.url}{urlparse(self.path).path}?recursive=true&cursor={first + PAGE}>; rel="next"'
-        }
+        here = f"{self.server.url}{urlparse(self.path).path}"
+        more = {"Link": f'<{here}?recursive=true&cursor={first + PAGE}>; rel="next"'}
         self.answer(
             200,
             json.dumps(entries).encode(),
@@ -185,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.failed(fault):
             return
         kind, _, number = fault.partition(":")
+        if kind == "whole":
+            start = 0
         if kind == "wrong":
             data = bytes([data[0] ^ 1]) + data[1:]
         if kind == "truncate":

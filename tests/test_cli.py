@@ -2,11 +2,14 @@
 all on a tiny pipeline.
 """
 
+import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 
 from concept_trak import cli
 from concept_trak.parsing import parse_shards
-from concept_trak.settings import ROOT
+from concept_trak.settings import ROOT, STAGES, Settings, names, resolve
 from concept_trak.store.shards import Store
 
 
@@ -49,6 +52,11 @@ def run(verb, flags, **changes):
             ),
         ]
     )
+
+
+def as_given(flags):
+    """The same values as `resolve` takes them: a path is a text."""
+    return {name: str(v) if isinstance(v, os.PathLike) else v for name, v in flags.items()}
 
 
 def store_folder(flags):
@@ -113,6 +121,50 @@ def test_a_users_mistake_gives_one_line_and_exit_code_2(verb, changes, words, fl
     assert words in refused(capfd, verb, flags, **changes)
 
 
+TYPOS = {
+    "max_memory": "much",
+    "shards": "one",
+    "task_idx": "3-1",
+    "gpu_ids": "0,one",
+    "methods": "tracin",
+    "proj_type": "gauss",
+    "query_form": "slide",
+    "f": "nonsense",
+    "nfe": "1",
+}
+WITHOUT_TORCH = """
+import json, sys
+from concept_trak import cli
+
+status = cli.main(json.loads(sys.argv[1]))
+heavy = {"torch", "diffusers", "transformers", *json.loads(sys.argv[2])} & set(sys.modules)
+assert not heavy, heavy
+raise SystemExit(status)
+"""
+
+
+def start(*arguments, heavy=()):
+    """A process of its own that runs the command line, and fails if it imports torch or `heavy`."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(arguments), json.dumps(heavy)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", TYPOS)
+def test_a_typo_is_refused_before_torch_is_loaded(name):
+    done = start("attribute", f"--{name.replace('_', '-')}={TYPOS[name]}")
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert (
+        line.startswith("error: ") and name.upper() in line and TYPOS[name].split(",")[-1] in line
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["attribute"], ["bench"], ["train-token"], ["export"]])
+def test_help_is_there_without_loading_anything_heavy(arguments):
+    done = start(*arguments, "--help", heavy=["numpy", "PIL", "tqdm", "huggingface_hub", "scipy"])
+    assert done.returncode == 0 and done.stdout.startswith("usage: concept-trak"), done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.device_count() > 7, reason="there is a GPU 7")
 @pytest.mark.parametrize("changes", [{"device": "cuda:7"}, {"device": "", "gpu_id": 7}])
 def test_a_gpu_that_is_not_there_is_refused(changes, flags, capfd):
@@ -122,10 +174,6 @@ def test_a_gpu_that_is_not_there_is_refused(changes, flags, capfd):
 @pytest.mark.parametrize("verb", ["train-grad", "attribute"])
 def test_a_store_of_another_model_is_refused(verb, computed, other_pipeline, capfd):
     assert "model" in refused(capfd, verb, computed, sd_model_path=other_pipeline)
-
-
-def test_mistakes_that_show_after_the_store_is_open_are_told_as_shortly(computed, capfd):
-    assert "MAX_MEMORY" in refused(capfd, "attribute", computed, max_memory="much")
 
 
 def test_a_missing_verb_is_refused(capsys):
@@ -313,21 +361,110 @@ def test_unlabelled_pictures_of_ones_own_give_a_report_without_truths(flags, tin
     assert list(flags["results_dir"].rglob("report.html"))
 
 
+def sub_commands():
+    """{verb: its parser with all flags}."""
+    actions = cli.parser()._subparsers._group_actions
+    return {name: sub.complete() for name, sub in actions[0].choices.items()}
+
+
 def test_every_setting_is_a_flag_of_every_verb_that_computes():
-    import dataclasses
+    downloads = {"download-abc", "download-train-grad"}  # no setting bears on what computes nothing
+    verbs = sub_commands()
+    assert set(verbs) == {*cli.VERBS, "bench", "train-token", "export", *downloads}
+    flags = {f"--{name.replace('_', '-')}" for name in names()}
+    for verb in set(verbs) - downloads:
+        assert flags <= set(verbs[verb]._option_string_actions)
 
-    from concept_trak.settings import Settings
 
-    downloads = {
-        "download-abc",
-        "download-train-grad",
-    }  # they compute nothing, so no setting bears on them
-    verbs = cli.parser()._subparsers._group_actions[0].choices
-    assert set(verbs) == {*cli.VERBS, "bench", "train-token", *downloads}
-    for sub in (verbs[name] for name in set(verbs) - downloads):
-        assert {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Settings)} <= set(
-            sub._option_string_actions
-        )
+def helped(capsys, *arguments):
+    """The help that a command shows, its lines joined."""
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*arguments, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_lists_every_verb_with_a_sentence(capsys):
+    shown = helped(capsys)
+    for name, verb in cli.VERBS.items():
+        assert f" {name} {verb.says}" in shown
+    for name in sub_commands():
+        assert f" {name} " in shown
+
+
+def test_the_help_of_a_verb_shows_its_own_settings_with_unit_choices_bounds_and_default(capsys):
+    shown = helped(capsys, "attribute")
+    assert "What is asked: --prompt TEXT" in shown and "The model: --sd-model-path TEXT" in shown
+    assert "--gen-num-inference-steps N" in shown and "(DDIM steps; 2 to 999; default: 50)" in shown
+    assert "bf16; default: fp32)" in shown and "default: data/emoji/pipeline)" in shown
+    assert shown.endswith(cli.VERBS["attribute"].example)
+    for hidden in ("--task-idx", "--source-dir", "--methods", "--num-split", "SUPPRESS"):
+        assert hidden not in shown
+    assert "--task-idx" in helped(capsys, "task-grad")
+
+
+def test_the_help_shows_the_defaults_of_the_benchmark_that_was_named(capsys):
+    assert "default: 32768)" in helped(capsys, "train-grad", "--benchmark", "abc")
+    assert "default: 4096)" in helped(capsys, "train-grad")
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_a_verb_uses_settings_that_exist_and_its_example_is_accepted(name):
+    verb = cli.VERBS[name]
+    assert set(verb.uses) <= {*names(), *STAGES}
+    arguments = cli.parser().parse_args([name, *shlex.split(verb.example)])
+    given = {k for k, v in vars(arguments).items() if k in names() and v is not None}
+    stages = [
+        field.name for stage in STAGES if stage in verb.uses for field in fields(STAGES[stage])
+    ]
+    assert given <= {*verb.uses, *stages} and cli.settings_of(arguments)
+
+
+@pytest.mark.parametrize("verb", ["attribute", "train-grad", "export"])
+def test_the_help_of_a_verb_shows_every_setting_that_it_reads(
+    verb, computed, tmp_path, monkeypatch
+):
+    """Asked by running it with settings that note what is read."""
+    settings, read = resolve("emoji", as_given(computed)).on("cpu"), set()
+    run = {
+        "export": functools.partial(cli.run_export, str(tmp_path / "out"), "numpy"),
+        **{name: verb.run for name, verb in cli.VERBS.items()},
+    }[verb]
+    usual = Settings.__getattr__
+
+    def noting(self, name):
+        read.update({name} & set(names()))
+        return usual(self, name)
+
+    monkeypatch.setattr(Settings, "__getattr__", noting)
+    run(settings, "cpu")
+    shown = {field.name for field in sub_commands()[verb].settings.values()}
+    assert {"sd_model_path", "layer", "proj_dim"} <= read <= shown
+
+
+@pytest.mark.parametrize(
+    "flag,near",
+    [("--promt=a cat", "--prompt"), ("--top_k=3", "--top-k"), ("--task-index=3", "--task-idx")],
+)
+def test_a_misspelt_flag_is_refused_with_the_nearest_one(flag, near, capsys):
+    assert cli.main(["attribute", flag]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert flag in line and f"(did you mean {near}?); see concept-trak attribute --help" in line
+
+
+def test_export_writes_the_rows_of_the_settings_store(computed, tmp_path):
+    folder = tmp_path / "exported"
+    assert run("export", computed, kind="numpy", out_dir=folder) == 0
+    rows = np.load(folder / "rows.npy")
+    np.testing.assert_array_equal(rows, Store.open(store_folder(computed)).rows(range(11)))
+
+
+def test_an_interrupted_run_ends_with_status_130_and_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "settings_of", interrupted)
+    assert cli.main(["attribute"]) == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
 
 
 def test_gpu_ids_left_in_the_environment_concern_the_train_gradients_alone(computed, flags):

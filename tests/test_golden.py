@@ -10,6 +10,7 @@ its commit says which value changed and why.
 import json
 import platform
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,11 @@ import pytest
 import torch
 
 from concept_trak import cli
-from concept_trak.settings import BENCHMARKS, ROOT, as_dict, resolve
+from concept_trak.attribution.answer import answer
+from concept_trak.attribution.corpus import Corpus
+from concept_trak.report.answer import attribute
+from concept_trak.scoring.ranking import ranking
+from concept_trak.settings import PRESETS, ROOT, as_dict, resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 PICTURES, EVERY = 8, 8  # rows that are compared, and the step over their features
@@ -70,7 +75,7 @@ def files_below(folder):
 
 def surface():
     """Names and defaults of every variable for each benchmark, and every script."""
-    defaults = {name: as_dict(resolve(name, {})) for name in BENCHMARKS}
+    defaults = {name: as_dict(resolve(name, {})) for name in PRESETS}
     scripts = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "scripts").rglob("*.sh"))
     return {"defaults": defaults, "scripts": scripts}
 
@@ -98,3 +103,62 @@ def test_defaults_variables_and_scripts_are_those_of_before():
     for benchmark, settings in before["defaults"].items():
         assert {k: found["defaults"][benchmark][k] for k in settings} == settings
     assert set(before["scripts"]) <= set(found["scripts"])
+
+
+def test_scores_rankings_and_files_of_a_prompt_are_those_of_before(tmp_path, one_thread):
+    """The committed store is accepted; the ranking is exact where rounding is the same."""
+    corpus = Corpus(resolve("emoji", {"results_dir": str(tmp_path), "render_leastk": True}), "cpu")
+    corpus.settings = corpus.settings.but(grad_dir=str(tmp_path / "none"))
+    attribute(corpus)
+    expected, arrays = known(), np.load(GOLDEN / "arrays.npz")
+    assert files_below(tmp_path) == expected["files"]
+    for i, folder in enumerate(expected["folders"]):
+        kept = np.load(tmp_path / "free_query" / folder / "concept_grad.npy")
+        golden = arrays["concept"][i : i + 1]
+        error = np.linalg.norm(kept[:, ::EVERY] - golden) / np.linalg.norm(golden)
+        assert error <= tolerance()
+        record = json.loads((tmp_path / "free_query" / folder / "metrics.json").read_text())
+        if tolerance() < 1e-3:
+            before = expected["metrics"][folder]
+            assert {k: record[k] for k in before} == before
+    found = np.stack([concept.scores for concept in answer(corpus).concepts], 1)
+    scale = np.abs(arrays["scores"]).max(-1, keepdims=True)
+    assert (np.abs(found - arrays["scores"]) / scale).max() <= 100 * tolerance()
+    if tolerance() < 1e-3:
+        assert (ranking(found) == ranking(arrays["scores"])).all()
+
+
+def rewrite(folder):
+    """Write tests/golden/ from what the library does now."""
+    torch.set_num_threads(1)
+    rows = {recipe: rows_of(recipe, folder) for recipe in ("reference", "default")}
+    results = folder / "results"
+    corpus = Corpus(resolve("emoji", {"results_dir": str(results), "render_leastk": True}), "cpu")
+    attribute(corpus)
+    folders = sorted(p.parent.name for p in results.rglob("concept_grad.npy"))
+    base = results / "free_query"
+    records = {name: json.loads((base / name / "metrics.json").read_text()) for name in folders}
+    apart = ("settings", "provenance")
+    kept = {n: {k: v for k, v in r.items() if k not in apart} for n, r in records.items()}
+    described = {
+        recipe: {
+            "name": name,
+            "files": files,
+            "shape": list(x.shape),
+            "norms": np.linalg.norm(x, axis=1).tolist(),
+        }
+        for recipe, (name, files, x) in rows.items()
+    }
+    expected = {"machine": machine(), "surface": surface(), "rows": described, "metrics": kept}
+    expected |= {"files": files_below(results), "folders": folders}
+    (GOLDEN / "expected.json").write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
+    grads = [np.load(base / name / "concept_grad.npy")[:, ::EVERY] for name in folders]
+    arrays = {f"rows_{recipe}": x[:, ::EVERY] for recipe, (_, _, x) in rows.items()}
+    arrays |= {"concept": np.concatenate(grads)}
+    scores = np.stack([concept.scores for concept in answer(corpus).concepts], 1)
+    np.savez_compressed(GOLDEN / "arrays.npz", scores=scores, **arrays)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        rewrite(Path(temporary))

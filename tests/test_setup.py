@@ -1,18 +1,20 @@
-"""Set-up and bash layer, without network: interpreters, pip, conda and df are stand-ins that record
-how they are called.
+"""Set-up and bash layer, without network: interpreters, pip, conda and df are stand-ins that
+record how they are called. Then what pyproject.toml declares, against what is imported.
 """
 
-import dataclasses
+import ast
 import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from concept_trak.settings import Settings
+from concept_trak import settings
 
 try:
     import tomllib
@@ -20,9 +22,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 REPO = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(
-    [REPO / "requirements.sh", REPO / ".ci" / "run", *(REPO / "scripts").rglob("*.sh")]
-)
+PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
+SCRIPTS = sorted([REPO / "requirements.sh", REPO / ".ci/run", *(REPO / "scripts").rglob("*.sh")])
 VERBS = {
     "emoji/run_qual_free.sh": ["attribute", "--benchmark", "emoji"],
     "emoji/run_train_grad.sh": ["train-grad", "--benchmark", "emoji"],
@@ -32,8 +33,7 @@ VERBS = {
 }
 TOOLS = (
     "awk basename bash cat cp cut df dirname env find flock getconf grep mkdir mktemp rm sed "
-    "sha256sum shasum tail tr "
-    "uname"
+    "sha256sum shasum tail tr uname"
 ).split()
 
 # Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing.
@@ -46,17 +46,22 @@ case "$*" in
     --version) echo "Python 3.8.1" ;;
     "-m venv --clear "*) mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" ;;
     *"pip --isolated install"*) [ -n "${TORCH_PRESENT:-}" ] ;;
-    *"pip install"*-e*) cp "${!#}" "$LOG.constraints"; [ -z "${PIP_ERROR:-}" ] || { echo "$PIP_ERROR"; exit 1; } ;;
-    "-m concept_trak attribute "*) mkdir -p "$RESULTS_DIR/one" && echo report >"$RESULTS_DIR/one/report.html" ;;
-    "-m pytest"*) exit "${PYTEST_STATUS:-0}" ;;
+    *"pip install"*-e*)
+        cp "${!#}" "$LOG.constraints"
+        [ -z "${PIP_ERROR:-}" ] || { echo "$PIP_ERROR"; exit 1; } ;;
+    "-m concept_trak attribute "*)
+        mkdir -p "$RESULTS_DIR/one" && echo report >"$RESULTS_DIR/one/report.html" ;;
+    *"import xdist"*) [ -z "${NO_XDIST:-}" ] ;;
+    "-m ruff check"*) exit "${LINT_STATUS:-0}" ;;
+    "-m pytest"*) echo "threads: $OMP_NUM_THREADS"; exit "${PYTEST_STATUS:-0}" ;;
 esac
 """
 
 FAKE_CONDA = """#!/bin/bash
 echo "conda|$*" >>"$LOG"
-base=$(dirname "$(dirname "$0")")
+prefix=$(dirname "$(dirname "$0")")/envs/concept-trak
 case "$1 $2" in
-    "env create") mkdir -p "$base/envs/concept-trak/bin" && cp "$FAKE_PYTHON" "$base/envs/concept-trak/bin/python" ;;
+    "env create") mkdir -p "$prefix/bin" && cp "$FAKE_PYTHON" "$prefix/bin/python" ;;
     "env list") echo "concept-trak  ${CONDA_ENV_ELSEWHERE:-}" ;;
 esac
 """
@@ -93,7 +98,7 @@ class Sandbox:
         return path
 
     def environment(self, prefix, has_package=True):
-        """A made-up environment in which concept-trak is installed or not; returns its interpreter."""
+        """A made-up environment, with or without concept-trak in it; returns its interpreter."""
         python = self.executable(prefix / "bin" / "python", FAKE_PYTHON)
         if has_package:
             (prefix / "bin" / "has_package").touch()
@@ -103,9 +108,7 @@ class Sandbox:
         return self.executable(self.bin.parent / "conda" / "bin" / "conda", FAKE_CONDA)
 
     def bash(self, *command, **env):
-        """Run bash from a folder outside the repository; returns the finished process and the calls
-        it made.
-        """
+        """Run bash outside the repository; returns the finished process and the calls it made."""
         self.log.write_text("")
         done = subprocess.run(
             ["bash", *map(str, command)],
@@ -121,14 +124,8 @@ class Sandbox:
         return self.bash(self.repo / "requirements.sh", **env)
 
     def lib(self, code, *args, **env):
-        return self.bash(
-            "-euc",
-            f'set -o pipefail; source "$1/scripts/lib.sh"; shift; {code}',
-            "lib",
-            self.repo,
-            *args,
-            **env,
-        )
+        code = f'set -o pipefail; source "$1/scripts/lib.sh"; shift; {code}'
+        return self.bash("-euc", code, "lib", self.repo, *args, **env)
 
     def find_python(self, **env):
         done, _ = self.lib("find_python", **env)
@@ -148,33 +145,24 @@ def installs(calls):
     return [call for call in calls if "|pip|install|" in call]
 
 
+def is_one_line_of_error(done):
+    return done.returncode != 0 and len(done.stderr.splitlines()) == 1
+
+
 # --- variables become flags
-# ---------------------------------------------------------------------------------------------------
+
+VALUES = ["", "a cat, on a mat", "cat|openmoji line", 'it\'s "quoted"', "$HOME `x` \\n *"]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "",
-        "a cat, on a mat",
-        "cat|openmoji line",
-        'it\'s "quoted"',
-        "$HOME `x` \\n *",
-        "-1",
-        "--top-k",
-        "two\nlines",
-        "a=b",
-    ],
-)
+@pytest.mark.parametrize("value", [*VALUES, "-1", "--top-k", "two\nlines", "a=b"])
 def test_value_reaches_the_command_line_unchanged(sandbox, value):
     done, _ = sandbox.lib('flags_from_env PROMPT; printf "%s\\0" "${FLAGS[@]}"', PROMPT=value)
     assert done.stdout == f"--prompt={value}\0", done.stderr
 
 
 def test_unset_variable_is_not_passed(sandbox):
-    done, _ = sandbox.lib(
-        'flags_from_env PROMPT SEED TOP_K; echo "${#FLAGS[@]} ${FLAGS[0]}"', TOP_K=9
-    )
+    code = 'flags_from_env PROMPT SEED TOP_K; echo "${#FLAGS[@]} ${FLAGS[0]}"'
+    done, _ = sandbox.lib(code, TOP_K=9)
     assert done.stdout.strip() == "1 --top-k=9"
 
 
@@ -185,13 +173,10 @@ def test_no_variable_set_gives_no_flag(sandbox):
 
 def test_every_setting_has_its_variable(sandbox):
     done, _ = sandbox.lib('printf "%s\\n" "${SETTING_VARIABLES[@]}"')
-    assert sorted(done.stdout.split()) == sorted(
-        field.name.upper() for field in dataclasses.fields(Settings)
-    )
+    assert sorted(done.stdout.split()) == sorted(name.upper() for name in settings.names())
 
 
 # --- every script
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
@@ -204,49 +189,33 @@ def test_script_parses_and_needs_no_activation(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
 def test_script_mentions_only_existing_files(script):
-    for name in re.findall(
-        r"[\w./-]+\.(?:sh|py|yml|toml|md)\b", script.read_text().replace("$ROOT/", "")
-    ):
+    text = script.read_text().replace("$ROOT/", "").replace("$scripts/", "scripts/")
+    for name in re.findall(r"[\w./-]+\.(?:sh|py|yml|toml|md)\b", text):
         name = name.lstrip("/")
-        assert (REPO / name).exists() or (script.parent / name).exists(), (
-            f"{script.name} mentions {name}"
-        )
+        found = (REPO / name).exists() or (script.parent / name).exists()
+        assert found, f"{script.name} mentions {name}"
 
 
 @pytest.mark.parametrize("name, verb", VERBS.items(), ids=VERBS)
 def test_script_calls_its_verb_with_variables_then_arguments(sandbox, name, verb):
-    done, calls = sandbox.bash(
-        sandbox.repo / "scripts" / name,
-        "--top-k",
-        "3 4",
-        PYTHON_BIN=sandbox.python,
-        TOP_K=7,
-        NEGATIVE_PROMPT="",
-    )
+    variables = {"TOP_K": 7, "NEGATIVE_PROMPT": "", "PYTHON_BIN": sandbox.python}
+    done, calls = sandbox.bash(sandbox.repo / "scripts" / name, "--top-k", "3 4", **variables)
     assert done.returncode == 0, done.stderr
     [call] = calls
     _, m, module, called, *arguments = call.split("|")
     assert [m, module, called] == ["-m", "concept_trak", verb[0]]
-    assert sorted(arguments[:3]) == [
-        "--negative-prompt=",
-        f"--results-dir={sandbox.env['RESULTS_DIR']}",
-        "--top-k=7",
-    ]
-    assert arguments[3:] == [
-        *verb[1:],
-        "--top-k",
-        "3 4",
-    ]  # last, so that an argument wins over a variable
+    results = f"--results-dir={sandbox.env['RESULTS_DIR']}"
+    assert sorted(arguments[:3]) == ["--negative-prompt=", results, "--top-k=7"]
+    # last, so that an argument wins over a variable
+    assert arguments[3:] == [*verb[1:], "--top-k", "3 4"]
 
 
 def test_the_judge_learns_from_all_art_unless_other_pictures_are_named(sandbox):
     script, art = sandbox.repo / "scripts/emoji/train_judge.sh", sandbox.repo / "data/emoji-s8-n364"
     done, calls = sandbox.bash(script, PYTHON_BIN=sandbox.python)
     assert done.returncode == 0, done.stderr
-    assert (
-        f"--preset|s8-n364|--out|{art}|" in calls[-2]
-        and f"|train-judge|--data-dir={art}|" in calls[-1]
-    )
+    assert f"--preset|s8-n364|--out|{art}|" in calls[-2]
+    assert f"|train-judge|--data-dir={art}|" in calls[-1]
     [call] = sandbox.bash(script, PYTHON_BIN=sandbox.python, DATA_DIR="mine", RESULTS_DIR="")[1]
     assert "|train-judge|--data-dir=mine|" in call
 
@@ -254,9 +223,8 @@ def test_the_judge_learns_from_all_art_unless_other_pictures_are_named(sandbox):
 def test_demo_sets_up_and_names_the_report(sandbox):
     done, calls = sandbox.bash(sandbox.repo / "scripts" / "demo.sh")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(
-        f"Open in a browser:\n{sandbox.env['RESULTS_DIR']}/one/report.html\n"
-    )
+    report = f"{sandbox.env['RESULTS_DIR']}/one/report.html"
+    assert done.stdout.endswith(f"Open in a browser:\n{report}\n")
     assert installs(calls) and "|attribute|" in calls[-1]
 
 
@@ -267,8 +235,45 @@ def test_ci_exits_with_the_code_of_the_tests(sandbox, status):
     assert installs(calls) and "|-m|pytest" in calls[-1]
 
 
+def test_ci_fails_for_lint_and_runs_the_tests_all_the_same(sandbox):
+    done, calls = sandbox.bash(sandbox.repo / ".ci" / "run", LINT_STATUS=1)
+    assert done.returncode == 1 and "|-m|pytest" in calls[-1]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_lint_runs_every_check_and_fails_when_one_does(sandbox, status):
+    variables = {"PYTHON_BIN": sandbox.python, "LINT_STATUS": status}
+    done, calls = sandbox.bash(sandbox.repo / "scripts/lint.sh", **variables)
+    assert done.returncode == status
+    ran = [call.split("|", 2)[2] for call in calls]
+    assert ran == ["ruff|format|--check", "ruff|check", "mypy"]
+
+
+@pytest.mark.parametrize(
+    "arguments, processes, threads",
+    [
+        ([], 4, 1),
+        (["tests/rows", "-k", "name"], 4, 1),
+        (["tests/x.py", "tests/y.py"], 4, 1),
+        (["tests/x.py", "-k", "name"], None, 4),
+        (["tests/x.py::test_one"], None, 4),
+        (["-n", "2", "tests/x.py"], None, 1),  # theirs to say
+        (["-p", "no:xdist"], None, 4),
+        (["--pdb"], None, 4),
+    ],
+)
+def test_tests_get_a_process_a_core_unless_told_otherwise(sandbox, arguments, processes, threads):
+    (sandbox.bin / "getconf").unlink()
+    sandbox.executable(sandbox.bin / "getconf", "#!/bin/bash\necho 8\n")
+    script, env = sandbox.repo / "scripts/test.sh", {"PYTHON_BIN": sandbox.python}
+    done, calls = sandbox.bash(script, *arguments, **env)
+    spread = [] if processes is None else ["-n", str(processes), "--dist", "worksteal"]
+    assert calls[-1].split("|")[3:] == [*spread, *arguments]
+    assert done.stdout.endswith(f"threads: {threads}\n")
+    assert "|-n|4" not in sandbox.bash(script, **env, NO_XDIST=1)[1][-1]
+
+
 # --- finding the environment
-# --------------------------------------------------------------------------------------------------
 
 
 def test_find_python_order(sandbox, tmp_path):
@@ -279,17 +284,12 @@ def test_find_python_order(sandbox, tmp_path):
     venv = sandbox.environment(sandbox.repo / ".venv")
     assert sandbox.find_python(**path) == str(venv)
     active = sandbox.environment(tmp_path / "active")
-    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", **path) == str(active)
     assert sandbox.find_python(CONDA_PREFIX=tmp_path / "active", **path) == str(active)
-    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="conda", **path) == str(
-        conda
-    )
-    assert sandbox.find_python(VIRTUAL_ENV=tmp_path / "active", ENV_KIND="venv", **path) == str(
-        venv
-    )
-    assert sandbox.find_python(
-        VIRTUAL_ENV=tmp_path / "active", PYTHON_BIN=sandbox.python, **path
-    ) == str(sandbox.python)
+    path["VIRTUAL_ENV"] = tmp_path / "active"
+    assert sandbox.find_python(**path) == str(active)
+    assert sandbox.find_python(ENV_KIND="conda", **path) == str(conda)
+    assert sandbox.find_python(ENV_KIND="venv", **path) == str(venv)
+    assert sandbox.find_python(PYTHON_BIN=sandbox.python, **path) == str(sandbox.python)
 
 
 def test_active_environment_without_the_package_is_passed_over(sandbox, tmp_path):
@@ -300,23 +300,17 @@ def test_active_environment_without_the_package_is_passed_over(sandbox, tmp_path
 
 def test_conda_environment_in_a_folder_of_its_own_is_found(sandbox, tmp_path):
     python = sandbox.environment(tmp_path / "elsewhere" / "concept-trak")
-    assert sandbox.find_python(
-        PATH=with_conda(sandbox), CONDA_ENV_ELSEWHERE=python.parent.parent
-    ) == str(python)
-    assert sandbox.find_python(CONDA_ENVS_PATH=f"{tmp_path}/none:{tmp_path}/elsewhere") == str(
-        python
-    )
+    told = {"PATH": with_conda(sandbox), "CONDA_ENV_ELSEWHERE": python.parent.parent}
+    assert sandbox.find_python(**told) == str(python)
+    searched = {"CONDA_ENVS_PATH": f"{tmp_path}/none:{tmp_path}/elsewhere"}
+    assert sandbox.find_python(**searched) == str(python)
 
 
 def test_python_bin_is_never_installed_into(sandbox):
     done, calls = sandbox.lib('ensure_env; echo "$PYTHON"', PYTHON_BIN=sandbox.python)
     assert done.stdout.strip() == str(sandbox.python) and calls == []
     done, calls = sandbox.lib("ensure_env", PYTHON_BIN="/no/such/python")
-    assert (
-        done.returncode != 0
-        and "/no/such/python" in done.stderr
-        and len(done.stderr.splitlines()) == 1
-    )
+    assert is_one_line_of_error(done) and "/no/such/python" in done.stderr
 
 
 def test_active_environment_of_the_user_is_used_as_it_is(sandbox, tmp_path):
@@ -335,7 +329,6 @@ def test_changed_requirements_are_installed_before_the_work(sandbox):
 
 
 # --- requirements.sh
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_second_setup_calls_nothing(sandbox):
@@ -354,9 +347,7 @@ def test_conda_environment_is_created_once_and_used_by_its_path(sandbox):
     assert [call for call in calls if call.startswith("conda|env create")] == [
         f"conda|env create -n concept-trak -f {sandbox.repo}/environment.yml"
     ]
-    assert all(call.startswith(f"{prefix}/bin/python|") for call in installs(calls)) and installs(
-        calls
-    )
+    assert {call.split("|")[0] for call in installs(calls)} == {f"{prefix}/bin/python"}
     assert not (sandbox.repo / ".venv").exists()
     assert sandbox.requirements(PATH=path)[1] == []
     done, calls = sandbox.lib('ensure_env; echo "$PYTHON"', PATH=path)
@@ -374,14 +365,11 @@ def test_changed_environment_file_updates_the_conda_environment(sandbox):
 
 def test_env_kind_overrides(sandbox):
     done, calls = sandbox.requirements(PATH=with_conda(sandbox), ENV_KIND="venv")
-    assert (
-        done.returncode == 0
-        and (sandbox.repo / ".venv").exists()
-        and not any("conda|" in call for call in calls)
-    )
+    assert done.returncode == 0 and (sandbox.repo / ".venv").exists()
+    assert not any("conda|" in call for call in calls)
     for kind, word in (("conda", "conda is not on the PATH"), ("docker", "ENV_KIND=docker")):
         done, _ = sandbox.requirements(ENV_KIND=kind)
-        assert done.returncode != 0 and word in done.stderr and len(done.stderr.splitlines()) == 1
+        assert is_one_line_of_error(done) and word in done.stderr
 
 
 def test_torch_within_bounds_is_kept(sandbox):
@@ -399,9 +387,8 @@ def test_torch_index(sandbox):
         shutil.rmtree(sandbox.repo / ".venv", ignore_errors=True)
         return installs(sandbox.requirements(**env)[1])[0]
 
-    assert "|--extra-index-url|https://example.org/cu|" in torch_call(
-        TORCH_INDEX_URL="https://example.org/cu"
-    )
+    chosen = "https://example.org/cu"
+    assert f"|--extra-index-url|{chosen}|" in torch_call(TORCH_INDEX_URL=chosen)
     assert "--extra-index-url" not in torch_call(TORCH_INDEX_URL="")
     assert "|--extra-index-url|https://download.pytorch.org/whl/cpu|" in torch_call()
     sandbox.executable(sandbox.bin / "nvidia-smi", "#!/bin/bash\n")
@@ -413,16 +400,13 @@ def test_torch_index(sandbox):
     [
         ({"OLD_PYTHON": 1}, ["Python >= 3.10", "3.8.1"]),
         ({"NO_VENV": 1}, ["no venv module", "python3-venv"]),
-        (
-            {"PIP_ERROR": "ERROR: No matching distribution found for dattri"},
-            ["No matching distribution found for dattri"],
-        ),
+        ({"PIP_ERROR": "ERROR: No matching distribution: dattri"}, ["distribution: dattri"]),
         ({"PIP_ERROR": "OSError: [Errno 28] No space left on device"}, ["No space left on device"]),
     ],
 )
 def test_failed_setup_is_one_clear_line_and_is_tried_again(sandbox, env, words):
     done, _ = sandbox.requirements(**env)
-    assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
+    assert is_one_line_of_error(done)
     assert all(word in done.stderr for word in words), done.stderr
     done, calls = sandbox.requirements()
     assert done.returncode == 0 and installs(calls)
@@ -430,38 +414,71 @@ def test_failed_setup_is_one_clear_line_and_is_tried_again(sandbox, env, words):
 
 def test_full_disk_is_told_before_anything_is_made(sandbox):
     (sandbox.bin / "df").unlink()
-    sandbox.executable(
-        sandbox.bin / "df", "#!/bin/bash\necho Filesystem\necho /dev/x 100 100 204800 1% /\n"
-    )
+    full = "#!/bin/bash\necho Filesystem\necho /dev/x 100 100 204800 1% /\n"
+    sandbox.executable(sandbox.bin / "df", full)
     done, calls = sandbox.requirements()
-    assert (
-        done.returncode != 0
-        and "only 200 MB free" in done.stderr
-        and len(done.stderr.splitlines()) == 1
-    )
+    assert is_one_line_of_error(done) and "only 200 MB free" in done.stderr
     assert not installs(calls) and not (sandbox.repo / ".venv").exists()
 
 
-# --- bounds and pins
-# ----------------------------------------------------------------------------------------------------------
+# --- what is declared, pinned and imported
+
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DISTRIBUTIONS = {"PIL": "pillow", "trak": "traker"}  # where the name of the import is another
+# declared for the user, or for what another package imports by itself
+NOT_IMPORTED = {"accelerate", "traker"}
+
+
+def declared(*texts):
+    return {canonicalize_name(Requirement(text).name) for text in texts}
+
+
+def imported(folder, local=()):
+    """{distribution: a file that imports it} for every third-party import below a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, *local}:
+                found[canonicalize_name(DISTRIBUTIONS.get(name, name))] = path.name
+    return found
+
+
+def test_every_import_is_declared():
+    library, tests = imported(REPO / "concept_trak"), {p.stem for p in REPO.glob("tests/**/*.py")}
+    needed = declared(*PROJECT["dependencies"])
+    optional = declared(*EXTRAS["abc"], *EXTRAS["build-data"])
+    assert not (undeclared := library.keys() - needed - optional), undeclared
+    theirs = imported(REPO / "tests", {"concept_trak", *tests}).keys()
+    testing = declared(*EXTRAS["test"])
+    assert not (undeclared := theirs - needed - testing - {"tomllib"}), undeclared
+    assert needed - library.keys() <= NOT_IMPORTED, "declared, and imported nowhere"
+    assert declared(*EXTRAS["abc"]) <= testing  # what can be installed is tested
 
 
 def test_every_dependency_is_pinned_within_its_bounds():
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    lines = [
-        line
-        for line in (REPO / "constraints.txt").read_text().splitlines()
-        if not line.startswith("#")
-    ]
-    pins = {
-        pin.name.lower().replace("_", "-"): str(pin.specifier).removeprefix("==")
-        for pin in map(Requirement, lines)
-    }
-    for text in [*project["dependencies"], *sum(extras.values(), [])]:
-        requirement = Requirement(text)
-        assert pins[requirement.name.lower()] in requirement.specifier, text
+    text = (REPO / "constraints.txt").read_text()
+    lines = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(p.name): str(p.specifier).removeprefix("==") for p in lines}
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *sum(EXTRAS.values(), [])]):
+        if requirement.marker is None or requirement.marker.evaluate():
+            pin = pins[canonicalize_name(requirement.name)]
+            assert pin in requirement.specifier, requirement
     assert "+" not in pins["torch"]  # CPU and CUDA builds of the release satisfy the pin alike
+
+
+def test_every_module_that_states_a_protocol_is_type_checked():
+    checked = {REPO / name for name in PYPROJECT["tool"]["mypy"]["files"]}
+    stating = {
+        path
+        for path in (REPO / "concept_trak").rglob("*.py")
+        if re.search(r"^class \w+\(.*\b(Protocol|ABC)\b", path.read_text(), re.MULTILINE)
+    }
+    assert checked and all(path.is_file() for path in checked)
+    assert not (left := stating - checked), left
 
 
 def test_torchvision_is_neither_required_nor_imported():

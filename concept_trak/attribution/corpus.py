@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..datasets import encoded as abc
+from ..datasets import encoded
 from ..datasets.folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
+from ..models.condition import Condition
 from ..models.text_to_image import TextToImage, load_pipeline
-from ..rows.projection import projection_for
+from ..parsing import parse_memory
+from ..rows.projection import Projection, projection_for
 from ..rows.vjp import PerSampleVjp
+from ..scoring.fisher import fisher_for
+from ..scoring.preconditioner import Budget, Preconditioner
 from ..settings import Settings
-from .adopt import resolve_mask
+from .plan import row_settings
+from .stores import mask_of
 
 
 class FolderData:
@@ -24,7 +30,7 @@ class FolderData:
     Attributes: everything, all pictures; pictures, its train split.
     """
 
-    def __init__(self, root: str, model: TextToImage):
+    def __init__(self, root: str, model: TextToImage) -> None:
         self.everything, self.model = load_folder(root), model
         self.pictures = self.everything.split("train")
         if not len(self.pictures):
@@ -37,24 +43,18 @@ class FolderData:
 
     @cached_property
     def latents(self) -> torch.Tensor:
-        """[N, C, h, w] scaled latents on the CPU, encoded once in batches: N C h w 4 bytes. For
-        more, see `prepare`.
+        """[N, C, h, w] scaled latents on the CPU, encoded once in batches: N C h w 4 bytes.
+
+        For more, see `prepare`.
         """
         size, step, n = self.model.image_size, 64, len(self)
-        return torch.cat(
-            [
-                self.model.encode_images(
-                    self.pictures.images(range(i, min(i + step, n)), size=size)
-                ).cpu()
-                for i in range(0, n, step)
-            ]
-        )
+        parts = (self.pictures.images(range(i, min(i + step, n)), size) for i in range(0, n, step))
+        return torch.cat([self.model.encode_images(part).cpu() for part in parts])
 
-    def batch(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x0 [b, C, h, w], cond [b, T, d]) of consecutive train pictures, on the model's device."""
-        return self.latents[rows.start : rows.stop].to(
-            self.model.device
-        ), self.model.encode_prompts([self.pictures.captions[i] for i in rows])
+    def batch(self, rows: range) -> tuple[torch.Tensor, Condition]:
+        """x0 [b, C, h, w] and captions of consecutive train pictures, on the model's device."""
+        cond = self.model.encode_prompts([self.pictures.captions[i] for i in rows])
+        return self.latents[rows.start : rows.stop].to(self.model.device), cond
 
     def content_hash(self) -> str:
         """Of the train pictures and captions; see `ImageCaptionDataset`."""
@@ -64,21 +64,18 @@ class FolderData:
 class Corpus:
     """A model, its training data and the settings they are used under.
 
-    Attributes: data, a FolderData or `datasets.abc.EncodedData`: `len(data)`, `data.batch(rows)`,
-    `data.content_hash()`.
+    Attributes: data, a FolderData or `datasets.encoded.EncodedData`: `len(data)`,
+    `data.batch(rows)`, `data.content_hash()`.
     """
 
-    def __init__(self, settings: Settings, device: str):
-        self.settings, self.device = settings, device
-        self.model = load_pipeline(
-            settings.sd_model_path, device, settings.dtype, settings.lora_path
-        )
-        encoded = (Path(settings.data_dir) / abc.LATENTS).exists()
-        self.data = (
-            abc.EncodedData(settings.data_dir, self.model, settings.num_train)
-            if encoded
-            else FolderData(settings.data_dir, self.model)
-        )
+    def __init__(self, settings: Settings, device: str) -> None:
+        s, self.device = settings, device
+        self.settings = settings
+        self.model = load_pipeline(s.sd_model_path, device, s.dtype, s.lora_path)
+        if (Path(s.data_dir) / encoded.LATENTS).exists():
+            self.data = encoded.EncodedData(s.data_dir, self.model, s.num_train)
+        else:
+            self.data = FolderData(s.data_dir, self.model)
 
     @property
     def train(self) -> ImageCaptionDataset:
@@ -96,21 +93,43 @@ class Corpus:
         return self.data.latents
 
     @cached_property
+    def cond_null(self) -> Condition:
+        """Of the empty prompt, whose encoding no learned word changes."""
+        return self.model.encode_prompts([""])
+
+    @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The selected parameters, in coordinate order."""
         return PerSampleVjp(self.model.network, self.settings.layer).parameters
 
     @cached_property
-    def projection(self):
-        """The settings' projection for the selected parameters of this model."""
-        mask = self.__dict__.get("mask") or resolve_mask(self.settings.proj_mask, None)
+    def projection(self) -> Projection:
+        """Of the selected parameters, as the settings say, under the mask of the store there is.
+
+        UserError when that is another than PROJ_MASK, or not clear.
+        """
+        mask = mask_of(self.settings, self.parameters)
         return projection_for(self.parameters, self.settings, self.device, mask)
 
-    def use_mask(self, mask: str) -> None:
-        """Project with this mask (`gpu_mask`) from now on: a store was made with it."""
-        if self.__dict__.get("mask") != mask:
-            self.__dict__.pop("projection", None)
-            self.mask = mask
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """Of this projection's blocks, within MAX_MEMORY."""
+        budget = Budget(parse_memory(self.settings.max_memory), self.device)
+        return fisher_for(self.projection.widths, budget)
+
+    def identity(self, **made_from: Any) -> dict[str, Any]:
+        """Everything that a kept row depends on, JSON: settings of a row, model, projection, and
+        what else it was `made_from` (pictures, a question, learned words).
+
+        The one identity of stores and caches. BATCH_SIZE and MAX_MEMORY are not part of it: they
+        change nothing but speed and memory.
+        """
+        return {
+            "rows": row_settings(self.settings),
+            "model": self.model.weight_hash(),
+            "projection": self.projection.describe(),
+            **made_from,
+        }
 
     def with_settings(self, settings: Settings) -> Corpus:
         """The same model, pictures and latents under other settings."""

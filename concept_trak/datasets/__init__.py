@@ -1,6 +1,4 @@
-"""Datasets: any folder of captioned images (`folder`), and the embedded object x style benchmark
-(`emoji`).
-"""
+"""Pictures, captions, labels: any folder (`folder`), encoded ones, and the benchmarks' own."""
 
 from .folder import ImageCaptionDataset, load_folder
 

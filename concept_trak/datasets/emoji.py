@@ -8,6 +8,7 @@ line"; its concepts are the object ("cat" or "a cat") and the style ("openmoji l
 from __future__ import annotations
 
 import difflib
+import re
 
 import numpy as np
 
@@ -23,21 +24,18 @@ def caption(object_phrase: str, style_phrase: str) -> str:
 
 
 def concepts(dataset: ImageCaptionDataset) -> dict[str, tuple[str, str]]:
-    """Every word or phrase that names a concept -> (metadata column, value), e.g. "a cat" ->
-    ("object", "cat").
+    """Every word or phrase that names a concept -> (metadata column, value).
+
+    E.g. "a cat" -> ("object", "cat").
     """
     vocabulary: dict[str, tuple[str, str]] = {}
     for record in dataset.records:
         for column in ("object", "style"):
-            value = record.get(column)
-            if value is None:
+            if (value := record.get(column)) is None:
                 continue
             phrase = record.get(f"{column}_phrase") or value
-            for name in (
-                value,
-                phrase,
-                *([STYLE_JOINT.strip() + " " + phrase] if column == "style" else []),
-            ):
+            whole = [f"{STYLE_JOINT.strip()} {phrase}"] if column == "style" else []
+            for name in (value, phrase, *whole):
                 vocabulary.setdefault(name, (column, value))
     return vocabulary
 
@@ -52,11 +50,8 @@ def concept(dataset: ImageCaptionDataset, target: str) -> tuple[str, str]:
     if word in vocabulary:
         return vocabulary[word]
     close = difflib.get_close_matches(word, vocabulary, n=3)
-    remedy = (
-        f"did you mean {' or '.join(map(repr, close))}?"
-        if close
-        else "use an object or a style of its metadata"
-    )
+    meant = f"did you mean {' or '.join(map(repr, close))}?"
+    remedy = meant if close else "use an object or a style of its metadata"
     raise UserError(f"unknown concept {target!r} in {dataset.root}; {remedy}")
 
 
@@ -69,6 +64,19 @@ def relevant(dataset: ImageCaptionDataset, target: str) -> np.ndarray:
     return np.array([item == value for item in dataset.column(column)], dtype=bool)
 
 
-def held_out_cells(dataset: ImageCaptionDataset) -> list[dict]:
-    """The metadata rows kept out of training, one per held-out (object, style) cell."""
-    return [record for record in dataset.records if record.get("split") == "held_out"]
+def has_labels(dataset: ImageCaptionDataset) -> bool:
+    """Whether the metadata say what a picture shows."""
+    return any(v is not None for name in ("object", "style") for v in dataset.column(name))
+
+
+def truth(dataset: ImageCaptionDataset, target: str) -> np.ndarray | None:
+    """`relevant` where the data has labels, else None."""
+    return relevant(dataset, target) if has_labels(dataset) else None
+
+
+def refuse_unknown(dataset: ImageCaptionDataset, prompt: str, targets: list[str]) -> None:
+    """UserError for a target, or a style of the prompt, that labelled data does not know."""
+    if has_labels(dataset):
+        style = re.search(r"\bin the style of (.+)$", prompt, re.IGNORECASE)
+        for word in [*([style[1]] if style else []), *targets]:
+            concept(dataset, word)

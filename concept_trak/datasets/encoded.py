@@ -1,13 +1,13 @@
-"""Training pictures that are encoded already, in the layout of the AbC release (Wang et al. 2023,
-2024).
+"""Pictures encoded already, in the layout of the AbC release (Wang et al. 2023, 2024).
 
-    laion_latents.npy           [M >= N, C, h, w] scaled latents; mirrored pictures may follow the N originals
+    laion_latents.npy           [M >= N, C, h, w] scaled latents; mirrored pictures may follow the
+                                N originals
     laion_text_embeddings.npy   [N, T, d]; its length says how many originals there are
     laion_subset/images/*       the pictures, in lexical order; needed to show results only
     laion_subset/captions.txt   one caption a line, in that order
-    prepared.json               instead of laion_subset, when `prepare` made the arrays from your own folder
+    prepared.json               instead of laion_subset, when `prepare` made the arrays
 
-Both arrays are memory-mapped. The tasks of the benchmark are in `datasets.tasks`.
+Both arrays are memory-mapped. The tasks of the benchmark are in `datasets.abc`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..models.condition import Condition
+from ..models.text_to_image import TextToImage
 from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
@@ -32,31 +34,25 @@ HASHED_ROWS = 256
 class EncodedData:
     """The first `num_train` (0: all) encoded pictures of a folder, for the given model.
 
-    Raises UserError for a missing or truncated array, arrays that do not fit each other or the
-    model.
+    UserError for a missing or truncated array, arrays that do not fit each other or the model.
     """
 
-    def __init__(self, root: str | Path, model, num_train: int = 0):
+    def __init__(self, root: str | Path, model: TextToImage, num_train: int = 0) -> None:
         self.root, self.model = Path(root), model
         latents, text = _array(self.root / LATENTS, 4), _array(self.root / TEXT, 3)
         n = min(len(text), num_train or len(text))
         if len(latents) < n:
-            raise UserError(
-                f"{self.root / LATENTS} has {len(latents)} rows but {TEXT} has {len(text)} "
-                "captions; download or prepare both again"
-            )
-        if latents.shape[1:] != model.latent_shape:
-            raise UserError(
-                f"{self.root / LATENTS} holds latents {list(latents.shape[1:])} but the model "
-                f"takes {list(model.latent_shape)}; "
-                "mend DATA_DIR or SD_MODEL_PATH"
-            )
+            counts = f"has {len(latents)} rows but {TEXT} has {len(text)} captions"
+            remedy = "download or prepare both again"
+            raise UserError(f"{self.root / LATENTS} {counts}; {remedy}")
+        remedy, shape = "mend DATA_DIR or SD_MODEL_PATH", list(latents.shape[1:])
+        if shape != list(model.latent_shape):
+            takes = f"but the model takes {list(model.latent_shape)}"
+            raise UserError(f"{self.root / LATENTS} holds latents {shape} {takes}; {remedy}")
         width = model.pipe.unet.config.cross_attention_dim
         if text.shape[2] != width:
-            raise UserError(
-                f"{self.root / TEXT} is {text.shape[2]} wide but the model takes {width}; mend "
-                "DATA_DIR or SD_MODEL_PATH"
-            )
+            takes = f"but the model takes {width}"
+            raise UserError(f"{self.root / TEXT} is {text.shape[2]} wide {takes}; {remedy}")
         self._latents, self._text = latents[:n], text[:n]
 
     def __len__(self) -> int:
@@ -67,17 +63,14 @@ class EncodedData:
         """[N, C, h, w] float32, all of them in memory."""
         return torch.from_numpy(np.array(self._latents, dtype=np.float32))
 
-    def batch(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x0 [b, C, h, w], cond [b, T, d]) of consecutive rows, on the model's device and in its
-        dtype.
-        """
-        parts = (
-            np.array(array[rows.start : rows.stop], dtype=np.float32)
+    def batch(self, rows: range) -> tuple[torch.Tensor, Condition]:
+        """x0 [b, C, h, w] and captions of consecutive rows, in the model's device and dtype."""
+        part, model = slice(rows.start, rows.stop), self.model
+        x0, embeddings = (
+            torch.from_numpy(np.array(array[part], dtype=np.float32)).to(model.device, model.dtype)
             for array in (self._latents, self._text)
         )
-        return tuple(
-            torch.from_numpy(part).to(self.model.device, self.model.dtype) for part in parts
-        )
+        return x0, Condition(embeddings)
 
     @cached_property
     def pictures(self) -> ImageCaptionDataset:
@@ -88,10 +81,9 @@ class EncodedData:
         else:
             data = _laion(self.root / "laion_subset", len(self))
         if len(data) < len(self):
-            raise UserError(
-                f"{data.root} has {len(data)} pictures but {self.root / TEXT} has {len(self)} "
-                "rows; it was changed since: prepare it again"
-            )
+            counts = f"has {len(data)} pictures but {self.root / TEXT} has {len(self)} rows"
+            remedy = "it was changed since: prepare it again"
+            raise UserError(f"{data.root} {counts}; {remedy}")
         return data.subset(range(len(self)))
 
     @property
@@ -112,25 +104,19 @@ class EncodedData:
 
 
 def _array(path: Path, dims: int) -> np.ndarray:
-    """The array, memory-mapped. UserError when it is missing, truncated, or not of `dims`
-    dimensions.
-    """
+    """The array, memory-mapped. UserError when missing, truncated, or not of `dims` dimensions."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing; fetch it with PARTS=latents bash scripts/abc/run_download.sh or "
-            "make it with run_prepare.sh"
-        ) from None
+        fetch = "PARTS=latents bash scripts/abc/run_download.sh"
+        remedy = f"fetch it with {fetch} or make it with run_prepare.sh"
+        raise UserError(f"{path} is missing; {remedy}") from None
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); remove it and download or prepare it again"
-        ) from None
+        remedy = "remove it and download or prepare it again"
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
     if array.ndim != dims or not len(array) or array.dtype.kind != "f":
-        raise UserError(
-            f"{path} is {array.dtype} {list(array.shape)}, not float with {dims} dimensions; "
-            "download or prepare it again"
-        )
+        found = f"{array.dtype} {list(array.shape)}, not float with {dims} dimensions"
+        raise UserError(f"{path} is {found}; download or prepare it again")
     return array
 
 
@@ -141,14 +127,11 @@ def _laion(root: Path, count: int) -> ImageCaptionDataset:
             f"{root} (images/, captions.txt) is missing, so results cannot be shown; "
             "fetch it with PARTS=laion_subset bash scripts/abc/run_download.sh"
         )
-    names = sorted(
-        p.name for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES
-    )[:count]
+    images = (p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted(p.name for p in images)[:count]
     with open(root / "captions.txt", encoding="utf-8") as lines:
         captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]
     if len(captions) < len(names):
-        raise UserError(
-            f"{root / 'captions.txt'} has {len(captions)} lines for {len(names)} pictures; "
-            "download laion_subset again"
-        )
+        counts = f"has {len(captions)} lines for {len(names)} pictures"
+        raise UserError(f"{root / 'captions.txt'} {counts}; download laion_subset again")
     return ImageCaptionDataset(root / "images", [{"file_name": name} for name in names], captions)

@@ -1,9 +1,10 @@
 """Any folder of images and captions.
 
 Two layouts are read:
-    metadata.jsonl or metadata.csv   Hugging Face `imagefolder`: one row an image with `file_name`, `text` (or `caption`)
-                                     and any other columns
-    captions.txt                     one caption a line, for the images of the folder in lexical order of their relative paths
+    metadata.jsonl or metadata.csv   Hugging Face `imagefolder`: one row an image with `file_name`,
+                                     `text` (or `caption`) and any other columns
+    captions.txt                     one caption a line, for the images of the folder in lexical
+                                     order of their relative paths
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,25 +22,27 @@ from PIL import Image, ImageOps
 from ..errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# what Pillow raises for a file that is no picture
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+Record = dict[str, Any]  # a metadata row
 
 
 class ImageCaptionDataset:
     """Captioned images on disk; pictures are decoded when asked for.
 
-    Attributes: root: Path; records: list of dict, the metadata rows, each with "file_name";
-    captions: list of str.
+    records: the metadata rows, each with "file_name", a path below root.
     """
 
-    def __init__(self, root: str | Path, records: list[dict], captions: list[str]):
-        self.root = Path(root)
-        self.records = records
-        self.captions = captions
+    def __init__(self, root: str | Path, records: list[Record], captions: list[str]) -> None:
+        self.root, self.records, self.captions = Path(root), records, captions
         self._content_hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def path(self, index: int) -> Path:
+        """Of one picture."""
         return self.root / self.records[index]["file_name"]
 
     def image(self, index: int, size: int | None = None) -> Image.Image:
@@ -50,16 +54,9 @@ class ImageCaptionDataset:
         try:
             with Image.open(self.path(index)) as opened:
                 picture = _on_white(ImageOps.exif_transpose(opened))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:  # Pillow raises any of these
-            raise UserError(
-                f"{self.path(index)} cannot be read as a picture ({error}); replace it or remove "
-                "its row"
-            ) from None
+        except UNREADABLE as error:
+            reason = f"cannot be read as a picture ({error}); replace it or remove its row"
+            raise UserError(f"{self.path(index)} {reason}") from None
         if size is None or picture.size == (size, size):
             return picture
         return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
@@ -71,23 +68,20 @@ class ImageCaptionDataset:
         size.
         """
         pictures = [np.asarray(self.image(int(i), size)) for i in indices]
-        shapes = {picture.shape for picture in pictures}
-        if len(shapes) > 1:
-            raise UserError(
-                f"the pictures of {self.root} differ in size; give the size to bring them to"
-            )
+        if len({picture.shape for picture in pictures}) > 1:
+            remedy = "give the size to bring them to"
+            raise UserError(f"the pictures of {self.root} differ in size; {remedy}")
         return np.stack(pictures) if pictures else np.zeros((0, size or 0, size or 0, 3), np.uint8)
 
-    def column(self, name: str) -> list:
+    def column(self, name: str) -> list[Any]:
         """The values of one metadata column, None where a row has none."""
         return [record.get(name) for record in self.records]
 
     def subset(self, indices: Sequence[int]) -> ImageCaptionDataset:
         """The rows at these positions (not a boolean mask), in this order."""
-        indices = [int(i) for i in indices]
-        return ImageCaptionDataset(
-            self.root, [self.records[i] for i in indices], [self.captions[i] for i in indices]
-        )
+        chosen = [int(i) for i in indices]
+        records = [self.records[i] for i in chosen]
+        return ImageCaptionDataset(self.root, records, [self.captions[i] for i in chosen])
 
     def split(self, name: str) -> ImageCaptionDataset:
         """Rows whose "split" equals name; a dataset without splits is all "train".
@@ -99,16 +93,12 @@ class ImageCaptionDataset:
             return self
         indices = [i for i, value in enumerate(splits) if value == name]
         if not indices:
-            raise UserError(
-                f"{self.root} has no split {name!r}; it has "
-                f"{sorted({s for s in splits if s}) or ['train']}"
-            )
+            known = sorted({s for s in splits if s}) or ["train"]
+            raise UserError(f"{self.root} has no split {name!r}; it has {known}")
         return self.subset(indices)
 
     def content_hash(self) -> str:
-        """sha256 hex over captions and file contents in row order; file names do not enter.
-        Computed once.
-        """
+        """sha256 hex over captions and file contents in row order, not names; computed once."""
         if self._content_hash is None:
             digest = hashlib.sha256()
             for index, caption in enumerate(self.captions):
@@ -120,8 +110,8 @@ class ImageCaptionDataset:
 
 
 def pictures(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
-    """The pictures of one folder (its own, sorted by name) or of a list of files (as listed), each
-    captioned with the prompt.
+    """Pictures of folders (their own, sorted by name) and files, as listed, captioned with the
+    prompt.
 
     UserError when there is none or a file does not exist.
     """
@@ -132,14 +122,11 @@ def pictures(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
         elif path.is_file():
             found.append(path)
         else:
-            raise UserError(
-                f"the picture {path} does not exist; give --images a folder or picture files"
-            )
+            remedy = "give --images a folder or picture files"
+            raise UserError(f"the picture {path} does not exist; {remedy}")
     if not found:
-        raise UserError(
-            f"{' '.join(map(str, paths)) or '--images'} holds no picture "
-            f"({', '.join(sorted(IMAGE_SUFFIXES))}); give exemplars"
-        )
+        where, kinds = " ".join(map(str, paths)) or "--images", ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{where} holds no picture ({kinds}); give exemplars")
     return ImageCaptionDataset("", [{"file_name": str(p)} for p in found], [prompt] * len(found))
 
 
@@ -155,22 +142,15 @@ def load_folder(root: str | Path) -> ImageCaptionDataset:
             f"data folder {root} does not exist; give a folder with metadata.jsonl, metadata.csv "
             "or captions.txt"
         )
-    if (root / "metadata.jsonl").is_file():
-        records, source = _read_jsonl(root / "metadata.jsonl"), "metadata.jsonl"
-    elif (root / "metadata.csv").is_file():
-        records, source = _read_csv(root / "metadata.csv"), "metadata.csv"
-    elif (root / "captions.txt").is_file():
-        records, source = _read_captions(root), "captions.txt"
-    else:
-        raise UserError(
-            f"{root} has no captions; add metadata.jsonl, metadata.csv (file_name, text) or "
-            "captions.txt"
-        )
+    path = next((root / name for name in READERS if (root / name).is_file()), None)
+    if path is None:
+        files = "metadata.jsonl, metadata.csv (file_name, text) or captions.txt"
+        raise UserError(f"{root} has no captions; add {files}")
+    records = READERS[path.name](path)
     if not records:
-        raise UserError(f"{root / source} has no rows")
-    return ImageCaptionDataset(
-        root, records, [_checked_caption(root, source, i, row) for i, row in enumerate(records, 1)]
-    )
+        raise UserError(f"{path} has no rows")
+    captions = [_checked_caption(path, i, row) for i, row in enumerate(records, 1)]
+    return ImageCaptionDataset(root, records, captions)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -183,26 +163,22 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return paper.convert("RGB")
 
 
-def _checked_caption(root: Path, source: str, number: int, record: dict) -> str:
-    """The caption of row `number` (from 1) after checking the row."""
-    where = f"{root / source}, row {number}"
-    name = record.get("file_name")
+def _checked_caption(path: Path, number: int, record: Record) -> str:
+    """The caption of row `number` (from 1) of the file `path`, after checking the row."""
+    where, root, name = f"{path}, row {number}", path.parent, record.get("file_name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: no file_name; every row needs one")
     if not (root / name).is_file():
         raise UserError(f"{where}: the file {name} does not exist in {root}")
-    caption = next(
-        (record[key] for key in ("text", "caption") if record.get(key) is not None), None
-    )
+    given = (record.get(key) for key in ("text", "caption"))
+    caption = next((text for text in given if text is not None), None)
     if not isinstance(caption, str) or not caption.strip():
-        raise UserError(
-            f"{where}: empty caption for {name}; every image needs one in the column text or "
-            "caption"
-        )
+        remedy = "every image needs one in the column text or caption"
+        raise UserError(f"{where}: empty caption for {name}; {remedy}")
     return caption
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _read_jsonl(path: Path) -> list[Record]:
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -217,27 +193,26 @@ def _read_jsonl(path: Path) -> list[dict]:
     return records
 
 
-def _read_csv(path: Path) -> list[dict]:
+def _read_csv(path: Path) -> list[Record]:
     with open(path, encoding="utf-8-sig", newline="") as handle:
-        return [
-            {key: value for key, value in row.items() if key and value != ""}
-            for row in csv.DictReader(handle)
-        ]
+        rows = list(csv.DictReader(handle))
+    return [{key: value for key, value in row.items() if key and value != ""} for row in rows]
 
 
-def _read_captions(root: Path) -> list[dict]:
-    captions = (root / "captions.txt").read_text(encoding="utf-8-sig").rstrip("\n").splitlines()
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+def _read_captions(path: Path) -> list[Record]:
+    captions = path.read_text(encoding="utf-8-sig").rstrip("\n").splitlines()
+    images = (p for p in path.parent.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted(p.relative_to(path.parent).as_posix() for p in images)
     if len(captions) != len(names):
-        raise UserError(
-            f"{root / 'captions.txt'} has {len(captions)} captions but the folder has "
-            f"{len(names)} images; "
-            "give one caption a line, in lexical order of the image paths"
-        )
-    return [
-        {"file_name": name, "text": caption} for name, caption in zip(names, captions, strict=True)
-    ]
+        counts = f"has {len(captions)} captions but the folder has {len(names)} images"
+        remedy = "give one caption a line, in lexical order of the image paths"
+        raise UserError(f"{path} {counts}; {remedy}")
+    pairs = zip(names, captions, strict=True)
+    return [{"file_name": name, "text": caption} for name, caption in pairs]
+
+
+READERS = {  # the first of these files that is there counts
+    "metadata.jsonl": _read_jsonl,
+    "metadata.csv": _read_csv,
+    "captions.txt": _read_captions,
+}

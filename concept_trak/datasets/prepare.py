@@ -1,7 +1,7 @@
-"""Encode a folder of pictures and captions once, in the layout of `datasets.abc`: latents and text
-embeddings as arrays.
+"""Encode a folder of pictures and captions once, in the layout of `datasets.encoded`.
 
-laion_latents.npy [2 N, C, h, w]    posterior means of the VAE x scaling factor; row N + i is picture i mirrored
+laion_latents.npy [2 N, C, h, w]   posterior means of the VAE x scaling factor; row N + i is
+                                   picture i mirrored
 laion_text_embeddings.npy [N, T, d]
 """
 
@@ -10,17 +10,38 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import disk_errors, write_json
-from ..models.text_to_image import load_pipeline
+from ..files import atomic, disk_errors, write_json
+from ..models.text_to_image import TextToImage, load_pipeline
 from ..settings import Settings, provenance
 from .encoded import LATENTS, PREPARED, TEXT
-from .folder import load_folder
+from .folder import ImageCaptionDataset, load_folder
+
+
+class ArrayFile:
+    """A float16 .npy [n, ...] whose rows are written in any order."""
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
+        self.file, self.row_bytes = file, 2 * int(np.prod(shape[1:]))
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        self.begin = file.tell()
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Put rows [b, ...] from `start` on. UserError for a NaN, or a number beyond float16."""
+        values = rows.float().cpu().numpy().astype("<f2")
+        if not np.isfinite(values).all():
+            raise UserError(
+                "an encoded picture or caption is NaN or too large for float16; use DTYPE=fp32"
+            )
+        self.file.seek(self.begin + start * self.row_bytes)
+        self.file.write(values.tobytes())
 
 
 def prepare(settings: Settings, device: str) -> Path:
@@ -32,72 +53,41 @@ def prepare(settings: Settings, device: str) -> Path:
     """
     source, folder = settings.source_dir, Path(settings.data_dir)
     if not source:
-        raise UserError(
-            "SOURCE_DIR is not set; give a folder of pictures with metadata.jsonl, metadata.csv "
-            "or captions.txt"
-        )
-    model, data = (
-        load_pipeline(settings.sd_model_path, device, settings.dtype, settings.lora_path),
-        load_folder(source).split("train"),
-    )
-    made_from = {
-        "source": str(Path(source).resolve()),
-        "pictures": data.content_hash(),
-        "model": model.weight_hash(),
-        "rows": len(data),
-    }
+        kinds = "metadata.jsonl, metadata.csv or captions.txt"
+        raise UserError(f"SOURCE_DIR is not set; give a folder of pictures with {kinds}")
+    model_path, dtype = settings.sd_model_path, settings.dtype
+    model = load_pipeline(model_path, device, dtype, settings.lora_path)
+    data = load_folder(source).split("train")
+    made_from = {"source": str(Path(source).resolve()), "pictures": data.content_hash()}
+    made_from |= {"model": model.weight_hash(), "rows": len(data)}
     record = folder / PREPARED
-    if (
-        record.exists()
-        and {k: json.loads(record.read_text()).get(k) for k in made_from} == made_from
-    ):
+    if record.exists() and made_from.items() <= json.loads(record.read_text()).items():
         return folder
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
-        n, size, step = len(data), model.image_size, settings.batch_size
-        text_shape = tuple(model.encode_prompts([""]).shape[1:])
-        size_in_bytes = 2 * n * int(2 * np.prod(model.latent_shape) + np.prod(text_shape))
-        print(f"{folder}: {n} pictures, {size_in_bytes / 1e6:.0f} MB when complete")
-        if (
-            free := shutil.disk_usage(folder).free
-        ) < size_in_bytes:  # asked first: a mapped file on a full disk ends the process by a signal
-            raise UserError(
-                f"{folder} has {free / 1e6:.0f} MB free but {size_in_bytes / 1e6:.0f} MB are "
-                "needed; free some or choose another folder"
-            )
-        parts = {name: folder / f"{name}.part" for name in (LATENTS, TEXT)}
-        latents = np.lib.format.open_memmap(
-            parts[LATENTS], "w+", np.float16, (2 * n, *model.latent_shape)
-        )
-        text = np.lib.format.open_memmap(parts[TEXT], "w+", np.float16, (n, *text_shape))
-        for start in tqdm(range(0, n, step), desc="encoding", unit=f" x {step} pictures"):
-            rows = range(start, min(start + step, n))
-            pixels = data.images(rows, size=size)
-            for offset, batch in ((0, pixels), (n, pixels[:, :, ::-1])):
-                latents[start + offset : rows.stop + offset] = _finite(model.encode_images(batch))
-            text[start : rows.stop] = _finite(
-                model.encode_prompts([data.captions[i] for i in rows])
-            )
-        for array, name in ((latents, LATENTS), (text, TEXT)):
-            array.flush()
-            parts[name].replace(folder / name)
-    write_json(
-        record,
-        {
-            **made_from,
-            "settings": {"sd_model_path": settings.sd_model_path, "dtype": settings.dtype},
-            "provenance": provenance(),
-        },
-    )
+    encode(model, data, folder, settings.batch_size)
+    made_by = {"sd_model_path": model_path, "dtype": dtype}
+    write_json(record, made_from | {"settings": made_by, "provenance": provenance()})
     return folder
 
 
-def _finite(x: torch.Tensor) -> np.ndarray:
-    """float16 copy of a batch. UserError if it holds a NaN or overflows."""
-    values = x.float().cpu().numpy().astype(np.float16)
-    if not np.isfinite(values).all():
-        raise UserError(
-            "an encoded picture or caption is NaN or too large for float16; use DTYPE=fp32"
-        )
-    return values
+def encode(model: TextToImage, data: ImageCaptionDataset, folder: Path, step: int) -> None:
+    """Write both arrays, `step` pictures at a time. UserError for a disk that is too small."""
+    n, size = len(data), model.image_size
+    text_shape = tuple(model.encode_prompts([""]).embeddings.shape[1:])
+    needed = 2 * n * int(2 * np.prod(model.latent_shape) + np.prod(text_shape))
+    print(f"{folder}: {n} pictures, {needed / 1e6:.0f} MB when complete")
+    if (free := shutil.disk_usage(folder).free) < needed:  # asked before hours of work
+        has = f"has {free / 1e6:.0f} MB free but {needed / 1e6:.0f} MB are needed"
+        raise UserError(f"{folder} {has}; free some or choose another folder")
+    with atomic(folder / LATENTS) as latent_file, atomic(folder / TEXT) as text_file:
+        latents = ArrayFile(latent_file, (2 * n, *model.latent_shape))
+        text = ArrayFile(text_file, (n, *text_shape))
+        for start in tqdm(range(0, n, step), desc="encoding", unit=f" x {step} pictures"):
+            rows = range(start, min(start + step, n))
+            pixels = data.images(rows, size=size)
+            latents.write(start, model.encode_images(pixels))
+            latents.write(n + start, model.encode_images(pixels[:, :, ::-1]))
+            captions = [data.captions[i] for i in rows]
+            text.write(start, model.encode_prompts(captions).embeddings)

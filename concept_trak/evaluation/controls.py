@@ -1,34 +1,75 @@
-"""Controls: rankings that know nothing of the model's training, to be reported beside attribution.
+"""Controls: rankers that know nothing of the model's training, to be reported beside attribution.
 
-pixel_neighbours    -||x_i - x_q||_2 on RGB pictures at the model's size
-latent_neighbours   -||z_i - z_q||_2 on VAE latents
-caption_similarity  share of the concept's words in the caption (captions name the truth in the emoji data, so this is strong)
+    pixel_neighbours    -||x_i - x_q||_2 on RGB pictures at the model's size
+    latent_neighbours   -||z_i - z_q||_2 on VAE latents
+    caption_similarity  share of the concept's words in the caption
+
+Captions name the truth in the emoji data, so the last is what text alone finds.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..registry import RANKERS
 
-def control_scores(corpus, pictures, kind: str) -> dict[str, np.ndarray]:
-    """{control: [cells, concepts, N]} for the pictures of a kind (`evaluate.Pictures`)."""
-    cells, size = pictures.cells, corpus.model.image_size
-    pixels, latents = pictures.pixels[kind], pictures.latents[kind]
-    train_pixels = corpus.train.images(range(len(corpus.train)), size=size)
-    concepts = len(cells[0].words)
-    near = {
-        "pixel_neighbours": -distances(_flat(pixels), _flat(train_pixels)),
-        "latent_neighbours": -distances(
-            _flat(latents.float().cpu().numpy()), _flat(corpus.latents.float().numpy())
-        ),
-    }
-    found = {name: np.stack([values] * concepts, 1) for name, values in near.items()}
-    found["caption_similarity"] = np.array(
-        [[overlap(word, corpus.train.captions) for word in cell.words.values()] for cell in cells]
-    )
-    return found
+if TYPE_CHECKING:
+    from ..attribution.corpus import Corpus
+    from ..attribution.question import Question
+
+
+class Control:
+    """A ranker without dampings: `similarity` [Q, N] of questions and training images."""
+
+    control = True
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+        """[1, Q, N]; see `attribution.rankers.Ranker`."""
+        return self.similarity(questions)[None]
+
+    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+        """[Q, N]."""
+        raise NotImplementedError
+
+
+@RANKERS.register("pixel_neighbours")
+class PixelNeighbours(Control):
+    """RGB values."""
+
+    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+        """Minus the distance of the pictures."""
+        train, size = self.corpus.train, self.corpus.model.image_size
+        shown = np.stack([q.picture.pixels for q in questions])
+        return -distances(_flat(shown), _flat(train.images(range(len(train)), size=size)))
+
+
+@RANKERS.register("latent_neighbours")
+class LatentNeighbours(Control):
+    """What the autoencoder makes of them."""
+
+    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+        """Minus the distance of the latents."""
+        latents = np.concatenate([q.picture.x0.float().cpu().numpy() for q in questions])
+        return -distances(_flat(latents), _flat(self.corpus.latents.float().numpy()))
+
+
+@RANKERS.register("caption_similarity")
+class CaptionSimilarity(Control):
+    """Words."""
+
+    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+        """The share of the concept's words."""
+        captions, known = self.corpus.train.captions, {}
+        for words in {q.words for q in questions}:
+            known[words] = overlap(words, captions)
+        return np.stack([known[q.words] for q in questions])
 
 
 def _flat(x: np.ndarray) -> np.ndarray:
@@ -37,9 +78,8 @@ def _flat(x: np.ndarray) -> np.ndarray:
 
 def distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Euclidean distances [Q, N] of [Q, D] and [N, D]."""
-    return np.sqrt(
-        np.maximum((queries**2).sum(1)[:, None] + (rows**2).sum(1) - 2 * queries @ rows.T, 0)
-    )
+    square = (queries**2).sum(1)[:, None] + (rows**2).sum(1) - 2 * queries @ rows.T
+    return np.sqrt(np.maximum(square, 0))
 
 
 def overlap(concept: str, captions: list[str]) -> np.ndarray:

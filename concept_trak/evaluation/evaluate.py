@@ -1,403 +1,181 @@
-"""Does it work: attribute many queries with every method, and compare the top ten with the labels.
+"""Does it work: every ranker's scores on a benchmark's questions against the pictures that carry the concept.
 
-Queries: every held-out (object, style) cell (OOD), as many seen cells (ID), and other seen cells
-that choose the damping (tune). Query kinds: `generated` (states from the picture's own x_T) and
-`real` (the real picture of the cell; states are its noisings). Each method has one damping, chosen
-on the tune cells (generated) and used for everything; the best one per table is named oracle.
+Each ranker has one damping, chosen on the split "tune" of the benchmark's first kind of picture and
+used for everything; the best one of a table is named oracle.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from ..attribution.attribute import query_states
 from ..attribution.corpus import Corpus
-from ..attribution.methods import METHODS, settings_for
-from ..attribution.prompts import contrasts
-from ..attribution.train_grad import dsm_losses, identity, open_store, train_grad
-from ..datasets import emoji
-from ..errors import UserError
-from ..files import write_json
-from ..models.ddim import ddim_sample
-from ..parsing import parse_memory
-from ..rows import query
-from ..scoring import fisher, metrics, scores
-from ..settings import DAMPINGS, as_dict, digest, provenance
-from ..store.shards import Store
-from . import controls
+from ..files import write_bytes, write_json
+from ..registry import BENCHMARKS, RANKERS
+from ..scoring import metrics
+from ..settings import DAMPINGS, as_dict, provenance
+from .benchmark import TUNE, Benchmark
 
-CONCEPTS = ("object", "style")
-KINDS = ("generated", "real")
+Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # split -> concept -> ranker -> figures
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One query: its row in the whole data set, caption, and the words of its concepts."""
-
-    row: int
-    caption: str
-    words: dict[str, str]
+def is_control(name: str) -> bool:
+    """Whether a ranker knows nothing of the training; controls stand in every table."""
+    return getattr(RANKERS.get(name), "control", False)
 
 
-def choose_cells(corpus: Corpus) -> dict[str, list[Cell]]:
-    """{"ood", "id", "tune"}: held-out cells; equally many seen cells; others, a third as many, to
-    choose dampings on.
-
-    Seen cells are drawn with a fixed seed, disjointly. `num_queries` (0: all) bounds the number of
-    OOD and of ID cells.
-    """
-    data = corpus.everything
-    rows = {
-        split: [i for i, r in enumerate(data.records) if r.get("split") == split]
-        for split in ("held_out", "train")
-    }
-    shuffle = np.random.default_rng(0)
-    ood, seen = shuffle.permutation(rows["held_out"]), shuffle.permutation(rows["train"])
-    n = corpus.settings.num_queries or len(ood)
-    tune = max(8, n // 3)
-
-    def cells(chosen):
-        return [
-            Cell(int(i), data.captions[i], {c: data.records[i][f"{c}_phrase"] for c in CONCEPTS})
-            for i in chosen
-        ]
-
-    return {
-        "ood": cells(ood[:n]),
-        "id": cells(seen[:n]),
-        "tune": cells(seen[len(ood) : len(ood) + tune]),
-    }
+def chosen_rankers(methods: str) -> list[str]:
+    """METHODS as names, empty being all, and the controls. UserError for one that there is not."""
+    named = [name.strip() for name in methods.split(",") if name.strip()]
+    for name in named:
+        RANKERS.get(name)
+    controls = [name for name in RANKERS.names() if is_control(name)]
+    others = named or [name for name in RANKERS.names() if name not in controls]
+    return list(dict.fromkeys([*others, *controls]))
 
 
-class Pictures:
-    """The pictures asked about, one a cell: generated from the settings' seed (all from the same
-    x_T), or the real ones.
-    """
-
-    def __init__(self, corpus: Corpus, cells: list[Cell]):
-        self.corpus, self.cells = corpus, cells
-        generator = torch.Generator().manual_seed(corpus.settings.seed)
-        self.x_T = torch.randn(1, *corpus.model.latent_shape, generator=generator).to(
-            corpus.model.device, corpus.model.dtype
-        )
-
-    @functools.cached_property
-    def latents(self) -> dict[str, torch.Tensor]:
-        """{kind: [cells, C, h, w]}."""
-        model, size = self.corpus.model, self.corpus.model.image_size
-        real = model.encode_images(
-            self.corpus.everything.images([cell.row for cell in self.cells], size=size)
-        )
-        return {"generated": self._generate(), "real": real}
-
-    @functools.cached_property
-    def pixels(self) -> dict[str, np.ndarray]:
-        """{kind: uint8 [cells, H, W, 3]}."""
-        model = self.corpus.model
-        real = self.corpus.everything.images(
-            [cell.row for cell in self.cells], size=model.image_size
-        )
-        return {
-            "generated": np.stack([np.asarray(p) for p in model.decode(self.latents["generated"])]),
-            "real": real,
-        }
-
-    def _generate(self) -> torch.Tensor:
-        s, model, done = self.corpus.settings, self.corpus.model, []
-        for start in tqdm(range(0, len(self.cells), s.batch_size), desc="queries to generate"):
-            cond = model.encode_prompts(
-                [cell.caption for cell in self.cells[start : start + s.batch_size]]
-            )
-            null, x_T = (
-                model.encode_prompts([s.negative_prompt]).expand_as(cond),
-                self.x_T.expand(len(cond), -1, -1, -1),
-            )
-            done.append(
-                ddim_sample(
-                    model,
-                    x_T,
-                    cond,
-                    null,
-                    scale=s.gen_guidance_scale,
-                    num_steps=s.gen_num_inference_steps,
-                )[0]
-            )
-        return torch.cat(done)
-
-
-class QueryRows:
-    """Query gradients of one method and kind over all cells, in a store of their own: resumed when
-    killed, reused when unchanged.
-    """
-
-    def __init__(self, corpus: Corpus, name: str, kind: str, pictures: Pictures):
-        self.corpus, self.name, self.kind, self.pictures, self.cells = (
-            corpus,
-            name,
-            kind,
-            pictures,
-            pictures.cells,
-        )
-        self.method, self.s, self.model = METHODS[name], corpus.settings, corpus.model
-        self.per_cell = len(CONCEPTS) if self.method.per_concept else 1
-
-    def states(self) -> query.QueryStates:
-        """Concept-TRAK reads trajectories from x_T of a generated picture; noisings of a picture
-        serve everything else.
-        """
-        noisings = self.kind == "real" or not self.method.per_concept
-        return query_states(dataclasses.replace(self.s, scope="local") if noisings else self.s)
-
-    def compute(self, index: int) -> np.ndarray:
-        """[per_cell, k] rows of one cell."""
-        model, s, cell = self.model, self.s, self.cells[index]
-        x_T, x0 = self.pictures.x_T, self.pictures.latents[self.kind][index : index + 1]
-        pairs = contrasts(s.query_form, cell.caption, list(cell.words.values()))
-        cond, cond_null, *conds = model.encode_prompts([cell.caption, "", *sum(pairs, ())]).split(1)
-        states = [
-            *query.read_states(
-                model, self.states(), cond, cond_null, x_T=x_T, x0=x0, batch_size=s.batch_size
-            )
-        ]
-        projection = self.corpus.projection
-        if self.method.per_concept:
-            rows = torch.cat(
-                [
-                    query.concept_gradient(
-                        model,
-                        projection,
-                        states,
-                        plus,
-                        minus,
-                        layer=s.layer,
-                        normalize=s.normalize,
-                        two_sided=s.two_sided,
-                        batch_size=s.batch_size,
-                    )
-                    for plus, minus in zip(conds[::2], conds[1::2])
-                ]
-            )
-        else:
-            rows = query.image_gradient(
-                model,
-                projection,
-                states,
-                cond,
-                self.method.f,
-                layer=s.layer,
-                normalize=self.method.normalize,
-                batch_size=s.batch_size,
-            )
-        return rows.cpu().numpy()
-
-    def load(self) -> np.ndarray:
-        """[cells, per_cell, k], computing what is missing."""
-        s = self.s
-        made_from = {
-            "method": self.name,
-            "kind": self.kind,
-            "cells": [c.caption for c in self.cells],
-            "corpus": identity(self.corpus),
-            "states": dataclasses.asdict(self.states()),
-            "form": s.query_form,
-            "gen": [s.gen_guidance_scale, s.gen_num_inference_steps, s.seed],
-        }
-        folder = Path(s.grad_dir) / f"queries-{self.name}-{self.kind}-{digest(made_from)}"
-        store = Store.create(
-            folder,
-            len(self.cells) * self.per_cell,
-            self.corpus.projection.proj_dim,
-            1,
-            "float32",
-            made_from,
-        )
-        for cell in tqdm(
-            range(store.resume_row(0) // self.per_cell, len(self.cells)),
-            desc=f"queries {self.name} {self.kind}",
-        ):
-            store.append(0, self.compute(cell), cell * self.per_cell)
-        store.finish(0)
-        return store.rows(range(store.num_rows)).reshape(len(self.cells), self.per_cell, -1)
-
-
-def train_store(corpus: Corpus) -> Store:
-    """The train rows of the corpus' settings: the committed or an earlier store, else computed now."""
-    try:
-        return open_store(corpus)
-    except UserError:  # missing or unfinished; a store of something else is refused again below
-        return train_grad(corpus)
-
-
-def method_scores(corpus: Corpus, name: str, kind: str, pictures: Pictures) -> np.ndarray:
-    """[D, cells, concepts, N] scores of one method at all dampings."""
-    settings = settings_for(METHODS[name], corpus.settings)
-    own = corpus.with_settings(settings)
-    store, rows = train_store(own), QueryRows(own, name, kind, pictures).load()
-    memory = parse_memory(settings.max_memory)
-    solved = fisher.precondition(
-        store,
-        rows.reshape(-1, rows.shape[-1]),
-        DAMPINGS,
-        memory,
-        device=corpus.device,
-        widths=own.projection.widths,
-    )
-    weight = dsm_losses(own) if METHODS[name].residual_weight else None
-    values = scores.scores(
-        store, solved, row_weight=weight, max_memory=memory, device=corpus.device
-    )
-    values = values.reshape(len(DAMPINGS), len(pictures.cells), -1, store.num_rows)
-    return np.repeat(values, len(CONCEPTS), 2) if values.shape[2] == 1 else values
-
-
-def truth(corpus: Corpus, cells: list[Cell]) -> np.ndarray:
-    """bool [cells, concepts, N]: training pictures that carry the concept."""
-    return np.array(
-        [[emoji.relevant(corpus.train, cell.words[c]) for c in CONCEPTS] for cell in cells]
-    )
-
-
-def summary(values: np.ndarray, relevant: np.ndarray) -> dict:
-    """Recall@10, its 95 % interval over queries, mAP and least-10 recall; values, relevant
-    [queries, N].
-    """
+def summary(values: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
+    """Recall@10, its 95 % interval over queries, mAP and least-10 recall; both [queries, N]."""
     recall = metrics.recall_at_k(values, relevant)
     low, high = metrics.bootstrap_interval(recall)
+    precision = metrics.average_precision(values, relevant)
     return {
         "recall_at_10": round(float(recall.mean()), 4),
         "ci95": [round(low, 4), round(high, 4)],
-        "map": round(float(metrics.average_precision(values, relevant).mean()), 4),
+        "map": round(float(precision.mean()), 4),
         "least_10_recall": round(float(metrics.least_k_recall(values, relevant).mean()), 4),
     }
 
 
 def choose_damping(values: np.ndarray, relevant: np.ndarray) -> int:
-    """Index of the damping for a method, from cells that are asked about nowhere else; values [D,
-    cells, concepts, N].
+    """Index of a ranker's damping, from questions asked nowhere else.
 
-    The largest whose mean Recall@10 over cells and concepts is within one standard error of the
+    values [D, pictures, concepts, N]; relevant [pictures, concepts, N].
+
+    The largest whose mean Recall@10 over pictures and concepts is within one standard error of the
     best (Breiman et al. 1984): where the choice hardly matters, as it mostly does not, it neither
-    ends at the edge of the sweep nor hangs on a few cells.
+    ends at the edge of the sweep nor hangs on a few pictures.
     """
-    recall = np.array(
-        [
-            np.mean([metrics.recall_at_k(v[:, c], relevant[:, c]) for c in range(len(CONCEPTS))], 0)
-            for v in values
-        ]
-    )
+    recall = metrics.recall_at_k(values, relevant[None]).mean(2)  # [D, pictures]
     best = recall[recall.mean(1).argmax()]
     error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else 0.0
     return int(np.flatnonzero(recall.mean(1) >= best.mean() - error).max())
 
 
-def chosen_methods(text: str) -> list[str]:
-    """METHODS as names; empty is all. UserError for one that there is not."""
-    names = [name.strip() for name in text.split(",") if name.strip()] or list(METHODS)
-    if unknown := [name for name in names if name not in METHODS]:
-        raise UserError(f"METHODS names {unknown[0]!r}; choose among {', '.join(METHODS)}")
-    return names
+class Questions:
+    """All questions of a benchmark's pictures of one kind, and which belong together."""
+
+    def __init__(self, benchmark: Benchmark, kind: str) -> None:
+        splits = benchmark.questions(kind)
+        self.asked = [q for questions in splits.values() for q in questions]
+        names = [split for split, questions in splits.items() for _ in questions]
+        self._split, self._concept = np.array(names), np.array([q.concept for q in self.asked])
+        self.relevant = np.stack([benchmark.relevant(q) for q in self.asked])
+        self.concepts = benchmark.concepts
+
+    def of(self, split: str, concept: str) -> np.ndarray:
+        """Places of the questions of a split and concept."""
+        return np.flatnonzero((self._split == split) & (self._concept == concept))
+
+    def damping(self, values: np.ndarray) -> int:
+        """`choose_damping` on the split that is there for it; values [D, Q, N]."""
+        places = np.stack([self.of(TUNE, concept) for concept in self.concepts], 1)
+        return choose_damping(values[:, places], self.relevant[places])
 
 
-def tables(corpus: Corpus, groups: dict[str, list[Cell]]) -> tuple[dict, dict[str, float]]:
-    """{kind: {group: {concept: {method: summary}}}} and the dampings."""
-    methods, cells, names = (
-        chosen_methods(corpus.settings.methods),
-        sum(groups.values(), []),
-        list(groups),
-    )
-    pictures = Pictures(corpus, cells)
-    bounds = np.cumsum([0, *(len(groups[n]) for n in names)])
-    relevant, part = (
-        truth(corpus, cells),
-        {n: slice(bounds[i], bounds[i + 1]) for i, n in enumerate(names)},
-    )
-    out, dampings = (
-        {kind: {g: {c: {} for c in CONCEPTS} for g in ("ood", "id")} for kind in KINDS},
-        {},
-    )
-    for name in methods:
-        for kind in KINDS:
-            values = method_scores(corpus, name, kind, pictures)
-            if name not in dampings:
-                dampings[name] = choose_damping(values[:, part["tune"]], relevant[part["tune"]])
-            for group in ("ood", "id"):
-                for c, concept in enumerate(CONCEPTS):
-                    v, truth_of = values[:, part[group], c], relevant[part[group], c]
-                    entry = summary(v[dampings[name]], truth_of)
-                    entry["oracle_recall_at_10"] = round(
-                        max(float(metrics.recall_at_k(x, truth_of).mean()) for x in v), 4
-                    )
-                    out[kind][group][concept][name] = entry
-    for kind in KINDS:
-        for name, values in controls.control_scores(corpus, pictures, kind).items():
-            for group in ("ood", "id"):
-                for c, concept in enumerate(CONCEPTS):
-                    out[kind][group][concept][name] = summary(
-                        values[part[group], c], relevant[part[group], c]
-                    )
-        for group in ("ood", "id"):
-            for c, concept in enumerate(CONCEPTS):
-                counts = relevant[part[group], c].sum(1)
-                chance = [metrics.chance_recall_at_k(relevant.shape[-1], int(n)) for n in counts]
-                out[kind][group][concept]["chance"] = {
-                    "recall_at_10": round(float(np.mean(chance)), 4)
-                }
-    return out, {name: DAMPINGS[i] for name, i in dampings.items()}
+def tables(corpus: Corpus, benchmark: Benchmark) -> tuple[dict[str, Table], dict[str, float]]:
+    """{kind: table} and the damping of each ranker that has one."""
+    asked = {kind: Questions(benchmark, kind) for kind in benchmark.kinds}
+    found: dict[str, Table] = {
+        kind: {split: {c: {} for c in benchmark.concepts} for split in benchmark.splits}
+        for kind in benchmark.kinds
+    }
+    dampings: dict[str, float] = {}
+    for name in chosen_rankers(corpus.settings.methods):
+        ranker, chosen = RANKERS.get(name)(corpus), 0
+        for kind, questions in asked.items():
+            values = ranker.rank(questions.asked)
+            if len(values) == len(DAMPINGS) and name not in dampings:
+                chosen = questions.damping(values)
+                dampings[name] = DAMPINGS[chosen]
+            fill(found[kind], name, questions, values, chosen)
+    for kind, questions in asked.items():
+        chance_of(found[kind], questions)
+    return found, dampings
 
 
-def markdown(result: dict) -> str:
-    """The table of a result, one row a method; * marks controls, which are not attribution methods."""
-    lines = []
-    for kind in KINDS:
-        lines += [
-            f"\n**{kind} queries**",
-            "",
-            "| method | OOD object | OOD style | ID object | ID style |",
-            "|---|---|---|---|---|",
-        ]
-        table = result[kind]
-        for name in table["ood"]["object"]:
-            row = [table[g][c][name] for g in ("ood", "id") for c in CONCEPTS]
-            lines.append(f"| {name} | " + " | ".join(_entry(e) for e in row) + " |")
+def fill(table: Table, name: str, questions: Questions, values: np.ndarray, damping: int) -> None:
+    """Enter a ranker's figures; values [D, Q, N]."""
+    for split, concepts in table.items():
+        for concept, entries in concepts.items():
+            places = questions.of(split, concept)
+            relevant = questions.relevant[places]
+            entries[name] = summary(values[damping, places], relevant)
+            if len(values) > 1:
+                sweep = metrics.recall_at_k(values[:, places], relevant[None]).mean(1)
+                entries[name]["oracle_recall_at_10"] = round(float(sweep.max()), 4)
+
+
+def chance_of(table: Table, questions: Questions) -> None:
+    """Enter what a random order would find."""
+    for split, concepts in table.items():
+        for concept, entries in concepts.items():
+            relevant = questions.relevant[questions.of(split, concept)]
+            count = relevant.shape[-1]
+            chance = [metrics.chance_recall_at_k(count, int(n)) for n in relevant.sum(1)]
+            entries["chance"] = {"recall_at_10": round(float(np.mean(chance)), 4)}
+
+
+def markdown(found: dict[str, Table]) -> str:
+    """A table a kind of picture, one row a ranker."""
+    lines: list[str] = []
+    for kind, table in found.items():
+        columns = [(split, concept) for split, concepts in table.items() for concept in concepts]
+        heads = [f"{split.upper()} {concept}" for split, concept in columns]
+        lines += [f"\n**{kind} queries**", "", f"| method | {' | '.join(heads)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        first = table[columns[0][0]][columns[0][1]]
+        for name in first:
+            row = [_entry(table[split][concept][name]) for split, concept in columns]
+            lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
-def _entry(e: dict) -> str:
+def _entry(e: dict[str, Any]) -> str:
     if "ci95" not in e:
         return f"{e['recall_at_10']:.3f}"
     oracle = f"; oracle {e['oracle_recall_at_10']:.2f}" if "oracle_recall_at_10" in e else ""
-    return f"{e['recall_at_10']:.2f} [{e['ci95'][0]:.2f}, {e['ci95'][1]:.2f}] (least {e['least_10_recall']:.2f}, mAP {e['map']:.2f}{oracle})"
+    low, high = e["ci95"]
+    rest = f"least {e['least_10_recall']:.2f}, mAP {e['map']:.2f}{oracle}"
+    return f"{e['recall_at_10']:.2f} [{low:.2f}, {high:.2f}] ({rest})"
 
 
-def evaluate(corpus: Corpus) -> dict:
-    """Print the table and, as the last line, one JSON object; both are kept under the results
-    folder.
+def evaluate(corpus: Corpus, name: str = "emoji") -> dict[str, Any]:
+    """Evaluate on benchmark `name`: print the table and, as the last line, one JSON object.
+
+    Both are kept under the results folder. The tables of the first kind of picture stand at the top
+    of the JSON object, those of others under their kind.
     """
-    groups = choose_cells(corpus)
-    found, dampings = tables(corpus, groups)
+    benchmark = BENCHMARKS.get(name)(corpus)
+    found, dampings = tables(corpus, benchmark)
+    first, *others = benchmark.kinds
+    counts = benchmark.questions(first)
     result = {
-        **found["generated"],
+        **found[first],
         "damping": dampings.get("concept_trak"),
         "dampings": dampings,
-        "real": found["real"],
-        "queries": {name: len(cells) for name, cells in groups.items()},
+        **{kind: found[kind] for kind in others},
+        "queries": {s: len(q) // len(benchmark.concepts) for s, q in counts.items()},
     }
     folder = Path(corpus.settings.results_dir).parent / "eval"
     folder.mkdir(parents=True, exist_ok=True)
+    made = {"settings": as_dict(corpus.settings), "provenance": provenance()}
+    write_json(folder / "metrics.json", {**result, **made})
     table = markdown(found)
-    write_json(
-        folder / "metrics.json",
-        {**result, "settings": as_dict(corpus.settings), "provenance": provenance()},
-    )
-    (folder / "table.md").write_text(table + "\n")
+    write_bytes(folder / "table.md", f"{table}\n".encode())
     print(table)
     print(json.dumps(result))
     return result

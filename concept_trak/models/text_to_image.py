@@ -1,6 +1,4 @@
-"""A diffusers pipeline as a `Denoiser`: eps(x_t, t, cond), text and image encoding, a hash of its
-weights.
-"""
+"""A diffusers pipeline as a `Denoiser`, with its text and image encoders and a hash of its weights."""
 
 from __future__ import annotations
 
@@ -12,68 +10,16 @@ from PIL import Image
 from torch import nn
 
 from ..errors import UserError
-from .pipelines import load_lora, open_pipeline
+from .condition import Condition
+from .denoiser import NetworkDenoiser
+from .lora import load_lora
+from .pipelines import open_pipeline
+from .schedule import VariancePreserving
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Denoiser:
-    """eps-prediction network with its noise schedule.
-
-    network: module called as `call(network, x_t, t [B], cond)`; alpha_bar: [T] float64; prediction:
-    "epsilon" or "v_prediction" (converted: eps = sqrt(abar) v + sqrt(1 - abar) x_t; Salimans & Ho
-    2022, appendix D).
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        alpha_bar: torch.Tensor,
-        latent_shape: tuple[int, ...],
-        *,
-        prediction: str = "epsilon",
-        call=None,
-    ):
-        if prediction not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"prediction type {prediction!r} is not supported; use an epsilon or v_prediction "
-                "model"
-            )
-        self.network, self.alpha_bar, self.latent_shape, self.prediction = (
-            network,
-            alpha_bar.double().cpu(),
-            tuple(latent_shape),
-            prediction,
-        )
-        self._call = call or (
-            lambda net, x_t, t, cond: net(x_t, t, encoder_hidden_states=cond).sample
-        )
-        parameter = next(network.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-
-    def eps(self, x_t: torch.Tensor, t: int | torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """eps_hat [B, C, H, W] at one timestep t, or one for each sample (t [B], on the CPU), for
-        conditions [B, T, d] (any batch-first form).
-        """
-        levels = (
-            torch.full((len(x_t),), t, device=x_t.device)
-            if isinstance(t, int)
-            else t.to(x_t.device)
-        )
-        out = self.output(x_t, levels, cond)
-        if self.prediction == "epsilon":
-            return out
-        a = self.alpha_bar[t].view(-1, *[1] * (x_t.dim() - 1)).to(x_t)
-        return a**0.5 * out + (1 - a) ** 0.5 * x_t
-
-    def output(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """What the network itself predicts, eps or v [B, C, H, W], at a timestep of its own for
-        each sample (t [B], on x_t's device).
-        """
-        return self._call(self.network, x_t, t, cond)
-
-
-class TextToImage(Denoiser):
+class TextToImage(NetworkDenoiser):
     """A Stable Diffusion 1.x/2.x pipeline (folder or hub id) as a Denoiser with text and image
     encoders.
 
@@ -82,28 +28,25 @@ class TextToImage(Denoiser):
     matter to what was made from a prompt that holds them.
     """
 
-    def __init__(self, pipe, source: str):
+    def __init__(self, pipe, source: str) -> None:
         cfg = pipe.unet.config
-        super().__init__(
-            pipe.unet,
-            pipe.scheduler.alphas_cumprod,
-            (cfg.in_channels, cfg.sample_size, cfg.sample_size),
-            prediction=pipe.scheduler.config.prediction_type,
-        )
+        prediction = pipe.scheduler.config.prediction_type
+        schedule = VariancePreserving(pipe.scheduler.alphas_cumprod, prediction)
+        super().__init__(pipe.unet, schedule, (cfg.in_channels, cfg.sample_size, cfg.sample_size))
         self.pipe, self.source = pipe, source
         self.tokens: dict[str, str] = {}
         self._weight_hash: str | None = None
         self.image_size = cfg.sample_size * pipe.vae_scale_factor
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+    def encode_prompts(self, prompts: list[str]) -> Condition:
         """[B, T, d] text embeddings, padded to the tokenizer's length; a longer prompt is cut
         there, as the pipeline does.
         """
         tokens = self.pipe.tokenizer(
             prompts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-        return self.pipe.text_encoder(tokens.to(self.device))[0].to(self.dtype)
+        return Condition(self.pipe.text_encoder(tokens.to(self.device))[0].to(self.dtype))
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,55 +19,45 @@ def load_token(model: TextToImage, path: str | Path, token: str = TOKEN) -> None
     """Give `model` a learned token: our safetensors, or a {name: embedding [d] or [1, d]} of
     diffusers or Custom Diffusion (.bin, .pt).
 
-    It becomes `token` whatever its name in the file; a token loaded before is replaced. A pickle is
-    only read as far as it holds tensors. UserError when the file is missing, unreadable, holds code
-    or several tokens, or does not fit the text encoder.
+    It becomes `token` whatever its name in the file; a token loaded before is replaced. UserError
+    when the file is missing, unreadable, holds code or several tokens, or does not fit the text
+    encoder.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            f"the token file {path} does not exist; train it with train-token or give the path of "
-            "a new1.bin"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # about a pickle's version: it is read or refused
-            content = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is not a safetensors file ({error}); copy or train it again"
-        ) from None
-    # a damaged pickle raises almost anything; one that asks for code, an UnpicklingError
-    except Exception as error:
-        reason = (
-            "holds more than tensors"
-            if "weights_only" in str(error) or "Unsupported" in str(error)
-            else "is damaged"
-        )
-        raise UserError(
-            f"{path} {reason}, so it is not loaded ({type(error).__name__}); give a file with "
-            f"{{token: embedding}} only"
-        ) from None
+        remedy = "train it with train-token or give the path of a new1.bin"
+        raise UserError(f"the token file {path} does not exist; {remedy}")
+    content = read_tensors(path)
     values = list(content.values()) if isinstance(content, dict) else []
-    if (
-        len(values) != 1
-        or not isinstance(values[0], torch.Tensor)
-        or not values[0].is_floating_point()
-    ):
-        raise UserError(
-            f"{path} holds {len(values)} entries instead of one embedding; give a file with "
-            f"{{token: embedding}} of one token"
-        )
-    embedding = values[0]
+    is_tensor = [isinstance(v, torch.Tensor) and v.is_floating_point() for v in values]
+    if is_tensor != [True]:
+        found = f"holds {len(values)} entries instead of one embedding"
+        raise UserError(f"{path} {found}; give a file with {{token: embedding}} of one token")
+    (row,) = values
     try:
-        model.add_token(
-            token, embedding[0] if embedding.dim() == 2 and len(embedding) == 1 else embedding
-        )
+        model.add_token(token, row[0] if row.dim() == 2 and len(row) == 1 else row)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path) -> Any:
+    """Content of a safetensors file, or of a pickle as far as that holds tensors. UserError when it
+    is damaged or holds more.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            # about a pickle's version: it is read or refused
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        reason = f"is not a safetensors file ({error})"
+        raise UserError(f"{path} {reason}; copy or train it again") from None
+    # a damaged pickle raises almost anything; one that asks for code, an UnpicklingError
+    except Exception as error:
+        more = "weights_only" in str(error) or "Unsupported" in str(error)
+        reason = "holds more than tensors" if more else "is damaged"
+        remedy = "give a file with {token: embedding} only"
+        told = f"so it is not loaded ({type(error).__name__}); {remedy}"
+        raise UserError(f"{path} {reason}, {told}") from None

@@ -1,38 +1,38 @@
-"""Score histogram as inline SVG: all training images in one tone, those that carry the concept in a
-second.
+"""Score histogram as paths for inline SVG: all training images in one tone, those that carry the
+concept in a second.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
 
-BINS, WIDTH, HEIGHT, RUG = (
-    48,
-    480,
-    96,
-    10,
-)  # bins; px of the view box; px of the ticks under the bars
-SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+from .formats import format_score
+
+BINS = 48
+WIDTH, HEIGHT, RUG = 480, 96, 10  # of the view box: bars, and the ticks under them
+BOX = f"0 0 {WIDTH} {HEIGHT + RUG + 4}"
 
 
-def power_of_ten(exponent: int) -> str:
-    return "10" + str(exponent).translate(SUPERSCRIPT)
+@dataclass(frozen=True)
+class Histogram:
+    """SVG paths in the view box BOX, and the words of the axis.
 
-
-def score_unit(scores: np.ndarray) -> int:
-    """Exponent e so that scores read well in units of 10^e: 0 for scores around one, else that of
-    the largest.
+    bars:     one bar a bin over all images
+    hits:     the same over the relevant images, "" where truth is not known
+    ticks:    one tick a relevant image: they are too few to see as bars when N is large
+    zero:     the line at score 0, and `zero_at` its place from the left, e.g. "41.7%"
+    low/high: the ends of the axis, "" where that end is 0
     """
-    largest = float(np.abs(scores).max())
-    exponent = math.floor(math.log10(largest)) if largest > 0 else 0
-    return 0 if -2 <= exponent <= 2 else exponent
 
-
-def format_score(score: float, unit: int) -> str:
-    """Signed, in units of 10^unit, two decimals (three for plain scores); a true minus sign."""
-    return f"{score / 10.0**unit:+.{2 if unit else 3}f}".replace("-", "−")
+    bars: str
+    hits: str
+    ticks: str
+    zero: str
+    zero_at: str
+    low: str
+    high: str
 
 
 def _bars(counts: np.ndarray, tallest: int) -> str:
@@ -46,27 +46,23 @@ def _bars(counts: np.ndarray, tallest: int) -> str:
     )
 
 
-def histogram_svg(scores: np.ndarray, relevant: np.ndarray | None, unit: int, label: str) -> str:
-    """Bars of `scores` [N] over BINS equal bins, with the `relevant` [N] ones in front and as ticks
-    beneath.
+def histogram(scores: np.ndarray, relevant: np.ndarray | None, unit: int) -> Histogram:
+    """Histogram of `scores` [N] over BINS equal bins that cover 0; `relevant`: bool [N] or None.
 
-    The ticks show single relevant images, which are too few to see as bars when N is large. `label`
-    (already escaped) is what a screen reader says.
+    unit: the ends of the axis are told in units of 10^unit.
     """
     low, high = min(float(scores.min()), 0.0), max(float(scores.max()), 0.0)
     span = (high - low) or 1.0
     counts, edges = np.histogram(scores, BINS, (low, low + span))
-    paths = [f'<path class="all" d="{_bars(counts, counts.max())}"/>']
-    if relevant is not None:
-        hits = np.sort(scores[relevant])
-        ticks = np.unique(np.round((hits - low) / span * WIDTH, 1))
-        paths.append(f'<path class="hit" d="{_bars(np.histogram(hits, edges)[0], counts.max())}"/>')
-        paths.append(
-            f'<path class="rug" d="{"".join(f"M{x:.1f} {HEIGHT + 4}v{RUG - 2}" for x in ticks)}"/>'
-        )
+    hits = np.sort(scores[relevant]) if relevant is not None else np.zeros(0)
+    ticks = np.unique(np.round((hits - low) / span * WIDTH, 1))
     zero = -low / span
-    paths.append(f'<path class="zero" d="M{zero * WIDTH:.1f} 0v{HEIGHT + RUG + 4}"/>')
-    box = f"0 0 {WIDTH} {HEIGHT + RUG + 4}"
-    svg = f'<svg viewBox="{box}" preserveAspectRatio="none" role="img" aria-label="{label}">{"".join(paths)}</svg>'
-    ends = f"<span>{format_score(low, unit) if low else ''}</span><span>{format_score(high, unit) if high else ''}</span>"
-    return f'{svg}<p class="axis">{ends}<b style="left:{zero:.1%}">0</b></p>'
+    return Histogram(
+        bars=_bars(counts, counts.max()),
+        hits=_bars(np.histogram(hits, edges)[0], counts.max()),
+        ticks="".join(f"M{x:.1f} {HEIGHT + 4}v{RUG - 2}" for x in ticks),
+        zero=f"M{zero * WIDTH:.1f} 0v{HEIGHT + RUG + 4}",
+        zero_at=f"{zero:.1%}",
+        low=format_score(low, unit) if low else "",
+        high=format_score(high, unit) if high else "",
+    )

@@ -4,66 +4,131 @@ All signs are those of a loss gradient, so for two matching rows the inner produ
 high score means "removing this image would weaken the concept". Constant factors are dropped: rows
 are unit-normed or the score is linear in them.
 
-    dsm       v = eps_hat - eps                    grad of 1/2 ||eps_hat - eps||^2            TRAK (Park et al. 2023; D-TRAK's "loss")
-    dtrak     v = eps_hat                          grad of 1/2 ||eps_hat||^2                  D-TRAK (Zheng et al. 2024)
-    das       v = sign(eps_hat)                    grad of ||eps_hat||_1                      DAS, in the form Concept-TRAK uses
-    dps       v = g                                grad of 1/2 ||sg[eps_hat - g] - eps_hat||^2  Concept-TRAK, eq. for D_train
-              g = -d/dx_t mean((x0_hat - x0)^2)    guidance of diffusion posterior sampling (Chung et al. 2023)
-    presence  v = -(eps(c) - eps(null))            reward: how much the caption is present; eps(null) held fixed
-    contrast  v = -(eps(c) - eps(null)) at c, -v at null    grad of -1/2 ||eps(c) - eps(null)||^2, nothing held fixed
-    slider    v = -(eps(c+) - eps(c-))             grad of 1/2 ||sg[eps(c+) + w (eps(c+) - eps(c-))] - eps(c+)||^2, concept slider
-                                                   (Gandikota et al. 2023); with c- = "" it is the
-                                                   CFG form
-
-The slider has the one-sided form of presence and the two-sided form of contrast, too; a query takes
-that of the train rows.
+    dsm       v = eps_hat - eps             grad of 1/2 ||eps_hat - eps||^2
+              TRAK (Park et al. 2023; the "loss" of D-TRAK)
+    dtrak     v = eps_hat                   grad of 1/2 ||eps_hat||^2
+              D-TRAK (Zheng et al. 2024)
+    das       v = sign(eps_hat)             grad of ||eps_hat||_1
+              DAS (Lin et al. 2025), in the form Concept-TRAK uses; rows weighted by their losses
+    dps       v = g                         grad of 1/2 ||sg[eps_hat - g] - eps_hat||^2
+              g = -d/dx_t mean((x0_hat - x0)^2)    (Concept-TRAK, D_train; Chung et al. 2023)
+    presence  v = -(eps(c) - eps(c-))       grad of 1/2 ||sg[eps(c) + w (eps(c) - eps(c-))] - eps(c)||^2
+              the concept slider (Gandikota et al. 2023); c- = "": how much the caption is present
+    contrast  v as presence at c, -v at c-  grad of -1/2 ||eps(c) - eps(c-)||^2, nothing held fixed
 
 dps points along +g because g raises log p(x0 | x_t) and eps-space is minus score-space: the target
-is eps_hat - g, for the train rows and for exemplars alike.
+is eps_hat - g, for the train rows and for exemplars alike. A concept query is presence or, where the
+train rows are two-sided, contrast, of c+ and c-; a whole-image query has its train cotangent.
+
+To add an objective, write its cotangent here, or anywhere, under `@objective("name")`. The module
+imports no torch at its top: settings name the objectives without waiting for it.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..registry import OBJECTIVES
 
-from ..models.ddim import predict_x0
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
-TRAIN_OBJECTIVES = ("dsm", "dtrak", "das", "dps", "presence", "contrast")
-
-
-def dsm(eps_hat: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """Denoising score matching residual; both [B, ...]."""
-    return eps_hat - eps
-
-
-def dtrak(eps_hat: torch.Tensor) -> torch.Tensor:
-    """D-TRAK's ||eps_hat||^2 [B, ...]."""
-    return eps_hat
+    from ..models.denoiser import Denoiser
+    from .row import Cotangent
+    from .state import State
 
 
-def das(eps_hat: torch.Tensor) -> torch.Tensor:
-    """DAS in L1 form [B, ...]."""
-    return eps_hat.sign()
+@dataclass(frozen=True)
+class Objective:
+    """cotangent: see `row.Cotangent`. two_sided: whether it differentiates c-, too.
 
-
-def contrast(eps_pos: torch.Tensor, eps_neg: torch.Tensor) -> torch.Tensor:
-    """Slider, CFG and presence: -(eps(c+) - eps(c-)) [B, ...]."""
-    return eps_neg - eps_pos
-
-
-def dps(
-    eps_hat: torch.Tensor, x_t: torch.Tensor, x0: torch.Tensor, alpha_bar_t: float
-) -> torch.Tensor:
-    """DPS guidance g = -d/dx_t mean_D (x0_hat - x0)^2, per sample (methods with a batch mean shrink
-    with the batch size).
-
-    eps_hat must carry the graph back to x_t [B, ...], which must require grad; the graph is kept
-    for the weight VJP. Closed form: g = -(2 / (D sqrt(abar))) (r - sqrt(1 - abar) J_x^T r), r =
-    x0_hat - x0, so J_x^T is applied to r once.
+    row_weight: of each row, from its losses [N] -> [N]; None is 1.
     """
-    r = (predict_x0(x_t, eps_hat, alpha_bar_t) - x0).detach()
+
+    cotangent: Cotangent
+    two_sided: bool = False
+    row_weight: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def objective(name: str, **options: Any) -> Callable[[Cotangent], Cotangent]:
+    """Register a cotangent as the objective F=name; options are fields of `Objective`."""
+
+    def add(cotangent: Cotangent) -> Cotangent:
+        OBJECTIVES.add(name, Objective(cotangent, **options))
+        return cotangent
+
+    return add
+
+
+def of_concept(name: str) -> Cotangent:
+    """The query cotangent of a concept for train rows of objective `name`."""
+    return contrast if OBJECTIVES.get(name).two_sided else presence
+
+
+@objective("contrast", two_sided=True)
+def contrast(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """eps_hat [2b, ...], those of c first."""
+    import torch
+
+    from ..models.condition import Condition
+
+    t = state.t if isinstance(state.t, int) else state.t.repeat(2)
+    both = Condition.join([state.cond, state.cond_neg])
+    eps_hat = denoiser.eps(torch.cat([state.x_t, state.x_t]), t, both)
+    eps_pos, eps_neg = eps_hat.detach().chunk(2)
+    return eps_hat, torch.cat([eps_neg - eps_pos, eps_pos - eps_neg])
+
+
+@objective("presence")
+def presence(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """eps(c-) is held fixed."""
+    import torch
+
+    with torch.no_grad():
+        eps_neg = denoiser.eps(state.x_t, state.t, state.cond_neg)
+    eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
+    return eps_hat, eps_neg - eps_hat.detach()
+
+
+@objective("dps")
+def dps(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """v = g, per sample: methods with a batch mean shrink with the batch size.
+
+    Closed form: g = -(2 / (D alpha)) (r - sigma J_x^T r), r = x0_hat - x0, D values a sample, so
+    J_x^T is applied to r once; the graph is kept for the weight VJP.
+    """
+    import torch
+
+    from ..models.ddim import predict_x0
+    from ..models.schedule import batched
+
+    x_t = state.x_t.detach().requires_grad_()
+    level = batched(denoiser.schedule, state.t, x_t)
+    eps_hat = denoiser.eps(x_t, state.t, state.cond)
+    r = (predict_x0(x_t, eps_hat, level) - state.x0).detach()
     jt_r = torch.autograd.grad(eps_hat, x_t, r, retain_graph=True)[0]
-    dimension = x0[0].numel()
-    return -(2 / (dimension * math.sqrt(alpha_bar_t))) * (r - math.sqrt(1 - alpha_bar_t) * jt_r)
+    return eps_hat, -(2 / (r[0].numel() * level.alpha)) * (r - level.sigma * jt_r)
+
+
+@objective("dsm")
+def dsm(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """Denoising score matching residual."""
+    eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
+    return eps_hat, eps_hat.detach() - state.eps
+
+
+@objective("dtrak")
+def dtrak(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prediction itself."""
+    eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
+    return eps_hat, eps_hat.detach()
+
+
+@objective("das", row_weight=lambda losses: losses)
+def das(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sign of the prediction."""
+    eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
+    return eps_hat, eps_hat.detach().sign()

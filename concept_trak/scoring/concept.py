@@ -10,11 +10,11 @@ import numpy as np
 
 from ..errors import UserError
 from . import metrics
+from .ranking import ranking
 
 METRIC_K = 10  # Recall@10 and least-10, whatever number of pictures is shown
-MEAN_EIGENVALUE_FRACTION = (
-    0.1  # file names and the damping switch count in units of 0.1 * trace(K) / k
-)
+# File names and the damping switch count in units of 0.1 * trace(K) / k.
+MEAN_EIGENVALUE_FRACTION = 0.1
 
 
 def lambda_label(damping: float) -> str:
@@ -29,7 +29,8 @@ class ConceptResult:
     target:          the concept in the prompt's words, e.g. "elephant"
     negative_prompt: the prompt without the concept, against which the query gradient was taken
     scores:          float [D, N]; high = removing this training image would weaken the concept
-    dampings:        D values, each relative to the mean eigenvalue of the Gram matrix (lambda = damping trace(K)/k)
+    dampings:        D values, each relative to the mean eigenvalue of the Gram matrix:
+                     lambda = damping trace(K) / k
     relevant:        bool [N], which images carry the concept; None where no labels exist
 
     Raises UserError if the shapes disagree, a score is not finite, or two dampings share a file
@@ -45,27 +46,7 @@ class ConceptResult:
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
         self.dampings = tuple(float(damping) for damping in self.dampings)
-        if (
-            self.scores.ndim != 2
-            or self.scores.shape[0] != len(self.dampings)
-            or self.scores.size == 0
-        ):
-            raise UserError(
-                f"scores of {self.target!r} have shape {self.scores.shape}: expected "
-                f"[{len(self.dampings)} dampings, N images]"
-            )
-        if not np.isfinite(self.scores).all():
-            row, column = (int(i) for i in np.argwhere(~np.isfinite(self.scores))[0])
-            raise UserError(
-                f"score of {self.target!r} for training image {column} at damping "
-                f"{self.dampings[row]:g} is not finite: "
-                "recompute the scores"
-            )
-        if len({lambda_label(damping) for damping in self.dampings}) < len(self.dampings):
-            raise UserError(
-                f"dampings {self.dampings} of {self.target!r} share a file name: leave one of "
-                "them out"
-            )
+        self._check_scores()
         if self.relevant is not None:
             self.relevant = np.asarray(self.relevant, dtype=bool)
             if self.relevant.shape != self.scores.shape[1:]:
@@ -74,19 +55,36 @@ class ConceptResult:
                     f"{self.num_images}"
                 )
 
+    def _check_scores(self) -> None:
+        shape, num_dampings = self.scores.shape, len(self.dampings)
+        if len(shape) != 2 or shape[0] != num_dampings or 0 in shape:
+            raise UserError(
+                f"scores of {self.target!r} have shape {shape}: expected "
+                f"[{num_dampings} dampings, N images]"
+            )
+        if not np.isfinite(self.scores).all():
+            row, column = (int(i) for i in np.argwhere(~np.isfinite(self.scores))[0])
+            raise UserError(
+                f"score of {self.target!r} for training image {column} at damping "
+                f"{self.dampings[row]:g} is not finite: recompute the scores"
+            )
+        if len(set(map(lambda_label, self.dampings))) < num_dampings:
+            raise UserError(
+                f"dampings {self.dampings} of {self.target!r} share a file name: leave one of "
+                "them out"
+            )
+
     @property
     def num_images(self) -> int:
         return self.scores.shape[1]
 
     @property
     def has_truth(self) -> bool:
-        """Labels exist and at least one training image carries the concept; otherwise no recall is
-        defined.
-        """
+        """Labels exist and a training image carries the concept: otherwise recall is undefined."""
         return self.relevant is not None and bool(self.relevant.any())
 
     def damping_index(self, damping: float) -> int:
-        """Position of `damping` in the sweep; UserError names the sweep when it is not part of it."""
+        """Position of `damping` in the sweep; UserError names the sweep where it lacks it."""
         close = np.flatnonzero(np.isclose(self.dampings, damping, rtol=1e-6, atol=0))
         if close.size == 0:
             raise UserError(
@@ -96,10 +94,8 @@ class ConceptResult:
         return int(close[0])
 
     def ranked(self, damping_index: int, k: int, largest: bool = True) -> list[int]:
-        """The k training indices with the highest (lowest) scores, best (least) first; ties by
-        index.
-        """
-        return metrics.ranking(self.scores[damping_index], largest)[:k].tolist()
+        """k training indices from the highest (lowest) score on; equal scores by index."""
+        return ranking(self.scores[damping_index], largest, k).tolist()
 
     def quality(self) -> list[dict[str, float]] | None:
         """Recall@10, average precision and least-10 recall at each damping; None without truth."""
@@ -126,12 +122,10 @@ class ConceptResult:
 
     def oracle_index(self) -> int | None:
         """The damping with the best Recall@10 (then average precision, then the smallest): it peeks
-        at the truth.
+        at the truth. None without truth.
         """
         quality = self.quality()
         if quality is None:
             return None
-        return max(
-            range(len(quality)),
-            key=lambda d: (quality[d]["recall_at_10"], quality[d]["average_precision"], -d),
-        )
+        worth = [(row["recall_at_10"], row["average_precision"]) for row in quality]
+        return max(range(len(worth)), key=worth.__getitem__)  # the first of equal ones

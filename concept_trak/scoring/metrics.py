@@ -1,9 +1,9 @@
 """How well a ranking of N training images finds the R that carry a concept.
 
-    Recall@k    = (relevant images among the k highest scores) / min(k, R)         (or / R, see `denominator`)
-    least-k     = the same on the k lowest scores: a method whose least-k is as rich as its top-k has no sign
-    AP          = 1/R sum over relevant i of (relevant images ranked no lower than i) / rank(i)
-    mAP         = mean of AP over queries
+    Recall@k = (relevant images among the k highest scores) / min(k, R)  (or / R, see `denominator`)
+    least-k  = the same on the k lowest scores; as rich as the top k where a method has no sign
+    AP       = 1/R sum over relevant i of (relevant images ranked no lower than i) / rank(i)
+    mAP      = mean of AP over queries
 
 Recall@k over min(k, R) is the convention of the AbC benchmark as Concept-TRAK evaluates it, over R
 that of the generative data attribution benchmark. Chance levels are exact expectations under a
@@ -16,21 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import UserError
+from .ranking import ranking
 
 DENOMINATORS = ("min", "relevant")
-
-
-def ranking(scores: np.ndarray, largest: bool = True) -> np.ndarray:
-    """Indices [..., N] from the highest (or lowest) score on; equal scores keep the order of their
-    indices.
-
-    scores: [..., N], any real dtype. Raises UserError on NaN, which has no rank.
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    if np.isnan(scores).any():
-        first = tuple(int(i) for i in np.argwhere(np.isnan(scores))[0])
-        raise UserError(f"score {first} is NaN: recompute the scores, a NaN cannot be ranked")
-    return np.argsort(-scores if largest else scores, axis=-1, kind="stable")
 
 
 def _ranked_relevance(
@@ -109,8 +97,9 @@ def chance_average_precision(num_items: int, num_relevant: int) -> float:
     """Expected AP of a random order of N items with R relevant.
 
     At rank r an item is relevant with probability R/N, and then (r-1)(R-1)/(N-1) of the items above
-    it are expected to be relevant too, so E[AP] = 1/N sum_r (1 + (r-1)(R-1)/(N-1)) / r = (H +
-    (R-1)/(N-1) (N - H)) / N with the harmonic number H = sum_r 1/r.
+    it are expected to be relevant too, so with the harmonic number H = sum_r 1/r
+
+        E[AP] = 1/N sum_r (1 + (r-1)(R-1)/(N-1)) / r = (H + (R-1)/(N-1) (N - H)) / N
     """
     _check_counts(num_items, num_relevant)
     if num_items == 1:
@@ -151,20 +140,3 @@ def bootstrap_interval(
     )
     low, high = np.quantile(counts @ values / values.size, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def paired_difference_interval(
-    a: np.ndarray, b: np.ndarray, seed: int = 0, n: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """Bootstrap interval of mean(a - b) where a[i] and b[i] belong to the same query.
-
-    Resampling pairs keeps what the methods share (a hard query is hard for both), so it can tell
-    apart methods whose own intervals overlap. Raises UserError if the lengths differ.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise UserError(
-            f"paired values of shapes {a.shape} and {b.shape}: pass both methods' values for the "
-            "same queries"
-        )
-    return bootstrap_interval(a - b, seed, n, level)

@@ -1,25 +1,52 @@
-"""Attribution scores of all rows from preconditioned queries, and exact ranking.
+"""Attribution scores of all rows from preconditioned queries.
 
-score[d, q, i] = w_i x_i . (K + lambda_d I)^-1 q    with x_i row i of the store and w_i its weight (DAS: the residual; else 1).
-A high score means that removing sample i would weaken the query's concept (Park et al. 2023, TRAK;
-Lin et al. 2025, DAS).
+    score[d, q, i] = w_i x_i . (K + lambda_d I)^-1 q
+
+with x_i row i of the store and w_i its weight (DAS: the residual; else 1). A high score means that
+removing sample i would weaken the query's concept (Park et al. 2023, TRAK; Lin et al. 2025, DAS).
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ..errors import UserError
+from ..store.shards import Store
+from .preconditioner import Preconditioner
 
-BLOCK_VALUES = (
-    2**19
-)  # values of X widened at a time: 4 MB of float64, which two threads take a third faster than 2 MB
+# Values of X widened at a time: 4 MB of float64, which two threads take a third faster than 2 MB.
+BLOCK_VALUES = 2**19
 
 
-def scores(store, preconditioned, row_weight=None, max_memory=2**30, device="cpu"):
+def solve_and_score(
+    store: Store,
+    queries: np.ndarray,
+    dampings: Sequence[float],
+    preconditioner: Preconditioner,
+    row_weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """Scores of all rows for query gradients [Q, k] at all dampings [D]: [D, Q, N] float32.
+
+    Uses the preconditioner's budget. Raises UserError as `Preconditioner.solve` and `scores`.
+    """
+    budget, solved = preconditioner.budget, preconditioner.solve(store, queries, dampings)
+    return scores(store, solved, row_weight, budget.max_memory, budget.device)
+
+
+def scores(
+    store: Store,
+    preconditioned: np.ndarray,
+    row_weight: np.ndarray | None = None,
+    max_memory: int = 2**30,
+    device: str = "cpu",
+) -> np.ndarray:
     """Scores of all rows in one pass over the store: [D, Q, N] float32, summed in float64.
 
-    preconditioned: [D, Q, k], from `fisher.precondition`. row_weight: [N] or None. max_memory:
-    bytes the result may take; blocks of rows add some MB. Raises UserError for another width, a
+    preconditioned: [D, Q, k], from a `Preconditioner`. row_weight: [N] or None. max_memory: bytes
+    the result may take; blocks of rows add some MB. Raises UserError for another width, a
     row_weight of another length or not finite, or a result larger than max_memory.
     """
     dampings, queries, dim = np.shape(preconditioned)
@@ -38,7 +65,7 @@ def scores(store, preconditioned, row_weight=None, max_memory=2**30, device="cpu
     return out.reshape(dampings, queries, store.num_rows)
 
 
-def _result(count, store, max_memory):
+def _result(count: int, store: Store, max_memory: int) -> np.ndarray:
     if (needed := 4 * count * store.num_rows) > max_memory:
         raise UserError(
             f"{count} x {store.num_rows} scores take {needed / 2**30:.1f} GiB: score fewer "
@@ -47,29 +74,13 @@ def _result(count, store, max_memory):
     return np.empty((count, store.num_rows), np.float32)
 
 
-def _checked_weight(row_weight, store):
+def _checked_weight(row_weight: np.ndarray, store: Store) -> np.ndarray:
     row_weight = np.asarray(row_weight, dtype=np.float32)
     if row_weight.shape != (store.num_rows,):
         raise UserError(
             f"row weights have shape {list(row_weight.shape)} but {store.folder} holds "
             f"{store.num_rows} rows"
         )
-    if not np.isfinite(row_weight).all():
-        raise UserError(
-            f"the row weight of sample {int(np.flatnonzero(~np.isfinite(row_weight))[0])} is NaN "
-            "or infinite"
-        )
+    if (bad := np.flatnonzero(~np.isfinite(row_weight))).size:
+        raise UserError(f"the row weight of sample {int(bad[0])} is NaN or infinite")
     return row_weight
-
-
-def top_k(scores, k, largest=True):
-    """Indices [..., min(k, N)] of the k largest (or smallest) scores [..., N], best first; equal
-    scores by lower index.
-
-    Raises UserError when a score is NaN.
-    """
-    scores = np.asarray(scores)
-    if np.isnan(scores).any():
-        raise UserError("a score is NaN: compute the query gradient again")
-    # Negation is exact, and a stable ascending sort keeps the lower index first in both directions.
-    return np.argsort(-scores if largest else scores, axis=-1, kind="stable")[..., :k]

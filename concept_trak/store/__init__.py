@@ -1,1 +1,1 @@
-"""Rows on disk: shards that survive a kill, cached arrays. Knows no model."""
+"""Rows on disk: shards that survive a kill, cached arrays, exports. Knows no model."""

@@ -1,140 +1,141 @@
-"""Appends rows to one shard of a `Store` so that a kill at any moment leaves a prefix that can be
+"""Appends rows to one shard of a store so that a kill at any moment leaves a prefix that can be
 continued.
 
 Order of events: rows into train_grad-{i}.npy.part, fsync, count into train_grad-{i}.json; at the
 end the sha256 into the .json, then the final name. Only counted rows are trusted after a restart;
-what lies beyond them is cut off.
+what lies beyond them is cut off. Losses are written, synced and counted with their rows, and get
+their final name before the rows do: a shard whose rows are final is whole.
 """
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
 from ..files import disk_errors, sha256_file, sync_folder, write_all
+from .encoding import encode_checked, refuse_bad_rows
+from .folder import Series, ShardFolder
 
-STORED_TYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 SYNC_SECONDS = 1.0  # a kill loses at most the appends of this long
 
 
 class ShardWriter:
-    """The one writer of a shard, guarded by a file lock that ends with the process. Attribute:
-    next_row (global index).
+    """The one writer of a shard, guarded by a lock on its .part that ends with the process.
+    Attribute: next_row (global index).
     """
 
-    def __init__(self, store, shard):
+    def __init__(self, store: ShardFolder, shard: int) -> None:
         self.store, self.shard = store, shard
-        self.part, self.final = store.path(shard, ".npy.part"), store.path(shard, ".npy")
-        with disk_errors(self.part):
-            self.fd = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o644)
+        self.fds: list[int] = []  # of the rows' .part, whose lock is held, and of the losses'
+        self.start, self.stop = store.shard_range(shard)
+        part = store.path(shard, ".npy.part")
+        with disk_errors(part):
             try:
                 self._claim()
+                self.next_row, self.synced = store.resume_row(shard), time.monotonic()
+                for fd, series in zip(self.fds, store.series, strict=True):
+                    self._cut(fd, series)
             except BaseException:
                 self.close()
                 raise
 
-    def _claim(self):
+    def _claim(self) -> None:
+        """Open and lock the .part of the rows, then open the losses' one."""
+        rows, *others = self.store.series
+        self._open(rows)
+        part, final = self._path(rows, ".npy.part"), self._path(rows, ".npy")
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{self.part} is being written by another process: let it end, or give each its "
-                "own shards"
-            ) from None
+            remedy = "let it end, or give each its own shards"
+            raise UserError(f"{part} is being written by another process: {remedy}") from None
         # Asked only under the lock: until then another process may still have been finishing this
         # very file.
-        if self.final.exists():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.part)
-            raise UserError(
-                f"{self.final} is there already and is never overwritten: remove it to compute it "
-                "again"
-            )
-        self.next_row, self.synced = self.store.resume_row(self.shard), time.monotonic()
-        header, done = self.store.header(self.shard), self.next_row - self.store.bounds[self.shard]
-        os.ftruncate(self.fd, len(header) + done * self.store.row_bytes if done else 0)
-        os.lseek(self.fd, 0, os.SEEK_END)
-        if not done:
-            write_all(self.fd, header)
+        if final.exists():
+            part.unlink(missing_ok=True)
+            remedy = "remove it to compute it again"
+            raise UserError(f"{final} is there already and is never overwritten: {remedy}")
+        for series in others:
+            with contextlib.suppress(FileNotFoundError):  # a kill came before the rows' final name
+                os.replace(self._path(series, ".npy"), self._path(series, ".npy.part"))
+            self._open(series)
 
-    def append(self, rows, first_row):
+    def _path(self, series: Series, ending: str) -> Path:
+        return self.store.path(self.shard, ending, series.name)
+
+    def _open(self, series: Series) -> None:
+        path = self._path(series, ".npy.part")
+        self.fds.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+
+    def _cut(self, fd: int, series: Series) -> None:
+        """Leave what is counted in the file, or begin it."""
+        header, done = series.header(self.stop - self.start), self.next_row - self.start
+        os.ftruncate(fd, len(header) + done * series.item_bytes if done else 0)
+        os.lseek(fd, 0, os.SEEK_END)
+        if not done:
+            write_all(fd, header)
+
+    def append(self, rows: np.ndarray, first_row: int, losses: np.ndarray | None) -> None:
         """See `Store.append`."""
-        if first_row != self.next_row or first_row + len(rows) > self.store.bounds[self.shard + 1]:
-            raise ValueError(
-                f"shard {self.shard} continues at row {self.next_row}, not with {len(rows)} rows "
-                f"from {first_row}"
-            )
+        if first_row != self.next_row or first_row + len(rows) > self.stop:
+            given = f"not with {len(rows)} rows from {first_row}"
+            raise ValueError(f"shard {self.shard} continues at row {self.next_row}, {given}")
         rows = np.asarray(rows, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.store.dim:
-            raise UserError(
-                f"{self.store.folder} holds rows of {self.store.dim} values, not arrays of shape "
-                f"{list(rows.shape)}"
-            )
-        write_all(self.fd, encode_checked(rows, self.store.dtype, first_row).tobytes())
+            given = f"not arrays of shape {list(rows.shape)}"
+            raise UserError(f"{self.store.folder} holds rows of {self.store.dim} values, {given}")
+        stored = [encode_checked(rows, self.store.dtype, first_row)]
+        stored += self._checked_losses(losses, first_row, len(rows))
+        for fd, values in zip(self.fds, stored, strict=True):
+            write_all(fd, values.tobytes())
         self.next_row += len(rows)
         if time.monotonic() - self.synced >= SYNC_SECONDS:
             self.sync()
 
-    def sync(self):
-        """Rows to disk first, then their count."""
-        os.fsync(self.fd)
-        self.store.write_record(self.shard, self.next_row - self.store.bounds[self.shard])
+    def _checked_losses(
+        self, losses: np.ndarray | None, first_row: int, count: int
+    ) -> list[np.ndarray]:
+        """[losses [count] float32], or [] in a store without."""
+        if (losses is not None) != (len(self.fds) > 1):
+            keeps = "keeps a loss with each row" if losses is None else "keeps no losses"
+            raise ValueError(f"{self.store.folder} {keeps}")
+        if losses is None:
+            return []
+        losses = np.asarray(losses, dtype="<f4")
+        if losses.shape != (count,):
+            raise ValueError(f"{count} rows have {count} losses, not {list(losses.shape)}")
+        message = "the loss of sample {} is NaN or infinite: check its image and the dtype"
+        refuse_bad_rows(np.isfinite(losses), first_row, message)
+        return [losses]
+
+    def sync(self) -> None:
+        """Rows and losses to disk first, then their count."""
+        for fd in self.fds:
+            os.fsync(fd)
+        self.store.write_record(self.shard, self.next_row - self.start)
         self.synced = time.monotonic()
 
-    def finish(self):
+    def finish(self) -> None:
         """See `Store.finish`."""
-        start, stop = self.store.shard_range(self.shard)
-        if self.next_row != stop:
-            raise ValueError(f"shard {self.shard} has rows up to {self.next_row} of {stop}")
+        if self.next_row != self.stop:
+            raise ValueError(f"shard {self.shard} has rows up to {self.next_row} of {self.stop}")
         self.sync()
-        self.store.write_record(self.shard, stop - start, sha256_file(self.part))
-        os.replace(self.part, self.final)
-        sync_folder(self.store.folder)
+        parts = {series: self._path(series, ".npy.part") for series in self.store.series}
+        digests = {series.digest: sha256_file(part) for series, part in parts.items()}
+        self.store.write_record(self.shard, self.stop - self.start, digests)
+        for series in reversed(parts):  # the rows last
+            os.replace(parts[series], self._path(series, ".npy"))
+            sync_folder(self.store.folder)
 
-    def close(self):
+    def close(self) -> None:
         """Give up the lock; rows not yet counted will be made again."""
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
-
-
-def encode_checked(rows, dtype, first_row):
-    """As `encode`, with a UserError that names the first sample whose row is not finite or does not
-    fit.
-    """
-    refuse_bad_rows(
-        np.isfinite(rows),
-        first_row,
-        "the gradient of sample {} is NaN or infinite: check its image and the dtype",
-    )
-    stored = encode(rows, dtype)
-    message = f"the gradient of sample {{}} is too large for {dtype}: store bfloat16 or float32, or normalise it"
-    refuse_bad_rows(finite(stored, dtype), first_row, message)
-    return stored
-
-
-def encode(rows, dtype):
-    """float32 array -> the stored type, rounding to nearest even; what overflows becomes infinite."""
-    if dtype != "bfloat16":
-        with np.errstate(over="ignore"):
-            return rows.astype(STORED_TYPES[dtype])
-    bits = np.ascontiguousarray(rows).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-
-
-def decode(stored, dtype):
-    """Inverse of `encode`: -> float32."""
-    if dtype != "bfloat16":
-        return stored.astype(np.float32, copy=False)
-    return (stored.astype(np.uint32) << 16).view(np.float32)
-
-
-def finite(stored, dtype):
-    return (stored & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(stored)
-
-
-def refuse_bad_rows(good, first_row, message):
-    if not good.all():
-        raise UserError(message.format(first_row + int(np.flatnonzero(~good.all(axis=1))[0])))
+        for fd in reversed(self.fds):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self.fds = []

@@ -1,31 +1,36 @@
-"""Train the embedded text-to-image model: autoencoder first, then text encoder and UNet on its
-latents.
+"""The training loop: AdamW under a piecewise cosine, an average of the weights, resume.
 
-Autoencoder   L = |x - D(z)|_1 + 10 |chroma(x - D(z))|_2^2 + edge_weight * |grad(x - D(z))|_1 + kl_weight * KL(q(z|x) || N(0, I)),
-              z ~ q(z|x), chroma = a pixel's colour minus its grey level
-Diffusion     L = || eps - eps_theta(sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t, tau_theta(caption)) ||^2
-              (DDPM, Ho et al. 2020, eq. 14; text encoder tau trained along, captions dropped with
-              probability `cond_drop`)
+    lr_s  = lr min(1, (s + 1) / warmup) peak (0.05 + 0.95 (1 + cos(pi (s - s_0) / length)) / 2)
+    ema_s = ema_{s-1} + (1 - d_s) (theta_s - ema_{s-1}),      d_s = min(decay, (1 + s) / (10 + s))
 
-Both loops write one checkpoint (safetensors + JSON) under its final name only when complete, and
-resume from it:
-the random stream of step s is seeded by (seed, s), so a killed and resumed run sees the same
-batches.
+for step s of a phase that begins at s_0 (Loshchilov & Hutter 2017). A checkpoint (safetensors with
+a JSON state) appears under its name only when complete. The random stream of step s is seeded by
+(seed, s), so that a killed run, continued, comes to the same bits. A checkpoint says what made it,
+and is refused by any other run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import write_bytes
+from ..settings import digest
+
+LOG_EVERY = 50  # steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each weight
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -33,102 +38,66 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def jitter(
-    images: torch.Tensor, generator: torch.Generator, shift: float, scale: float, flip: float = 0.0
-) -> torch.Tensor:
-    """Shift, scale and (with probability `flip`) mirror each picture; what comes in from outside is
-    white.
-
-    images: [B, 3, H, W] in [-1, 1]. shift: largest translation as a fraction of the side. scale:
-    log-uniform zoom range, a picture covers between exp(-2 * scale) and 1 times its size (art never
-    leaves the canvas by zooming).
-    """
-    batch = images.shape[0]
-    zoom = torch.exp(2 * scale * torch.rand(batch, generator=generator))
-    offset = (torch.rand(batch, 2, generator=generator) * 2 - 1) * shift * 2
-    mirror = 1 - 2 * (torch.rand(batch, generator=generator) < flip).float()
-    theta = torch.zeros(batch, 2, 3)
-    theta[:, 0, 0] = zoom * mirror
-    theta[:, 1, 1] = zoom
-    theta[:, :, 2] = offset
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
-    # The sampler pads with zeros, so sample "ink" (0 on white paper).
-    return 1 - F.grid_sample(
-        1 - images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
-    )
+def running_mean(mean: float | None, value: float) -> float:
+    """Of the losses so far, over some 50 steps; None before the first."""
+    return value if mean is None else 0.98 * mean + 0.02 * value
 
 
-def edge_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of horizontal and vertical finite differences: keeps thin lines
-    sharp.
-    """
-    d = x - y
-    return (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """sha256 over the values of tensors, in their order, for `Run.made_from`."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.detach().contiguous().numpy().tobytes())
+    return whole.hexdigest()
 
 
-def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
-    """Write tensors and a JSON state as one safetensors file; it appears under `path` only when
-    complete.
-    """
-    part = path.with_suffix(".part")
-    save_file(
-        {k: v.detach().contiguous() for k, v in tensors.items()},
-        part,
-        metadata={"state": json.dumps(state)},
-    )
-    os.replace(part, path)
+def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Tensors and a JSON state as one safetensors file. UserError for a disk that is full."""
+    whole = {k: v.detach().contiguous() for k, v in tensors.items()}
+    write_bytes(path, save(whole, metadata={"state": json.dumps(state)}))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Inverse of `save_checkpoint`."""
-    from safetensors import safe_open
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Inverse of `save_checkpoint`. UserError when the file is not one of its."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+        return load_file(path), state
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = f"is damaged ({error}); remove it and train again"
+        raise UserError(f"the checkpoint {path} {reason}") from None
 
-    with safe_open(path, "pt") as f:
-        state = json.loads(f.metadata()["state"])
-    return load_file(path), state
+
+def refuse_other(wanted: dict[str, Any], found: dict[str, Any], path: Path, remedy: str) -> None:
+    """UserError naming what differs when `path` was made from something else."""
+    keys = wanted.keys() | found.keys()
+    if different := sorted(k for k in keys if wanted.get(k) != found.get(k)):
+        raise UserError(f"{path} was made from another {', '.join(different)}; {remedy}")
 
 
 class Ema:
-    """Exponential moving average of parameters; decay warms up as (1 + step) / (10 + step)."""
+    """Exponential moving average of parameters, of the module docstring."""
 
-    def __init__(self, params: dict[str, torch.Tensor], decay: float):
+    def __init__(self, params: dict[str, torch.Tensor], decay: float) -> None:
         self.decay = decay
         self.shadow = {k: p.detach().clone() for k, p in params.items()}
 
     def update(self, params: dict[str, torch.Tensor], step: int) -> None:
+        """Move towards the parameters after `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        names = list(params)
-        torch._foreach_lerp_(
-            [self.shadow[n] for n in names], [params[n].detach() for n in names], 1 - decay
-        )
+        new = [p.detach() for p in params.values()]
+        torch._foreach_lerp_([self.shadow[k] for k in params], new, 1 - decay)
 
-
-def _pack(params, ema, optimizer):
-    tensors = {f"param/{k}": v for k, v in params.items()}
-    tensors |= {f"ema/{k}": v for k, v in ema.shadow.items()}
-    for name, p in params.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}/{name}"] = optimizer.state[p][key]
-    return tensors
-
-
-def _unpack(tensors, state, params, ema, optimizer):
-    with torch.no_grad():
+    @torch.no_grad()
+    def copy_to(self, params: dict[str, torch.Tensor]) -> None:
+        """Put the averaged weights into the parameters."""
         for name, p in params.items():
-            p.copy_(tensors[f"param/{name}"])
-            ema.shadow[name].copy_(tensors[f"ema/{name}"])
-            optimizer.state[p] = {
-                "step": torch.tensor(float(state["step"])),
-                "exp_avg": tensors[f"exp_avg/{name}"],
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
-            }
+            p.copy_(self.shadow[name])
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a training run: `steps` steps of a cosine that would take `length` to come down
-    (Loshchilov & Hutter 2017).
-    """
+    """A stretch of a run: `steps` steps of a cosine that would take `length` to come down."""
 
     steps: int
     length: int
@@ -146,109 +115,132 @@ def phase_of(step: int, phases: tuple[Phase, ...]) -> tuple[Phase, int]:
     return phases[-1], start - phases[-1].steps
 
 
+def phases_until(step: int, phases: tuple[Phase, ...]) -> list[dict[str, float]]:
+    """The phases as far as the first `step` steps went, as JSON; what comes after may change."""
+    kept, left = [], step
+    for phase in phases:
+        if left > 0:
+            kept.append(asdict(replace(phase, steps=min(phase.steps, left))))
+        left -= phase.steps
+    return kept
+
+
 def learning_rate(step: int, phases: tuple[Phase, ...], warmup: int) -> float:
     """Fraction of the run's rate: linear warm-up, then in every phase a cosine from its peak
     towards a twentieth of it.
     """
     phase, start = phase_of(step, phases)
-    return (
-        min(1.0, (step + 1) / warmup)
-        * phase.peak
-        * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - start) / phase.length)))
-    )
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / phase.length))
+    return min(1.0, (step + 1) / warmup) * phase.peak * (0.05 + 0.95 * cosine)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to train; made_from: what the loss depends on, as JSON: another is another run."""
+
+    checkpoint: Path  # .safetensors; the losses go beside it as .jsonl
+    phases: tuple[Phase, ...]
+    lr: float
+    warmup: int  # steps
+    ema_decay: float
+    save_every: int  # steps
+    weight_decay: float = 0.0
+    desc: str = "train"
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+class Progress:
+    """Parameters, their average and AdamW's moments after `step` steps; mean: of the loss."""
+
+    def __init__(self, params: dict[str, torch.nn.Parameter], run: Run) -> None:
+        self.params, self.run, self.ema = params, run, Ema(params, run.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            params.values(), run.lr, (0.9, 0.99), weight_decay=run.weight_decay, foreach=True
+        )
+        self.step, self.mean, self.rate = 0, None, 0.0
+        self.begun, self.log = time.time(), run.checkpoint.with_suffix(".jsonl")
+
+    def identity(self, step: int) -> dict[str, Any]:
+        """What the weights after so many steps depend on."""
+        run, shapes = self.run, {name: list(p.shape) for name, p in self.params.items()}
+        own = {k: getattr(run, k) for k in ("lr", "warmup", "ema_decay", "weight_decay")}
+        phases = {"phases": phases_until(step, run.phases)}
+        return own | phases | {"parameters": digest(shapes)} | run.made_from
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        tensors = {f"param/{k}": p for k, p in self.params.items()}
+        tensors |= {f"ema/{k}": p for k, p in self.ema.shadow.items()}
+        for name, p in self.params.items():
+            tensors |= {f"{key}/{name}": self.optimizer.state[p][key] for key in MOMENTS}
+        state = {"step": self.step, "mean": self.mean, "identity": self.identity(self.step)}
+        save_checkpoint(self.run.checkpoint, tensors, state)
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one. UserError when it is of another run."""
+        path = self.run.checkpoint
+        if path.exists():
+            tensors, state = load_checkpoint(path)
+            self.step, self.mean = state["step"], state.get("mean")
+            found = state.get("identity", {})
+            refuse_other(self.identity(self.step), found, path, "remove it to train anew")
+            for name, p in self.params.items():
+                p.copy_(tensors[f"param/{name}"])
+                self.ema.shadow[name].copy_(tensors[f"ema/{name}"])
+                # in the memory format that AdamW gives them: sums in another order round otherwise
+                moments = {k: torch.empty_like(p).copy_(tensors[f"{k}/{name}"]) for k in MOMENTS}
+                self.optimizer.state[p] = moments | {"step": torch.tensor(float(self.step))}
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+        # what came after the checkpoint comes again
+        write_bytes(self.log, "".join(lines[: self.step // LOG_EVERY]).encode())
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One step of AdamW on a scalar loss. FloatingPointError when that is not finite."""
+        run, value = self.run, loss.item()
+        if not math.isfinite(value):
+            remedy = f"lower the learning rate and resume from {run.checkpoint}"
+            raise FloatingPointError(f"{run.desc}: loss is {value} at step {self.step}; {remedy}")
+        self.rate = run.lr * learning_rate(self.step, run.phases, run.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.params.values()), 1.0)
+        self.optimizer.step()
+        self.ema.update(self.params, self.step)
+        self.mean, self.step = running_mean(self.mean, value), self.step + 1
+
+    def write_line(self) -> None:
+        """The running mean of the loss, under the log's other lines."""
+        line = {"step": self.step, "loss": round(self.mean, 6), "lr": self.rate}
+        line["seconds"] = round(time.time() - self.begun, 1)
+        with self.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def run_training(
-    params: dict[str, torch.nn.Parameter],
-    loss_of_step,
-    *,
-    phases: tuple[Phase, ...],
-    lr: float,
-    warmup: int,
-    weight_decay: float,
-    ema_decay: float,
-    checkpoint: Path,
-    save_every: int,
-    max_minutes: float | None = None,
-    desc: str = "train",
-    log: Path | None = None,
-) -> tuple[Ema, int]:
-    """AdamW with the schedule of `learning_rate`, EMA, checkpoint and resume.
+    params: dict[str, torch.nn.Parameter], loss_of_step: Callable[[int], torch.Tensor], run: Run
+) -> Ema:
+    """Train the parameters in place through all phases, from a checkpoint if there is one.
 
-    loss_of_step: step -> scalar loss tensor. Stops after the last phase or `max_minutes`, whichever
-    is first. Returns the EMA weights and the number of steps done. Raises FloatingPointError on a
-    NaN loss.
+    loss_of_step: step -> scalar. Returns the averaged weights. UserError when the checkpoint is of
+    another run, FloatingPointError on a loss that is not finite.
     """
-    tensors, steps = list(params.values()), sum(p.steps for p in phases)
-    optimizer = torch.optim.AdamW(
-        tensors, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), foreach=True
-    )
-    ema = Ema(params, ema_decay)
-    start = 0
-    if checkpoint.exists():
-        saved, state = load_checkpoint(checkpoint)
-        _unpack(saved, state, params, ema, optimizer)
-        start = state["step"]
-    begun, running = time.time(), None
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, mininterval=10)
-    done = start
+    progress = Progress(params, run)
+    progress.resume()
+    done, total = progress.step, run.steps
+    bar = tqdm(range(done, total), desc=run.desc, initial=done, total=total, mininterval=10)
     for step in bar:
-        rate = learning_rate(step, phases, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate
-        loss = loss_of_step(step)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{desc}: loss is {value} at step {step}; lower the learning rate and resume from "
-                f"{checkpoint}"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
-        optimizer.step()
-        ema.update(params, step)
-        running = value if running is None else 0.98 * running + 0.02 * value
-        done = step + 1
-        out_of_time = max_minutes is not None and time.time() - begun > 60 * max_minutes
-        if done % 50 == 0 and log is not None:
-            bar.set_postfix(loss=f"{running:.4f}")
-            with log.open("a") as f:
-                f.write(
-                    json.dumps(
-                        {
-                            "step": done,
-                            "loss": round(running, 6),
-                            "lr": lr * rate,
-                            "seconds": round(time.time() - begun, 1),
-                        }
-                    )
-                    + "\n"
-                )
-        if done % save_every == 0 or done == steps or out_of_time:
-            save_checkpoint(checkpoint, _pack(params, ema, optimizer), {"step": done})
-        if out_of_time:
-            break
-    return ema, done
-
-
-def picture_loss(recon: torch.Tensor, images: torch.Tensor, edge_weight: float) -> torch.Tensor:
-    """What the autoencoder's pictures lack, [B, 3, H, W] in [-1, 1] each; module docstring, without
-    the KL term.
-    """
-    error = recon - images
-    # Colour gets a squared term of its own: most pixels are grey, so an L1 median stays grey for
-    # thousands of steps.
-    chroma = error - error.mean(1, keepdim=True)
-    return error.abs().mean() + 10 * chroma.square().mean() + edge_weight * edge_loss(recon, images)
-
-
-def vae_loss(
-    vae, images: torch.Tensor, generator: torch.Generator, kl_weight: float, edge_weight: float
-) -> torch.Tensor:
-    """Autoencoder objective of the module docstring. images: [B, 3, H, W] in [-1, 1]."""
-    posterior = vae.encode(images).latent_dist
-    mean, logvar = posterior.mean, posterior.logvar
-    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return picture_loss(vae.decode(z).sample, images, edge_weight) + kl_weight * kl
+        progress.update(loss_of_step(step))
+        if progress.step % LOG_EVERY == 0:
+            bar.set_postfix(loss=f"{progress.mean:.4f}")
+            progress.write_line()
+        if progress.step % run.save_every == 0 or progress.step == total:
+            progress.save()
+    return progress.ema

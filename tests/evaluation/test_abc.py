@@ -2,7 +2,6 @@
 test_abc_scripts.py.
 """
 
-import dataclasses
 import json
 
 import numpy as np
@@ -11,15 +10,15 @@ import standin
 
 from concept_trak.attribution import launch
 from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.train_grad import folder_name, open_store, train_states
+from concept_trak.attribution.plan import folder_name
+from concept_trak.attribution.train_grad import make_rows, open_store
 from concept_trak.datasets import abc as tasks
 from concept_trak.datasets.encoded import EncodedData
 from concept_trak.errors import UserError
 from concept_trak.evaluation.bench import engine as bench_engine
-from concept_trak.evaluation.bench import literal_reference
+from concept_trak.evaluation.bench.literal_reference import Literal
 from concept_trak.parsing import parse_gpu_ids, parse_numbers
-from concept_trak.rows.featurize import featurize
-from concept_trak.rows.projection import make_projection
+from concept_trak.rows.gpu_mask import generator_name
 from concept_trak.settings import resolve
 from concept_trak.store.shards import Store
 
@@ -132,7 +131,7 @@ def test_encoded_rows_are_the_arrays_rows(corpus, release):
         x0.numpy(), np.load(release / "laion_latents.npy")[3:5].astype(np.float32)
     )
     assert np.array_equal(
-        cond.numpy(), np.load(release / "laion_text_embeddings.npy")[3:5].astype(np.float32)
+        cond.embeddings.numpy(), np.load(release / "laion_text_embeddings.npy")[3:5].astype(np.float32)
     )
     assert corpus.train.captions[4] == "a dog number 4" and corpus.train.image(4).size == (64, 64)
 
@@ -178,23 +177,9 @@ def test_missing_pictures_matter_only_when_they_are_shown(tmp_path, corpus, rele
 
 
 def test_recipe_reference_on_the_standin_equals_a_literal_computation(corpus):
-    s, model = corpus.settings, corpus.model
     x0, cond = corpus.data.batch(range(2))
-    null, count = model.encode_prompts([""]), sum(p.numel() for p in corpus.parameters.values())
-    got, _ = featurize(
-        model,
-        make_projection("random_mask", count, 300, 0),
-        x0,
-        cond,
-        null,
-        layer=s.layer,
-        objective=s.f,
-        states=train_states(s),
-        normalize=s.normalize,
-    )
-    want = literal_reference.train_rows(
-        model, x0, cond, null, layer=s.layer, scale=7.5, proj_dim=300, proj_seed=0
-    )
+    got = make_rows(corpus, x0, cond).values
+    want = Literal(corpus.model, corpus.cond_null, "attn2", 300, 0).train_rows(x0, cond, 7.5)
     assert float(want.abs().max()) > 0
     assert bench_engine.row_error(got.numpy(), want.numpy()) < 1e-3
 
@@ -242,7 +227,7 @@ def released(corpus, tmp_path):
     folder.
     """
     rows = np.random.default_rng(0).standard_normal((standin.ROWS, 300)).astype(np.float32)
-    settings = dataclasses.replace(corpus.settings, grad_dir=str(tmp_path), proj_mask="a100")
+    settings = corpus.settings.but(grad_dir=str(tmp_path), proj_mask="a100")
     folder = tmp_path / folder_name(settings)
     folder.mkdir()
     for i in range(2):
@@ -255,7 +240,7 @@ def test_released_shards_are_adopted_with_the_mask_that_is_stated(released):
     store = open_store(corpus)
     assert (store.num_rows, store.layout) == (standin.ROWS, "raw")
     assert (
-        corpus.projection.mask == "a100"
+        corpus.projection.describe()["generator"] == generator_name("a100", corpus.projection.input_dim)
         and store.identity["projection"] == corpus.projection.describe()
     )
 
@@ -270,13 +255,13 @@ def test_a_query_under_another_mask_is_refused_not_scored(released):
     corpus, _ = released
     open_store(corpus)
     with pytest.raises(UserError, match="PROJ_MASK=portable but"):
-        open_store(corpus.with_settings(dataclasses.replace(corpus.settings, proj_mask="portable")))
+        open_store(corpus.with_settings(corpus.settings.but(proj_mask="portable")))
 
 
 def test_shards_whose_mask_is_not_clear_are_refused_with_the_reason(released):
     corpus, _ = released
     with pytest.raises(UserError, match="no mask clearly explains its columns"):
-        open_store(corpus.with_settings(dataclasses.replace(corpus.settings, proj_mask="auto")))
+        open_store(corpus.with_settings(corpus.settings.but(proj_mask="auto")))
 
 
 def test_more_released_rows_than_pictures_are_refused(released):

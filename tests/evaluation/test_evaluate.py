@@ -3,14 +3,23 @@ on the tiny model.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from concept_trak import cli
 from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.question import Question, generated
+from concept_trak.attribution.rankers import GradientRanker
 from concept_trak.evaluation import controls, evaluate
+from concept_trak.evaluation.benchmarks import Emoji
+from concept_trak.evaluation.rankers import GradientMethod
+from concept_trak.registry import BENCHMARKS, OBJECTIVES, RANKERS
+from concept_trak.rows.objectives import Objective
 from concept_trak.settings import DAMPINGS, resolve
+from concept_trak.store.shards import Store
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +40,44 @@ def settings(tiny_pipeline, tiny_data, tmp_path_factory):
     }
 
 
-def test_cells_that_choose_the_damping_are_asked_about_nowhere_else(settings):
-    groups = evaluate.choose_cells(Corpus(resolve("emoji", settings), "cpu"))
-    rows = {name: {cell.row for cell in cells} for name, cells in groups.items()}
-    assert [len(groups[n]) for n in ("ood", "id", "tune")] == [1, 1, 8]
+@pytest.fixture(scope="module")
+def corpus(settings):
+    return Corpus(resolve("emoji", settings), "cpu")
+
+
+def test_cells_that_choose_the_damping_are_asked_about_nowhere_else(corpus):
+    rows = {name: set(cells) for name, cells in Emoji(corpus).cells.items()}
+    assert [len(rows[n]) for n in ("ood", "id", "tune")] == [1, 1, 8]
     assert not rows["tune"] & rows["id"] and not rows["tune"] & rows["ood"]
+
+
+def test_each_split_asks_about_the_cells_it_names(corpus):
+    """Held-out cells under ood, train cells under id and tune, each with both its concepts."""
+    benchmark, records = Emoji(corpus), corpus.everything.records
+    split_of = {r["text"]: r["split"] for r in records}
+    for kind in benchmark.kinds:
+        for split, questions in benchmark.questions(kind).items():
+            wanted = "held_out" if split == "ood" else "train"
+            assert {split_of[q.picture.prompt] for q in questions} == {wanted}
+            concepts = [q.concept for q in questions]
+            assert concepts == ["object", "style"] * (len(questions) // 2)
+            assert all(q.words in q.picture.prompt for q in questions)
+
+
+def test_relevant_pictures_carry_the_concept_that_is_asked_about(corpus):
+    benchmark = Emoji(corpus)
+    for question in benchmark.questions("real")["tune"]:
+        shown = np.array([question.words in caption for caption in corpus.train.captions])
+        assert (benchmark.relevant(question) == shown).all() and shown.any()
+
+
+def test_a_generated_query_and_a_real_one_are_different_pictures_of_one_prompt(corpus):
+    benchmark = Emoji(corpus)
+    made, real = (benchmark.questions(kind)["ood"][0].picture for kind in benchmark.kinds)
+    assert made.prompt == real.prompt and made.x_T is not None and real.x_T is None
+    assert (made.pixels != real.pixels).any() and made.source != real.source
+    shown = corpus.everything.images([benchmark.cells["ood"][0]], size=8)[0]
+    assert (real.pixels == shown).all()
 
 
 def test_the_chosen_damping_is_the_best_on_average_over_concepts():
@@ -118,3 +160,109 @@ def test_methods_can_be_chosen_and_unknown_ones_are_named(settings, capsys):
     }
     assert cli.main([*flags, "--methods=concept_trak,tracin"]) == 2
     assert "METHODS names 'tracin'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stored(corpus, monkeypatch):
+    """settings changes -> (query rows of concept_trak, number of rows that were computed)."""
+    computed, row = [], GradientRanker.row
+    monkeypatch.setattr(GradientRanker, "row", lambda self, q: computed.append(q) or row(self, q))
+
+    def rows(**changes):
+        computed.clear()
+        own = corpus.with_settings(corpus.settings.but(**changes))
+        ranker = RANKERS.get("concept_trak")(own)
+        questions = Emoji(own).questions("generated")["ood"]
+        return GradientMethod("concept_trak")._stored_rows(ranker, questions), len(computed)
+
+    return rows
+
+
+def test_query_rows_are_computed_once_and_kept(stored):
+    first, _ = stored()
+    again, computed = stored()
+    assert computed == 0 and (again == first).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"negative_prompt": "a tree"}, {"seed": 1}, {"epochs": 2}, {"gen_guidance_scale": 2.0}],
+    ids=str,
+)
+def test_query_rows_of_other_pictures_or_states_are_not_taken_for_these(change, stored):
+    first, _ = stored()
+    other, computed = stored(**change)
+    assert computed == len(other) and (other != first).any()
+
+
+def test_the_batch_size_does_not_make_query_rows_stale(stored):
+    stored()
+    assert stored(batch_size=3)[1] == 0
+
+
+def test_a_kept_row_names_device_and_torch_version(corpus):
+    question = Emoji(corpus).questions("generated")["ood"][0]
+    known = GradientRanker(corpus).identity(question)
+    assert known["device"] == "cpu" and known["torch"] == torch.__version__
+    assert {"rows", "model", "projection", "tokens", "states"} <= known.keys()
+
+
+class Constant:
+    """A ranker that finds what its benchmark marks: scores are pixel 0 of each train picture."""
+
+    def __init__(self, corpus):
+        self.corpus = corpus
+
+    def rank(self, questions):
+        shown = self.corpus.train.images(range(len(self.corpus.train)), size=8)
+        return np.repeat(shown[None, None, :, 0, 0, 0], len(questions), 1).astype(np.float32)
+
+
+class Dark:
+    """A benchmark whose pictures carry a concept when their first pixel is bright."""
+
+    concepts = ("bright",)
+    kinds = ("generated",)
+    splits = ("all",)
+    settings = {"num_queries": 2}
+
+    def __init__(self, corpus):
+        self.corpus = corpus
+
+    def questions(self, kind):
+        s, prompts = self.corpus.settings, ["a cat in the style of blob", "a dog"]
+        pictures = generated(self.corpus.model, s, prompts[: s.num_queries], 0)
+        asked = [Question(p, "bright", p.prompt, "", "bright") for p in pictures]
+        return {"all": asked, "tune": asked}
+
+    def relevant(self, question):
+        shown = self.corpus.train.images(range(len(self.corpus.train)), size=8)[:, 0, 0, 0]
+        return shown >= np.sort(shown)[-3]
+
+
+def doubled(denoiser, state):
+    """A toy objective: grad of ||eps_hat||^2, whose rows are weighted by their losses."""
+    eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
+    return eps_hat, 2 * eps_hat.detach()
+
+
+def test_a_new_objective_ranker_and_benchmark_are_served_without_touching_the_library(
+    settings, capsys
+):
+    own = {k: v for k, v in settings.items() if k != "num_queries"}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in own.items()]
+    toy = Objective(doubled, row_weight=lambda losses: losses)
+    with (
+        OBJECTIVES.temporary("toy", toy),
+        RANKERS.temporary("constant", Constant),
+        BENCHMARKS.temporary("dark", Dark),
+    ):
+        chosen = ["--benchmark=dark", "--methods=constant,concept_trak", "--f=toy"]
+        assert cli.main(["evaluate", "--device=cpu", *chosen, *flags]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["queries"] == {"all": 2, "tune": 2}
+    table = found["all"]["bright"]
+    assert table["constant"]["recall_at_10"] == 1 and table["constant"]["least_10_recall"] < 1
+    assert found["dampings"].keys() == {"concept_trak"} and "caption_similarity" in table
+    (store,) = Path(own["grad_dir"]).glob("attn2-toy-*")
+    assert len(Store.open(store).losses()) == len(Store.open(store).rows(range(11)))

@@ -5,8 +5,10 @@ and honest numbers.
 import base64
 import json
 import re
-from html import escape, unescape
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
+from importlib import resources
 from io import BytesIO
 
 import numpy as np
@@ -14,23 +16,13 @@ import pytest
 from PIL import Image
 
 from concept_trak.errors import UserError
-from concept_trak.report import ConceptResult, write_report, write_results
-from concept_trak.report.histogram import format_score, score_unit
+from concept_trak.report import ConceptResult, Shown, write_report, write_results
+from concept_trak.report.formats import damping_power, format_score, rate, score_unit
 from concept_trak.scoring import metrics
 
 NUM, SIDE = 40, 16
 DAMPINGS = tuple(0.1 * 10.0**e for e in range(-4, 5))
-LAMBDAS = [
-    "1.0e-04",
-    "1.0e-03",
-    "1.0e-02",
-    "1.0e-01",
-    "1.0e+00",
-    "1.0e+01",
-    "1.0e+02",
-    "1.0e+03",
-    "1.0e+04",
-]
+LAMBDAS = [f"1.0e{e:+03d}" for e in range(-4, 5)]
 FIXED = DAMPINGS[2]
 
 
@@ -40,98 +32,89 @@ class TinyDataset:
     def __init__(self, side=SIDE):
         self.captions = [f"picture {i} of a thing" for i in range(NUM)]
         self.captions[3] = 'a <script>alert("3")</script> & a\ttab\nline'
-        self.records = [{"text": caption} for caption in self.captions]
-        self.pixels = np.random.default_rng(0).integers(
-            0, 256, (NUM, side, side, 3), dtype=np.uint8
-        )
+        shape = (NUM, side, side, 3)
+        self.pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
     def images(self, indices, size=None):
         pictures = self.pixels[np.asarray(indices)]
         if size in (None, pictures.shape[1]):
             return pictures
-        return np.stack(
-            [
-                np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.LANCZOS))
-                for p in pictures
-            ]
-        )
+        resized = [Image.fromarray(p).resize((size, size)) for p in pictures]
+        return np.stack([np.asarray(p) for p in resized])
 
 
-def concept(target="elephant", seed=0, truth=True):
+def concept(target="elephant", seed=0, truth=True, negative=None):
     rng = np.random.default_rng(seed)
     relevant = rng.random(NUM) < 0.3
-    scores = (
-        rng.normal(size=(len(DAMPINGS), NUM)) * 1e-6
-        + relevant * np.linspace(0, 2e-6, len(DAMPINGS))[:, None]
-    )
+    scores = rng.normal(size=(len(DAMPINGS), NUM)) * 1e-6
+    scores += relevant * np.linspace(0, 2e-6, len(DAMPINGS))[:, None]
     scores[:, 3] = 9e-6  # the hostile caption is always on top
-    return ConceptResult(target, f"without {target}", scores, DAMPINGS, relevant if truth else None)
+    negative = f"without {target}" if negative is None else negative
+    return ConceptResult(target, negative, scores, DAMPINGS, relevant if truth else None)
 
 
-def report(path, dataset=None, concepts=None, **changes):
-    arguments = {
-        "prompt": "an elephant in the style of openmoji",
-        "query_image": Image.new("RGB", (SIDE, SIDE), "teal"),
-        "concepts": concepts or [concept("elephant", 0), concept("openmoji", 1)],
-        "dataset": dataset or TinyDataset(),
-        "top_k": 5,
-        "settings": {"seed": 0, "guidance": {"train": 7.5}, "note": "<b>bold</b>"},
-        "provenance": {"git": "abc123"},
-        "fixed_damping": FIXED,
-    }
-    write_report(path, **{**arguments, **changes})
+def pair():
+    return [concept("elephant", 0), concept("openmoji", 1)]
+
+
+def shown(**changes):
+    asked = Shown(
+        picture=Image.new("RGB", (SIDE, SIDE), "teal"),
+        dataset=TinyDataset(),
+        top_k=5,
+        fixed_damping=FIXED,
+        settings={"seed": 0, "guidance": {"train": 7.5}, "note": "<b>bold</b>"},
+        provenance={"git": "abc123"},
+    )
+    return replace(asked, **changes)
+
+
+def report(path, concepts=None, prompt="an elephant", unseen=None, **changes):
+    concepts = pair() if concepts is None else concepts
+    write_report(path, prompt, concepts, shown(**changes), unseen=unseen)
     return path.read_text(encoding="utf-8")
 
 
-def results(folder, the_concept=None, **changes):
-    arguments = {
-        "query_image": Image.new("RGB", (SIDE, SIDE), "teal"),
-        "concept": the_concept or concept(),
-        "dataset": TinyDataset(),
-        "top_k": 5,
-        "settings": {"seed": 0},
-        "provenance": {"git": "abc123"},
-        "render_leastk": False,
-        "fixed_damping": FIXED,
-    }
-    write_results(folder, **{**arguments, **changes})
+def results(folder, the_concept=None, leastk=False, **changes):
+    write_results(folder, the_concept or concept(), shown(**changes), render_leastk=leastk)
 
 
 class Page(HTMLParser):
-    """Collects tags with their attributes and what is left open."""
+    """Collects tags with their attributes, all text as a reader gets it, and what is left open."""
 
     VOID = {"meta", "link", "img", "input", "br"}
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.open = [], []
+        self.tags, self.open, self.texts = [], [], [""]
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
+        self.handle_startendtag(tag, attributes)
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self.texts += [*(value for _, value in attributes if value), ""]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.texts.append("")
+
+    def handle_data(self, text):
+        self.texts[-1] += text
+
+    def shape(self):
+        """What markup there is, whatever the words: tags, and names of their attributes."""
+        return [(tag, sorted(attributes)) for tag, attributes in self.tags]
 
 
 def test_page_is_self_contained_and_well_formed(tmp_path):
-    html = report(
-        tmp_path / "report.html",
-        controls={"pixels": [concept("elephant", 5), concept("openmoji", 6)]},
-    )
+    html = report(tmp_path / "report.html")
     page = Page(html)
     assert page.open == []
-    assert (
-        "http:" not in html
-        and "https:" not in html
-        and "@import" not in html
-        and "url(" not in html
-    )
+    assert not any(word in html for word in ("http:", "https:", "@import", "url("))
     assert not any(tag in ("script", "iframe", "object", "embed") for tag, _ in page.tags)
     for _, attributes in page.tags:
         for name in ("src", "href"):
@@ -142,58 +125,94 @@ def test_page_is_self_contained_and_well_formed(tmp_path):
     assert pointers <= set(ids)
 
 
+def test_style_sheet_is_embedded_as_it_stands(tmp_path):
+    style = resources.files("concept_trak.report").joinpath("templates/page.css").read_text("utf-8")
+    assert style in report(tmp_path / "report.html")
+
+
 def test_every_caption_score_and_damping_is_shown(tmp_path):
-    dataset, concepts = TinyDataset(), [concept("elephant", 0), concept("openmoji", 1)]
-    html = report(tmp_path / "report.html", dataset, concepts)
+    dataset, concepts = TinyDataset(), pair()
+    html = report(tmp_path / "report.html", concepts, dataset=dataset)
+    texts = Page(html).texts
     for d, power in enumerate(["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "10⁰", "10¹", "10²", "10³", "10⁴"]):
         assert re.search(rf'<input type="radio" name="damping" id="d{d}"( checked)?>{power}', html)
     for result in concepts:
         for d in range(len(DAMPINGS)):
             unit = score_unit(result.scores[d])
             for index in result.ranked(d, 5) + result.ranked(d, 5, largest=False):
-                assert escape(dataset.captions[index]) in html
-                assert format_score(float(result.scores[d, index]), unit) in html
+                assert dataset.captions[index] in texts
+                assert f"{format_score(float(result.scores[d, index]), unit)} ×10⁻⁶" in texts
 
 
 def test_cards_follow_the_ranking(tmp_path):
     result = concept()
-    html = report(tmp_path / "report.html", concepts=[result])
+    html = report(tmp_path / "report.html", [result])
     for d in range(len(DAMPINGS)):
         top, least = re.findall(rf'<ol class="cards p p{d}">(.*?)</ol>', html, re.S)
         assert [int(i) for i in re.findall(r'href="#i(\d+)"', top)] == result.ranked(d, 5)
-        assert [int(i) for i in re.findall(r'href="#i(\d+)"', least)] == np.argsort(
-            result.scores[d]
-        )[:5].tolist()
+        lowest = np.argsort(result.scores[d])[:5].tolist()
+        assert [int(i) for i in re.findall(r'href="#i(\d+)"', least)] == lowest
 
 
-def test_hostile_text_is_escaped_everywhere(tmp_path):
-    evil = '"><script>x</script>'
-    html = report(tmp_path / "report.html", concepts=[concept(evil), concept("b", 1)], prompt=evil, title=evil,
-                  controls={evil: [concept(evil), concept("b")]})  # fmt: skip
-    assert "<script" not in html and "<b>bold</b>" not in html
-    assert Page(html).open == []
-    assert unescape(html).count(evil) > 5
+def page_of(path, word):
+    """A page with `word(place)` wherever text comes from outside."""
+    dataset, places = TinyDataset(), []
+
+    def text(place):
+        places.append(word(place))
+        return places[-1]
+
+    for index in range(NUM):
+        dataset.captions[index] = word(f"caption {index}")
+    results = [concept(text(f"target {i}"), i, negative=text(f"negative {i}")) for i in (0, 1)]
+    record = {
+        text("key"): text("value"),
+        text("outer"): {text("inner"): text("nested")},
+        "path": text("/data/file"),
+        "list": [text("item")],
+        "object": type("Thing", (), {"__str__": lambda _: text("str()")})(),
+    }
+    prompt, settings, provenance = text("prompt"), record, {text("made"): text("by")}
+    asked = {"dataset": dataset, "settings": settings, "provenance": provenance}
+    html = report(path, results, prompt, unseen=True, **asked)
+    return html, places + [dataset.captions[i] for i in results[0].ranked(0, 5)]
+
+
+def times_said(html, words):
+    """How often a reader of the page meets each word; what stands in a list stands as JSON."""
+    said = "\n".join(Page(html).texts)
+    return [max(said.count(word), said.count(json.dumps(word)[1:-1])) for word in words]
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        '"><script>alert(1)</script>',
+        "' onload='alert(1)' x='",
+        '" onmouseover="alert(1)',
+        "</title></style></svg><img src=x onerror=alert(1)>",
+        "<!-- ",
+        "&lt;b&gt; &amp; &#60;",
+        "{{ 7 * 7 }}{% raw %}{# ",
+        "$prompt ${prompt} %s {0}",
+    ],
+)
+def test_hostile_text_is_only_text_wherever_it_stands(evil, tmp_path):
+    html, places = page_of(tmp_path / "evil.html", lambda place: f"{place}{evil}{place}")
+    page = Page(html)
+    harmless, names = page_of(tmp_path / "good.html", lambda place: f"{place}-{place}")
+    assert page.open == [] and page.shape() == Page(harmless).shape()
+    counts = times_said(html, places)
+    assert counts == times_said(harmless, names) and all(counts)
 
 
 def test_truth_is_marked_in_words_only_where_labels_exist(tmp_path):
     known = report(tmp_path / "known.html")
     assert "✓ match" in known and "✗ no match" in known and "oracle" in known and "chance" in known
-    unknown = report(
-        tmp_path / "unknown.html",
-        concepts=[concept(truth=False), concept("openmoji", 1, truth=False)],
-    )
-    body = unknown.split("</style>")[1]
-    for word in (
-        "✓",
-        "✗",
-        "match",
-        "oracle",
-        "Recall",
-        "chance",
-        'class="hit"',
-        "is-hit",
-        'class="tone"',
-    ):
+    unlabelled = [concept(truth=False), concept("openmoji", 1, truth=False)]
+    body = report(tmp_path / "unknown.html", unlabelled).split("</style>")[1]
+    marks = ('class="hit"', 'class="rug"', "is-hit", 'class="tone"')
+    for word in ("✓", "✗", "match", "oracle", "Recall", "chance", *marks):
         assert word not in body
     assert "fixed" in body
 
@@ -201,7 +220,7 @@ def test_truth_is_marked_in_words_only_where_labels_exist(tmp_path):
 def test_a_concept_no_training_image_carries_counts_as_unknown(tmp_path):
     empty = concept()
     empty.relevant[:] = False
-    assert "✗" not in report(tmp_path / "report.html", concepts=[empty])
+    assert "✗" not in report(tmp_path / "report.html", [empty])
 
 
 @pytest.mark.parametrize(
@@ -213,12 +232,20 @@ def test_headline_claims_only_what_is_known(tmp_path, unseen, said):
     assert "High score: removing this image would weaken the concept" in html
 
 
+def test_headline_names_the_concepts_in_one_sentence(tmp_path):
+    lede = re.search(r'<p class="lede">(.*?)</p>', report(tmp_path / "report.html"), re.S)[1]
+    said = " ".join(unescape(re.sub("<[^>]*>", "", lede)).split())
+    assert said == (
+        "These training images taught the model “elephant”; these taught it “openmoji”."
+    )
+
+
 def test_fixed_damping_is_the_one_shown_first_and_oracle_is_named(tmp_path):
-    concepts = [concept("elephant", 0)]
-    html = report(tmp_path / "report.html", concepts=concepts)
+    result = concept("elephant", 0)
+    html = report(tmp_path / "report.html", [result])
     assert re.findall(r'id="d(\d)" checked', html) == ["2"]
     assert re.search(r'id="d2" checked>10⁻²<small>fixed', html)
-    assert re.search(rf'id="d{concepts[0].oracle_index()}"[^<]*(<small>)(fixed<br>)?oracle', html)
+    assert re.search(rf'id="d{result.oracle_index()}"[^<]*(<small>)(fixed<br>)?oracle', html)
 
 
 def test_oracle_has_the_best_recall():
@@ -230,11 +257,11 @@ def test_oracle_has_the_best_recall():
 
 def test_each_picture_is_embedded_once_and_exactly(tmp_path):
     dataset = TinyDataset()
-    html = report(tmp_path / "report.html", dataset)
-    embedded = re.findall(r'<symbol id="i(\d+)".*?href="data:image/webp;base64,([^"]+)"', html)
-    assert {int(i) for i, _ in embedded} == {
-        int(i) for i in re.findall(r'<use href="#i(\d+)"', html)
-    }
+    html = report(tmp_path / "report.html", dataset=dataset)
+    symbol = r'<symbol id="i(\d+)"[^>]*>\s*<image [^>]*href="data:image/webp;base64,([^"]+)"'
+    embedded = re.findall(symbol, html)
+    used = {int(i) for i in re.findall(r'<use href="#i(\d+)"', html)}
+    assert {int(i) for i, _ in embedded} == used
     assert len({i for i, _ in embedded}) == len(embedded)
     for index, data in embedded:
         pixels = np.asarray(Image.open(BytesIO(base64.b64decode(data))).convert("RGB"))
@@ -242,54 +269,62 @@ def test_each_picture_is_embedded_once_and_exactly(tmp_path):
 
 
 def test_large_pictures_are_shrunk(tmp_path):
-    html = report(
-        tmp_path / "report.html", TinyDataset(side=300), query_image=Image.new("RGB", (900, 600))
-    )
+    large = {"dataset": TinyDataset(side=300), "picture": Image.new("RGB", (900, 600))}
+    html = report(tmp_path / "report.html", **large)
     assert 'viewBox="0 0 128 128"' in html and 'class="photo"' in html
+    query = re.search(r'<img class="photo" src="data:image/webp;base64,([^"]+)"', html)[1]
+    assert Image.open(BytesIO(base64.b64decode(query))).size == (512, 341)
     assert len(html) < 2_000_000
 
 
 def test_same_arguments_give_same_bytes_and_no_part_is_left(tmp_path):
-    for name in ("a", "b"):
-        report(tmp_path / name / "report.html")
-        results(tmp_path / name, render_leastk=True)
-    first, second = (
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b")
-    )
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        report(folder / "report.html")
+        results(folder, leastk=True)
+    first, second = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
     assert first == second
     assert not any(name.endswith(".part") for name in first)
 
 
+def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+    path = tmp_path / "report.html"
+    path.mkdir()  # no file can take this name
+    with pytest.raises(UserError, match=r"cannot write .*report\.html: "):
+        report(path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["report.html"]
+
+
 def test_results_folder_has_the_reference_names(tmp_path):
+    top = {f"topk-lambda_{x}.jpg" for x in LAMBDAS}
+    top |= {f"topk-prompts-lambda_{x}.txt" for x in LAMBDAS} | {"query.png", "metrics.json"}
     results(tmp_path / "top")
-    listings = {f"topk-lambda_{x}.jpg" for x in LAMBDAS} | {
-        f"topk-prompts-lambda_{x}.txt" for x in LAMBDAS
-    }
-    assert {p.name for p in (tmp_path / "top").iterdir()} == listings | {
-        "query.png",
-        "metrics.json",
-    }
-    results(tmp_path / "both", render_leastk=True)
-    both = listings | {name.replace("topk", "leastk") for name in listings}
-    assert {p.name for p in (tmp_path / "both").iterdir()} == both | {"query.png", "metrics.json"}
+    assert {p.name for p in (tmp_path / "top").iterdir()} == top
+    results(tmp_path / "both", leastk=True)
+    both = top | {name.replace("topk", "leastk") for name in top}
+    assert {p.name for p in (tmp_path / "both").iterdir()} == both
 
 
 def test_listings_are_tsv_of_the_ranking(tmp_path):
     result, dataset = concept(), TinyDataset()
-    results(tmp_path, result, render_leastk=True)
+    results(tmp_path, result, leastk=True)
     for end, largest in (("topk", True), ("leastk", False)):
         for d, label in enumerate(LAMBDAS):
-            header, *rows = (
-                (tmp_path / f"{end}-prompts-lambda_{label}.txt").read_text().splitlines()
-            )
-            assert header.split("\t") == ["rank", "train|exemplar", "idx", "caption"]
-            cells = [row.split("\t") for row in rows]
-            indices = result.ranked(d, 5, largest)
-            expected = [(str(rank), "train", str(i)) for rank, i in enumerate(indices, start=1)]
-            assert [(rank, kind, i) for rank, kind, i, _ in cells] == expected
-            assert [caption for *_, caption in cells] == [
-                " ".join(dataset.captions[i].split()) for i in indices
-            ]
+            table = (tmp_path / f"{end}-prompts-lambda_{label}.txt").read_text()
+            header, *rows = [line.split("\t") for line in table.splitlines()]
+            assert header == ["rank", "train|exemplar", "idx", "caption"]
+            captions = [" ".join(caption.split()) for caption in dataset.captions]
+            ranked = enumerate(result.ranked(d, 5, largest), start=1)
+            assert rows == [[str(rank), "train", str(i), captions[i]] for rank, i in ranked]
+
+
+def test_rows_after_the_train_rows_are_exemplars_counted_from_zero(tmp_path):
+    result = concept()
+    write_results(tmp_path, result, shown(top_k=NUM), render_leastk=False, num_train=30)
+    table = (tmp_path / "topk-prompts-lambda_1.0e+00.txt").read_text().splitlines()[1:]
+    places = [tuple(row.split("\t")[1:3]) for row in table]
+    expected = [("train", i) if i < 30 else ("exemplar", i - 30) for i in result.ranked(4, NUM)]
+    assert places == [(kind, str(i)) for kind, i in expected]
 
 
 def test_grid_shows_the_pictures(tmp_path):
@@ -297,9 +332,8 @@ def test_grid_shows_the_pictures(tmp_path):
     dataset.pixels[3] = (200, 30, 30)
     results(tmp_path, result, dataset=dataset)
     grid = np.asarray(Image.open(tmp_path / "topk-lambda_1.0e+00.jpg").convert("RGB")).astype(int)
-    assert (
-        np.abs(grid[60:160, 60:160] - (200, 30, 30)).max() < 12
-    )  # the red picture is on top at every damping
+    # the red picture is on top at every damping
+    assert np.abs(grid[60:160, 60:160] - (200, 30, 30)).max() < 12
     assert np.array_equal(np.asarray(Image.open(tmp_path / "query.png"))[0, 0], (0, 128, 128))
 
 
@@ -308,26 +342,22 @@ def test_metrics_json_equals_the_metrics(tmp_path):
     results(tmp_path, result)
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert [row["lambda"] for row in record["dampings"]] == LAMBDAS
-    for row, scores in zip(record["dampings"], result.scores):
+    for row, scores in zip(record["dampings"], result.scores, strict=True):
         assert row["recall_at_10"] == metrics.recall_at_k(scores, result.relevant, 10)
         assert row["least_10_recall"] == metrics.least_k_recall(scores, result.relevant, 10)
         assert row["average_precision"] == metrics.average_precision(scores, result.relevant)
     assert record["fixed"] == record["dampings"][2]
-    assert record["oracle"] in record["dampings"]
-    assert record["chance"]["recall_at_10"] == metrics.chance_recall_at_k(
-        NUM, record["num_relevant"], 10
-    )
-    assert record["settings"] == {"seed": 0} and record["provenance"] == {"git": "abc123"}
+    assert record["oracle"] == record["dampings"][result.oracle_index()]
+    chance = metrics.chance_recall_at_k(NUM, record["num_relevant"], 10)
+    assert record["chance"]["recall_at_10"] == chance
+    assert record["settings"] == shown().settings and record["provenance"] == {"git": "abc123"}
 
 
 def test_metrics_json_without_truth_claims_no_recall(tmp_path):
     results(tmp_path, concept(truth=False))
     text = (tmp_path / "metrics.json").read_text()
-    assert (
-        "recall" not in text
-        and "oracle" not in text
-        and json.loads(text)["fixed"]["damping"] == pytest.approx(FIXED)
-    )
+    assert "recall" not in text and "oracle" not in text
+    assert json.loads(text)["fixed"]["damping"] == pytest.approx(FIXED)
 
 
 def test_score_units_keep_scores_readable():
@@ -337,6 +367,11 @@ def test_score_units_keep_scores_readable():
     assert format_score(-3.2e-6, -6) == "−3.20" and format_score(0.4, 0) == "+0.400"
 
 
+def test_small_rates_and_odd_dampings_keep_their_digits():
+    assert [rate(x) for x in (0, 0.5, 0.005, 0.0004)] == ["0.00", "0.50", "0.01", "0.0004"]
+    assert [damping_power(x) for x in (1e-5, 0.1, 3e-5)] == ["10⁻⁴", "10⁰", "3.0e-04"]
+
+
 def test_bad_arguments_are_one_clear_line_and_leave_nothing(tmp_path):
     path = tmp_path / "report.html"
     with pytest.raises(UserError, match="not in the sweep"):
@@ -344,11 +379,13 @@ def test_bad_arguments_are_one_clear_line_and_leave_nothing(tmp_path):
     with pytest.raises(UserError, match="TOP_K is 0"):
         report(path, top_k=0)
     with pytest.raises(UserError, match="at least one target"):
-        write_report(path, prompt="", query_image=None, concepts=[], dataset=TinyDataset(), top_k=1, settings={}, provenance={},
-                     fixed_damping=FIXED)  # fmt: skip
-    with pytest.raises(UserError, match="control 'pixels'"):
-        report(path, controls={"pixels": [concept("elephant")]})
+        report(path, [])
+    other = ConceptResult("cat", "", np.zeros((1, NUM)), (0.1,))
+    with pytest.raises(UserError, match="'cat' and 'elephant' have different dampings"):
+        report(path, [concept(), other])
     short = ConceptResult("cat", "", np.zeros((9, NUM - 1)), DAMPINGS)
+    with pytest.raises(UserError, match=f"{NUM - 1} images but the dataset has {NUM}"):
+        report(path, [short])
     with pytest.raises(UserError, match=f"{NUM - 1} images but the dataset has {NUM}"):
         results(tmp_path / "folder", short)
     assert list(tmp_path.iterdir()) == []

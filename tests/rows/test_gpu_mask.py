@@ -35,7 +35,8 @@ def published_masks():
 @pytest.mark.parametrize("counter, key, expected", [
     ((0, 0, 0, 0), (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ((ONES, ONES, ONES, ONES), (ONES, ONES), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
 ])  # fmt: skip
 def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     assert words(*counter, key=key) == expected
@@ -48,27 +49,24 @@ def test_philox_of_arrays_is_philox_of_each_entry():
 
 
 def test_thread_mapping_gives_the_known_first_values_of_torch_rand_on_cuda():
-    """torch.manual_seed(0); torch.rand(5, device="cuda"): element i is the first word of thread i."""
-    first, *_ = philox4x32(
-        (np.uint64(0), np.uint64(0), np.arange(5, dtype=np.uint64), np.uint64(0)), (0, 0)
-    )
+    """torch.manual_seed(0); torch.rand(5, device="cuda"): element i is word 0 of thread i."""
+    zero, threads = np.uint64(0), np.arange(5, dtype=np.uint64)
+    first, *_ = philox4x32((zero, zero, threads, zero), (0, 0))
     np.testing.assert_allclose(first / 2.0**32, [0.3990, 0.5167, 0.0249, 0.9401, 0.9459], atol=5e-5)
 
 
 @pytest.mark.parametrize("name, start, last, digest", [
-    ("a100", [129, 1404, 1545, 2599, 2753, 3945, 9334, 10507], 43961173, "21149cc34fa2cfcb01fc046f8f69763cb31e1424ca5ae2abc14f6b9799bf95ef"),
-    ("h100", [129, 1404, 1545, 2599, 2753, 3945, 5806, 9334], 43962433, "b880198635ca91e112489c67d44b41f1c10419407bf8144c0d755ea8c27d652b"),
+    ("a100", [129, 1404, 1545, 2599, 2753, 3945, 9334, 10507], 43961173,
+     "21149cc34fa2cfcb01fc046f8f69763cb31e1424ca5ae2abc14f6b9799bf95ef"),
+    ("h100", [129, 1404, 1545, 2599, 2753, 3945, 5806, 9334], 43962433,
+     "b880198635ca91e112489c67d44b41f1c10419407bf8144c0d755ea8c27d652b"),
 ])  # fmt: skip
 def test_masks_of_the_released_size_are_the_published_ones(
     published_masks, name, start, last, digest
 ):
     mask = published_masks[name]
-    assert (
-        mask[:8].tolist() == start
-        and mask[-1] == last
-        and mask.dtype == np.int64
-        and mask.shape == (K,)
-    )
+    assert mask.dtype == np.int64 and mask.shape == (K,)
+    assert mask[:8].tolist() == start and mask[-1] == last
     assert hashlib.sha256(mask.astype("<i8").tobytes()).hexdigest() == digest
 
 
@@ -78,8 +76,8 @@ def test_masks_of_two_gpus_share_almost_nothing(published_masks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, digest", [
-    ("h200", "b880198635ca91e1"), ("h100-pcie", "4db8170cd4122375"), ("v100", "44f64b56d0ad43ad"), ("b200", "e83ea2fc083246d9"),
-    ("rtx4090", "f3b4ace035bf199f"),
+    ("h200", "b880198635ca91e1"), ("h100-pcie", "4db8170cd4122375"), ("v100", "44f64b56d0ad43ad"),
+    ("b200", "e83ea2fc083246d9"), ("rtx4090", "f3b4ace035bf199f"),
 ])  # fmt: skip
 def test_other_masks_of_the_released_size_are_the_published_ones(name, digest):
     assert hashlib.sha256(gpu_mask(name, ATTN2, K, 0).tobytes()).hexdigest().startswith(digest)
@@ -146,20 +144,14 @@ def test_gpus_differ_only_where_one_has_run_out_of_threads():
     assert np.isin(few, many).all() and len(many) < 1.02 * len(few)
     assert np.isin(a100[a100 >= threads], h100).mean() < 0.05
     assert (gpu_mask("a100", 100_000, 500, 0) == gpu_mask("h100", 100_000, 500, 0)).all()
-    assert (
-        generator_name("a100", 100_000)
-        == generator_name("h100", 100_000)
-        != generator_name("t4", 100_000)
-    )
-    assert (
-        generator_name("h100", ATTN2)
-        == generator_name("h200", ATTN2)
-        != generator_name("a100", ATTN2)
-    )
+    for alike, another, size in (("a100", "t4", 100_000), ("h200", "a100", ATTN2)):
+        name = generator_name("h100", size)
+        assert name == generator_name(alike, size) != generator_name(another, size)
 
 
 @pytest.mark.parametrize("name, threads", [
-    ("a100", 221184), ("h100", 270336), ("h100-pcie", 233472), ("v100", 163840), ("b200", 303104), ("rtx4090", 196608), ("t4", 40960),
+    ("a100", 221184), ("h100", 270336), ("h100-pcie", 233472), ("v100", 163840), ("b200", 303104),
+    ("rtx4090", 196608), ("t4", 40960),
 ])  # fmt: skip
 def test_threads_of_the_published_table(name, threads):
     assert launch_threads(name, ATTN2) == threads

@@ -1,149 +1,118 @@
-"""Cotangents against the losses they stand for."""
+"""Cotangents: what a step against their gradient does to the model."""
 
 import pytest
 import torch
 
-from concept_trak.models import ddim as diffusion
-from concept_trak.rows import featurize, objectives
+from concept_trak.models.condition import Condition
+from concept_trak.models.ddim import predict_x0
+from concept_trak.registry import OBJECTIVES
+from concept_trak.rows.objectives import contrast, dps, of_concept, presence
+from concept_trak.rows.projection import make_projection
+from concept_trak.rows.row import RowMaker
+from concept_trak.rows.state import State
+from concept_trak.rows.states import noised_states, train_states_of
 from concept_trak.rows.vjp import PerSampleVjp, dense
 
 
-def batch(n=4, seed=0):
+def state_of(n=4, seed=0, t=500):
     g = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(n, 2, 4, 4, generator=g),
-        torch.randn(n, 2, 4, 4, generator=g),
-        torch.randn(n, 5, 6, generator=g),
-    ]
+    x_t, x0 = (torch.randn(n, 2, 4, 4, generator=g) for _ in range(2))
+    cond, null = Condition(torch.randn(n, 5, 6, generator=g)), Condition(torch.zeros(n, 5, 6))
+    return State(t, x_t, cond, null, None, x0)
 
 
-def dps_of(denoiser, x_t, x0, cond, t=500):
-    x_t = x_t.clone().requires_grad_()
-    return objectives.dps(denoiser.eps(x_t, t, cond), x_t, x0, float(denoiser.alpha_bar[t]))
+def part_of(state, i):
+    one = slice(i, i + 1)
+    return State(state.t, state.x_t[one], state.cond[one], state.cond_neg[one], x0=state.x0[one])
 
 
 def test_dps_equals_autograd_of_its_definition(tiny_denoiser):
-    x_t, x0, cond = batch()
-    x = x_t.clone().requires_grad_()
-    x0_hat = diffusion.predict_x0(
-        x, tiny_denoiser.eps(x, 500, cond), float(tiny_denoiser.alpha_bar[500])
-    )
-    want = -torch.autograd.grad((x0_hat - x0).square().flatten(1).mean(1).sum(), x)[0]
-    torch.testing.assert_close(dps_of(tiny_denoiser, x_t, x0, cond), want, rtol=1e-4, atol=1e-6)
+    state = state_of()
+    x, level = state.x_t.clone().requires_grad_(), tiny_denoiser.schedule.level(500)
+    x0_hat = predict_x0(x, tiny_denoiser.eps(x, 500, state.cond), level)
+    error = (x0_hat - state.x0).square().flatten(1).mean(1).sum()
+    want = -torch.autograd.grad(error, x)[0]
+    torch.testing.assert_close(dps(tiny_denoiser, state)[1], want, rtol=1e-4, atol=1e-6)
 
 
 def test_dps_does_not_depend_on_batch_size(tiny_denoiser):
-    x_t, x0, cond = batch()
-    singles = [
-        dps_of(tiny_denoiser, x_t[i : i + 1], x0[i : i + 1], cond[i : i + 1]) for i in range(4)
-    ]
-    torch.testing.assert_close(
-        dps_of(tiny_denoiser, x_t, x0, cond), torch.cat(singles), rtol=1e-4, atol=1e-6
-    )
+    state = state_of()
+    singles = torch.cat([dps(tiny_denoiser, part_of(state, i))[1] for i in range(4)])
+    torch.testing.assert_close(dps(tiny_denoiser, state)[1], singles, rtol=1e-4, atol=1e-6)
 
 
 def test_dps_points_to_states_from_which_the_picture_is_predicted_better(tiny_denoiser):
-    x_t, x0, cond = batch()
-    g = dps_of(tiny_denoiser, x_t, x0, cond)
+    state, level = state_of(), tiny_denoiser.schedule.level(500)
+    g = dps(tiny_denoiser, state)[1]
 
     def error(x):
         with torch.no_grad():
-            return (
-                (
-                    diffusion.predict_x0(
-                        x, tiny_denoiser.eps(x, 500, cond), float(tiny_denoiser.alpha_bar[500])
-                    )
-                    - x0
-                )
-                .square()
-                .flatten(1)
-                .mean(1)
-            )
+            x0_hat = predict_x0(x, tiny_denoiser.eps(x, 500, state.cond), level)
+        return (x0_hat - state.x0).square().flatten(1).mean(1)
 
-    assert (error(x_t + 1e-3 * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)) < error(x_t)).all()
+    step = 1e-3 * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert (error(state.x_t + step) < error(state.x_t)).all()
 
 
-@pytest.mark.parametrize(
-    "name,loss",
-    [
-        ("dsm", lambda e, eps, other: (e - eps).square().sum() / 2),
-        ("dtrak", lambda e, eps, other: e.square().sum() / 2),
-        ("das", lambda e, eps, other: e.abs().sum()),
-        (
-            "contrast",
-            lambda e, eps, other: ((e + 1.0 * (e - other)).detach() - e).square().sum() / 2,
-        ),
-    ],
-)
-def test_cotangent_is_the_gradient_of_its_loss_by_eps_hat(name, loss):
-    eps_hat, eps, _ = batch(seed=1)
-    other = batch(seed=2)[0]
-    leaf = eps_hat.clone().requires_grad_()
-    want = torch.autograd.grad(loss(leaf, eps, other), leaf)[0]
-    arguments = {
-        "dsm": (eps_hat, eps),
-        "dtrak": (eps_hat,),
-        "das": (eps_hat,),
-        "contrast": (eps_hat, other),
-    }[name]
-    torch.testing.assert_close(getattr(objectives, name)(*arguments), want)
-
-
-def step_against(denoiser, x_t, t, cond, v):
-    """Change of eps_hat [1, ...] after a small step of the attn2 weights against the gradient that
-    the cotangent v makes.
+def step_against(denoiser, state, cotangent):
+    """(change of eps_hat [1, ...] at cond, v) after a small step of the attn2 weights against the
+    gradient of a cotangent.
     """
     with PerSampleVjp(denoiser.network, "attn2") as tape:
-        before = denoiser.eps(x_t, t, cond)
-        flat = dense(tape.vjp(before, v))[0]
+        eps_hat, v = cotangent(denoiser, state)
+        before = eps_hat.detach()[: len(state)]
+        flat = dense(tape.vjp(eps_hat, v, len(state)))[0]
+        step = 1e-2 * flat / flat.norm()
         with torch.no_grad():
             for name, p in tape.parameters.items():
-                p -= 1e-2 * (
-                    flat[tape.offsets[name] : tape.offsets[name] + p.numel()] / flat.norm()
-                ).view_as(p)
-            return denoiser.eps(x_t, t, cond) - before.detach()
+                first = tape.offsets[name]
+                p -= step[first : first + p.numel()].view_as(p)
+            return denoiser.eps(state.x_t, state.t, state.cond) - before, v
 
 
 def test_a_step_against_the_dps_gradient_moves_the_prediction_along_minus_g(tiny_denoiser):
-    x_t, x0, cond = batch(1)
-    g = dps_of(tiny_denoiser, x_t, x0, cond)
-    assert (step_against(tiny_denoiser, x_t, 500, cond, g) * -g).sum() > 0
+    change, g = step_against(tiny_denoiser, state_of(1), dps)
+    assert (change * -g).sum() > 0
 
 
-def test_a_step_against_the_slider_gradient_strengthens_the_concept(tiny_denoiser):
-    x_t, _, cond = batch(1)
-    with torch.no_grad():
-        more = tiny_denoiser.eps(x_t, 500, cond) - tiny_denoiser.eps(
-            x_t, 500, torch.zeros_like(cond)
-        )
-    assert (step_against(tiny_denoiser, x_t, 500, cond, -more) * more).sum() > 0
+@pytest.mark.parametrize("cotangent", [presence, contrast])
+def test_a_step_against_the_slider_gradient_strengthens_the_concept(cotangent, tiny_denoiser):
+    state = state_of(1)
+
+    def both():
+        with torch.no_grad():
+            return [tiny_denoiser.eps(state.x_t, 500, c) for c in (state.cond, state.cond_neg)]
+
+    pos, neg = both()
+    step_against(tiny_denoiser, state, cotangent)
+    after = both()
+    if cotangent is presence:
+        after[1] = neg  # which it holds fixed
+    assert ((after[0] - after[1]) * (pos - neg)).sum() > (pos - neg).square().sum()
 
 
 def test_train_and_query_agree_in_sign(tiny_denoiser):
     """The train row of a picture and the query of its caption, read at the same states, point the
     same way.
     """
-    from concept_trak.rows.projection import make_projection
-    from concept_trak.rows.query import concept_gradient
+    state = state_of(1)
+    count = PerSampleVjp(tiny_denoiser.network, "attn2").input_dim
+    maker = RowMaker(tiny_denoiser, make_projection("identity", count, 0, 0), "attn2", True)
+    inputs = state.x0, state.cond, state.cond_neg
+    for name in ("presence", "contrast"):
+        train = OBJECTIVES.get(name).cotangent
+        seen = list(train_states_of(tiny_denoiser, *inputs, noised_states(5)))
+        row = maker.rows(seen, train, 1).values
+        asked = (s.contrasting(state.cond, state.cond_neg) for s in seen)
+        got = maker.mean_row(asked, of_concept(name)) * len(seen)
+        torch.testing.assert_close(got, row, rtol=1e-4, atol=1e-6)
 
-    _, x0, cond = batch(1)
-    null, states = torch.zeros(1, 5, 6), featurize.noised_states(5)
-    projection = make_projection(
-        "identity", PerSampleVjp(tiny_denoiser.network, "attn2").input_dim, 0, 0
-    )
-    row, _ = featurize.featurize(
-        tiny_denoiser,
-        projection,
-        x0,
-        cond,
-        null,
-        layer="attn2",
-        objective="presence",
-        states=states,
-        normalize=True,
-    )
-    read = featurize.states_of(tiny_denoiser, x0, cond, null, states)
-    asked = concept_gradient(
-        tiny_denoiser, projection, read, cond, null, layer="attn2", normalize=True
-    )
-    torch.testing.assert_close(asked * len(states.timesteps), row, rtol=1e-4, atol=1e-6)
+
+def test_a_concept_query_is_two_sided_where_its_train_rows_are():
+    sides = {name: of_concept(name) is contrast for name in OBJECTIVES.names()}
+    assert sides.pop("contrast") and not any(sides.values())
+
+
+def test_only_das_weights_its_rows():
+    weighted = [name for name in OBJECTIVES.names() if OBJECTIVES.get(name).row_weight]
+    assert weighted == ["das"]

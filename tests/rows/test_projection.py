@@ -8,10 +8,12 @@ from dattri.func.projection import random_project
 from trak.projectors import BasicProjector
 
 from concept_trak.errors import UserError
-from concept_trak.rows import projection as projection_module
-from concept_trak.rows.gpu_mask import gpu_mask
-from concept_trak.rows.projection import KINDS, make_projection
+from concept_trak.rows import projectors
+from concept_trak.rows.gpu_mask import GPUS, gpu_mask
+from concept_trak.rows.projection import make_projection
+from concept_trak.rows.projectors import KINDS
 from concept_trak.rows.vjp import DenseGrad, OuterProductGrad
+from concept_trak.settings import MASKS, PROJECTIONS
 
 P, K = 3001, 230  # neither divides a block
 
@@ -46,9 +48,14 @@ def test_equals_trak_basic_projector(kind):
     torch.testing.assert_close(build(f"trak_{kind}").project(x), theirs)
 
 
+def test_settings_offer_every_kind_and_every_mask():
+    assert PROJECTIONS == (*KINDS, "logra")
+    assert MASKS == ("auto", "portable", *GPUS)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensor_by_tensor_equals_whole_row(kind, monkeypatch):
-    monkeypatch.setattr(projection_module, "SCATTER_COORDINATES", 97)
+    monkeypatch.setattr(projectors, "SCATTER_COORDINATES", 97)
     x = grads()
     ours = build(kind)
     out = torch.zeros(len(x), ours.proj_dim)
@@ -76,9 +83,8 @@ def test_projection_keeps_inner_products(kind, options):
         [(lambda z: z @ z.T)(build(kind, seed, **options).project(y)) for seed in range(60)]
     )
     error = (found.mean(0) - expected).abs().max()
-    assert (
-        error < 4 * (2 / K / 60) ** 0.5
-    )  # four standard errors of the mean of 60 unbiased estimates with variance <= 2/k
+    # four standard errors of the mean of 60 unbiased estimates with variance <= 2/k
+    assert error < 4 * (2 / K / 60) ** 0.5
     assert (found - expected).abs().max() < 6 * (2 / K) ** 0.5
 
 
@@ -115,10 +121,8 @@ def test_drawing_ignores_global_generator_and_default_device():
 def test_mask_of_the_published_setting_is_the_cpu_mask():
     """P = attn2 of SD v1.4, k = 2^15, seed 0: the indices dattri draws on a CPU."""
     ours = make_projection("random_mask", 43_962_560, 2**15, 0)
-    assert (
-        ours.indices[:6].tolist() == [342, 2079, 2216, 3810, 3855, 4612]
-        and ours.indices[-1] == 43955309
-    )
+    assert ours.indices[:6].tolist() == [342, 2079, 2216, 3810, 3855, 4612]
+    assert ours.indices[-1] == 43955309
     digest = ours.describe()["indices_sha256"]
     assert digest == "ec25f2f5b1a361d7ff1d5580c08a2171ed37f5e1d07110fe0754fef03ea27dc3"
     assert digest == hashlib.sha256(ours.indices.numpy().tobytes()).hexdigest()
@@ -129,23 +133,23 @@ def test_mask_of_a_gpu_is_rebuilt_and_named():
     ours, kept = make_projection("random_mask", wide, K, 3, mask="t4"), gpu_mask("t4", wide, K, 3)
     assert torch.equal(ours.project(x), x[:, torch.from_numpy(kept.copy())])
     assert ours.describe() == {
-        "kind": "random_mask", "input_dim": wide, "proj_dim": K, "seed": 3, "generator": "torch philox4x32-10 (CUDA, 40960 threads)",
+        "kind": "random_mask",
+        "input_dim": wide,
+        "proj_dim": K,
+        "seed": 3,
+        "generator": "torch philox4x32-10 (CUDA, 40960 threads)",
         "indices_sha256": hashlib.sha256(kept.tobytes()).hexdigest(),
-    }  # fmt: skip
+    }
     portable = make_projection("random_mask", wide, K, 3)
-    assert portable.describe()["generator"] == "torch mt19937 (CPU)" and not torch.equal(
-        portable.indices, ours.indices
-    )
+    assert portable.describe()["generator"] == "torch mt19937 (CPU)"
+    assert not torch.equal(portable.indices, ours.indices)
     assert make_projection("random_mask", wide, K, 3, mask="auto").describe() == portable.describe()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "random_mask"])
 def test_only_a_mask_can_be_that_of_a_gpu(kind):
-    assert (
-        build(kind, mask="auto").describe()
-        == build(kind, mask="portable").describe()
-        == build(kind).describe()
-    )
+    for mask in ("auto", "portable"):
+        assert build(kind, mask=mask).describe() == build(kind).describe()
     with pytest.raises(UserError, match=f"projection {kind} has no mask of a GPU"):
         build(kind, mask="a100")
 
@@ -209,11 +213,8 @@ def test_logra_by_factors_equals_logra_of_the_formed_gradient():
         ours.add(out, grad)
         row[:, grad.offset : grad.offset + grad.numel] = grad.dense()
     torch.testing.assert_close(out, ours.project(row), rtol=1e-4, atol=1e-4)
-    assert (
-        ours.block_of(704) == 2
-        and ours.block_of(726) == 3
-        and by_module("logra", separate=False).block_of(726) == 0
-    )
+    assert [ours.block_of(offset) for offset in (704, 726)] == [2, 3]
+    assert by_module("logra", separate=False).block_of(726) == 0
 
 
 def test_logra_keeps_inner_products_on_average():
@@ -222,9 +223,8 @@ def test_logra_keeps_inner_products_on_average():
         [(lambda z: z @ z.T)(by_module("logra", 640, seed).project(x)) for seed in range(80)]
     )
     standard_error = found.std(0) / 80**0.5
-    assert (
-        (found.mean(0) - x @ x.T).abs() < 4 * standard_error
-    ).all() and standard_error.max() < 0.03
+    assert ((found.mean(0) - x @ x.T).abs() < 4 * standard_error).all()
+    assert standard_error.max() < 0.03
 
 
 @pytest.mark.parametrize("kind", ["identity", "random_mask", "sjlt", "grass", "normal", "logra"])
@@ -234,11 +234,8 @@ def test_features_of_a_module_depend_on_its_gradient_alone(kind):
     ours.accumulate(part, x[:, 620:704], 620)
     first, stop = ours.widths[0], sum(ours.widths[:2])
     torch.testing.assert_close(part[:, first:stop], whole[:, first:stop])
-    assert (
-        not part[:, :first].any()
-        and not part[:, stop:].any()
-        and sum(ours.widths) == ours.proj_dim == whole.shape[1]
-    )
+    assert not part[:, :first].any() and not part[:, stop:].any()
+    assert sum(ours.widths) == ours.proj_dim == whole.shape[1]
     assert by_module(kind, separate=False).widths == [ours.proj_dim]
     if kind != "identity":
         assert max(ours.widths) <= 160 // 4

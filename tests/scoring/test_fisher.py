@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from concept_trak.errors import UserError
-from concept_trak.scoring import fisher
-from concept_trak.scoring.fisher import choose_method, precondition
+from concept_trak.scoring import fisher, gram, krylov
+from concept_trak.scoring.fisher import BlockFisher, FullFisher, choose_method, fisher_for
 from concept_trak.scoring.krylov import shifted_solve
+from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.scores import scores
-from concept_trak.store.shards import Store
+from concept_trak.store.shards import Layout, Store
 
 DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
 MEMORY = 2**30
@@ -30,12 +31,20 @@ def synthetic(num_rows, dim, seed=0, decay=1.0):
 
 
 def make(folder, rows, dtype="float32", num_split=3):
-    store = Store.create(folder, len(rows), rows.shape[1], num_split, dtype, {}, provenance={})
+    store = Store.create(folder, Layout(*rows.shape, num_split, dtype), {}, provenance={})
     for shard in range(num_split):
         start, stop = store.shard_range(shard)
         store.append(shard, rows[start:stop], start)
         store.finish(shard)
     return store
+
+
+def precondition(store, queries, dampings, memory, method="auto"):
+    return FullFisher(Budget(memory), method).solve(store, queries, dampings)
+
+
+def by_blocks(store, queries, widths, memory=MEMORY):
+    return fisher_for(widths, Budget(memory)).solve(store, queries, DAMPINGS)
 
 
 def direct(rows, queries, dampings=DAMPINGS):
@@ -80,7 +89,7 @@ def test_all_lambdas_equal_direct_solve(tmp_path, method, num_rows, dim, decay):
 def test_rounded_rows_are_used_as_they_are_stored(tmp_path, dtype):
     rows = synthetic(200, 50)
     store = make(tmp_path, rows, dtype)
-    stored = np.concatenate([block for _, block in store.blocks(64)])
+    stored = store.rows(range(len(rows)))
     for method in METHODS:
         assert_close(
             precondition(store, queries_for(rows), DAMPINGS, MEMORY, method),
@@ -151,25 +160,25 @@ def test_scaling_all_rows_changes_no_ranking(tmp_path, method):
 def test_gram_does_not_depend_on_tiles_blocks_or_shards(tmp_path, monkeypatch, dtype, tolerance):
     rows = synthetic(101, 37)
     expected = rows.T.astype(np.float64) @ rows
-    monkeypatch.setattr(fisher, "GRAM_TILE", 5)
-    monkeypatch.setattr(fisher, "GRAM_ROWS", 7)
+    monkeypatch.setattr(gram, "GRAM_TILE", 5)
+    monkeypatch.setattr(gram, "GRAM_ROWS", 7)
     for num_split, memory in ((1, MEMORY), (4, MEMORY), (3, 16 * 8 * 37 * 11)):
         store = make(tmp_path / f"{num_split}", rows, num_split=num_split)
-        kernel = fisher.compute_gram(store, dtype, memory).double().numpy()
+        kernel = gram.compute_gram(store, dtype, memory).double().numpy()
         np.testing.assert_array_equal(kernel, kernel.T)
         assert np.abs(kernel - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def test_products_do_not_depend_on_the_block_size(tmp_path, monkeypatch):
     rows = synthetic(50, 20)
-    store, vectors = make(tmp_path, rows), torch.randn(fisher.SYMV_MAX + 1, 20, dtype=torch.float64)
-    whole = fisher.row_product(store)(vectors)
-    monkeypatch.setattr(fisher, "STREAM_VALUES", 60)
-    torch.testing.assert_close(fisher.row_product(store)(vectors), whole, rtol=1e-12, atol=1e-14)
+    store, vectors = make(tmp_path, rows), torch.randn(gram.SYMV_MAX + 1, 20, dtype=torch.float64)
+    whole = gram.row_product(store)(vectors)
+    monkeypatch.setattr(gram, "STREAM_VALUES", 60)
+    torch.testing.assert_close(gram.row_product(store)(vectors), whole, rtol=1e-12, atol=1e-14)
     kernel = torch.from_numpy(rows.T @ rows)
     for some in (vectors, vectors[1:], vectors[:1]):
         torch.testing.assert_close(
-            fisher.gram_product(kernel)(some), some @ kernel.double(), rtol=1e-12, atol=1e-14
+            gram.gram_product(kernel)(some), some @ kernel.double(), rtol=1e-12, atol=1e-14
         )
 
 
@@ -179,7 +188,7 @@ def test_gram_is_cached_under_the_stores_checksum(tmp_path, monkeypatch):
     first = precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram")
     cached = list(tmp_path.glob("gram-*"))
     assert [path.name for path in cached] == [f"gram-float64-{store.checksum[:16]}.npy"]
-    monkeypatch.setattr(fisher, "compute_gram", None)  # a second computation would raise
+    monkeypatch.setattr(gram, "compute_gram", None)  # a second computation would raise
     np.testing.assert_array_equal(
         precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram"), first
     )
@@ -192,7 +201,7 @@ def test_gram_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, monkey
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fisher.np, "save", full)
+    monkeypatch.setattr(gram.np, "save", full)
     with pytest.warns(UserWarning, match="could not be cached"):
         found = precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram")
     assert_close(found, direct(rows, queries_for(rows)), 1e-6)
@@ -202,7 +211,7 @@ def test_gram_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, monkey
 def test_float32_gram_is_used_when_float64_does_not_fit(tmp_path):
     rows = synthetic(400, 64, decay=0.2)
     store, memory = make(tmp_path, rows), 12 * 64 * 64
-    assert fisher.gram(store, memory, cache=False).dtype == torch.float32
+    assert gram.gram(store, Budget(memory, cache=False)).dtype == torch.float32
     found = precondition(store, queries_for(rows), DAMPINGS, memory, "krylov_gram")
     assert_close(found, direct(rows, queries_for(rows)), 1e-4)
 
@@ -240,12 +249,12 @@ def test_krylov_estimates_its_true_residual():
     )
     for iterations in (3, 10, 25):
         solution, estimate = shifted_solve(lambda v: v @ matrix, queries, lambdas, 0.0, iterations)
-        true = fisher.relative_residuals(lambda v: v @ matrix, queries, lambdas, solution)
+        true = krylov.relative_residuals(lambda v: v @ matrix, queries, lambdas, solution)
         torch.testing.assert_close(estimate, true, rtol=1e-6, atol=1e-10)
 
 
 def test_krylov_that_does_not_converge_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(fisher, "MAX_ITERATIONS", 4)
+    monkeypatch.setattr(krylov, "MAX_ITERATIONS", 4)
     rows = synthetic(200, 50)
     with pytest.raises(UserError, match="reached a relative residual of .* after 4 iterations"):
         precondition(make(tmp_path, rows), queries_for(rows), DAMPINGS, MEMORY, "krylov_rows")
@@ -253,7 +262,7 @@ def test_krylov_that_does_not_converge_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("iterations", [1000, 4])
 def test_solving_leaves_the_number_of_threads_alone(tmp_path, monkeypatch, iterations):
-    monkeypatch.setattr(fisher, "MAX_ITERATIONS", iterations)
+    monkeypatch.setattr(krylov, "MAX_ITERATIONS", iterations)
     rows, threads = synthetic(200, 50), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -285,22 +294,21 @@ def test_bad_input_is_named(tmp_path):
 
 @pytest.mark.parametrize("widths", [[10, 25, 5], [40]])
 def test_blocks_are_solved_each_by_itself(tmp_path, widths, monkeypatch):
-    monkeypatch.setattr(fisher, "GRAM_ROWS", 7)
+    monkeypatch.setattr(gram, "GRAM_ROWS", 7)
     rows = synthetic(60, 40)
     queries, edges = queries_for(rows), np.cumsum(widths)[:-1]
-    want = np.concatenate(
-        [direct(r, q) for r, q in zip(np.split(rows, edges, 1), np.split(queries, edges, 1))], 2
-    )
-    assert_close(
-        precondition(make(tmp_path, rows), queries, DAMPINGS, MEMORY, widths=widths), want, 1e-8
-    )
+    pairs = zip(np.split(rows, edges, 1), np.split(queries, edges, 1), strict=True)
+    want = np.concatenate([direct(r, q) for r, q in pairs], 2)
+    solver = fisher_for(widths, Budget(MEMORY))
+    assert type(solver) is (BlockFisher if len(widths) > 1 else FullFisher)
+    assert_close(solver.solve(make(tmp_path, rows), queries, DAMPINGS), want, 1e-8)
 
 
 def test_a_block_without_gradients_has_no_say(tmp_path):
     rows = synthetic(60, 40)
     rows[:, 10:] = 0
     queries = queries_for(rows) + 1e-3
-    found = precondition(make(tmp_path, rows), queries, DAMPINGS, MEMORY, widths=[10, 30])
+    found = by_blocks(make(tmp_path, rows), queries, [10, 30])
     assert_close(found[:, :, :10], direct(rows[:, :10], queries[:, :10]), 1e-8)
     assert not found[:, :, 10:].any()
 
@@ -308,14 +316,11 @@ def test_a_block_without_gradients_has_no_say(tmp_path):
 def test_blocks_that_cannot_be_solved_are_named(tmp_path):
     store = make(tmp_path / "a", synthetic(60, 40))
     with pytest.raises(UserError, match="blocks of 41 features do not fit"):
-        precondition(store, np.ones((1, 40)), DAMPINGS, MEMORY, widths=[20, 21])
+        by_blocks(store, np.ones((1, 40)), [20, 21])
     with pytest.raises(UserError, match="raise MAX_MEMORY"):
-        precondition(store, np.ones((1, 40)), DAMPINGS, 1000, widths=[20, 20])
+        by_blocks(store, np.ones((1, 40)), [20, 20], memory=1000)
+    with pytest.raises(UserError, match=r"shape \[1, 39\] but .* rows of 40"):
+        by_blocks(store, np.ones((1, 39)), [20, 20])
+    zeros = make(tmp_path / "b", np.zeros((60, 40), np.float32))
     with pytest.raises(UserError, match="every row of the store is zero"):
-        precondition(
-            make(tmp_path / "b", np.zeros((60, 40), np.float32)),
-            np.ones((1, 40)),
-            DAMPINGS,
-            MEMORY,
-            widths=[20, 20],
-        )
+        by_blocks(zeros, np.ones((1, 40)), [20, 20])

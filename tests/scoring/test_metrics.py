@@ -54,17 +54,6 @@ def test_truth_may_differ_by_query():
     assert metrics.recall_at_k(scores, relevant, k=1).tolist() == [1.0, 0.0]
 
 
-def test_ties_are_ranked_by_index_at_both_ends():
-    scores = np.array([0.0, 1.0, 1.0, 0.0, -0.0])
-    assert metrics.ranking(scores).tolist() == [1, 2, 0, 3, 4]
-    assert metrics.ranking(scores, largest=False).tolist() == [0, 3, 4, 1, 2]
-
-
-def test_unsigned_and_low_precision_scores_rank_by_value():
-    assert metrics.ranking(np.array([1, 200, 3], dtype=np.uint8)).tolist() == [1, 2, 0]
-    assert metrics.ranking(np.array([1, 2, 3], dtype=np.float16)).tolist() == [2, 1, 0]
-
-
 @pytest.mark.parametrize("n, r, k", [(8, 3, 2), (8, 3, 5), (7, 7, 3), (6, 1, 4), (5, 2, 9)])
 def test_chance_equals_enumeration_of_all_placements(n, r, k):
     scores = -np.arange(n, dtype=float)
@@ -106,14 +95,6 @@ def test_bootstrap_is_seeded_nested_in_level_and_exact_on_constants():
     assert metrics.bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
 
 
-def test_paired_interval_sees_a_difference_that_separate_intervals_hide():
-    hardness = np.random.default_rng(2).random(40)
-    a, b = hardness + 0.05, hardness
-    assert metrics.bootstrap_interval(a)[0] < metrics.bootstrap_interval(b)[1]
-    low, high = metrics.paired_difference_interval(a, b)
-    assert low == pytest.approx(0.05) and high == pytest.approx(0.05)
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -134,7 +115,6 @@ def test_paired_interval_sees_a_difference_that_separate_intervals_hide():
         (lambda: metrics.chance_recall_at_k(5, 0), "chance needs"),
         (lambda: metrics.bootstrap_interval(np.array([])), "non-empty"),
         (lambda: metrics.bootstrap_interval(np.array([0.1, np.inf])), "finite"),
-        (lambda: metrics.paired_difference_interval(np.ones(3), np.ones(4)), "paired values"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, message):

@@ -1,12 +1,15 @@
-"""Properties of scoring and ranking."""
+"""Properties of scoring."""
 
 import numpy as np
 import pytest
 
 from concept_trak.errors import UserError
 from concept_trak.scoring import scores as scores_module
-from concept_trak.scoring.scores import scores, top_k
-from concept_trak.store.shards import Store
+from concept_trak.scoring.fisher import fisher_for
+from concept_trak.scoring.preconditioner import Budget
+from concept_trak.scoring.ranking import ranking
+from concept_trak.scoring.scores import scores, solve_and_score
+from concept_trak.store.shards import Layout, Store
 
 N, K = 53, 12
 
@@ -17,7 +20,7 @@ def rows_and_queries():
 
 
 def make(folder, rows, dtype="float32", num_split=4):
-    store = Store.create(folder, len(rows), rows.shape[1], num_split, dtype, {}, provenance={})
+    store = Store.create(folder, Layout(*rows.shape, num_split, dtype), {}, provenance={})
     for shard in range(num_split):
         start, stop = store.shard_range(shard)
         store.append(shard, rows[start:stop], start)
@@ -81,25 +84,25 @@ def test_small_differences_survive_a_large_common_part(tmp_path):
     np.testing.assert_allclose(found, rows.astype(np.float64) @ small, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("largest", [True, False])
-def test_top_k_is_exact_with_ties_by_index(largest):
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 8, (3, 2, 100)).astype(np.float32)
-    found = top_k(values, 17, largest)
-    sign = -1 if largest else 1
-    for row, indices in zip(values.reshape(-1, 100), found.reshape(-1, 17), strict=True):
-        assert indices.tolist() == sorted(range(100), key=lambda i: (sign * row[i], i))[:17]
-
-
 def test_identical_rows_tie_and_rank_by_index(tmp_path):
     rows, queries = rows_and_queries()
     rows[[40, 7, 23]] = 5 * queries[0, 0].astype(np.float32)
-    ranked = top_k(scores(make(tmp_path, rows), queries), 3)
+    ranked = ranking(scores(make(tmp_path, rows), queries), k=3)
     assert ranked[0, 0].tolist() == [7, 23, 40]
 
 
-def test_more_than_all_gives_all():
-    assert top_k([3.0, 1.0, 2.0], 10).tolist() == [0, 2, 1]
+@pytest.mark.parametrize("widths", [[K], [5, 7]])
+def test_solving_and_scoring_in_one_is_both_in_turn(tmp_path, widths):
+    rows, queries = rows_and_queries()
+    store, asked, dampings = make(tmp_path, rows), queries[:, 0], (0.01, 1.0)
+    fisher, weight = fisher_for(widths, Budget()), np.linspace(0, 2, N)
+    found = solve_and_score(store, asked, dampings, fisher, weight)
+    assert found.shape == (2, 3, N) and found.dtype == np.float32
+    want = scores(store, fisher.solve(store, asked, dampings), weight)
+    np.testing.assert_array_equal(found, want)
+    with pytest.raises(UserError, match="score fewer queries"):
+        many = np.repeat(asked, 60, 0)
+        solve_and_score(store, many, dampings, fisher_for([5, 7], Budget(30_000)))
 
 
 def test_bad_input_is_named(tmp_path):
@@ -113,6 +116,3 @@ def test_bad_input_is_named(tmp_path):
         scores(store, queries, np.where(np.arange(N) == 5, np.nan, 1.0))
     with pytest.raises(UserError, match="score fewer queries"):
         scores(store, queries, max_memory=100)
-    with pytest.raises(UserError, match="a score is NaN"):
-        top_k(np.array([1.0, np.nan]), 1)
-    assert scores_module.top_k([1.0, np.inf], 1).tolist() == [1]

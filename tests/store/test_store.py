@@ -1,70 +1,55 @@
-"""Properties of the gradient store: crash safety, refusals, formats."""
+"""Properties of the gradient store: formats, refusals, adoption."""
 
-import errno
+import hashlib
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import IDENTITY, REPOSITORY, K, N, contents, fill, make, read, some_rows
 
 from concept_trak.errors import UserError
-from concept_trak.store import writer as shard_writer
-from concept_trak.store.shards import Store
-
-N, K, SPLITS = 23, 8, 4
-IDENTITY = {
-    "settings": {"states": 9, "layer": "attn2"},
-    "model_hash": "abc",
-    "projection": {"kind": "sjlt", "seed": 0},
-}
-REPOSITORY = Path(__file__).parents[2]
+from concept_trak.store.encoding import decode, encode
+from concept_trak.store.shards import Layout, Store
 
 
-def make(
-    folder, dtype="float32", layout="npy", num_rows=N, num_split=SPLITS, identity=IDENTITY, dim=K
-):
-    return Store.create(folder, num_rows, dim, num_split, dtype, identity, layout, provenance={})
-
-
-def some_rows(num_rows=N, dim=K):
-    return np.random.default_rng(0).standard_normal((num_rows, dim)).astype(np.float32)
-
-
-def fill(store, rows, batch=2, shards=None):
-    for shard in store.pending(shards):
-        stop = store.shard_range(shard)[1]
-        for first in range(store.resume_row(shard), stop, batch):
-            store.append(shard, rows[first : min(first + batch, stop)], first)
-        store.finish(shard)
-    return store
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def read(store, max_rows=3):
-    return np.concatenate([block for _, block in store.blocks(max_rows)])
-
-
-@pytest.mark.parametrize("layout", ["npy", "raw"])
+@pytest.mark.parametrize("kind", ["npy", "raw"])
 @pytest.mark.parametrize(
     "dtype, tolerance", [("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8)]
 )
-def test_rows_come_back_to_within_the_stored_precision(tmp_path, dtype, tolerance, layout):
+def test_rows_come_back_to_within_the_stored_precision(tmp_path, dtype, tolerance, kind):
     rows = some_rows()
-    fill(make(tmp_path, dtype, layout), rows)
+    fill(make(tmp_path, dtype, kind=kind), rows)
     store = Store.open(tmp_path, IDENTITY)
     np.testing.assert_allclose(read(store), rows, rtol=tolerance, atol=1e-7 if tolerance else 0)
     picked = [22, 0, 7, 7, 5]
     np.testing.assert_array_equal(store.rows(picked), read(store)[picked])
-    assert [first for first, _ in store.blocks(4)] == [0, 4, 5, 9, 11, 15, 17, 21]
+    assert [first for first, _ in store.stored_blocks(4)] == [0, 4, 5, 9, 11, 15, 17, 21]
+    widened = np.concatenate([block.numpy() for _, block in store.tensor_blocks(3)])
+    np.testing.assert_array_equal(widened, read(store))
+
+
+@pytest.mark.parametrize("dtype, kind, digest", [
+    ("float32", "npy", "254d66040e5e1ac2"),
+    ("float32", "raw", "ae73ca64490f6cca"),
+    ("float16", "npy", "7cf2a2424e21e5f8"),
+    ("bfloat16", "npy", "b8014318a7f207c1"),
+])  # fmt: skip
+def test_a_store_without_losses_is_byte_for_byte_that_of_version_one(tmp_path, dtype, kind, digest):
+    identity = {"settings": {"states": 9}, "model_hash": "abc"}
+    fill(make(tmp_path, dtype, identity, kind=kind), some_rows(), batch=6)
+    found = hashlib.sha256()
+    for name, content in sorted(contents(tmp_path).items()):
+        found.update(name.encode() + content)
+    assert found.hexdigest()[:16] == digest
+
+
+def test_the_committed_store_opens():
+    (folder,) = (REPOSITORY / "data/emoji/grads").iterdir()
+    store = Store.open(folder, {"dim": 4032, "losses": False})
+    assert store.num_rows == 896 and np.isfinite(store.rows([0, 895])).all()
 
 
 def test_bfloat16_rounds_to_nearest_even_as_torch_does():
@@ -73,16 +58,14 @@ def test_bfloat16_rounds_to_nearest_even_as_torch_does():
         [some_rows().ravel(), np.float32([1.00390625, 1.01171875, 0, -0.0, 1e-40, 65504, 3e38])]
     )
     expected = torch.from_numpy(values).bfloat16().float().numpy()
-    np.testing.assert_array_equal(
-        shard_writer.decode(shard_writer.encode(values, "bfloat16"), "bfloat16"), expected
-    )
+    np.testing.assert_array_equal(decode(encode(values, "bfloat16"), "bfloat16"), expected)
 
 
 def test_npy_shards_are_real_npy_and_raw_shards_are_bare_float32(tmp_path):
     rows = some_rows()
     fill(make(tmp_path / "npy", "float16"), rows)
     assert np.load(tmp_path / "npy/train_grad-1.npy", allow_pickle=False).shape == (6, K)
-    fill(make(tmp_path / "raw", layout="raw"), rows)
+    fill(make(tmp_path / "raw", kind="raw"), rows)
     bare = np.memmap(tmp_path / "raw/train_grad-1.npy", np.float32, "r", shape=(6, K))
     np.testing.assert_array_equal(bare, rows[5:11])
 
@@ -100,105 +83,6 @@ def test_shards_cover_n_for_any_count(tmp_path, num_rows, num_split):
     np.testing.assert_array_equal(read(fill(store, rows)), rows)
 
 
-WRITER = """
-import sys
-sys.path.insert(0, {root!r})
-import numpy as np
-from concept_trak.store import writer as shard_writer
-from concept_trak.store.shards import Store
-shard_writer.SYNC_SECONDS = 0.0
-rows = np.random.default_rng(0).standard_normal((240, 8)).astype(np.float32)
-store = Store.create({folder!r}, 240, 8, 3, "float16", {identity!r}, provenance={{}})
-print("ready", flush=True)
-for shard in store.pending():
-    stop = store.shard_range(shard)[1]
-    for first in range(store.resume_row(shard), stop, 5):
-        store.append(shard, rows[first : min(first + 5, stop)], first)
-    store.finish(shard)
-"""
-
-
-def test_killed_run_resumes_to_same_bytes(tmp_path):
-    """SIGKILL at 20 random moments; whatever is left, running again ends with the very files of an
-    uninterrupted run.
-    """
-    fill(make(tmp_path / "whole", "float16", num_rows=240, num_split=3), some_rows(240), batch=5)
-    code = WRITER.format(root=str(REPOSITORY), folder=str(tmp_path / "killed"), identity=IDENTITY)
-    rng, killed, reached = random.Random(0), 0, set()
-    for _ in range(60):  # on a busy machine some rounds end before their kill; twenty must not
-        if killed == 20:
-            break
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        assert child.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0, 0.03))
-        child.send_signal(signal.SIGKILL)
-        killed += child.wait() == -signal.SIGKILL
-        store = make(tmp_path / "killed", "float16", num_rows=240, num_split=3)
-        reached.add(
-            sum(store.resume_row(shard) - store.shard_range(shard)[0] for shard in range(3))
-        )
-        if (
-            not store.pending()
-        ):  # finished before the kill: begin again, so that every round kills a writer
-            for path in (tmp_path / "killed").iterdir():
-                path.unlink()
-    assert killed == 20 and len(reached) > 2
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("calls_before_crash", range(12))
-def test_crash_between_any_two_disk_operations_resumes_to_same_bytes(
-    tmp_path, monkeypatch, calls_before_crash
-):
-    fill(make(tmp_path / "whole", num_rows=9, num_split=2), some_rows(9))
-    monkeypatch.setattr(shard_writer, "SYNC_SECONDS", 0.0)
-    store, left = make(tmp_path / "cut", num_rows=9, num_split=2), [3 * calls_before_crash]
-
-    def counted(call):
-        def wrapper(*args):
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            return call(*args)
-
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        for name in ("write", "fsync", "replace"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        with pytest.raises(KeyboardInterrupt):
-            fill(store, some_rows(9))
-    fill(make(tmp_path / "cut", num_rows=9, num_split=2), some_rows(9))
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
-def test_torn_rows_after_the_last_count_are_cut_off(tmp_path):
-    store, rows = make(tmp_path), some_rows()
-    store.append(1, rows[5:8], 5)
-    store._writers[1].sync()
-    store._writers.pop(1).close()
-    with open(tmp_path / "train_grad-1.npy.part", "ab") as file:
-        file.write(b"torn" * 13)
-    again = make(tmp_path)
-    assert again.resume_row(1) == 8
-    np.testing.assert_array_equal(read(fill(again, rows)), rows)
-
-
-def test_processes_fill_different_shards_at_once_but_not_the_same(tmp_path):
-    rows = some_rows()
-    first, second = make(tmp_path), make(tmp_path)
-    first.append(0, rows[0:1], 0)
-    with pytest.raises(UserError, match="written by another process"):
-        second.append(0, rows[0:1], 0)
-    fill(second, rows, shards=[2, 3])
-    assert first.pending() == [0, 1] and make(tmp_path).pending([1, 2]) == [1]
-    first.append(0, rows[1:5], 1)
-    first.finish(0)
-    fill(first, rows)
-    np.testing.assert_array_equal(read(Store.open(tmp_path)), rows)
-
-
 def test_finished_shards_are_never_overwritten(tmp_path):
     store = fill(make(tmp_path), some_rows())
     before = contents(tmp_path)
@@ -210,17 +94,41 @@ def test_finished_shards_are_never_overwritten(tmp_path):
 
 @pytest.mark.parametrize("change, name", [
     ({"identity": {**IDENTITY, "model_hash": "xyz"}}, "identity.model_hash = 'abc', not 'xyz'"),
-    ({"identity": {**IDENTITY, "settings": {"states": 5, "layer": "attn2"}}}, "identity.settings.states = 9, not 5"),
+    ({"identity": {**IDENTITY, "projection": {"kind": "sjlt", "seed": 1}}}, "seed = 0, not 1"),
     ({"dim": 16}, "dim = 8, not 16"),
     ({"num_rows": 24}, "num_rows = 23, not 24"),
     ({"num_split": 5}, "bounds"),
     ({"dtype": "float16"}, "dtype = 'float32', not 'float16'"),
+    ({"kind": "raw"}, "layout = 'npy', not 'raw'"),
+    ({"losses": True}, "losses = False, not True"),
 ])  # fmt: skip
 def test_store_refuses_other_settings(tmp_path, change, name):
     make(tmp_path)
     with pytest.raises(UserError) as error:
         make(tmp_path, **change)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout, message", [
+    ((N, K, 1, "float64"), "unknown store dtype 'float64': choose one of float16, bfloat16"),
+    ((N, K, 1, "float32", "hdf5"), "unknown store layout 'hdf5'"),
+    ((N, K, 0, "float32"), "between 1 and the number of rows, 23, not 0"),
+    ((N, K, 24, "float32"), "not 24"),
+])  # fmt: skip
+def test_a_layout_that_cannot_be_is_refused(layout, message):
+    with pytest.raises(UserError, match=message):
+        Layout(*layout)
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path):
+    for text in ("{", "[]", '{"format": 1}', '{"format": 1, "num_rows": 3}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="cannot be read as a store manifest") as error:
+            Store.open(tmp_path)
+        assert "\n" not in str(error.value)
+    (tmp_path / "manifest.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match="format = 2, not 1"):
+        Store.open(tmp_path)
 
 
 def test_open_refuses_what_was_not_expected(tmp_path):
@@ -232,6 +140,8 @@ def test_open_refuses_what_was_not_expected(tmp_path):
         Store.open(tmp_path, {"model_hash": "new"})
     with pytest.raises(UserError, match="dim = 8, not 4"):
         Store.open(tmp_path, {"dim": 4})
+    with pytest.raises(UserError, match="losses = False, not True"):
+        Store.open(tmp_path, {"losses": True})
     with pytest.raises(UserError, match="no gradient store"):
         Store.open(tmp_path / "absent")
 
@@ -302,36 +212,6 @@ def test_overflow_of_float16_names_the_sample_but_bfloat16_holds_it(tmp_path):
     )
 
 
-@pytest.mark.parametrize("operation", ["write", "fsync"])
-def test_full_disk_is_one_clear_line_and_keeps_finished_shards(tmp_path, monkeypatch, operation):
-    rows, store = some_rows(), make(tmp_path)
-    fill(store, rows, shards=[0])
-    finished = contents(tmp_path)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, operation, full)
-        with pytest.raises(UserError, match="the disk is full") as error:
-            fill(store, rows)
-    assert "\n" not in str(error.value)
-    now = contents(tmp_path)
-    assert "train_grad-1.npy" not in now and all(
-        now[name] == data for name, data in finished.items()
-    )
-    np.testing.assert_array_equal(read(fill(store, rows)), rows)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_device_is_one_clear_line(tmp_path):
-    store = make(tmp_path)
-    (tmp_path / "train_grad-0.npy.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write .*train_grad-0.npy.part"):
-        fill(store, some_rows())
-    assert not (tmp_path / "train_grad-0.npy").exists()
-
-
 def test_rows_must_come_in_order_and_complete(tmp_path):
     store, rows = make(tmp_path), some_rows()
     with pytest.raises(ValueError, match="continues at row 0"):
@@ -398,13 +278,15 @@ def test_checksum_follows_content_and_identity(tmp_path):
 
 
 def test_importing_the_store_does_not_import_torch():
-    code = "import sys; import concept_trak.store.shards; sys.exit('torch' in sys.modules)"
+    code = "import sys; from concept_trak.store import shards, writer, export; "
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
 def test_manifest_keeps_the_first_provenance(tmp_path):
-    Store.create(tmp_path, N, K, 1, "float32", IDENTITY, provenance={"git": "one"})
-    store = Store.create(tmp_path, N, K, 1, "float32", IDENTITY, provenance={"git": "two"})
+    layout = Layout(N, K, 1, "float32")
+    Store.create(tmp_path, layout, IDENTITY, provenance={"git": "one"})
+    store = Store.create(tmp_path, layout, IDENTITY, provenance={"git": "two"})
     assert (
         json.loads((tmp_path / "manifest.json").read_text())["provenance"]
         == {"git": "one"}

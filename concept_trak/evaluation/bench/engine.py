@@ -1,45 +1,39 @@
-"""The cases of the benchmark and their timing: engine and literal reference, train rows and query
-gradients.
-
-Each case runs in a process of its own, so that its peak memory is its own. The processes of a group
-are timed in turn, round after round, and every ratio is taken within a round: a machine that is
-busy for a while slows both sides.
+"""The cases of the benchmark: train rows and query gradients by the engine and by the literal
+reference, and the ratios of their times.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from ...attribution.attribute import query_states
+from ...attribution.plan import query_states, train_states
 from ...attribution.prompts import contrasts, split_list
-from ...attribution.train_grad import train_states
 from ...datasets.folder import load_folder
-from ...errors import UserError
+from ...models.condition import Condition
+from ...models.generation import initial_noise
 from ...models.text_to_image import TextToImage, load_pipeline
-from ...rows import featurize, query
+from ...registry import OBJECTIVES
+from ...rows.objectives import of_concept
 from ...rows.projection import projection_for
+from ...rows.row import RowMaker
+from ...rows.state import regrouped
+from ...rows.states import Start, query_states_of, train_states_of
 from ...rows.vjp import PerSampleVjp
 from ...settings import Settings
-from . import literal_reference
-from .scoring import peak_rss_gib, ratio, restart_peak_rss
-
-LITERAL_BATCH = 4  # the BATCH_SIZE of the published run
-LITERAL_DRAWS = tuple(
-    range(1, 10)
-)  # the reference draws s from 1..9; one of each has the expected cost exactly
-WARM_UP_ROUNDS = 1
+from .literal_reference import BATCH_SIZE, DRAWS, Literal
+from .timing import Work, ratio, time_in_turn
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
-    """One case's model and tensors: x0 [B, C, h, w], cond [B, T, d] of train images; the query's
-    x_T and conditions [1, T, d].
+    """One case's model and tensors: x0 [B, C, h, w] and captions of train images; the query's x_T
+    and conditions of one prompt each.
 
     The query's picture, where its states are noisings, is the first train image.
     """
@@ -47,136 +41,86 @@ class Inputs:
     settings: Settings
     model: TextToImage
     x0: torch.Tensor
-    cond: torch.Tensor
+    cond: Condition
     x_T: torch.Tensor
-    cond_prompt: torch.Tensor
-    cond_plus: torch.Tensor
-    cond_minus: torch.Tensor
-    cond_null: torch.Tensor
+    cond_prompt: Condition
+    cond_plus: Condition
+    cond_minus: Condition
+    cond_null: Condition
 
 
 def load_inputs(settings: Settings, images: int) -> Inputs:
-    """The first `images` of the train split, and the query of the settings' first target. UserError
-    as its parts raise it.
+    """The first `images` of the train split, and the query of the settings' first target.
+
+    UserError as its parts raise it.
     """
-    data = load_folder(settings.data_dir).split("train")
-    data = data.subset(range(min(images, len(data))))
-    device = settings.device or "cpu"
-    model = load_pipeline(
-        settings.sd_model_path, device, settings.on(device).dtype, settings.lora_path
-    )
+    s, data = settings, load_folder(settings.data_dir).split("train")
+    data, device = data.subset(range(min(images, len(data)))), s.device or "cpu"
+    model = load_pipeline(s.sd_model_path, device, s.on(device).dtype, s.lora_path)
     x0 = model.encode_images(data.images(range(len(data)), size=model.image_size))
-    plus, minus = contrasts(
-        settings.query_form, settings.prompt, split_list(settings.target_concepts)[:1]
-    )[0]
-    *asked, cond = model.encode_prompts([settings.prompt, plus, minus, "", *data.captions]).split(
-        [1, 1, 1, 1, len(data)]
-    )
-    x_T = torch.randn(
-        1, *model.latent_shape, generator=torch.Generator().manual_seed(settings.seed)
-    ).to(x0)
-    return Inputs(settings, model, x0, cond, x_T, *asked)
+    targets = split_list(s.target_concepts)[:1]
+    plus, minus = contrasts(s.query_form, s.prompt, targets)[0]
+    encoded = model.encode_prompts([s.prompt, plus, minus, "", *data.captions])
+    x_T = initial_noise(model.latent_shape, s.seed).to(x0)
+    return Inputs(s, model, x0, encoded[4:], x_T, *encoded[:4].split())
 
 
-def projection_of(inputs: Inputs):
-    s = inputs.settings
-    return projection_for(
-        PerSampleVjp(inputs.model.network, s.layer).parameters, s, inputs.model.device
-    )
+def row_maker(inputs: Inputs) -> RowMaker:
+    """Of the settings, for this model."""
+    s, model = inputs.settings, inputs.model
+    parameters = PerSampleVjp(model.network, s.layer).parameters
+    return RowMaker(model, projection_for(parameters, s, model.device), s.layer, s.normalize)
 
 
-def engine_rows(inputs: Inputs):
+def engine_rows(inputs: Inputs) -> Work:
     """() -> train rows [B, k] by the engine, with the settings' recipe."""
-    s, projection = inputs.settings, projection_of(inputs)
+    s, maker = inputs.settings, row_maker(inputs)
+    states, cotangent = train_states(s), OBJECTIVES.get(s.f).cotangent
+    batches = [*zip(inputs.x0.split(s.batch_size), inputs.cond.split(s.batch_size), strict=True)]
 
-    def run():
-        return torch.cat(
-            [
-                featurize.featurize(
-                    inputs.model,
-                    projection,
-                    x0,
-                    cond,
-                    inputs.cond_null,
-                    layer=s.layer,
-                    objective=s.f,
-                    states=train_states(s),
-                    normalize=s.normalize,
-                )[0]
-                for x0, cond in zip(inputs.x0.split(s.batch_size), inputs.cond.split(s.batch_size))
-            ]
-        )
+    def run() -> torch.Tensor:
+        rows = []
+        for x0, cond in batches:
+            seen = train_states_of(inputs.model, x0, cond, inputs.cond_null, states)
+            rows.append(maker.rows(seen, cotangent, len(x0)).values)
+        return torch.cat(rows)
 
     return run
 
 
-def literal_rows(inputs: Inputs):
-    """() -> train rows [B, k] by the reference recipe done literally, in its own batches."""
+def literal(inputs: Inputs) -> Literal:
+    """The reference's recipe on these inputs."""
     s = inputs.settings
     inputs.model.network.to(memory_format=torch.contiguous_format)  # as diffusers loads it
-    return lambda: torch.cat(
-        [
-            literal_reference.train_rows(
-                inputs.model,
-                x0,
-                cond,
-                inputs.cond_null,
-                layer=s.layer,
-                scale=s.train_guidance_scale,
-                proj_dim=s.proj_dim,
-                proj_seed=s.proj_seed,
-            )
-            for x0, cond in zip(inputs.x0.split(LITERAL_BATCH), inputs.cond.split(LITERAL_BATCH))
-        ]
-    )
+    return Literal(inputs.model, inputs.cond_null, s.layer, s.proj_dim, s.proj_seed)
 
 
-def engine_query(inputs: Inputs):
-    """() -> concept row [1, k] from the settings' trajectories."""
-    s, projection = inputs.settings, projection_of(inputs)
+def literal_rows(inputs: Inputs) -> Work:
+    """() -> train rows [B, k] by the reference recipe done literally, in its own batches."""
+    recipe, scale = literal(inputs), inputs.settings.train_guidance_scale
+    batches = [*zip(inputs.x0.split(BATCH_SIZE), inputs.cond.split(BATCH_SIZE), strict=True)]
+    return lambda: torch.cat([recipe.train_rows(x0, cond, scale) for x0, cond in batches])
 
-    def run():
-        read = query.read_states(
-            inputs.model,
-            query_states(s),
-            inputs.cond_prompt,
-            inputs.cond_null,
-            x_T=inputs.x_T,
-            x0=inputs.x0[:1],
-            batch_size=s.batch_size,
-        )
-        return query.concept_gradient(
-            inputs.model,
-            projection,
-            read,
-            inputs.cond_plus,
-            inputs.cond_minus,
-            layer=s.layer,
-            normalize=s.normalize,
-            two_sided=s.two_sided,
-            batch_size=s.batch_size,
-        )
+
+def engine_query(inputs: Inputs) -> Work:
+    """() -> concept row [1, k] from the settings' states."""
+    s, maker = inputs.settings, row_maker(inputs)
+    start, conds = Start(inputs.x_T, inputs.x0[:1]), (inputs.cond_prompt, inputs.cond_null)
+
+    def run() -> torch.Tensor:
+        read = query_states_of(inputs.model, query_states(s), start, *conds, s.batch_size)
+        asked = regrouped(read, s.batch_size)
+        contrasted = (x.contrasting(inputs.cond_plus, inputs.cond_minus) for x in asked)
+        return maker.mean_row(contrasted, of_concept(s.f))
 
     return run
 
 
-def literal_query(inputs: Inputs):
-    """() -> concept row [1, k] of nine epochs of the reference."""
-    s = inputs.settings
-    inputs.model.network.to(memory_format=torch.contiguous_format)
-    return lambda: literal_reference.query_row(
-        inputs.model,
-        inputs.x_T,
-        inputs.cond_plus,
-        inputs.cond_minus,
-        inputs.cond_null,
-        layer=s.layer,
-        draws=LITERAL_DRAWS,
-        scale=s.concept_guidance_scale,
-        eta=s.eta,
-        proj_dim=s.proj_dim,
-        proj_seed=s.proj_seed,
-    )
+def literal_query(inputs: Inputs) -> Work:
+    """() -> concept row [1, k] of the reference's nine draws."""
+    s, recipe = inputs.settings, literal(inputs)
+    contrast, sampler = (inputs.cond_plus, inputs.cond_minus), (s.concept_guidance_scale, s.eta)
+    return lambda: recipe.query_row(inputs.x_T, *contrast, DRAWS, *sampler)
 
 
 # name: (builder, recipe)
@@ -188,83 +132,18 @@ CASES = {
     "reference_query": (engine_query, "reference"),
     "default_query": (engine_query, "default"),
 }
+# name: (slow case, fast case), compared by the row or gradient
+RATIOS = {
+    "reference_speedup": ("literal_rows", "reference_rows"),
+    "default_speedup": ("literal_rows", "default_rows"),
+    "query_speedup": ("literal_query", "reference_query"),
+    "default_query_speedup": ("literal_query", "default_query"),
+}
 
 
-def work(connection, case: str, settings: Settings, images: int) -> None:
-    """The process of one case: says when it is ready, then answers every request until None.
-
-    An answer is (seconds, result, peak GiB, GiB of it that the case added to imports, model and
-    inputs).
-    """
-    try:
-        run = CASES[case][0](load_inputs(settings, images))
-        resident = restart_peak_rss()
-        connection.send(None)
-        while connection.recv():
-            started = time.perf_counter()
-            result = run()
-            connection.send(
-                (
-                    time.perf_counter() - started,
-                    result.cpu().numpy(),
-                    peak_rss_gib(),
-                    peak_rss_gib() - resident,
-                )
-            )
-    except UserError as error:
-        connection.send(error)
-
-
-def time_in_turn(cases: dict[str, Settings], images: int, rounds: int) -> dict[str, list]:
-    """{case: [answer of `work`] a round}, the cases of a round one after the other. UserError from
-    a process's set-up.
-    """
-    context, processes, pipes = multiprocessing.get_context("spawn"), [], {}
-    try:
-        for case, settings in cases.items():
-            pipes[case], theirs = context.Pipe()
-            processes.append(
-                context.Process(target=work, args=(theirs, case, settings, images), daemon=True)
-            )
-            processes[-1].start()
-            theirs.close()
-        for case, pipe in pipes.items():
-            receive(case, pipe)
-        answers = {case: [] for case in cases}
-        for number in range(WARM_UP_ROUNDS + rounds):
-            for case, pipe in pipes.items():
-                pipe.send(True)
-                answers[case].append(receive(case, pipe))
-            seconds = ", ".join(f"{case} {found[-1][0]:.2f} s" for case, found in answers.items())
-            print(
-                f"{'warm-up' if number < WARM_UP_ROUNDS else f'round {number - WARM_UP_ROUNDS + 1}'}: {seconds}",
-                flush=True,
-            )
-        for pipe in pipes.values():
-            pipe.send(None)
-    finally:
-        for process in processes:
-            process.join(timeout=5)
-            process.terminate()
-    return {case: found[WARM_UP_ROUNDS:] for case, found in answers.items()}
-
-
-def receive(case: str, pipe):
-    """The next message of a case's process. UserError if it sent one or died, as for want of
-    memory.
-    """
-    try:
-        message = pipe.recv()
-    except EOFError:
-        raise UserError(f"the process of {case} died; fewer --images need less memory") from None
-    if isinstance(message, UserError):
-        raise message
-    return message
-
-
-def speedup(slow: list, fast: list, factor: float = 1.0) -> tuple[float, list[float]]:
-    """`bench_scoring.ratio` of the seconds of two cases of `time_in_turn`."""
-    return ratio([r[0] for r in slow], [r[0] for r in fast], factor)
+def make_work(case: str, settings: Settings, images: int) -> Work:
+    """What a case is timed by; builds its inputs."""
+    return CASES[case][0](load_inputs(settings, images))
 
 
 def row_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -272,38 +151,32 @@ def row_error(got: np.ndarray, want: np.ndarray) -> float:
     return float((np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)).max())
 
 
-def bench_engine(settings: dict[str, Settings], images: int, repeats: int) -> dict:
-    """Train rows and query gradients of every case; JSON-ready."""
-    chosen = {case: settings[recipe] for case, (_, recipe) in CASES.items()}
-    rows = time_in_turn({c: s for c, s in chosen.items() if c.endswith("_rows")}, images, repeats)
-    asked = time_in_turn({c: s for c, s in chosen.items() if c.endswith("_query")}, 1, repeats)
-    gradients = {f"{r}_query": s.epochs * (s.nfe - 1) for r, s in settings.items()} | {
-        "literal_query": len(LITERAL_DRAWS)
-    }
+def bench_engine(settings: Mapping[str, Settings], images: int, repeats: int) -> dict:
+    """Train rows and query gradients of every case, settings by recipe; JSON-ready.
+
+    {ratio: median over rounds}, its `spread` (least, greatest), and of every case `seconds_each`
+    row or gradient, `peak_gib` and `added_gib`.
+    """
+    answers = {}
+    for kind, count in (("_rows", images), ("_query", 1)):  # three processes at a time
+        chosen = {case: r for case, (_, r) in CASES.items() if case.endswith(kind)}
+        makes = {case: partial(make_work, case, settings[r], count) for case, r in chosen.items()}
+        answers |= time_in_turn(makes, repeats)
+    # in one call: rows, or gradients of a query's states
+    units = {case: len(rounds[0].result) for case, rounds in answers.items()}
+    units |= {f"{recipe}_query": s.epochs * (s.nfe - 1) for recipe, s in settings.items()}
+    units["literal_query"] = len(DRAWS)
+    seconds = {case: [answer.seconds for answer in rounds] for case, rounds in answers.items()}
     ratios = {
-        "reference_speedup": speedup(rows["literal_rows"], rows["reference_rows"]),
-        "default_speedup": speedup(rows["literal_rows"], rows["default_rows"]),
-        **{
-            name: speedup(asked["literal_query"], asked[case], gradients[case] / len(LITERAL_DRAWS))
-            for name, case in (
-                ("query_speedup", "reference_query"),
-                ("default_query_speedup", "default_query"),
-            )
-        },
+        name: ratio(seconds[slow], seconds[fast], units[fast] / units[slow])
+        for name, (slow, fast) in RATIOS.items()
     }
-    units = {
-        case: gradients.get(case, len(rounds[0][1])) for case, rounds in (rows | asked).items()
-    }
+    got, want = (answers[case][0].result for case in ("reference_rows", "literal_rows"))
     return {
         **{name: value for name, (value, _) in ratios.items()},
-        "reference_max_rel_error": row_error(
-            rows["reference_rows"][0][1], rows["literal_rows"][0][1]
-        ),
+        "reference_max_rel_error": row_error(got, want),
         "spread": {name: spread for name, (_, spread) in ratios.items()},
-        "seconds_each": {
-            case: statistics.median(r[0] for r in rounds) / units[case]
-            for case, rounds in (rows | asked).items()
-        },
-        "peak_gib": {case: max(r[2] for r in rounds) for case, rounds in (rows | asked).items()},
-        "added_gib": {case: max(r[3] for r in rounds) for case, rounds in (rows | asked).items()},
+        "seconds_each": {c: statistics.median(of) / units[c] for c, of in seconds.items()},
+        "peak_gib": {c: max(a.peak_gib for a in rounds) for c, rounds in answers.items()},
+        "added_gib": {c: max(a.added_gib for a in rounds) for c, rounds in answers.items()},
     }

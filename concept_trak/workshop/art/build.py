@@ -3,8 +3,10 @@ packages.
 
 Which picture is drawn is frozen in `data/emoji/tables/`:
     sources.json   packages (version, sha512), styles (caption words, licence, credit), style sets
-    objects.tsv    one row per object: code point, caption phrase, group, smallest subset, icon name in each style
-    held_out.tsv   one column per preset: the style in which the object is kept out of training ("-": in none)
+    objects.tsv    one row per object: code point, caption phrase, group, smallest subset, and the
+                   icon's name in each style
+    held_out.tsv   one column per preset: the style in which the object is kept out of training
+                   ("-": in none)
 
 Framing: draw 256 px wide, crop to alpha > 16, put on white, scale the longest side to 92 % of the
 canvas (Lanczos), centre. So neither padding nor scale is a cue for the style.
@@ -22,12 +24,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ...datasets.emoji import caption
 from ...errors import UserError
+from ...files import write_bytes
 from .sources import fetch, icon_pictures
 
 TABLES = Path(__file__).resolve().parents[3] / "data" / "emoji" / "tables"
@@ -37,6 +41,8 @@ ALPHA_THRESHOLD = 16  # what is fainter (of 255) does not count as drawing
 MIN_INK = 0.02  # smallest share of non-white pixels of a sound picture
 DIGEST_FILE = "tree.sha256"
 
+Row = dict[str, Any]
+
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a tab-separated table with a header line."""
@@ -44,7 +50,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def preset_rows(preset: str, tables: Path = TABLES) -> tuple[list[dict], list[dict], dict]:
+def preset_rows(preset: str, tables: Path = TABLES) -> tuple[list[Row], list[Row], Row]:
     """The cells of a preset, object-major.
 
     Returns (rows, icons, sources): rows are the metadata rows; icons[i] is the row of objects.tsv
@@ -60,30 +66,23 @@ def preset_rows(preset: str, tables: Path = TABLES) -> tuple[list[dict], list[di
     rows, icons = [], []
     for item in read_table(tables / "objects.tsv"):
         if int(item["subset"]) <= int(size):
-            for style in styles:
-                rows.append(
-                    metadata_row(item, style, held_out[item["object"]][preset], styles, sources)
-                )
-                icons.append(item)
+            held = held_out[item["object"]][preset]
+            rows += [metadata_row(item, style, held, styles, sources) for style in styles]
+            icons += [item] * len(styles)
     return rows, icons, sources
 
 
 def metadata_row(
-    item: dict, style: str, held_out_style: str, styles: list[str], sources: dict
-) -> dict:
+    item: Row, style: str, held_out_style: str, styles: list[str], sources: Row
+) -> Row:
     """One row of metadata.jsonl.
 
     `twin_in_train` names, for a held-out cell, the training styles of the same drawing family:
     there the object has the same outline, so a near copy of the held-out picture is in the training
     set.
     """
-    info = sources["styles"][style]
-    held = style == held_out_style
-    twins = [
-        other
-        for other in styles
-        if other != style and sources["styles"][other]["family"] == info["family"]
-    ]
+    info, held = sources["styles"][style], style == held_out_style
+    family = [s for s in styles if sources["styles"][s]["family"] == info["family"]]
     return {
         "file_name": f"images/{style}/{item['unicode']}.png",
         "text": caption(item["object_phrase"], info["phrase"]),
@@ -93,7 +92,7 @@ def metadata_row(
         "style_phrase": info["phrase"],
         "group": item["group"],
         "split": "held_out" if held else "train",
-        "twin_in_train": twins if held else [],
+        "twin_in_train": [s for s in family if s != style] if held else [],
         "unicode": item["unicode"],
         "family": info["family"],
         "source": f"{info['package']} {sources['packages'][info['package']]['version']}",
@@ -118,14 +117,12 @@ def frame(drawing: Image.Image, size: int) -> Image.Image:
     paper.alpha_composite(cropped)
     scale = FILL * size / max(cropped.size)
     width, height = (max(1, round(side * scale)) for side in cropped.size)
-    picture.paste(
-        paper.convert("RGB").resize((width, height), Image.LANCZOS),
-        ((size - width) // 2, (size - height) // 2),
-    )
+    scaled = paper.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    picture.paste(scaled, ((size - width) // 2, (size - height) // 2))
     return picture
 
 
-def check_pictures(rows: list[dict], pictures: list[Image.Image]) -> None:
+def check_pictures(rows: list[Row], pictures: list[Image.Image]) -> None:
     """Refuse pictures that are nearly empty, and two objects with the same picture in one style."""
     seen: dict[tuple[str, bytes], str] = {}
     for row, picture in zip(rows, pictures, strict=True):
@@ -143,7 +140,7 @@ def check_pictures(rows: list[dict], pictures: list[Image.Image]) -> None:
         seen[key] = row["file_name"]
 
 
-def attribution(sources: dict, styles: list[str]) -> str:
+def attribution(sources: Row, styles: list[str]) -> str:
     """The credits page, one line per style."""
     lines = [
         "# Image credits",
@@ -157,41 +154,24 @@ def attribution(sources: dict, styles: list[str]) -> str:
     ]
     for style in styles:
         info = sources["styles"][style]
-        version = sources["packages"][info["package"]]["version"]
-        lines.append(
-            f"| {style} | {info['package']} {version} | {info['license']} | {info['credit']} |"
-        )
+        package = f"{info['package']} {sources['packages'][info['package']]['version']}"
+        lines.append(f"| {style} | {package} | {info['license']} | {info['credit']} |")
     return "\n".join(lines) + "\n"
 
 
 def tree_digest(root: Path) -> str:
-    """sha256 hex over names and contents of everything the builder writes: metadata, credits,
-    pictures.
-    """
+    """sha256 hex over names and contents of what is built: metadata, credits, pictures."""
     digest = hashlib.sha256()
-    names = [
-        "metadata.jsonl",
-        "ATTRIBUTION.md",
-        *(p.relative_to(root).as_posix() for p in (root / "images").rglob("*.png")),
-    ]
-    for name in sorted(names):
+    pictures = [p.relative_to(root).as_posix() for p in (root / "images").rglob("*.png")]
+    for name in sorted(["metadata.jsonl", "ATTRIBUTION.md", *pictures]):
         content = (root / name).read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears under its name only when it is complete; line ends are the
-    same on every system.
-    """
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
-
-
-def write_dataset(out: Path, rows: list[dict], pictures: list[Image.Image], sources: dict) -> str:
-    """Write pictures, metadata, credits, licence texts and, last, the digest; returns the digest."""
+def write_dataset(out: Path, rows: list[Row], pictures: list[Image.Image], sources: Row) -> str:
+    """Write pictures, metadata, credits, licence texts and, last, the digest, which is returned."""
     out.mkdir(parents=True, exist_ok=True)
     (out / DIGEST_FILE).unlink(missing_ok=True)
     part = out / "images.part"
@@ -202,18 +182,15 @@ def write_dataset(out: Path, rows: list[dict], pictures: list[Image.Image], sour
         picture.save(target, optimize=True)
     shutil.rmtree(out / "images", ignore_errors=True)
     os.replace(part, out / "images")
-    write_text(
-        out / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
-    write_text(
-        out / "ATTRIBUTION.md",
-        attribution(sources, list(dict.fromkeys(row["style"] for row in rows))),
-    )
+    metadata = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_bytes(out / "metadata.jsonl", metadata.encode())
+    credits = attribution(sources, list(dict.fromkeys(row["style"] for row in rows)))
+    write_bytes(out / "ATTRIBUTION.md", credits.encode())
     licences = TABLES.parent / "LICENSES"
     if licences.resolve() != (out / "LICENSES").resolve():
         shutil.copytree(licences, out / "LICENSES", dirs_exist_ok=True)
     digest = tree_digest(out)
-    write_text(out / DIGEST_FILE, digest + "\n")
+    write_bytes(out / DIGEST_FILE, f"{digest}\n".encode())
     return digest
 
 
@@ -231,9 +208,8 @@ def build(preset: str, out: Path, work: Path, size: int = 64) -> str:
         package = sources["packages"][info["package"]]
         tarball = fetch(info["package"], package["version"], package["integrity"], work)
         wanted = [i for i, row in enumerate(rows) if row["style"] == style]
-        drawings = icon_pictures(
-            tarball, info["kind"], info.get("folder"), style, [icons[i] for i in wanted]
-        )
+        items = [icons[i] for i in wanted]
+        drawings = icon_pictures(tarball, info["kind"], info.get("folder"), style, items)
         for i, drawing in zip(wanted, drawings, strict=True):
             pictures[i] = frame(drawing, size)
         print(f"{style}: {len(wanted)} pictures", file=sys.stderr)
@@ -243,15 +219,13 @@ def build(preset: str, out: Path, work: Path, size: int = 64) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0, or 2 with one line on standard error for a UserError."""
-    parser = argparse.ArgumentParser(
-        description="Build the emoji dataset; prints the sha256 of the finished tree."
-    )
-    parser.add_argument("--preset", default=DEFAULT_PRESET)
-    parser.add_argument("--out", type=Path, required=True, help="dataset folder to write")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for the downloaded packages"
-    )
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    says = "Build the emoji dataset; prints the sha256 of the finished tree."
+    parser = argparse.ArgumentParser(description=says)
+    flag = parser.add_argument
+    flag("--preset", default=DEFAULT_PRESET)
+    flag("--out", type=Path, required=True, help="dataset folder to write")
+    flag("--work", type=Path, required=True, help="folder for the downloaded packages")
+    flag("--size", type=int, default=64, help="side of the pictures in pixels")
     args = parser.parse_args(argv)
     try:
         print(build(args.preset, args.out, args.work, args.size))

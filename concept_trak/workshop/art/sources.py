@@ -16,13 +16,17 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ...errors import UserError
 
 RENDER_SIZE = 256  # width in pixels; drawings are scaled down from here
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{body}</svg>'
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    'viewBox="{box}">{body}</svg>'
+)
 
 
 def integrity_of(path: Path) -> str:
@@ -65,13 +69,10 @@ def npm_pack(name: str, version: str, tarball: Path) -> None:
 
 
 def read_members(tarball: Path, names: set[str]) -> dict[str, bytes]:
-    """Contents of the named files; one pass, since seeking in a gzip stream means reading it again."""
+    """Contents of the named files, in one pass: seeking in a gzip stream means reading it again."""
     with tarfile.open(tarball, "r:gz") as archive:
-        found = {
-            member.name: archive.extractfile(member).read()
-            for member in archive
-            if member.name in names
-        }
+        wanted = (member for member in archive if member.name in names)
+        found = {member.name: archive.extractfile(member).read() for member in wanted}
     for name in sorted(names - found.keys()):
         raise UserError(f"{tarball} holds no file {name}; check objects.tsv")
     return found
@@ -99,26 +100,23 @@ def render_svg(svg: str, name: str) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
-def iconify_svg(icons: dict, name: str) -> str:
+def iconify_svg(icons: dict[str, Any], name: str) -> str:
     """The SVG of one icon of an iconify icons.json (IconifyJSON: sizes default to the set's, then
     to 16).
     """
-    icon = icons["icons"].get(name) or icons["icons"].get(
-        icons.get("aliases", {}).get(name, {}).get("parent")
-    )
+    parent = icons.get("aliases", {}).get(name, {}).get("parent")
+    icon = icons["icons"].get(name) or icons["icons"].get(parent)
     if icon is None:
         raise UserError(
             f"icon {name!r} is not in the iconify set {icons.get('prefix')!r}; check objects.tsv"
         )
-    box = [
-        icon.get(key, icons.get(key, default))
-        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    ]
-    return SVG.format(box=" ".join(map(str, box)), body=icon["body"])
+    defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
+    box = " ".join(str(icon.get(k, icons.get(k, v))) for k, v in defaults.items())
+    return SVG.format(box=box, body=icon["body"])
 
 
 def glyph_svg(font: bytes, codepoint: int) -> str:
-    """The outline of one glyph as SVG (y pointing down), in a box a little larger than its bounds."""
+    """The outline of one glyph as SVG (y pointing down), in a box a little larger than itself."""
     try:
         from fontTools.pens.boundsPen import BoundsPen
         from fontTools.pens.svgPathPen import SVGPathPen
@@ -140,7 +138,7 @@ def glyph_svg(font: bytes, codepoint: int) -> str:
 
 
 def icon_pictures(
-    tarball: Path, kind: str, folder: str | None, style: str, items: list[dict]
+    tarball: Path, kind: str, folder: str | None, style: str, items: list[dict[str, str]]
 ) -> list[Image.Image]:
     """RGBA drawings of `items` (rows of objects.tsv) in one style.
 
@@ -149,9 +147,8 @@ def icon_pictures(
     """
     if kind == "iconify":
         icons = json.loads(read_members(tarball, {"package/icons.json"})["package/icons.json"])
-        return [
-            render_svg(iconify_svg(icons, item[style]), f"{style}/{item[style]}") for item in items
-        ]
+        names = [item[style] for item in items]
+        return [render_svg(iconify_svg(icons, name), f"{style}/{name}") for name in names]
     # Sets without a column of their own name their files by the code point in capitals.
     names = [
         f"package/{folder}/{item.get(style) or item['unicode'].upper() + '.svg'}" for item in items
@@ -162,12 +159,7 @@ def icon_pictures(
     if kind == "webp":
         return [Image.open(io.BytesIO(files[name])).convert("RGBA") for name in names]
     if kind == "font":
-        glyphs = (
-            glyph_svg(files[name], int(item["unicode"], 16))
-            for name, item in zip(names, items, strict=True)
-        )
-        return [
-            render_svg(svg, f"{style}/{item['unicode']}")
-            for svg, item in zip(glyphs, items, strict=True)
-        ]
+        points = [item["unicode"] for item in items]
+        fonts = [(files[name], point) for name, point in zip(names, points, strict=True)]
+        return [render_svg(glyph_svg(font, int(p, 16)), f"{style}/{p}") for font, p in fonts]
     raise UserError(f"sources.json: style {style!r} has the unknown kind {kind!r}")

@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ...files import write_bytes
+
 IMAGE_SIZE = 32
 TEXT_WIDTH = 192
 # the longest caption has 11 words; start and end tokens, and some room for one's own prompts
@@ -28,9 +30,8 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
     Any other text still has tokens (single bytes), as with CLIP.
     """
-    template = (
-        CLIPTokenizer()
-    )  # its normaliser and pre-tokeniser are CLIP's; only vocabulary and merges are ours
+    # its normaliser and pre-tokeniser are CLIP's; only vocabulary and merges are ours
+    template = CLIPTokenizer()
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = template.backend_tokenizer.normalizer
     tokenizer.pre_tokenizer = template.backend_tokenizer.pre_tokenizer
@@ -47,21 +48,15 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     )
     tokenizer.train_from_iterator(sorted(set(captions)), trainer)
     merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
-    tokens = (
-        alphabet
-        + [c + "</w>" for c in alphabet]
-        + ["".join(m) for m in merges]
-        + ["<|startoftext|>", "<|endoftext|>"]
-    )
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     # CLIPTextModel pools at the highest token id, so the end token must come last, as in CLIP.
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text model; shallow, so that a token's embedding stays mostly its own
-    word's.
-    """
+    """A two-layer CLIP text model; shallow, so that a token's state stays mostly its own word's."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -125,7 +120,12 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+def build_pipeline(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionPipeline:
     """Assemble the pipeline; no safety checker (the model has only ever seen emoji)."""
     return StableDiffusionPipeline(
         vae=vae,
@@ -146,8 +146,6 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     # transformers loads in the dtype its config names, diffusers in fp32: name fp32, or the two
     # would not fit together.
-    config = Path(folder) / "text_encoder" / "config.json"
-    config.write_text(
-        json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2, sort_keys=True)
-        + "\n"
-    )
+    path = Path(folder) / "text_encoder" / "config.json"
+    config = {**json.loads(path.read_text()), "dtype": "float32"}
+    write_bytes(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

@@ -13,11 +13,19 @@ import io
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ...files import disk_errors
+from .progress import bytes_bar
+
+if TYPE_CHECKING:
+    from py7zr import SevenZipFile
+    from py7zr.callbacks import ExtractCallback
+    from tqdm import tqdm
 
 PROGRAMS = ("7zz", "7z", "7za")  # preferred to py7zr: they use all cores
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -68,18 +76,7 @@ def unpack(first: Path, folder: Path, total: int, tool: str) -> None:
     """Unpack all into `folder`, with a progress bar to `total` bytes. UserError for a damaged
     archive, which is kept, or a full disk.
     """
-    from tqdm import tqdm
-
-    with (
-        damage_named(first),
-        tqdm(
-            desc=f"unpacking {archive_name(first)}",
-            total=total,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        ) as bar,
-    ):
+    with damage_named(first), bytes_bar(f"unpacking {archive_name(first)}", total) as bar:
         folder.mkdir(parents=True, exist_ok=True)
         if tool == "py7zr":
             with _opened(first) as archive:
@@ -98,7 +95,7 @@ def archive_name(first: Path) -> str:
 
 
 @contextmanager
-def damage_named(first: Path):
+def damage_named(first: Path) -> Iterator[None]:
     """One line for whatever the tool raises; a full disk keeps its own."""
     try:
         yield
@@ -109,52 +106,49 @@ def damage_named(first: Path):
         if getattr(error, "errno", None) in DISK_ERRORS:
             with disk_errors(first.parent):
                 raise
-        reason = " ".join(
-            (
-                str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__} {error}"
-            ).split()
-        )[:200]
+        kind = "" if isinstance(error, RuntimeError) else type(error).__name__
+        reason = " ".join(f"{kind} {error}".split())[:200]
         raise UserError(
             f"{first} cannot be unpacked ({reason}); all its volumes are kept. If they are "
-            "damaged, "
-            f"remove {first.parent} and run again to fetch them anew"
+            f"damaged, remove {first.parent} and run again to fetch them anew"
         ) from error
 
 
 @contextmanager
-def _opened(first: Path):
+def _opened(first: Path) -> Iterator[SevenZipFile]:
     """The archive, open in py7zr. The buffer fills reads that cross from one volume to the next;
     without it they come back short.
     """
     import multivolumefile
     import py7zr
 
-    name = archive_name(first)
-    raw = (
-        open(first, "rb", buffering=0)
-        if first.name == name
-        else multivolumefile.open(first.with_name(name), "rb")
-    )
+    whole = first.with_name(archive_name(first))
+    raw = open(first, "rb", buffering=0) if first == whole else multivolumefile.open(whole, "rb")
     with raw, io.BufferedReader(raw, 2**20) as joined, py7zr.SevenZipFile(joined, "r") as archive:
         yield archive
 
 
-def _callback(bar):
+def _callback(bar: tqdm) -> ExtractCallback:
     """py7zr's events as steps of the bar."""
     from py7zr.callbacks import ExtractCallback
 
     class Steps(ExtractCallback):
-        def report_update(self, decompressed_bytes):
+        def report_update(self, decompressed_bytes: str) -> None:
             bar.update(int(decompressed_bytes))
 
-        def _ignore(self, *_):
+        def _ignore(self, *_: object) -> None:
             pass
 
-        report_start_preparation = report_start = report_end = report_warning = (
-            report_postprocess
-        ) = _ignore
+        report_start_preparation = report_postprocess = report_warning = _ignore
+        report_start = report_end = _ignore
 
     return Steps()
+
+
+def _started(command: list[str], **text: Any) -> subprocess.Popen:
+    """The program, with both its outputs in one pipe."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **pipes, **text)
 
 
 def _listed_size(first: Path, tool: str) -> int:
@@ -162,14 +156,7 @@ def _listed_size(first: Path, tool: str) -> int:
     a million files are long.
     """
     total, inside, last = 0, False, ""
-    with subprocess.Popen(
-        [tool, "l", "-slt", str(first)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
+    with _started([tool, "l", "-slt", str(first)], text=True, errors="replace") as process:
         for line in process.stdout:
             inside = inside or line.startswith("----------")
             if inside and (match := re.fullmatch(r"Size = (\d+)\n", line)):
@@ -180,11 +167,9 @@ def _listed_size(first: Path, tool: str) -> int:
     return total
 
 
-def _run_program(command: list[str], bar) -> None:
+def _run_program(command: list[str], bar: tqdm) -> None:
     """Run 7-Zip with its per cents as the bar; RuntimeError with its own words when it fails."""
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+    with _started(command) as process:
         text = b""
         while chunk := process.stdout.read1(2**16):
             text = (text + chunk)[-(2**14) :]

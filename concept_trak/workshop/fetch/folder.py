@@ -14,32 +14,37 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from ...errors import UserError
 from ...files import disk_errors, write_json
 from .fetching import fetch, has_digest, in_parallel
-from .hub import RemoteFile, say
+from .hub import RemoteFile
+from .progress import bytes_bar, human, say
 
+FileJob = tuple[RemoteFile, str]  # a file on the hub, and its path below the folder
 SPARE = 2**26  # bytes of disk to leave free
 
 
-def human(count: float) -> str:
-    """12.3GB, in powers of 1000 as the hub's pages show."""
-    from tqdm import tqdm
+def has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
-    return tqdm.format_sizeof(count, "B")
+
+def is_that(path: Path, file: RemoteFile) -> bool:
+    """Whether the file here is the one on the hub; reads all of it if the size agrees."""
+    return has_size(path, file.size) and has_digest(path, file.digest)
 
 
 class DownloadFolder:
     """Use it as a context: one process at a time fills a folder."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.hidden = self.root / ".download"
         self.record = {"files": {}, "parts": {}, "moves": {}}
 
-    def __enter__(self) -> "DownloadFolder":
+    def __enter__(self) -> DownloadFolder:
         with disk_errors(self.hidden):
             (self.hidden / "incoming").mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.hidden, os.O_RDONLY)
@@ -72,7 +77,7 @@ class DownloadFolder:
                 "are not fetched again"
             ) from None
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self.lock)  # and with it the lock
 
     @property
@@ -86,12 +91,12 @@ class DownloadFolder:
 
     def is_recorded(self, path: str) -> bool:
         """Whether the file was verified when it came, and still has its size."""
-        known, found = self.record["files"].get(path), self.root / path
-        return known is not None and found.is_file() and found.stat().st_size == known["size"]
+        known = self.record["files"].get(path)
+        return known is not None and has_size(self.root / path, known["size"])
 
-    def missing(self, jobs: list[tuple[RemoteFile, str]]) -> list[tuple[RemoteFile, str]]:
-        """The (file, path) that are not here yet. A file that is here but not recorded is compared
-        with the hub's checksum.
+    def missing(self, jobs: list[FileJob]) -> list[FileJob]:
+        """Those that are not here yet. A file that is here but not recorded is compared with the
+        hub's checksum.
 
         UserError for a file of that name which is another one.
         """
@@ -102,16 +107,10 @@ class DownloadFolder:
                 continue
             if not found.exists():
                 left.append((file, path))
-            elif (
-                found.is_file()
-                and found.stat().st_size == file.size
-                and has_digest(found, file.digest)
-            ):
+            elif is_that(found, file):
                 self._note(file, path)
-            elif (
-                path in self.record["files"] or self.hidden in found.parents
-            ):  # ours, but damaged since
-                say(f"{found} is damaged; fetching it anew")
+            elif path in self.record["files"] or self.hidden in found.parents:
+                say(f"{found} is damaged; fetching it anew")  # ours, but damaged since
                 found.unlink()
                 left.append((file, path))
             else:
@@ -120,29 +119,21 @@ class DownloadFolder:
                 )
         return left
 
-    def bytes_left(self, jobs: list[tuple[RemoteFile, str]]) -> int:
+    def bytes_left(self, jobs: list[FileJob]) -> int:
         """Bytes still to come; what an earlier call left half done counts as here."""
         return sum(file.size - self._bytes_of_part(path) for file, path in jobs)
 
-    def fetch(self, jobs: list[tuple[RemoteFile, str]], workers: int, label: str) -> None:
-        """Bring every (file, path) here, recording each as it is complete."""
-        from tqdm import tqdm
-
+    def fetch(self, jobs: list[FileJob], workers: int, label: str) -> None:
+        """Bring every file here, recording each as it is complete."""
         total = sum(file.size for file, _ in jobs)
-        with tqdm(
-            desc=label,
-            total=total,
-            initial=total - self.bytes_left(jobs),
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        ) as bar:
+        with bytes_bar(label, total, total - self.bytes_left(jobs)) as bar:
 
-            def bring(job, stop):
+            def bring(job: FileJob, stop: threading.Event) -> None:
                 file, path = job
-                with disk_errors(self.root / path):
-                    (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-                fetch(file, self._part(path), self.root / path, bar.update, stop)
+                target = self.root / path
+                with disk_errors(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                fetch(file, self._part(path), target, bar.update, stop)
 
             for count, (file, path) in enumerate(in_parallel(bring, jobs, workers), 1):
                 self._note(file, path)
@@ -178,9 +169,8 @@ class DownloadFolder:
             self.refuse_foreign(name, target)
         # the archives go next: what was unpacked must be on the disk, not only in its cache
         os.sync()
-        self.record["moves"][name] = [
-            [os.path.relpath(source, self.root), target] for source, target in moves
-        ]
+        written = [[os.path.relpath(source, self.root), target] for source, target in moves]
+        self.record["moves"][name] = written
         self.save()
         self.finish_moves(name)
 
@@ -201,8 +191,7 @@ class DownloadFolder:
         if (self.root / path).exists():
             raise UserError(
                 f"{self.root / path} is there, but {name} was not finished by this command or is "
-                "not whole any more; "
-                f"move it away, or leave {name} out of PARTS"
+                f"not whole any more; move it away, or leave {name} out of PARTS"
             )
 
     def forget(self, folder: Path) -> None:
@@ -211,11 +200,8 @@ class DownloadFolder:
             return
         shutil.rmtree(folder, ignore_errors=True)
         prefix = f"{os.path.relpath(folder, self.root)}/"
-        self.record["files"] = {
-            path: known
-            for path, known in self.record["files"].items()
-            if not path.startswith(prefix)
-        }
+        files = self.record["files"].items()
+        self.record["files"] = {path: known for path, known in files if not path.startswith(prefix)}
         self.save()
 
     # ---- disk
@@ -226,6 +212,5 @@ class DownloadFolder:
         if count + SPARE > free:
             raise UserError(
                 f"{what} needs {human(count + SPARE)} on the disk of {self.root} but "
-                f"{human(free)} are free; "
-                "make room, or use another folder"
+                f"{human(free)} are free; make room, or use another folder"
             )

@@ -1,5 +1,9 @@
-"""What a Hugging Face repository holds, at one commit, with sizes and checksums; and patience with
-failures that pass.
+"""What a Hugging Face repository holds at one commit, with sizes and checksums; the bytes of its
+files, from any place on; and patience with failures that pass.
+
+`hf_hub_download` is not used. As of huggingface_hub 2.4 each call begins a file anew (a killed one
+leaves its bytes on the disk for ever), compares no checksum, ends at the first 5xx, and overwrites
+any file of that name. So the bytes come over the session that the library offers for it.
 """
 
 from __future__ import annotations
@@ -7,23 +11,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ...errors import UserError
+from .progress import say
 
 TRIES = 5  # failures in a row, without a new byte, before giving up
-WAIT = 1.0  # seconds after the first failure; doubled after each further one
+WAIT = 1.0  # seconds after the first failure
+LONGER = 3  # times as long after each further one: 40 seconds in all
+CHUNK = 2**20  # bytes read at a time: what a cut connection loses at most
 LISTING_TIMEOUT = 60
-TRANSIENT = (
-    408,
-    416,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # 416: the hub's file is shorter than what is here; begun anew
+TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 class Stopped(Exception):
@@ -34,7 +36,7 @@ class Stopped(Exception):
 class RemoteFile:
     """A file of a repository at the commit that was listed."""
 
-    repo: "Repo"
+    repo: Repo
     path: str
     size: int
     # "sha256:..." of a large file; "git:..." (the sha1 of the git blob) of a small one, for which
@@ -45,25 +47,59 @@ class RemoteFile:
     def name(self) -> str:
         return self.path.rpartition("/")[2]
 
+    def content(self, start: int) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) from byte `start` to the end.
+
+        The offset falls back to 0 where the hub sends no ranges or has no byte `start`.
+        Raises network_errors() for what `Patience` endures.
+        """
+        from huggingface_hub import constants, get_session, hf_hub_url
+        from huggingface_hub.utils import hf_raise_for_status
+
+        repo, session = self.repo, get_session()
+        # The address on the hub, not the signed one behind its redirect: that expires while a large
+        # file is under way.
+        place = {"repo_type": repo.repo_type, "revision": repo.commit, "endpoint": repo.endpoint}
+        url = hf_hub_url(repo.repo_id, self.path, **place)
+        asked = {"headers": headers(start), "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        is_httpx = callable(session.stream)  # of requests, before huggingface_hub 1.0, it is a flag
+        opened = session.stream if is_httpx else partial(session.request, stream=True)
+        with opened("GET", url, **asked) as response:
+            if response.status_code == 416:
+                yield 0, b""
+                return
+            hf_raise_for_status(response)
+            offset = start if response.status_code == 206 else 0
+            chunks = response.iter_bytes if is_httpx else response.iter_content
+            for chunk in chunks(CHUNK):
+                yield offset, chunk
+                offset += len(chunk)
+
+
+def headers(start: int) -> dict[str, str]:
+    """For the bytes from `start` on. The client drops the token when it is sent to another host."""
+    from huggingface_hub import constants, get_token
+
+    # ranges count the bytes of the file, not of a compressed one
+    found = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    return found | ({"Authorization": f"Bearer {token}"} if token else {})
+
 
 class Repo:
     """A repository on the hub that HF_ENDPOINT names. UserError, in one line, for whatever keeps it
     from being read.
     """
 
-    def __init__(self, repo_id: str, repo_type: str = "dataset"):
-        from huggingface_hub import HfApi
-
+    def __init__(self, repo_id: str, repo_type: str = "dataset") -> None:
         self.repo_id, self.repo_type, self.commit = repo_id, repo_type, "main"
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip(
-            "/"
-        )  # the library reads it at import only
+        # the library reads it at import only
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         if not self.endpoint.startswith(("http://", "https://")):
             raise UserError(
                 f"HF_ENDPOINT={self.endpoint} is not a web address; give one that begins with "
                 "https://, or unset it"
             )
-        self.api = HfApi(endpoint=self.endpoint)
 
     def files(self, folder: str = "") -> list[RemoteFile]:
         """Every file below a folder, at the newest commit."""
@@ -71,32 +107,25 @@ class Repo:
         patience = Patience(self, what, threading.Event())
         while True:
             try:
-                return self._ask(folder)
+                return self._listed(folder)
             except network_errors() as error:
                 patience.endure(error)
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-            ) as error:  # a page that is no listing; or a name that is none
+            # a page that is no listing; or a name that is none
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{what}: {self.endpoint} does not answer as a hub does ({short(error)}); "
                     "check the name and HF_ENDPOINT"
                 ) from error
 
-    def _ask(self, folder: str) -> list[RemoteFile]:
+    def _listed(self, folder: str) -> list[RemoteFile]:
+        from huggingface_hub import HfApi, logging
         from huggingface_hub.hf_api import RepoFile
 
-        quieten()
-        self.commit = self.api.repo_info(
-            self.repo_id, repo_type=self.repo_type, timeout=LISTING_TIMEOUT
-        ).sha
-        entries = self.api.list_repo_tree(
-            self.repo_id,
-            folder or None,
-            recursive=True,
-            revision=self.commit,
-            repo_type=self.repo_type,
+        logging.set_verbosity_error()  # warnings tear our bar; `Patience` tells what matters
+        api, kind = HfApi(endpoint=self.endpoint), {"repo_type": self.repo_type}
+        self.commit = api.repo_info(self.repo_id, timeout=LISTING_TIMEOUT, **kind).sha
+        entries = api.list_repo_tree(
+            self.repo_id, folder or None, recursive=True, revision=self.commit, **kind
         )
         return [
             RemoteFile(
@@ -110,20 +139,18 @@ class Repo:
 class Patience:
     """Waits after a failure that may pass, longer each time; UserError for one that lasts."""
 
-    def __init__(self, repo: Repo, what: str, stop: threading.Event):
+    def __init__(self, repo: Repo, what: str, stop: threading.Event) -> None:
         self.repo, self.what, self.stop, self.failures = repo, what, stop, 0
 
     def endure(self, error: Exception) -> None:
         """Return when it is time for the next try."""
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
         self.failures += 1
-        if (
-            self.failures >= TRIES
-            or (status is not None and status not in TRANSIENT)
-            or _is_offline(error)
-        ):
+        lasts = self.failures >= TRIES or status not in (None, *TRANSIENT)
+        if lasts or _is_offline(error):
             raise self._refusal(error, status) from error
-        seconds = WAIT * 2 ** (self.failures - 1)
+        seconds = asked_wait(response) or WAIT * LONGER ** (self.failures - 1)
         say(f"{self.what}: {short(error)}; trying again in {seconds:g} s")
         if self.stop.wait(seconds):
             raise Stopped
@@ -148,39 +175,31 @@ class Patience:
         )
 
 
+def asked_wait(response: object) -> float:
+    """Seconds that the hub asks for: to the end of its rate limit's window, or as Retry-After says.
+    0 if it asks for none.
+    """
+    given = getattr(response, "headers", {})
+    found = re.search(r"r=0;\s*t=(\d+)", given.get("RateLimit", "")) or re.fullmatch(
+        r"(\d+)", given.get("Retry-After", "")
+    )
+    return float(found[1]) + 1 if found else 0.0  # the hub's seconds are rounded
+
+
 def _is_offline(error: Exception) -> bool:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     return isinstance(error, OfflineModeIsEnabled)
 
 
-def network_errors() -> tuple:
+def network_errors() -> tuple[type[Exception], ...]:
     """What a failed request raises: the HTTP client is another one in each major version of
     huggingface_hub (requests' are OSErrors).
     """
-    clients = [
-        importlib.import_module(name)
-        for name in ("httpx2", "httpx")
-        if importlib.util.find_spec(name)
-    ]
-    return (OSError, *(client.HTTPError for client in clients))
+    clients = [name for name in ("httpx2", "httpx") if importlib.util.find_spec(name)]
+    return (OSError, *(importlib.import_module(name).HTTPError for name in clients))
 
 
 def short(error: Exception) -> str:
     """An error's message in one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[:160]
-
-
-def say(line: str) -> None:
-    """Print a line without tearing the progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(line)
-
-
-def quieten() -> None:
-    """The library's own bars and warnings would tear ours; what matters is told by `Patience`."""
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    disable_progress_bars()
-    logging.set_verbosity_error()

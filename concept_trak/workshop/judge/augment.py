@@ -9,6 +9,7 @@ because colour is part of a style.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,39 +23,36 @@ def _uniform(batch: int, low: float, high: float, generator: torch.Generator) ->
     return low + (high - low) * torch.rand(batch, 1, 1, 1, generator=generator)
 
 
-def warp(
-    x: torch.Tensor,
-    generator: torch.Generator,
-    shift: float = 0.1,
-    zoom: float = 0.25,
-    angle: float = 0.15,
-    elastic: float = 0.02,
-    flip: float = 0.5,
-) -> torch.Tensor:
-    """Shift (fraction of the side), zoom (log range), rotate (radians), mirror and bend; white
-    comes in from outside.
-    """
-    batch = x.shape[0]
-    scale = _uniform(batch, -zoom, zoom, generator).exp().flatten()
-    turn = _uniform(batch, -angle, angle, generator).flatten()
-    mirror = 1 - 2 * _chance(batch, flip, generator).flatten()
+@dataclass(frozen=True)
+class Warp:
+    """How far `warp` goes at most."""
+
+    shift: float = 0.1  # fraction of the side
+    zoom: float = 0.25  # log range
+    angle: float = 0.15  # radians
+    elastic: float = 0.02  # standard deviation of the bend at 5 x 5 places, fraction of the side
+    flip: float = 0.5  # probability of the mirror image
+
+
+def warp(x: torch.Tensor, generator: torch.Generator, by: Warp | None = None) -> torch.Tensor:
+    """Shift, zoom, rotate, mirror and bend; white comes in from outside."""
+    batch, by = x.shape[0], by or Warp()
+    scale = _uniform(batch, -by.zoom, by.zoom, generator).exp().flatten()
+    turn = _uniform(batch, -by.angle, by.angle, generator).flatten()
+    mirror = 1 - 2 * _chance(batch, by.flip, generator).flatten()
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 0, 1] = scale * turn.cos() * mirror, -scale * turn.sin()
     theta[:, 1, 0], theta[:, 1, 1] = scale * turn.sin() * mirror, scale * turn.cos()
-    theta[:, :, 2] = (torch.rand(batch, 2, generator=generator) * 2 - 1) * 2 * shift
-    bend = torch.randn(batch, 2, 5, 5, generator=generator) * 2 * elastic
-    bend = F.interpolate(bend, size=x.shape[-2:], mode="bicubic", align_corners=False).permute(
-        0, 2, 3, 1
-    )
-    grid = F.affine_grid(theta, x.shape, align_corners=False) + bend
+    theta[:, :, 2] = (torch.rand(batch, 2, generator=generator) * 2 - 1) * 2 * by.shift
+    bend = torch.randn(batch, 2, 5, 5, generator=generator) * 2 * by.elastic
+    bend = F.interpolate(bend, size=x.shape[-2:], mode="bicubic", align_corners=False)
+    grid = F.affine_grid(theta, x.shape, align_corners=False) + bend.permute(0, 2, 3, 1)
     # The sampler pads with zeros, so sample ink (0 on white paper).
-    return 1 - F.grid_sample(
-        1 - x, grid, mode="bilinear", padding_mode="zeros", align_corners=False
-    )
+    return 1 - F.grid_sample(1 - x, grid, padding_mode="zeros", align_corners=False)
 
 
 def hue_matrix(angle: torch.Tensor) -> torch.Tensor:
-    """[B] radians -> [B, 3, 3] rotation of RGB about the grey axis (Rodrigues); greys, hence paper,
+    """[B] radians -> [B, 3, 3] rotation of RGB about the grey axis (Rodrigues): greys, hence paper,
     are fixed.
     """
     k = torch.full((3,), 1 / math.sqrt(3))
@@ -84,9 +82,7 @@ def recolour(
 
 
 def soften(x: torch.Tensor, generator: torch.Generator, probability: float = 0.8) -> torch.Tensor:
-    """Blur, either by a small binomial kernel (once or twice) or by sampling the batch down and up
-    again.
-    """
+    """Blur, by a small binomial kernel (once or twice) or by sampling the batch down and up."""
     chosen = _chance(x.shape[0], probability, generator)
     side = x.shape[-1]
     if torch.rand((), generator=generator) < 0.5:
@@ -96,19 +92,15 @@ def soften(x: torch.Tensor, generator: torch.Generator, probability: float = 0.8
     else:
         soft = x
         for _ in range(int(torch.randint(1, 3, (), generator=generator))):
-            soft = F.avg_pool2d(
-                F.avg_pool2d(F.pad(soft, (1, 0, 1, 0), mode="replicate"), 2, 1), 2, 1, padding=0
-            )
-            soft = F.pad(soft, (0, 1, 0, 1), mode="replicate")
+            soft = F.avg_pool2d(F.pad(soft, (1, 0, 1, 0), mode="replicate"), 2, 1)
+            soft = F.pad(F.avg_pool2d(soft, 2, 1), (0, 1, 0, 1), mode="replicate")
     return x + chosen * (soft - x)
 
 
 def speckle(
     x: torch.Tensor, generator: torch.Generator, fine: float = 0.05, coarse: float = 0.15
 ) -> torch.Tensor:
-    """Add pixel noise and latent-like blotches: coloured noise on a grid of 4-pixel cells, smoothly
-    enlarged.
-    """
+    """Add pixel noise and latent-like blotches: coloured noise in cells of 4 pixels, enlarged."""
     batch, _, height, width = x.shape
     blotch = torch.randn(batch, 3, height // 4, width // 4, generator=generator)
     blotch = F.interpolate(blotch, size=(height, width), mode="bicubic", align_corners=False)
@@ -128,6 +120,7 @@ def quantise(
     x: torch.Tensor, generator: torch.Generator, coarsest: float = 0.25, probability: float = 0.3
 ) -> torch.Tensor:
     """JPEG-like: round the coefficients of 8 x 8 cosine blocks with steps that grow with frequency.
+
     H, W: multiples of 8.
     """
     batch, channels, height, width = x.shape
@@ -158,8 +151,9 @@ def erase(
 
 
 def damage(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """All of the above, in the order in which a generator and a file format would do them. Values
-    stay in [0, 1].
+    """All of the above, in the order in which a generator and a file format would do them.
+
+    Values stay in [0, 1].
     """
     x = erase(warp(x, generator), generator)
     x = recolour(x, generator)

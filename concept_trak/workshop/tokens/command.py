@@ -10,49 +10,31 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from ...flags import add_setting_flags, boolean, settings_of
 from ...settings import TOKEN, Settings
 from .settings import TokenSettings
 
 
-def add_parser(verbs) -> None:
+def add_parser(verbs: Any) -> None:
     """The sub-command `train-token`: its own flags, and every flag of `Settings`."""
     sub = verbs.add_parser(
         "train-token", help="learn a token such as <new1> from a few pictures (Textual Inversion)"
     )
-    default = TokenSettings()
-    sub.add_argument(
-        "--images",
-        nargs="+",
-        help="a folder or picture files; without it the exemplars of the tasks --task-idx",
-    )
-    sub.add_argument(
-        "--new-token", default=TOKEN, help=f"which --prompt must hold (default {TOKEN})"
-    )
-    sub.add_argument(
-        "--init-word",
-        default="",
-        help="its first token is the start (default: what follows the token in the prompt, or "
-        '"art")',
-    )
-    sub.add_argument("--steps", type=int, default=default.steps, help=f"default {default.steps}")
-    sub.add_argument(
-        "--learning-rate",
-        type=float,
-        default=default.lr,
-        help=f"default {default.lr}; --batch-size: {default.batch_size}",
-    )
-    sub.add_argument(
-        "--random-flip",
-        type=boolean,
-        default=default.random_flip,
-        help="also learn from mirrored pictures (default 0)",
-    )
-    sub.add_argument(
-        "--out-dir",
-        help="for the token, its record and checkpoint (default: tokens, beside RESULTS_DIR)",
-    )
+    default, flag = TokenSettings(), sub.add_argument
+    source = "a folder or picture files; without it the exemplars of the tasks --task-idx"
+    flag("--images", nargs="+", help=source)
+    flag("--new-token", default=TOKEN, help=f"which --prompt must hold (default {TOKEN})")
+    start = 'its first token is the start (default: what follows the token in the prompt, or "art")'
+    flag("--init-word", default="", help=start)
+    flag("--steps", type=int, default=default.steps, help=f"default {default.steps}")
+    rates = f"default {default.lr}; --batch-size: {default.batch_size}"
+    flag("--learning-rate", type=float, default=default.lr, help=rates)
+    flip = "also learn from mirrored pictures (default 0)"
+    flag("--random-flip", type=boolean, default=default.random_flip, help=flip)
+    folder = "for the token, its record and checkpoint (default: tokens, beside RESULTS_DIR)"
+    flag("--out-dir", help=folder)
     add_setting_flags(sub)
     sub.set_defaults(run=run)
 
@@ -68,47 +50,32 @@ def run(arguments: argparse.Namespace) -> None:
         seed=given.seed,
         init_word=arguments.init_word,
     )
-    jobs = (
-        jobs_of_tasks(given)
-        if not arguments.images
-        else [
-            (
-                arguments.images,
-                Path(arguments.out_dir or Path(given.results_dir).parent / "tokens"),
-                {"prompt": arguments.prompt or "", "token": arguments.new_token},
-            )
-        ]
-    )
+    folder = Path(arguments.out_dir or Path(given.results_dir).parent / "tokens")
+    words = {"prompt": arguments.prompt or "", "token": arguments.new_token}
+    images = arguments.images
+    jobs = [(images, folder, words)] if images else jobs_of_tasks(given)
 
     from ...models.device import pick_device
     from ...models.text_to_image import load_pipeline
     from .textual_inversion import train_token
 
+    device = pick_device(given.device, given.gpu_id)
     dtype = "fp32" if given.dtype == "auto" else given.dtype
-    model = load_pipeline(
-        given.sd_model_path, pick_device(given.device, given.gpu_id), dtype, given.lora_path
-    )
-    for images, folder, options in jobs:
-        path = train_token(model, images, folder, settings=settings, **options)
-        token = options["token"]
-        print(
-            f"{os.path.relpath(path)}: {token}, sha256 of its embedding {model.tokens[token][:10]}"
-        )
+    model = load_pipeline(given.sd_model_path, device, dtype, given.lora_path)
+    for images, folder, words in jobs:
+        path = train_token(model, images, folder, settings=settings, **words)
+        digest = model.tokens[words["token"]][:10]
+        print(f"{os.path.relpath(path)}: {words['token']}, sha256 of its embedding {digest}")
 
 
-def jobs_of_tasks(given: Settings) -> list[tuple[list[Path], Path, dict]]:
-    """(exemplars, folder, options of `train_token`) of each model among the tasks TASK_IDX, in the
-    folders where tasks look for tokens.
+def jobs_of_tasks(given: Settings) -> list[tuple[list[Path], Path, dict[str, str]]]:
+    """(exemplars, folder, prompt and token) of each model among the tasks TASK_IDX, in the folders
+    where tasks look for tokens.
     """
     from ...datasets.abc import chosen_tasks, exemplars
 
-    root = Path(given.data_dir)
-    tasks = {task.model_path: task for task in chosen_tasks(given).values()}
-    return [
-        (
-            exemplars(root, task),
-            root / path.replace("models", "models-ti", 1),
-            {"prompt": task.train_prompt, "token": TOKEN},
-        )
-        for path, task in tasks.items()
-    ]
+    root, jobs = Path(given.data_dir), []
+    for path, task in {task.model_path: task for task in chosen_tasks(given).values()}.items():
+        folder = root / path.replace("models", "models-ti", 1)
+        jobs.append((exemplars(root, task), folder, {"prompt": task.train_prompt, "token": TOKEN}))
+    return jobs

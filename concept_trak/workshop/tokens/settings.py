@@ -20,13 +20,11 @@ class TokenSettings:
     weight_decay: float = 1e-2  # the diffusers example's
     random_flip: bool = False
     seed: int = 0
-    # its first token's embedding is the start; empty: what follows the token in the prompt, or
-    # "art"
+    # its first token is the start; empty: what follows the learned token in the prompt, or "art"
     init_word: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "lr", "batch_size"):
-            if not getattr(self, name) > 0:  # a NaN is refused, too
-                raise UserError(
-                    f"{name}={getattr(self, name)} of the token's training must be above 0"
-                )
+            value = getattr(self, name)
+            if not value > 0:  # a NaN is refused, too
+                raise UserError(f"{name}={value} of the token's training must be above 0")

@@ -1,20 +1,16 @@
 """The scoring benchmark on a toy size: its numbers are right, whatever its times."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from concept_trak.evaluation.bench import scoring as bench
 from concept_trak.scoring.scores import scores
 
-DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
-
 
 @pytest.mark.parametrize("method", ["auto", "krylov_gram", "krylov_rows"])
 def test_ours_equals_nine_explicit_inverses(tmp_path, method):
-    result = bench.bench_scoring(600, 96, DAMPINGS, 3, tmp_path, 2**30, "float32", method)
+    case = bench.Case(600, 96, 3, 2**30, dtype="float32", method=method)
+    result = bench.bench_scoring(case, tmp_path)
     assert result["max_rel_error"] < 1e-5 and result["reference_max_rel_error"] < 1e-2
     assert result["relative_residual"] < 1e-6 and result["own_row_first"] == 1.0
     low, high = result["scoring_speedup_spread"]
@@ -24,18 +20,17 @@ def test_ours_equals_nine_explicit_inverses(tmp_path, method):
 def test_large_sizes_check_some_columns_instead_of_the_inverses(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "INVERSES_MAX", 32)
     monkeypatch.setattr(bench, "COLUMNS", 24)
-    result = bench.bench_scoring(200, 48, DAMPINGS, 2, tmp_path, 2**30)
+    case = bench.Case(200, 48, 2, 2**30)
+    result = bench.bench_scoring(case, tmp_path)
     assert "scoring_speedup" not in result and result["peak_rss_gib"] > 0
     assert result["columns_checked"] == 24 and result["columns_max_rel_error"] < 1e-5
     monkeypatch.setattr(bench, "scores", lambda *args, **kw: 1.01 * scores(*args, **kw))
-    assert (
-        bench.bench_scoring(200, 48, DAMPINGS, 2, tmp_path, 2**30)["columns_max_rel_error"] > 5e-3
-    )
+    assert bench.bench_scoring(case, tmp_path)["columns_max_rel_error"] > 5e-3
 
 
 def test_slow_references_get_one_round(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "WHOLE_RUN_SECONDS", 0)
-    assert bench.bench_scoring(200, 48, DAMPINGS, 1, tmp_path, 2**30)["rounds"] == 1
+    assert bench.bench_scoring(bench.Case(200, 48, 1, 2**30), tmp_path)["rounds"] == 1
 
 
 def test_synthetic_rows_do_not_depend_on_where_they_were_interrupted(tmp_path, monkeypatch):
@@ -52,18 +47,5 @@ def test_synthetic_rows_do_not_depend_on_where_they_were_interrupted(tmp_path, m
         patch.setattr(bench.Store, "append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench.synthetic_store(tmp_path / "b", 3000, 16, "float32")
-    np.testing.assert_array_equal(
-        bench.synthetic_store(tmp_path / "b", 3000, 16, "float32").rows(range(3000)), whole
-    )
-
-
-def test_the_peak_counts_from_a_restart_and_does_not_begin_with_the_parents():
-    code = "from concept_trak.evaluation.bench.scoring import *; a = bytearray(300 << 20); peak = peak_rss_gib(); del a; print(peak, restart_peak_rss())"
-    held = bytearray(500 << 20)
-    peak, after = map(
-        float,
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split(),
-    )
-    assert len(held) and 0.3 < peak < bench.peak_rss_gib() and after < peak - 0.25
+    resumed = bench.synthetic_store(tmp_path / "b", 3000, 16, "float32").rows(range(3000))
+    np.testing.assert_array_equal(resumed, whole)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -16,30 +17,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_server import HubServer  # noqa: E402
+from hub_server import HubServer
 
-from concept_trak import cli  # noqa: E402
-from concept_trak.errors import UserError  # noqa: E402
-from concept_trak.store.shards import Store  # noqa: E402
-from concept_trak.workshop.fetch import archives, download, hub
+from concept_trak import cli
+from concept_trak.errors import UserError
+from concept_trak.store.shards import Layout, Store
+from concept_trak.workshop.fetch import archives, fetching, hub
 from concept_trak.workshop.fetch import folder as download_folder
+from concept_trak.workshop.fetch.assets import GEN_DATA, UNLEARNING
+from concept_trak.workshop.fetch.release import SETTINGS_NAME
+from concept_trak.workshop.fetch.release import SOURCE as RELEASE
 
 py7zr = pytest.importorskip("py7zr")
 REPO = Path(__file__).resolve().parents[3]
-GEN_DATA, UNLEARNING, RELEASE = download.GEN_DATA, download.UNLEARNING, download.RELEASE
 VOLUME = 1500
 Usage = namedtuple("Usage", "total used free")
 DIM, ROWS, COUNT = 8, 5, 3
 STAND_IN = f"""#!{sys.executable}
-import pathlib, sys, multivolumefile, py7zr, io
+import io, pathlib, sys, multivolumefile, py7zr
 verb, first = sys.argv[1], pathlib.Path(sys.argv[-1])
 try:
-    with multivolumefile.open(first.with_suffix(""), "rb") as raw, py7zr.SevenZipFile(io.BufferedReader(raw), "r") as archive:
-        if verb == "l":
-            print("Path = x\\nSize = 999\\n----------\\n" + "\\n".join(f"Path = {{f.filename}}\\nSize = {{f.uncompressed}}" for f in archive.list()))
-        else:
-            archive.extractall(next(a for a in sys.argv if a.startswith("-o"))[2:])
-            print(" 50%\\b\\b\\b\\b100%")
+    with multivolumefile.open(first.with_suffix(""), "rb") as raw:
+        with py7zr.SevenZipFile(io.BufferedReader(raw), "r") as archive:
+            if verb == "l":
+                print("Path = x\\nSize = 999\\n----------")
+                for file in archive.list():
+                    print(f"Path = {{file.filename}}\\nSize = {{file.uncompressed}}")
+            else:
+                archive.extractall(next(a for a in sys.argv if a.startswith("-o"))[2:])
+                print(" 50%\\b\\b\\b\\b100%")
 except Exception as error:
     sys.exit(f"ERROR: CRC Failed : {{error}}")
 """
@@ -102,14 +108,26 @@ def assets(tmp_path_factory):
     return {GEN_DATA: gen, UNLEARNING: abu}, final
 
 
+def quick_wait(naps):
+    """Event.wait that takes no time and notes its seconds in `naps`; without a limit it waits."""
+    wait = threading.Event.wait
+
+    def quick(event, timeout=None):
+        if timeout is not None:
+            naps.append(timeout)
+        return wait(event, timeout and 0.001)
+
+    return quick
+
+
 @pytest.fixture
 def server(assets, monkeypatch):
-    """The hub, with short waits on the client's side; every wait of the library is noted in `naps`."""
+    """The hub, with no waits on the client's side; each is noted in `naps`."""
     with HubServer() as hub_server:
         hub_server.repos = {name: dict(files) for name, files in assets[0].items()}
         rng = np.random.default_rng(1)
         hub_server.repos[RELEASE] = {
-            f"{download.SETTINGS_NAME}/train_grad-{i}.npy": rng.standard_normal((ROWS, DIM))
+            f"{SETTINGS_NAME}/train_grad-{i}.npy": rng.standard_normal((ROWS, DIM))
             .astype("<f4")
             .tobytes()
             for i in range(COUNT)
@@ -119,11 +137,9 @@ def server(assets, monkeypatch):
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(hub, "WAIT", 0.01)
         monkeypatch.setattr(time, "sleep", hub_server.naps.append)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 100
-        )  # what a cut connection loses is at most a chunk
+        monkeypatch.setattr(threading.Event, "wait", quick_wait(hub_server.naps))
+        monkeypatch.setattr(hub, "CHUNK", 100)  # what a cut connection loses is at most a chunk
         monkeypatch.setattr(archives, "PROGRAMS", ())  # py7zr, whatever the machine has
         monkeypatch.setattr(download_folder, "SPARE", 0)
         monkeypatch.setattr(
@@ -173,7 +189,7 @@ def grads(server, tmp_path):
             ]
         )
 
-    call.folder = tmp_path / "grads" / download.SETTINGS_NAME
+    call.folder = tmp_path / "grads" / SETTINGS_NAME
     return call
 
 
@@ -248,7 +264,9 @@ VOLUME_2 = "exemplar/exemplar.7z.002"
         (VOLUME_2, ["cut:700"], [0, 700]),
         (VOLUME_2, ["cut:700", "cut:150"], [0, 700, 800]),
         (VOLUME_2, ["wrong"], [0, 0]),
+        (VOLUME_2, ["cut:700", "whole"], [0, 700]),
         (VOLUME_2, ["status:429"], [0, 0]),
+        (VOLUME_2, ["limited:7"], [0, 0]),
         (VOLUME_2, ["status:503", "status:503", "status:500"], [0, 0, 0, 0]),
         (VOLUME_2, ["cut:700", "status:503"], [0, 700, 700]),
         (VOLUME_2, ["truncate:600"], [0, 600]),
@@ -268,8 +286,9 @@ def test_a_fault_that_passes_is_recovered_by_the_same_call(
     assert not server.faults[name]
     if starts:
         assert [start for path, start in server.contents() if path == name] == starts
-    if "status:429" in faults:
-        assert max(server.naps) >= 1  # Retry-After
+    # what Retry-After, and the rate limit, say; and a second more, for they are rounded
+    assert "status:429" not in faults or 2 in server.naps
+    assert "limited:7" not in faults or 8 in server.naps
 
 
 @pytest.mark.parametrize(
@@ -324,11 +343,10 @@ def test_a_begun_file_of_another_version_is_fetched_anew(abc, server, assets):
 
 DYING = """
 import os, signal, sys
-import huggingface_hub.constants
 from concept_trak import cli
-from concept_trak.workshop.fetch import fetching
+from concept_trak.workshop.fetch import fetching, hub
 
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 100
+hub.CHUNK = 100
 cli.VERBS, cli.WITH_OWN_FLAGS = {}, ("workshop.fetch.download",)
 write, calls = fetching.write_all, []
 
@@ -629,9 +647,35 @@ def test_a_page_that_is_no_listing_is_one_line(abc, server, capfd, monkeypatch):
     assert "does not answer as a hub" in refused(capfd, abc, "json")
 
 
-def test_offline_mode_is_one_line(abc, server, capfd, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
-    assert "HF_HUB_OFFLINE is set" in refused(capfd, abc, "json")
+def test_offline_mode_is_one_line(abc, server):
+    """In a process of its own: the library reads HF_HUB_OFFLINE when it is imported."""
+    command = [sys.executable, "-m", "concept_trak", "download-abc", f"--data-dir={abc.folder}"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and not server.log
+    assert done.stderr == "error: HF_HUB_OFFLINE is set; unset it to download\n"
+
+
+def test_a_token_that_may_not_be_sent_unasked_is_not(abc, server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert abc("json fisher") == 0
+    assert {authorization for _, _, _, authorization in server.log} == {None}
+
+
+@pytest.mark.parametrize(
+    "faults", [[], ["cut:700"], ["wrong"], ["whole"], ["truncate:600"]], ids=str
+)
+@pytest.mark.parametrize("here", [0, 400, 99999])
+def test_the_bar_ends_at_the_size_of_the_file(here, faults, server, assets, tmp_path):
+    """Whatever was here, and however it came; the first bytes of another version count until then."""
+    server.faults[VOLUME_2] = list(faults)
+    (file,) = (file for file in hub.Repo(GEN_DATA).files() if file.path == VOLUME_2)
+    part, target, steps = tmp_path / "part", tmp_path / "target", [here]
+    part.write_bytes(b"x" * here)
+    fetching.fetch(file, part, target, steps.append, threading.Event())
+    assert target.read_bytes() == assets[0][GEN_DATA][VOLUME_2] and not part.exists()
+    assert sum(steps) == file.size == len(target.read_bytes())
 
 
 # ---- the released gradients
@@ -639,9 +683,9 @@ def test_offline_mode_is_one_line(abc, server, capfd, monkeypatch):
 
 def expected(server):
     return [
-        np.frombuffer(
-            server.repos[RELEASE][f"{download.SETTINGS_NAME}/train_grad-{i}.npy"], "<f4"
-        ).reshape(ROWS, DIM)
+        np.frombuffer(server.repos[RELEASE][f"{SETTINGS_NAME}/train_grad-{i}.npy"], "<f4").reshape(
+            ROWS, DIM
+        )
         for i in range(COUNT)
     ]
 
@@ -665,14 +709,12 @@ def test_one_lost_shard_is_fetched_alone_and_a_lost_manifest_is_written_again(gr
     (grads.folder / "train_grad-2.npy").write_bytes(b"short")
     (grads.folder / "manifest.json").unlink()
     assert grads() == 0 and Store.open(grads.folder).num_rows == COUNT * ROWS
-    assert sorted(server.contents()) == [
-        (f"{download.SETTINGS_NAME}/train_grad-{i}.npy", 0) for i in (1, 2)
-    ]
+    assert sorted(server.contents()) == [(f"{SETTINGS_NAME}/train_grad-{i}.npy", 0) for i in (1, 2)]
 
 
 def test_a_shard_changed_on_the_hub_gets_a_manifest_of_its_own(grads, server):
     assert grads() == 0
-    name = f"{download.SETTINGS_NAME}/train_grad-1.npy"
+    name = f"{SETTINGS_NAME}/train_grad-1.npy"
     server.repos[RELEASE][name] = np.ones((ROWS, DIM), "<f4").tobytes()
     (grads.folder / "train_grad-1.npy").unlink()
     assert grads() == 0
@@ -681,7 +723,7 @@ def test_a_shard_changed_on_the_hub_gets_a_manifest_of_its_own(grads, server):
 
 @pytest.mark.parametrize("fault", ["cut:60", "wrong", "status:429", "status:503", "truncate:40"])
 def test_gradients_recover_from_faults(fault, grads, server):
-    server.faults[f"{download.SETTINGS_NAME}/train_grad-1.npy"] = [fault]
+    server.faults[f"{SETTINGS_NAME}/train_grad-1.npy"] = [fault]
     assert grads() == 0 and Store.open(grads.folder).num_rows == COUNT * ROWS
 
 
@@ -723,12 +765,13 @@ def test_gradients_from_the_top_of_a_repository(grads, server):
 
 
 def test_gradients_computed_here_are_never_overwritten(grads, server, capfd):
-    Store.create(grads.folder, COUNT * ROWS, DIM, COUNT, "float32", {"made": "here"}, provenance={})
+    layout = Layout(COUNT * ROWS, DIM, COUNT, "float32")
+    Store.create(grads.folder, layout, {"made": "here"}, provenance={})
     assert "GRAD_ROOT" in refused(capfd, grads) and not server.log
 
 
 def test_a_value_that_is_not_finite_is_told(grads, server, capfd):
-    server.repos[RELEASE][f"{download.SETTINGS_NAME}/train_grad-2.npy"] = np.full(
+    server.repos[RELEASE][f"{SETTINGS_NAME}/train_grad-2.npy"] = np.full(
         (ROWS, DIM), np.nan, "<f4"
     ).tobytes()
     assert "NaN" in refused(capfd, grads)
@@ -786,7 +829,7 @@ def test_both_scripts_end_to_end(server, assets, tmp_path):
         len(files_in(tmp_path / "abc")) == 4
         and files_in(tmp_path / "abc").items() <= assets[1].items()
     )
-    assert Store.open(tmp_path / "grads" / download.SETTINGS_NAME).num_rows == COUNT * ROWS
+    assert Store.open(tmp_path / "grads" / SETTINGS_NAME).num_rows == COUNT * ROWS
     assert out.splitlines()[-1].endswith(f"{COUNT * ROWS} rows of {DIM}")
 
 

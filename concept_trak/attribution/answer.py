@@ -1,0 +1,79 @@
+"""The main job: which training images taught the model each target concept of a prompt?
+
+`answer` computes and writes nothing but the query rows it is told to keep; `report.answer` makes
+folders and a page of what it returns. A page, a service or a notebook asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..datasets import emoji
+from ..datasets.folder import ImageCaptionDataset
+from ..scoring.concept import ConceptResult
+from ..settings import DAMPINGS, as_dict, digest, provenance
+from . import prompts
+from .corpus import Corpus
+from .plan import folder_name
+from .question import Picture, Question, generated
+from .rankers import GradientRanker
+from .train_grad import open_store
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Scores of all training images for every concept asked about, at every damping.
+
+    picture: the query. questions, concepts: one a target, in the order asked. dataset: of the N
+    scored images. settings, provenance: JSON that made it. unseen: True if the prompt is a held-out
+    caption, False if a training one, None if neither.
+    """
+
+    picture: Picture
+    questions: list[Question]
+    concepts: list[ConceptResult]
+    dataset: ImageCaptionDataset
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    unseen: bool | None
+
+
+def answer(
+    corpus: Corpus, keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None
+) -> Answer:
+    """Answer PROMPT and TARGET_CONCEPTS. keep: see `GradientRanker`.
+
+    UserError for words that do not fit, before anything is computed.
+    """
+    s = corpus.settings
+    targets = prompts.split_list(s.target_concepts)
+    contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
+    emoji.refuse_unknown(corpus.everything, s.prompt, targets)
+    store = open_store(corpus)
+    (picture,) = generated(corpus.model, s, [s.prompt], s.seed)
+    asked = zip(targets, contrasts, strict=True)
+    questions = [Question(picture, target, plus, minus) for target, (plus, minus) in asked]
+    for question in questions:
+        print(f"{question.words!r}: {question.plus!r} against {question.minus!r}")
+    values = GradientRanker(corpus, store, keep=keep).rank(questions)
+    concepts = [
+        ConceptResult(q.words, q.minus, values[:, i], DAMPINGS, emoji.truth(corpus.train, q.words))
+        for i, q in enumerate(questions)
+    ]
+    recorded = as_dict(s) | {
+        "store": folder_name(s),
+        "store_checksum": store.checksum,
+        "settings_hash": digest(as_dict(s)),
+    }
+    made, seen = provenance(), _unseen(corpus, s.prompt)
+    return Answer(picture, questions, concepts, corpus.train, recorded, made, seen)
+
+
+def _unseen(corpus: Corpus, prompt: str) -> bool | None:
+    if prompt in corpus.train.captions:
+        return False
+    return True if prompt in corpus.everything.captions else None

@@ -1,0 +1,69 @@
+"""Who computes the shards of a store: this process, or several at a time."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import UserError
+
+POLL_SECONDS = 0.5
+
+Compute = Callable[[int], None]
+
+
+class Executor(Protocol):
+    """Gets `compute(shard)`, which makes a shard complete, and has it called for every shard."""
+
+    def run(self, compute: Compute, shards: Sequence[int]) -> None:
+        """UserError at the end, naming them, if some shards failed; the others are complete."""
+        ...
+
+
+class InProcess:
+    """One shard after the other, here."""
+
+    def run(self, compute: Compute, shards: Sequence[int]) -> None:
+        """See `Executor`; the first failure ends it."""
+        for shard in shards:
+            compute(shard)
+
+
+@dataclass(frozen=True)
+class AtATime:
+    """As many shards at a time as `slots`, each in a thread that mostly waits for a process.
+
+    watch: called every half a second while shards are left. failed(shard, error): told at once.
+    """
+
+    slots: int
+    watch: Callable[[], None]
+    failed: Callable[[int, UserError], None]
+
+    def run(self, compute: Compute, shards: Sequence[int]) -> None:
+        """See `Executor`: a shard that fails takes nothing with it."""
+        errors: queue.Queue[tuple[int, UserError]] = queue.Queue()
+
+        def attempt(shard: int) -> None:
+            try:
+                compute(shard)
+            except UserError as error:
+                errors.put((shard, error))
+                self.failed(shard, error)
+
+        pool = ThreadPoolExecutor(self.slots)
+        try:
+            pending = {pool.submit(attempt, shard) for shard in shards}
+            while pending:
+                done, pending = wait(pending, POLL_SECONDS)
+                for future in done:
+                    future.result()
+                self.watch()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if dead := sorted(shard for shard, _ in errors.queue):
+            again = f"run again with SHARDS={','.join(map(str, dead))}"
+            raise UserError(f"{len(dead)} of {len(shards)} shards died; {again}")

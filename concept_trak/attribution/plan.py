@@ -1,0 +1,79 @@
+"""What the settings ask for, in the words of the other rooms: states, what decides a row, folder names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..rows.states import (
+    QueryStates,
+    TrainStates,
+    inverted_states,
+    noise_levels,
+    noised_states,
+    reference_states,
+    trajectory_timesteps,
+)
+from ..settings import Settings, digest
+from . import prompts
+
+
+def train_states(settings: Settings) -> TrainStates:
+    """The reference's inversion (recipe reference), our own grid, or noisings."""
+    s = settings
+    if not s.ddim_inversion:
+        return noised_states(s.nfe)
+    inverted = reference_states if s.recipe == "reference" else inverted_states
+    return inverted(s.nfe, s.train_guidance_scale)
+
+
+def query_states(settings: Settings, scope: str = "") -> QueryStates:
+    """Where the query's states come from, by scope (default: the settings').
+
+    Noisings at the levels of the train rows, trajectories at those of their own grid.
+    """
+    s, scope, steps = settings, scope or settings.scope, settings.gen_num_inference_steps
+    levels = noise_levels(s.nfe) if scope == "local" else trajectory_timesteps(s.nfe, steps)
+    return QueryStates(scope, s.epochs, levels, steps, s.concept_guidance_scale, s.eta)
+
+
+def row_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what a train row is."""
+    s, states = settings, train_states(settings)
+    return {
+        "layer": s.layer,
+        "f": s.f,
+        "normalize": s.normalize,
+        "timesteps": list(states.timesteps),
+        "inversion_grid": list(states.inversion_grid),
+        "guidance_scale": states.guidance_scale if states.inversion else None,
+        "noise_seed": None if states.inversion else states.noise_seed,
+        "dtype": s.dtype,
+    }
+
+
+def folder_name(settings: Settings) -> str:
+    """Of a store: {layer}-{f}-NFE{n}[-norm][-ddim-gs_{g}] as in the reference; our own inversion
+    grid and other projections are appended.
+    """
+    s = settings
+    name = f"{s.layer.replace('|', '+')}-{s.f}-NFE{s.nfe}" + ("-norm" if s.normalize else "")
+    if s.ddim_inversion:
+        name += f"-ddim-gs_{s.train_guidance_scale}" + ("" if s.recipe == "reference" else "-short")
+    if s.lora_path:
+        name += f"-lora_{digest(s.lora_path)}"
+    projection = f"{s.proj_type}_{s.proj_dim}" + (f"_seed{s.proj_seed}" if s.proj_seed else "")
+    projection += "-module" if s.blocks == "module" else ""
+    projection += "" if s.proj_backend == "own" else f"-{s.proj_backend}"
+    return name if projection == "random_mask_32768" else f"{name}-{projection}"
+
+
+def query_folders(settings: Settings, targets: list[str]) -> tuple[Path, list[Path]]:
+    """(folder of the report, one folder a target), named as in the reference."""
+    s = settings
+    tail = f"{s.layer.replace('|', '+')}-{s.f}-train_gs_{s.train_guidance_scale}"
+    tail += f"-test_gs_{s.concept_guidance_scale}-eta_{s.eta}-seed_{s.seed}"
+    tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")
+    stem = Path(s.results_dir) / "free_query" / prompts.query_slug(s.prompt)
+    slugs = (prompts.target_slug(target) for target in targets)
+    return Path(f"{stem}-{tail}"), [Path(f"{stem}-target_{slug}-{tail}") for slug in slugs]

@@ -1,0 +1,118 @@
+"""Rankers: whatever gives every training image a score for a question.
+
+`GradientRanker` is what this project is about. A ranker is a class with `rank(questions)`, built from
+a `Corpus` alone; `@RANKERS.register("name")` makes it one of METHODS of the evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..registry import OBJECTIVES
+from ..rows.objectives import of_concept
+from ..rows.row import RowMaker
+from ..rows.state import State, regrouped
+from ..rows.states import QueryStates, Start, query_states_of
+from ..scoring.scores import solve_and_score
+from ..settings import DAMPINGS
+from ..store.shards import Store
+from .corpus import Corpus
+from .plan import query_states
+from .question import Picture, Question
+
+
+class Ranker(Protocol):
+    """Scores of all N training images; high: removing the image would weaken the concept."""
+
+    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+        """[D, Q, N], D the dampings of the sweep, or 1 for a ranker that knows none."""
+        ...
+
+
+class GradientRanker:
+    """score = w_i x_i . (K + lambda I)^-1 q, rows and query under the settings of `corpus`.
+
+    per_concept: a query row for each question; else one a picture, of the objective's own cotangent.
+    keep: (ranker, questions) -> rows [Q, k], which may know them from before; default: computed.
+    store: of the train rows; rows of queries need none.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        store: Store | None = None,
+        per_concept: bool = True,
+        keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None,
+    ) -> None:
+        self.corpus, self.store, self.per_concept = corpus, store, per_concept
+        self._keep = keep or GradientRanker.rows
+        self._read: tuple[Picture | None, list[State]] = None, []
+
+    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+        """See `Ranker`."""
+        asked, place = self._asked(questions)
+        rows = self._keep(self, asked)
+        solver = self.corpus.preconditioner
+        values = solve_and_score(self.store, rows, DAMPINGS, solver, self.row_weight())
+        return values[:, place]
+
+    def row_weight(self) -> np.ndarray | None:
+        """[N], where the objective weights its rows."""
+        weight = OBJECTIVES.get(self.corpus.settings.f).row_weight
+        return None if weight is None else weight(self.store.losses())
+
+    def rows(self, questions: Sequence[Question]) -> np.ndarray:
+        """[Q, k] query rows."""
+        return np.concatenate([self.row(question) for question in questions])
+
+    def row(self, question: Question) -> np.ndarray:
+        """[1, k] of one question: its gradient averaged over the states of its picture."""
+        s, model = self.corpus.settings, self.corpus.model
+        states: list[State] = self._states(question.picture)
+        cotangent = OBJECTIVES.get(s.f).cotangent
+        if self.per_concept:
+            plus, minus = model.encode_prompts([question.plus, question.minus]).split()
+            states = [state.contrasting(plus, minus) for state in states]
+            cotangent = of_concept(s.f)
+        maker = RowMaker(model, self.corpus.projection, s.layer, s.normalize)
+        return maker.mean_row(states, cotangent).cpu().numpy()
+
+    def query_states(self, picture: Picture) -> QueryStates:
+        """A concept of a generated picture is read where SCOPE says, all else at noisings."""
+        own_scope = self.per_concept and picture.x_T is not None
+        return query_states(self.corpus.settings, "" if own_scope else "local")
+
+    def identity(self, question: Question) -> dict[str, Any]:
+        """What the row of a question was made from; see `Corpus.identity`."""
+        corpus = self.corpus
+        return corpus.identity(
+            question=question.identity(),
+            states=asdict(self.query_states(question.picture)),
+            tokens=corpus.model.tokens,
+            device=corpus.device,
+            torch=torch.__version__,
+        )
+
+    def _asked(self, questions: Sequence[Question]) -> tuple[list[Question], list[int]]:
+        """(the questions with rows of their own, which of them serves each question)."""
+        keys = [id(q) if self.per_concept else id(q.picture) for q in questions]
+        first = {
+            key: question for key, question in reversed(list(zip(keys, questions, strict=True)))
+        }
+        order = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        return [first[key] for key in order], [order[key] for key in keys]
+
+    def _states(self, picture: Picture) -> list[State]:
+        """The states of a picture, read once for all its concepts."""
+        if self._read[0] is not picture:
+            s, model = self.corpus.settings, self.corpus.model
+            cond, cond_null = model.encode_prompts([picture.prompt, ""]).split()
+            start, states = Start(picture.x_T, picture.x0), self.query_states(picture)
+            read = query_states_of(model, states, start, cond, cond_null, s.batch_size)
+            self._read = picture, list(regrouped(read, s.batch_size))
+        return self._read[1]

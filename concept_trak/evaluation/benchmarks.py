@@ -1,0 +1,100 @@
+"""The benchmarks of this repository."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..registry import BENCHMARKS
+
+if TYPE_CHECKING:
+    from ..attribution.corpus import Corpus
+    from ..attribution.question import Picture, Question
+
+CELL_SEED = 0  # draws which seen cells are asked about
+
+
+@BENCHMARKS.register("emoji")
+class Emoji:
+    """Object and style of the embedded model's pictures.
+
+    Queries: every held-out (object, style) cell (ood), as many seen cells (id), and other seen cells
+    that choose the damping (tune). NUM_QUERIES (0: all) bounds the first two. Their pictures are
+    `generated`, all from the same x_T, or the `real` ones of the data.
+    """
+
+    concepts: ClassVar[tuple[str, ...]] = ("object", "style")
+    kinds: ClassVar[tuple[str, ...]] = ("generated", "real")
+    splits: ClassVar[tuple[str, ...]] = ("ood", "id")
+    settings: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    @cached_property
+    def cells(self) -> dict[str, list[int]]:
+        """{split: rows of the whole data set}; seen cells are drawn with a fixed seed, disjointly."""
+        records = self.corpus.everything.records
+        held_out, seen = (
+            [i for i, r in enumerate(records) if r.get("split") == split]
+            for split in ("held_out", "train")
+        )
+        shuffle = np.random.default_rng(CELL_SEED)
+        ood, seen = shuffle.permutation(held_out).tolist(), shuffle.permutation(seen).tolist()
+        n = self.corpus.settings.num_queries or len(ood)
+        tune = seen[len(ood) : len(ood) + max(8, n // 3)]
+        return {"ood": ood[:n], "id": seen[:n], "tune": tune}
+
+    def questions(self, kind: str) -> dict[str, list[Question]]:
+        """See `Benchmark.questions`."""
+        pictures = {row: p for row, p in zip(self._rows, getattr(self, f"_{kind}"), strict=True)}
+        return {
+            split: [question for row in rows for question in self._of_cell(row, pictures[row])]
+            for split, rows in self.cells.items()
+        }
+
+    def relevant(self, question: Question) -> np.ndarray:
+        """See `Benchmark.relevant`."""
+        from ..datasets.emoji import relevant
+
+        return relevant(self.corpus.train, question.words)
+
+    def _of_cell(self, row: int, picture: Picture) -> list[Question]:
+        from ..attribution.prompts import contrasts
+        from ..attribution.question import Question
+
+        record, form = self.corpus.everything.records[row], self.corpus.settings.query_form
+        words = [record[f"{concept}_phrase"] for concept in self.concepts]
+        return [
+            Question(picture, word, plus, minus, concept)
+            for concept, word, (plus, minus) in zip(
+                self.concepts, words, contrasts(form, picture.prompt, words), strict=True
+            )
+        ]
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        return [row for rows in self.cells.values() for row in rows]
+
+    @cached_property
+    def _generated(self) -> list[Picture]:
+        from ..attribution.question import generated
+
+        corpus = self.corpus
+        captions = [corpus.everything.captions[row] for row in self._rows]
+        return generated(corpus.model, corpus.settings, captions, corpus.settings.seed)
+
+    @cached_property
+    def _real(self) -> list[Picture]:
+        data, model = self.corpus.everything, self.corpus.model
+        pixels = data.images(self._rows, size=model.image_size)
+        latents, content = model.encode_images(pixels).split(1), data.content_hash()
+        return [
+            replace(picture, x0=x0, x_T=None, pixels=shown, source={"real": [content, row]})
+            for picture, x0, shown, row in zip(
+                self._generated, latents, pixels, self._rows, strict=True
+            )
+        ]

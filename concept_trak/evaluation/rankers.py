@@ -1,0 +1,95 @@
+"""The rankers that the evaluation compares, by their names in METHODS.
+
+| method | train cotangent | unit norm | row weight | query | source |
+|---|---|---|---|---|---|
+| concept_trak | the settings' F | NORMALIZE | 1 | one row a concept | Concept-TRAK (ICLR 2026) |
+| trak | dsm | no | 1 | whole picture | Park et al. 2023; Zheng et al. 2024, "TRAK" |
+| d_trak | dtrak | no | 1 | whole picture | Zheng et al. 2024 |
+| das | das | yes | loss | whole picture | Lin et al. 2025, in Concept-TRAK's L1 form |
+
+All read the same projection of the same parameters at the same states q(x_t | x0), unless the
+settings ask for an inversion. Beside them the controls of `controls`. To add one, see
+`attribution.rankers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..registry import RANKERS
+from . import controls  # noqa: F401  registers them
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..attribution.corpus import Corpus
+    from ..attribution.question import Question
+    from ..attribution.rankers import GradientRanker
+    from ..settings import Settings
+    from ..store.shards import Store
+
+
+@dataclass(frozen=True)
+class GradientMethod:
+    """What distinguishes a method by gradients; f = None keeps the settings' rows and concepts."""
+
+    name: str
+    f: str | None = None
+    normalize: bool = False
+
+    def settings_for(self, settings: Settings) -> Settings:
+        """Rivals keep model, layer, number of states and projection."""
+        if self.f is None:
+            return settings
+        own = {"f": self.f, "normalize": self.normalize}
+        return settings.but(**own, ddim_inversion=False, recipe="default")
+
+    def __call__(self, corpus: Corpus) -> GradientRanker:
+        """The ranker; computes train rows that are not there yet."""
+        from ..attribution.rankers import GradientRanker
+
+        own = corpus.with_settings(self.settings_for(corpus.settings))
+        return GradientRanker(own, train_store(own), self.f is None, self._stored_rows)
+
+    def _stored_rows(self, ranker: GradientRanker, questions: list[Question]) -> np.ndarray:
+        """[Q, k] query rows, in a store of their own: resumed when killed, reused when unchanged."""
+        from tqdm import tqdm
+
+        from ..settings import digest
+        from ..store.manifest import Layout
+        from ..store.shards import Store
+
+        made_from = {"method": self.name, "rows": [ranker.identity(q) for q in questions]}
+        kind = next(iter(questions[0].picture.source), "given")
+        grads, dim = Path(ranker.corpus.settings.grad_dir), ranker.corpus.projection.proj_dim
+        folder = grads / f"queries-{self.name}-{kind}-{digest(made_from)}"
+        layout = Layout(len(questions), dim, 1, "float32")
+        store = Store.create(folder, layout, {"method": self.name, "made_from": digest(made_from)})
+        if store.pending():
+            todo = range(store.resume_row(0), len(questions))
+            for i in tqdm(todo, desc=f"queries {self.name} {kind}"):
+                store.append(0, ranker.row(questions[i]), i)
+            store.finish(0)
+        return store.rows(range(store.num_rows))
+
+
+def train_store(corpus: Corpus) -> Store:
+    """The train rows of the corpus' settings: the committed or an earlier store, else computed now."""
+    from ..attribution.train_grad import open_store, train_grad
+    from ..errors import UserError
+
+    try:
+        return open_store(corpus)
+    except UserError:  # missing or unfinished; a store of something else is refused again below
+        return train_grad(corpus)
+
+
+for method in (
+    GradientMethod("concept_trak"),
+    GradientMethod("trak", "dsm"),
+    GradientMethod("d_trak", "dtrak"),
+    GradientMethod("das", "das", normalize=True),
+):
+    RANKERS.add(method.name, method)

@@ -1,0 +1,41 @@
+"""What every page and results folder of one question shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..datasets import ImageCaptionDataset
+from ..errors import UserError
+from ..scoring.concept import ConceptResult
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What every page and results folder of one question shares.
+
+    picture:       the query
+    dataset:       the N scored rows; of it only `captions` and `images(indices, size)` are used
+    top_k:         pictures at each end of a ranking
+    fixed_damping: one of the sweep, the damping chosen without looking at this query
+    settings, provenance: told as they are, nested dicts allowed
+    """
+
+    picture: Image.Image
+    dataset: ImageCaptionDataset
+    top_k: int
+    fixed_damping: float
+    settings: dict
+    provenance: dict
+
+    def check(self, concept: ConceptResult) -> None:
+        """UserError unless the scores are for this dataset's rows and top_k can be shown."""
+        num_rows = len(self.dataset.captions)
+        if concept.num_images != num_rows:
+            raise UserError(
+                f"scores of {concept.target!r} are for {concept.num_images} images but the dataset "
+                f"has {num_rows}: pass the train split that was scored"
+            )
+        if self.top_k < 1:
+            raise UserError(f"TOP_K is {self.top_k}: show at least 1 picture")

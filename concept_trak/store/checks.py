@@ -1,0 +1,38 @@
+"""Whether the files of a finished shard are those that were finished."""
+
+from __future__ import annotations
+
+from ..errors import UserError
+from ..files import READ_BYTES, sha256_file
+from .encoding import finite, refuse_bad_rows
+from .folder import Series, ShardFolder, remedy
+
+
+def check_shard(store: ShardFolder, shard: int, verify: bool) -> None:
+    """UserError for a missing, truncated or foreign file and, with verify, for a changed one."""
+    for series in store.series:
+        _check_file(store, shard, series, verify)
+
+
+def _check_file(store: ShardFolder, shard: int, series: Series, verify: bool) -> None:
+    path, count = store.path(shard, ".npy", series.name), store.count(shard)
+    mend, header, described = remedy(shard), series.header(count), series.described(count)
+    if not path.exists():
+        raise UserError(f"{path} is missing: {mend}")
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header:
+            raise UserError(f"{path} does not hold {described} {series.dtype} values: {mend}")
+    if path.stat().st_size != len(header) + count * series.item_bytes:
+        raise UserError(f"{path} is truncated or of another size than {described}: {mend}")
+    if verify and sha256_file(path) != store.record(shard).get(series.digest):
+        refuse_non_finite(store, shard, series)
+        raise UserError(f"{path} is not the file this store finished (checksum differs): {mend}")
+
+
+def refuse_non_finite(store: ShardFolder, shard: int, series: Series) -> None:
+    """UserError that names the first sample of a shard with a NaN or an infinite value."""
+    path, step = store.path(shard, ".npy", series.name), max(1, READ_BYTES // series.item_bytes)
+    what = "row" if series.shape else "loss"
+    message = f"{path}: the {what} of sample {{}} is NaN or infinite: {remedy(shard)}"
+    for first, block in store.shard_blocks(shard, series, step):
+        refuse_bad_rows(finite(block, series.dtype), first, message)

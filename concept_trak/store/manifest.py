@@ -1,0 +1,109 @@
+"""What a store is: its manifest.json, and the comparison of what is wanted with what is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .encoding import STORED_TYPES
+
+FORMAT = 1
+COMPARED = ("num_rows", "dim", "dtype", "layout", "bounds", "identity")  # every manifest has these
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Form of a store: rows [num_rows, dim] of `dtype` over num_split shards of nearly equal size.
+
+    dtype: float16, bfloat16 or float32. kind: "npy", or "raw" without headers as in the release.
+    losses: whether each row has its loss (float32) beside it. UserError for another dtype or kind,
+    and for more shards than rows.
+    """
+
+    num_rows: int
+    dim: int
+    num_split: int
+    dtype: str
+    kind: str = "npy"
+    losses: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED_TYPES:
+            known = ", ".join(STORED_TYPES)
+            raise UserError(f"unknown store dtype {self.dtype!r}: choose one of {known}")
+        if self.kind not in ("npy", "raw"):
+            raise UserError(f"unknown store layout {self.kind!r}: choose npy or raw")
+        if not 1 <= self.num_split <= self.num_rows:
+            limit = f"between 1 and the number of rows, {self.num_rows}"
+            raise UserError(f"num_split must be {limit}, not {self.num_split}")
+
+    def manifest(self) -> dict:
+        """All of the manifest but identity and provenance; "losses" stands there only if true, so
+        that stores without keep the manifest and the id they always had.
+        """
+        bounds = [self.num_rows * i // self.num_split for i in range(self.num_split + 1)]
+        shape = {"num_rows": self.num_rows, "dim": self.dim, "dtype": self.dtype}
+        shape |= {"losses": True} if self.losses else {}
+        return {"format": FORMAT, **shape, "layout": self.kind, "bounds": bounds}
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a folder; UserError if there is none or it cannot be read."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        refuse_difference(folder, "format", FORMAT, manifest["format"])
+        return manifest | {key: manifest[key] for key in COMPARED}
+    except FileNotFoundError:
+        what = "holds no gradient store (no manifest.json)"
+        raise UserError(f"{folder} {what}: run the train gradients first") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        remedy = "remove it and make the store again"
+        raise UserError(f"{path} cannot be read as a store manifest ({error}): {remedy}") from None
+
+
+def raw_manifest(folder: Path, dim: int) -> dict:
+    """The manifest (without identity) of a folder of header-less float32 shards train_grad-0.npy
+    ...; UserError for gaps and for shards that are truncated or real .npy files.
+    """
+    names = (
+        re.fullmatch(r"train_grad-(0|[1-9]\d*)\.npy", path.name) for path in folder.glob("*.npy")
+    )
+    numbers = sorted(int(name[1]) for name in names if name)
+    if not numbers or numbers != list(range(len(numbers))):
+        what = "expected train_grad-0.npy, -1.npy, ... without gaps"
+        raise UserError(f"{folder}: {what}, found {listed(numbers)}")
+    bounds = [0]
+    for number in numbers:
+        path = folder / f"train_grad-{number}.npy"
+        with open(path, "rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                what = "is a real .npy file, not raw float32"
+                raise UserError(f"{path} {what}: it cannot be adopted")
+        rows, rest = divmod(path.stat().st_size, 4 * dim)
+        if rest or not rows:
+            what = f"is truncated or not of {dim} float32 values a row"
+            raise UserError(f"{path} {what}: fetch it again")
+        bounds.append(bounds[-1] + rows)
+    layout = Layout(bounds[-1], dim, len(numbers), "float32", "raw")
+    return layout.manifest() | {"bounds": bounds}
+
+
+def refuse_difference(folder: Path, name: str, wanted: Any, found: Any) -> None:
+    """UserError naming the first key, however deep, in which two JSON values differ."""
+    if wanted == found:
+        return
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key in sorted(wanted.keys() | found.keys()):
+            refuse_difference(folder, f"{name}.{key}", wanted.get(key), found.get(key))
+    made = f"{folder} was made with {name} = {found!r}, not {wanted!r}"
+    raise UserError(f"{made}: use the same settings or another folder")
+
+
+def listed(values: list[int]) -> str:
+    """At most eight of the values, for a message."""
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "") or "none"

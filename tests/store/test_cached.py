@@ -1,0 +1,71 @@
+"""Properties of an array that is kept on disk with what it was made from."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from concept_trak.errors import UserError
+from concept_trak.store.cached import cached_array
+
+ARRAY = np.arange(12, dtype=np.float64).reshape(3, 4).T / 7
+
+
+def never():
+    raise AssertionError("computed again")
+
+
+def test_the_same_identity_is_read_and_another_computed_again(tmp_path):
+    path = tmp_path / "deep/query.npy"
+    first = cached_array(path, {"model": "a", "steps": (1, 2)}, lambda: ARRAY)
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, ARRAY.astype(np.float32))
+    again = cached_array(path, {"model": "a", "steps": (1, 2)}, never)
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(np.load(path, allow_pickle=False), first)
+    other = cached_array(path, {"model": "b", "steps": (1, 2)}, lambda: ARRAY + 1)
+    np.testing.assert_array_equal(other, cached_array(path, {"model": "b", "steps": [1, 2]}, never))
+    forced = cached_array(path, {"model": "b", "steps": (1, 2)}, lambda: ARRAY, force=True)
+    np.testing.assert_array_equal(forced, first)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["query.json", "query.npy"]
+
+
+def test_a_changed_file_is_computed_again(tmp_path):
+    path = tmp_path / "query.npy"
+    first = cached_array(path, {}, lambda: ARRAY)
+    np.save(path, first + 1)
+    np.testing.assert_array_equal(cached_array(path, {}, lambda: ARRAY), first)
+
+
+def test_the_record_is_never_beside_another_array(tmp_path, monkeypatch):
+    """Gone before the array gets its name, and back only after."""
+    path, seen = tmp_path / "query.npy", []
+    cached_array(path, {"model": "a"}, lambda: ARRAY)
+    replace = os.replace
+
+    def watched(source, target):
+        seen.append((Path(target).name, path.with_suffix(".json").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    cached_array(path, {"model": "b"}, lambda: ARRAY + 1)
+    assert seen == [("query.npy", False), ("query.json", False)]
+    assert json.loads(path.with_suffix(".json").read_text())["identity"] == {"model": "b"}
+
+
+def test_a_bad_value_leaves_what_was_there(tmp_path):
+    path = tmp_path / "query.npy"
+    first = cached_array(path, {"model": "a"}, lambda: ARRAY)
+    with pytest.raises(UserError, match="the gradient for query.npy is NaN or infinite"):
+        cached_array(path, {"model": "b"}, lambda: ARRAY * np.nan)
+    np.testing.assert_array_equal(cached_array(path, {"model": "a"}, never), first)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_clear_line_and_leaves_no_file(tmp_path):
+    (tmp_path / "query.npy.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*query.npy: the disk is full") as error:
+        cached_array(tmp_path / "query.npy", {}, lambda: ARRAY)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
