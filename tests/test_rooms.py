@@ -1,4 +1,4 @@
-"""The floor plan: imports go to earlier rooms only and never round, and the rooms are those told."""
+"""The floor plan: imports go to earlier rooms only, never round; the rooms are those told."""
 
 import ast
 import graphlib

@@ -1,4 +1,4 @@
-"""What the settings ask for, in the words of the other rooms: states, what decides a row, folder names."""
+"""What the settings ask for, in the words of other rooms: states, what decides a row, folders."""
 
 from __future__ import annotations
 

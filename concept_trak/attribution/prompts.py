@@ -44,8 +44,8 @@ def split_prompt(prompt: str, target: str) -> tuple[str, str]:
     """(the words that ask for the target, the prompt without them): the target with its article or
     the "in the style of" before it.
 
-    >>> split_prompt("an elephant in the style of blob", "elephant"), split_prompt("an elephant in the style of blob", "blob")
-    (('an elephant', 'in the style of blob'), ('in the style of blob', 'an elephant'))
+    >>> split_prompt("an elephant in the style of blob", "elephant")
+    ('an elephant', 'in the style of blob')
     """
     match = find_target(prompt, target)
     before, after = prompt[: match.start()], prompt[match.end() :]
@@ -71,8 +71,8 @@ def negative_of(prompt: str, target: str) -> str:
     """The prompt without the target, its article, and the "in the style of" or joining word that
     led up to it.
 
-    >>> negative_of("Pikachu in the style of Pablo Picasso", "Pablo Picasso"), negative_of("an elephant in the style of blob", "elephant")
-    ('Pikachu', 'in the style of blob')
+    >>> negative_of("an elephant in the style of blob", "elephant")
+    'in the style of blob'
     """
     return split_prompt(prompt, target)[1]
 
@@ -100,7 +100,8 @@ def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> li
 
     slider    the prompt against the prompt without the target (Concept-TRAK)
     cfg       the prompt against the empty prompt
-    concept   the target's own words against the empty prompt: no other word of the prompt takes part in the gradient
+    concept   the target's own words against the empty prompt: no other word of the prompt
+              takes part in the gradient
     """
     if form not in QUERY_FORMS:
         raise UserError(f"QUERY_FORM={form!r} is unknown; use one of {', '.join(QUERY_FORMS)}")
@@ -108,7 +109,7 @@ def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> li
     if form != "slider" and not given:
         minus = [""] * len(targets)
     plus = [split_prompt(prompt, target)[0] if form == "concept" else prompt for target in targets]
-    return list(zip(plus, minus))
+    return list(zip(plus, minus, strict=True))
 
 
 def slug(text: str, length: int) -> str:

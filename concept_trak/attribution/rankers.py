@@ -1,7 +1,7 @@
 """Rankers: whatever gives every training image a score for a question.
 
-`GradientRanker` is what this project is about. A ranker is a class with `rank(questions)`, built from
-a `Corpus` alone; `@RANKERS.register("name")` makes it one of METHODS of the evaluation.
+`GradientRanker` is what this project is about. A ranker is a class with `rank(questions)`, built
+from a `Corpus` alone; `@RANKERS.register("name")` makes it one of METHODS of the evaluation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ranker(Protocol):
 class GradientRanker:
     """score = w_i x_i . (K + lambda I)^-1 q, rows and query under the settings of `corpus`.
 
-    per_concept: a query row for each question; else one a picture, of the objective's own cotangent.
+    per_concept: a query row for each question; else one a picture, of the objective's cotangent.
     keep: (ranker, questions) -> rows [Q, k], which may know them from before; default: computed.
     store: of the train rows; rows of queries need none.
     """
@@ -58,13 +58,19 @@ class GradientRanker:
         asked, place = self._asked(questions)
         rows = self._keep(self, asked)
         solver = self.corpus.preconditioner
-        values = solve_and_score(self.store, rows, DAMPINGS, solver, self.row_weight())
+        values = solve_and_score(self._train, rows, DAMPINGS, solver, self.row_weight())
         return values[:, place]
+
+    @property
+    def _train(self) -> Store:
+        if self.store is None:
+            raise ValueError("a ranker without a store has no rows to score")
+        return self.store
 
     def row_weight(self) -> np.ndarray | None:
         """[N], where the objective weights its rows."""
         weight = OBJECTIVES.get(self.corpus.settings.f).row_weight
-        return None if weight is None else weight(self.store.losses())
+        return None if weight is None else weight(self._train.losses())
 
     def rows(self, questions: Sequence[Question]) -> np.ndarray:
         """[Q, k] query rows."""

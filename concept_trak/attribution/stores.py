@@ -14,7 +14,7 @@ from .plan import folder_name
 
 
 def find_store(settings: Settings) -> Path | None:
-    """The folder of the settings' store, under GRAD_DIR or, as of the embedded data, DATA_DIR/grads.
+    """The folder of the settings' store, under GRAD_DIR or, as for embedded data, DATA_DIR/grads.
 
     None if there is none.
     """

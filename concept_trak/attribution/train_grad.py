@@ -1,4 +1,4 @@
-"""Train gradients: the rows of the train split, shard by shard, into a store that knows what made it."""
+"""Train gradients: the rows of the train split, shard by shard, into a store of their own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A benchmark: questions whose answers are known. `evaluate` runs every ranker on it.
 
-To add one, write a class as below under `@BENCHMARKS.register("name")`; `run_eval.sh --benchmark name`
-serves it. `settings` are what its defaults change in those of the emoji benchmark.
+To add one, write a class as below under `@BENCHMARKS.register("name")`; then
+`run_eval.sh --benchmark name` serves it. `settings` are what its defaults change in those of the
+emoji benchmark.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ CELL_SEED = 0  # draws which seen cells are asked about
 class Emoji:
     """Object and style of the embedded model's pictures.
 
-    Queries: every held-out (object, style) cell (ood), as many seen cells (id), and other seen cells
+    Queries: every held-out (object, style) cell (ood), as many seen cells (id), and other seen ones
     that choose the damping (tune). NUM_QUERIES (0: all) bounds the first two. Their pictures are
     `generated`, all from the same x_T, or the `real` ones of the data.
     """
@@ -36,7 +36,7 @@ class Emoji:
 
     @cached_property
     def cells(self) -> dict[str, list[int]]:
-        """{split: rows of the whole data set}; seen cells are drawn with a fixed seed, disjointly."""
+        """{split: rows of the whole data}; seen cells are drawn with a fixed seed, disjointly."""
         records = self.corpus.everything.records
         held_out, seen = (
             [i for i, r in enumerate(records) if r.get("split") == split]

@@ -1,4 +1,4 @@
-"""Does it work: every ranker's scores on a benchmark's questions against the pictures that carry the concept.
+"""Does it work: every ranker's scores against the pictures that carry the concept.
 
 Each ranker has one damping, chosen on the split "tune" of the benchmark's first kind of picture and
 used for everything; the best one of a table is named oracle.

@@ -54,7 +54,7 @@ class GradientMethod:
         return GradientRanker(own, train_store(own), self.f is None, self._stored_rows)
 
     def _stored_rows(self, ranker: GradientRanker, questions: list[Question]) -> np.ndarray:
-        """[Q, k] query rows, in a store of their own: resumed when killed, reused when unchanged."""
+        """[Q, k] query rows in a store of their own: resumed when killed, reused if unchanged."""
         from tqdm import tqdm
 
         from ..settings import digest
@@ -76,7 +76,7 @@ class GradientMethod:
 
 
 def train_store(corpus: Corpus) -> Store:
-    """The train rows of the corpus' settings: the committed or an earlier store, else computed now."""
+    """The train rows of the settings: the committed or an earlier store, else computed now."""
     from ..attribution.train_grad import open_store, train_grad
     from ..errors import UserError
 

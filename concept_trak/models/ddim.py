@@ -1,10 +1,10 @@
-"""Guided prediction, DDIM sampling and inversion (Song et al. 2021, "Denoising diffusion implicit models").
+"""Guided prediction, DDIM sampling and inversion (Song et al. 2021).
 
-    x_t        = alpha_t x0 + sigma_t eps                                       (`schedule`)
+    x_t        = alpha_t x0 + sigma_t eps                                   (`schedule`)
     x0_hat     = (x_t - sigma_t eps_hat) / alpha_t
-    x_s        = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + tau z       (eq. 12)
-    tau        = eta sigma_s / sigma_t sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2)       (eq. 16)
-    eps_guided = eps(null) + w (eps(cond) - eps(null))                          (Ho & Salimans 2022)
+    x_s        = alpha_s x0_hat + sqrt(sigma_s^2 - tau^2) eps_hat + tau z   (eq. 12)
+    tau        = eta sigma_s / sigma_t sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2)   (eq. 16)
+    eps_guided = eps(null) + w (eps(cond) - eps(null))                      (Ho & Salimans 2022)
 
 Equations 12 and 16 are given in alpha and sigma, so that they hold for every schedule. Inversion is
 the same step with s > t and eta = 0.
@@ -54,7 +54,7 @@ def ddim_step(
     eta: float = 0.0,
     z: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One step from level `now` to `then` (down: sampling, up: inversion, eta = 0); tensors [B, ...]."""
+    """One step from `now` to `then` (down: sampling, up: inversion, eta = 0); tensors [B, ...]."""
     kept = now.sigma**2 - (now.alpha * then.sigma / then.alpha) ** 2 if eta else 0.0
     tau = eta * then.sigma / now.sigma * math.sqrt(max(kept, 0.0)) if eta else 0.0
     direction = math.sqrt(then.sigma**2 - tau**2) if tau else then.sigma
@@ -72,7 +72,7 @@ class Guided:
     scale: float
 
     def eps(self, x_t: torch.Tensor, t: int, known: torch.Tensor | None = None) -> torch.Tensor:
-        """eps_guided [B, ...]; weight 1 costs one forward of the conditional branch, 0 one of the other.
+        """eps_guided [B, ...]; weight 1 costs a forward of the conditional branch, 0 of the other.
 
         known: the conditional prediction, where it has been made already.
         """

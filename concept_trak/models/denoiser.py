@@ -51,8 +51,10 @@ class NetworkDenoiser:
 
     def eps(self, x_t: torch.Tensor, t: int | torch.Tensor, cond: Condition) -> torch.Tensor:
         """See `Denoiser.eps`."""
-        one = isinstance(t, int)
-        levels = torch.full((len(x_t),), t, device=x_t.device) if one else t.to(x_t.device)
+        if isinstance(t, int):
+            levels = torch.full((len(x_t),), t, device=x_t.device)
+        else:
+            levels = t.to(x_t.device)
         return self.schedule.to_eps(self.output(x_t, levels, cond), x_t, t)
 
     def output(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:

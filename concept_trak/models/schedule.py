@@ -1,21 +1,21 @@
-"""Noise schedules: how much picture and noise a state of level t holds, and what a network predicts.
+"""Noise schedules: how much picture and noise a state holds, and what a network predicts.
 
     x_t = alpha(t) x0 + sigma(t) eps
 
-| schedule           | alpha        | sigma            | output of the network                       |
-|--------------------|--------------|------------------|---------------------------------------------|
-| VariancePreserving | sqrt(abar_t) | sqrt(1 - abar_t) | eps, or v = alpha eps - sigma x0            |
-| FlowMatching       | 1 - s(t)     | s(t)             | v = eps - x0                                |
+| schedule           | alpha        | sigma            | output of the network            |
+|--------------------|--------------|------------------|----------------------------------|
+| VariancePreserving | sqrt(abar_t) | sqrt(1 - abar_t) | eps, or v = alpha eps - sigma x0 |
+| FlowMatching       | 1 - s(t)     | s(t)             | v = eps - x0                     |
 
 All else works on eps, which `to_eps` solves these equations for. Sources: Salimans & Ho 2022,
-appendix D (v-prediction); Lipman et al. 2023 and Liu et al. 2023 (flow matching); Esser et al. 2024,
-"Scaling rectified flow transformers", eq. 23 (the shift of its levels).
+appendix D (v-prediction); Lipman et al. 2023 and Liu et al. 2023 (flow matching); Esser et al.
+2024, "Scaling rectified flow transformers", eq. 23 (the shift of its levels).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,8 +27,8 @@ NUM_TRAIN_TIMESTEPS = 1000
 class Level(NamedTuple):
     """Shares of picture and noise in a state; numbers, or tensors that broadcast over a batch."""
 
-    alpha: float
-    sigma: float
+    alpha: Any
+    sigma: Any
 
 
 class Schedule(Protocol):
@@ -101,7 +101,7 @@ class FlowMatching:
 
 
 def batched(schedule: Schedule, t: int | torch.Tensor, like: torch.Tensor) -> Level:
-    """The level of each sample as tensors [B, 1, ...] of the dtype and device of `like` [B, ...]."""
+    """The level of each sample as tensors [B, 1, ...] in dtype and device of `like` [B, ...]."""
     if isinstance(t, int):
         return schedule.level(t)
     shape = (-1, *[1] * (like.dim() - 1))

@@ -1,8 +1,9 @@
-"""A diffusers pipeline as a `Denoiser`, with its text and image encoders and a hash of its weights."""
+"""A diffusers pipeline as a `Denoiser`, with its encoders and a hash of its weights."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class TextToImage(NetworkDenoiser):
     matter to what was made from a prompt that holds them.
     """
 
-    def __init__(self, pipe, source: str) -> None:
+    def __init__(self, pipe: Any, source: str) -> None:
         cfg = pipe.unet.config
         prediction = pipe.scheduler.config.prediction_type
         schedule = VariancePreserving(pipe.scheduler.alphas_cumprod, prediction)

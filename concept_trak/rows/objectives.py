@@ -12,13 +12,14 @@ are unit-normed or the score is linear in them.
               DAS (Lin et al. 2025), in the form Concept-TRAK uses; rows weighted by their losses
     dps       v = g                         grad of 1/2 ||sg[eps_hat - g] - eps_hat||^2
               g = -d/dx_t mean((x0_hat - x0)^2)    (Concept-TRAK, D_train; Chung et al. 2023)
-    presence  v = -(eps(c) - eps(c-))       grad of 1/2 ||sg[eps(c) + w (eps(c) - eps(c-))] - eps(c)||^2
-              the concept slider (Gandikota et al. 2023); c- = "": how much the caption is present
+    presence  v = -(eps(c) - eps(c-))       grad of 1/2 ||sg[2 eps(c) - eps(c-)] - eps(c)||^2
+              the concept slider of weight 1 (Gandikota et al. 2023); c- = "" asks how much the
+              caption is present
     contrast  v as presence at c, -v at c-  grad of -1/2 ||eps(c) - eps(c-)||^2, nothing held fixed
 
 dps points along +g because g raises log p(x0 | x_t) and eps-space is minus score-space: the target
-is eps_hat - g, for the train rows and for exemplars alike. A concept query is presence or, where the
-train rows are two-sided, contrast, of c+ and c-; a whole-image query has its train cotangent.
+is eps_hat - g, for the train rows and for exemplars alike. A concept query is presence or, where
+the train rows are two-sided, contrast, of c+ and c-; a whole-image query has its train cotangent.
 
 To add an objective, write its cotangent here, or anywhere, under `@objective("name")`. The module
 imports no torch at its top: settings name the objectives without waiting for it.

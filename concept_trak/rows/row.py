@@ -77,7 +77,7 @@ class RowMaker:
     def _project(
         self, tape: PerSampleVjp, eps_hat: torch.Tensor, v: torch.Tensor, samples: int
     ) -> torch.Tensor:
-        """[samples, k] of one state, each block unit-normed (a zero gradient stays zero) if asked."""
+        """[samples, k] of one state, each block unit-normed if asked (a zero one stays zero)."""
         projection, device = self.projection, eps_hat.device
         out = torch.zeros(samples, projection.proj_dim, device=device)
         square = torch.zeros(samples, len(projection.widths), device=device)

@@ -15,7 +15,7 @@ class State:
     """b samples at one noise level or at levels of their own.
 
     t: a number, or [b] on the CPU. x_t [b, ...]. cond: c of b prompts. cond_neg: what c is
-    contrasted with, the empty prompt or c-. eps [b, ...]: the noise that belongs to x_t, where it is
+    contrasted with, the empty prompt or c-. eps [b, ...]: the noise that belongs to x_t, if it is
     known. x0 [b, ...]: the clean picture, where there is one. known: where a prediction eps(x_t, t,
     cond) is left for an inversion that goes on from x_t.
     """

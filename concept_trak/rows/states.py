@@ -1,4 +1,4 @@
-"""Which states x_t a picture is seen at: train pictures (`TrainStates`) and queries (`QueryStates`).
+"""Which states x_t a picture is seen at: train pictures (`TrainStates`), queries (`QueryStates`).
 
     noising      q(x_t | x0) at the levels of `noise_levels`
     inversion    DDIM inversion of x0, guided (Concept-TRAK)

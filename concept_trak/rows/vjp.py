@@ -15,8 +15,9 @@ alone; `dense()` is only formed when a projection needs every entry.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,16 +121,17 @@ class DenseGrad:
         return self.values[:, index]
 
 
-def _linear(module: nn.Linear, a, delta):
-    delta, a = (
-        delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None],
-        a.flatten(1, -2) if a.dim() > 2 else a[:, None],
-    )
+# What a rule yields: ("weight", (delta [B, P, out], a [B, P, in])) or (name, values [B, n]).
+Factors = Iterator[tuple[str, Any]]
+
+
+def _linear(module: nn.Linear, a: torch.Tensor, delta: torch.Tensor) -> Factors:
+    delta, a = (x.flatten(1, -2) if x.dim() > 2 else x[:, None] for x in (delta, a))
     yield "weight", (delta, a)
     yield "bias", delta.sum(1)
 
 
-def _conv2d(module: nn.Conv2d, a, delta):
+def _conv2d(module: nn.Conv2d, a: torch.Tensor, delta: torch.Tensor) -> Factors:
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise UserError(
             "per-sample gradients of grouped or specially padded convolutions are not available; "
@@ -141,28 +143,22 @@ def _conv2d(module: nn.Conv2d, a, delta):
     yield "bias", delta.sum(1)
 
 
-def _norm(module, a, delta):
+def _norm(module: nn.Module, a: torch.Tensor, delta: torch.Tensor) -> Factors:
     if isinstance(module, nn.GroupNorm):
         x_hat, dims = F.group_norm(a, module.num_groups, eps=module.eps), tuple(range(2, a.dim()))
-    elif isinstance(module, nn.LayerNorm):
-        x_hat, dims = (
-            F.layer_norm(a, module.normalized_shape, eps=module.eps),
-            tuple(range(1, a.dim() - len(module.normalized_shape))),
-        )
     else:
-        x_hat, dims = (
-            F.rms_norm(a, module.normalized_shape, eps=module.eps),
-            tuple(range(1, a.dim() - len(module.normalized_shape))),
-        )
+        norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
+        x_hat = norm(a, module.normalized_shape, eps=module.eps)
+        dims = tuple(range(1, a.dim() - len(module.normalized_shape)))
 
-    def total(x):
+    def total(x: torch.Tensor) -> torch.Tensor:
         return (x.sum(dims) if dims else x).flatten(1)
 
     yield "weight", total(delta * x_hat)
     yield "bias", total(delta)
 
 
-def _embedding(module: nn.Embedding, index, delta):
+def _embedding(module: nn.Embedding, index: torch.Tensor, delta: torch.Tensor) -> Factors:
     batch, width = delta.shape[0], delta.shape[-1]
     rows = torch.zeros(batch, module.num_embeddings, width, device=delta.device)
     flat = index.reshape(batch, -1, 1).expand(-1, -1, width)
@@ -185,13 +181,15 @@ class PerSampleVjp:
 
     >>> with PerSampleVjp(unet, "attn2") as tape:
     ...     eps_hat = unet(x_t, t, cond).sample
-    ...     grads = tape.vjp(eps_hat, cotangent)          # list of OuterProductGrad / DenseGrad, in coordinate order
+    ...     grads = tape.vjp(eps_hat, cotangent)
+
+    grads: OuterProductGrad and DenseGrad, in coordinate order.
 
     Raises UserError for a selected parameter that no supported module owns or that the forward did
     not use.
     """
 
-    def __init__(self, module: nn.Module, layer: str | Callable[[str], bool]):
+    def __init__(self, module: nn.Module, layer: str | Callable[[str], bool]) -> None:
         self.parameters = select_parameters(module, layer)
         self.offsets, self.input_dim = {}, 0
         for name, p in self.parameters.items():
@@ -211,7 +209,7 @@ class PerSampleVjp:
                 self._owners[prefix] = sub
         self._module, self._calls, self._handles, self._frozen = module, [], [], []
 
-    def __enter__(self):
+    def __enter__(self) -> PerSampleVjp:
         # Weight gradients are formed from the factors; autograd must not form them as well.
         self._frozen = [p for p in self._module.parameters() if p.requires_grad]
         for p in self._frozen:
@@ -220,15 +218,15 @@ class PerSampleVjp:
             self._handles.append(sub.register_forward_hook(self._hook(prefix)))
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
         for p in self._frozen:
             p.requires_grad_(True)
         self._handles, self._calls = [], []
 
-    def _hook(self, prefix):
-        def keep(module, args, output):
+    def _hook(self, prefix: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:  # the graph starts at the first selected layer, not before
@@ -258,7 +256,7 @@ class PerSampleVjp:
             )
         deltas = torch.autograd.grad(eps_hat, [output for *_, output in calls], cotangent)
         grads: dict[str, list] = {name: [] for name in self.parameters}
-        for (prefix, module, a, _), delta in zip(calls, deltas):
+        for (prefix, module, a, _), delta in zip(calls, deltas, strict=True):
             rule = next(r for kind, r in RULES.items() if isinstance(module, kind))
             a = a if isinstance(module, nn.Embedding) else a.float()
             for kind, value in rule(module, a, delta.float()):
@@ -266,22 +264,20 @@ class PerSampleVjp:
                     grads[f"{prefix}.{kind}"] += _predictions(value, samples or len(eps_hat))
         return [self._merge(name, values) for name, values in grads.items()]
 
-    def _merge(self, name: str, values: list):
-        """A module used several times, or for several predictions of a sample, contributes the sum."""
+    def _merge(self, name: str, values: list) -> OuterProductGrad | DenseGrad:
+        """The sum over the uses of a module, and over several predictions of a sample."""
         offset = self.offsets[name]
         if isinstance(values[0], tuple):
-            delta, a = (torch.cat(parts, 1) for parts in zip(*values))
+            delta, a = (torch.cat(parts, 1) for parts in zip(*values, strict=True))
             return OuterProductGrad(offset, delta, a)
         return DenseGrad(offset, sum(values[1:], values[0]))
 
 
-def _predictions(value, samples: int) -> list:
+def _predictions(value: Any, samples: int) -> list:
     """A rule's value cut into those of `samples` rows."""
-    return (
-        list(zip(*(part.split(samples) for part in value)))
-        if isinstance(value, tuple)
-        else list(value.split(samples))
-    )
+    if isinstance(value, tuple):
+        return list(zip(*(part.split(samples) for part in value), strict=True))
+    return list(value.split(samples))
 
 
 def module_layout(parameters: dict[str, nn.Parameter]) -> list[list[tuple[int, ...]]]:

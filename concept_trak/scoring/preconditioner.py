@@ -47,14 +47,14 @@ def checked_queries(
     Raises UserError for another width than the store's, a NaN or infinite value and a damping that
     is not positive.
     """
-    queries = torch.as_tensor(np.asarray(queries, dtype=np.float64), device=device)
-    if queries.ndim != 2 or queries.shape[1] != store.dim:
+    asked = torch.as_tensor(np.asarray(queries, dtype=np.float64), device=device)
+    if asked.ndim != 2 or asked.shape[1] != store.dim:
         raise UserError(
-            f"the query gradient has shape {list(queries.shape)} but {store.folder} holds rows of "
+            f"the query gradient has shape {list(asked.shape)} but {store.folder} holds rows of "
             f"{store.dim}"
         )
-    if not queries.isfinite().all():
+    if not asked.isfinite().all():
         raise UserError("the query gradient is NaN or infinite: compute it again")
     if min(dampings) <= 0:
         raise UserError(f"dampings must be positive, not {min(dampings)}")
-    return queries
+    return asked

@@ -130,9 +130,8 @@ def test_encoded_rows_are_the_arrays_rows(corpus, release):
     assert np.array_equal(
         x0.numpy(), np.load(release / "laion_latents.npy")[3:5].astype(np.float32)
     )
-    assert np.array_equal(
-        cond.embeddings.numpy(), np.load(release / "laion_text_embeddings.npy")[3:5].astype(np.float32)
-    )
+    text = np.load(release / "laion_text_embeddings.npy")[3:5].astype(np.float32)
+    assert np.array_equal(cond.embeddings.numpy(), text)
     assert corpus.train.captions[4] == "a dog number 4" and corpus.train.image(4).size == (64, 64)
 
 
@@ -173,7 +172,7 @@ def test_missing_pictures_matter_only_when_they_are_shown(tmp_path, corpus, rele
     data = EncodedData(tmp_path, corpus.model)
     assert data.batch(range(2))[0].shape == (2, *standin.LATENT)
     with pytest.raises(UserError, match="PARTS=laion_subset"):
-        data.pictures
+        _ = data.pictures
 
 
 def test_recipe_reference_on_the_standin_equals_a_literal_computation(corpus):
@@ -239,10 +238,9 @@ def test_released_shards_are_adopted_with_the_mask_that_is_stated(released):
     corpus, folder = released
     store = open_store(corpus)
     assert (store.num_rows, store.layout) == (standin.ROWS, "raw")
-    assert (
-        corpus.projection.describe()["generator"] == generator_name("a100", corpus.projection.input_dim)
-        and store.identity["projection"] == corpus.projection.describe()
-    )
+    described = corpus.projection.describe()
+    assert described["generator"] == generator_name("a100", corpus.projection.input_dim)
+    assert store.identity["projection"] == described
 
 
 def test_a_download_that_left_a_manifest_without_a_mask_is_adopted_on_first_use(released):

@@ -1,4 +1,4 @@
-"""Schedules, DDIM steps and guidance against diffusers, and against the Gaussian whose exact eps is known."""
+"""Schedules, DDIM steps, guidance against diffusers and the Gaussian whose exact eps is known."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_reference_grid_of_the_inversion_is_0_19_39_to_979_999():
 
 
 def exact_flow(denoiser, x0, t):
-    """Where the probability flow takes x0 ~ N(mean, variance): the same quantile of its marginal."""
+    """Where the probability flow takes x0 ~ N(mean, variance): the same quantile at level t."""
     alpha, sigma = denoiser.schedule.level(t)
     spread = (alpha**2 * denoiser.variance + sigma**2) / denoiser.variance
     return alpha * denoiser.mean + (x0 - denoiser.mean) * spread**0.5

@@ -668,7 +668,7 @@ def test_a_token_that_may_not_be_sent_unasked_is_not(abc, server, monkeypatch):
 )
 @pytest.mark.parametrize("here", [0, 400, 99999])
 def test_the_bar_ends_at_the_size_of_the_file(here, faults, server, assets, tmp_path):
-    """Whatever was here, and however it came; the first bytes of another version count until then."""
+    """Whatever was here, and however it came."""
     server.faults[VOLUME_2] = list(faults)
     (file,) = (file for file in hub.Repo(GEN_DATA).files() if file.path == VOLUME_2)
     part, target, steps = tmp_path / "part", tmp_path / "target", [here]
