@@ -331,13 +331,6 @@ class Settings:
             return self
         return self.but(dtype="fp32" if device == "cpu" else "fp16")
 
-    @property
-    def two_sided(self) -> bool:
-        """Whether a query's c- is differentiated, too: as the train rows differentiate the empty
-        prompt.
-        """
-        return self.f == "contrast"
-
 
 STAGES = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 STAGE_OF = {f.name: name for name, stage in STAGES.items() for f in dataclasses.fields(stage)}

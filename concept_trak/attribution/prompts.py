@@ -8,7 +8,6 @@ import re
 from ..errors import UserError
 
 QUERY_FORMS = ("slider", "cfg", "concept")
-STYLE = re.compile(r"\bin the style of (.+)$", re.IGNORECASE)
 
 
 def split_list(text: str) -> list[str]:

@@ -47,7 +47,7 @@ def test_held_out_cells_are_disjoint_from_train(dataset):
     def cells(rows):
         return {(row["object"], row["style"]) for row in rows}
 
-    train, held = dataset.split("train"), emoji.held_out_cells(dataset)
+    train, held = dataset.split("train"), dataset.split("held_out").records
     assert cells(train.records).isdisjoint(cells(held))
     assert len(train) == 896 and len(held) == 128 and len(dataset) == 1024
     assert len(cells(dataset.records)) == 1024
@@ -55,7 +55,7 @@ def test_held_out_cells_are_disjoint_from_train(dataset):
 
 def test_every_object_has_seven_train_styles_and_every_style_16_held_out_cells(dataset):
     assert set(Counter(dataset.split("train").column("object")).values()) == {7}
-    assert set(Counter(row["style"] for row in emoji.held_out_cells(dataset)).values()) == {16}
+    assert set(Counter(row["style"] for row in dataset.split("held_out").records).values()) == {16}
 
 
 def test_no_held_out_picture_is_in_the_training_set(dataset):
@@ -71,7 +71,7 @@ def test_twins_are_train_cells_of_the_same_family(dataset):
             assert row["twin_in_train"] == []
         for style in row["twin_in_train"]:
             assert train[row["object"], style]["family"] == row["family"]
-    assert sum(bool(row["twin_in_train"]) for row in emoji.held_out_cells(dataset)) == 64
+    assert sum(bool(row["twin_in_train"]) for row in dataset.split("held_out").records) == 64
 
 
 def test_every_row_has_licence_source_and_credit(dataset):

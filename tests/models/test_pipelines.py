@@ -13,10 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from concept_trak.errors import UserError
-from concept_trak.models.ddim import ddim_sample
-from concept_trak.models.text_to_image import Denoiser, TextToImage, load_pipeline
-from concept_trak.rows import featurize
+from concept_trak.models.condition import Condition
+from concept_trak.models.ddim import Guided, ddim_sample
+from concept_trak.models.denoiser import NetworkDenoiser
+from concept_trak.models.schedule import VariancePreserving
+from concept_trak.models.text_to_image import TextToImage, load_pipeline
+from concept_trak.registry import OBJECTIVES
 from concept_trak.rows.projection import make_projection
+from concept_trak.rows.row import RowMaker
+from concept_trak.rows.states import noised_states, train_states_of
 from concept_trak.rows.vjp import PerSampleVjp, dense, select_parameters
 from concept_trak.workshop.embedded.pipeline import build_scheduler
 
@@ -24,7 +29,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
 
 
 def changed(source, folder, file, **values):
-    """A copy of a pipeline folder with other values in one of its JSON files; weights are linked."""
+    """A copy of a pipeline folder with other values in one of its JSON files, weights linked."""
     shutil.copytree(source, folder, copy_function=lambda a, b: shutil.os.link(a, b))
     path = folder / file
     content = json.loads(path.read_text())
@@ -47,16 +52,14 @@ def batch(n=3):
 
 def test_gradients_of_a_v_prediction_model_equal_vmap():
     network, (x, cond, v), t = tiny_unet(), batch(), 700
-    denoiser = Denoiser(
-        network, build_scheduler().alphas_cumprod, (2, 4, 4), prediction="v_prediction"
-    )
-    a = float(denoiser.alpha_bar[t])
+    schedule = VariancePreserving(build_scheduler().alphas_cumprod, "v_prediction")
+    denoiser, a = NetworkDenoiser(network, schedule, (2, 4, 4)), float(schedule.alpha_bar[t])
 
     def eps(net, x_t, cond):
         return a**0.5 * net(x_t, t, encoder_hidden_states=cond).sample + (1 - a) ** 0.5 * x_t
 
     with PerSampleVjp(network, "attn2") as tape:
-        eps_hat = denoiser.eps(x, t, cond)
+        eps_hat = denoiser.eps(x, t, Condition(cond))
         got = dense(tape.vjp(eps_hat, v))
     torch.testing.assert_close(eps_hat, eps(network, x, cond))
     want = vmap_gradients(network, eps, list(tape.parameters), (x, cond), v)
@@ -75,8 +78,8 @@ def test_a_v_prediction_pipeline_samples_as_in_diffusers_and_gives_rows(tiny_pip
         )
     )
     x_T = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    cond, null = model.encode_prompts(["a cat in the style of blob", ""]).split(1)
-    ours, _ = ddim_sample(model, x_T, cond, null, scale=3.0, num_steps=8)
+    cond, null = model.encode_prompts(["a cat in the style of blob", ""]).split()
+    ours, _ = ddim_sample(Guided(model, cond, null, 3.0), x_T, 8)
     theirs = model.pipe(
         "a cat in the style of blob",
         latents=x_T,
@@ -90,17 +93,9 @@ def test_a_v_prediction_pipeline_samples_as_in_diffusers_and_gives_rows(tiny_pip
         "identity", PerSampleVjp(model.network, "attn2").input_dim, 0, 0, "cpu"
     )
     for objective in ("dps", "presence"):
-        rows, _ = featurize.featurize(
-            model,
-            projection,
-            x_T,
-            cond,
-            null,
-            layer="attn2",
-            objective=objective,
-            states=featurize.noised_states(3),
-            normalize=True,
-        )
+        states = train_states_of(model, x_T, cond, null, noised_states(3))
+        maker = RowMaker(model, projection, "attn2", True)
+        rows = maker.rows(states, OBJECTIVES.get(objective).cotangent, 1).values
         assert rows.isfinite().all() and rows.norm() > 0
 
 
@@ -214,14 +209,15 @@ def test_gradients_of_a_lora_model_equal_autograd_sample_by_sample(lora_model, l
     (x, cond, v), t = batch(), 300
     network = lora_model.network
     with PerSampleVjp(network, layer) as tape, torch.enable_grad():
-        got = dense(tape.vjp(lora_model.eps(x, t, cond), v))
+        got = dense(tape.vjp(lora_model.eps(x, t, Condition(cond)), v))
     chosen = list(tape.parameters.values())
     for p in chosen:
         p.requires_grad_(True)
     try:
         rows = [
             torch.autograd.grad(
-                (lora_model.eps(x[i : i + 1], t, cond[i : i + 1]) * v[i : i + 1]).sum(), chosen
+                (lora_model.eps(x[i : i + 1], t, Condition(cond[i : i + 1])) * v[i : i + 1]).sum(),
+                chosen,
             )
             for i in range(len(x))
         ]
@@ -237,7 +233,7 @@ def test_a_layer_means_the_same_coordinates_with_and_without_a_lora(lora_model, 
         base, wrapped = (select_parameters(m.network, layer) for m in (tiny_model, lora_model))
         assert list(base) == [n.replace(".base_layer.", ".") for n in wrapped]
         assert [p.shape for p in base.values()] == [p.shape for p in wrapped.values()]
-        assert all(torch.equal(a, b) for a, b in zip(base.values(), wrapped.values()))
+        assert all(torch.equal(a, b) for a, b in zip(base.values(), wrapped.values(), strict=True))
 
 
 def test_lora_weights_are_selected_by_name(lora_model):
@@ -263,16 +259,22 @@ def test_a_lora_adds_alpha_over_rank_times_b_a(lora_model, tiny_model, lora):
             part.get_submodule(name).weight.data += layer.get_delta_weight("default")
             assert layer.scaling["default"] == (3.0 if part is merged.pipe.unet else 1.0)
     x, cond, _ = batch()
+    cond = Condition(cond)
     torch.testing.assert_close(
         lora_model.eps(x, 300, cond), merged.eps(x, 300, cond), rtol=1e-4, atol=1e-4
     )
     assert (lora_model.eps(x, 300, cond) - tiny_model.eps(x, 300, cond)).abs().max() > 0.01
     prompt = ["a cat in the style of blob"]
     torch.testing.assert_close(
-        lora_model.encode_prompts(prompt), merged.encode_prompts(prompt), rtol=1e-3, atol=1e-3
+        lora_model.encode_prompts(prompt).embeddings,
+        merged.encode_prompts(prompt).embeddings,
+        rtol=1e-3,
+        atol=1e-3,
     )
     assert not torch.allclose(
-        lora_model.encode_prompts(prompt), tiny_model.encode_prompts(prompt), atol=1e-2
+        lora_model.encode_prompts(prompt).embeddings,
+        tiny_model.encode_prompts(prompt).embeddings,
+        atol=1e-2,
     )
 
 
@@ -285,7 +287,7 @@ def test_a_loaded_lora_is_frozen_in_the_models_dtype_and_in_eval_mode(
         assert not any(p.requires_grad for p in part.parameters()) and not any(
             m.training for m in part.modules()
         )
-    assert model.encode_prompts(["a cat"]).dtype == torch.bfloat16
+    assert model.encode_prompts(["a cat"]).embeddings.dtype == torch.bfloat16
 
 
 def test_the_lora_and_its_scale_enter_the_weight_hash(lora_model, tiny_model, lora, tiny_pipeline):
@@ -312,7 +314,8 @@ def test_a_folder_saved_by_peft_is_read_with_its_own_rank_and_alpha(tmp_path, ti
     )  # fp16 on disk
     x, cond, _ = batch()
     want = wrapped(x, 300, encoder_hidden_states=cond).sample
-    torch.testing.assert_close(model.eps(x, 300, cond), want.detach(), rtol=1e-4, atol=1e-5)
+    got = model.eps(x, 300, Condition(cond))
+    torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_kohya_file_is_read_with_its_alpha(tmp_path, tiny_pipeline, lora):

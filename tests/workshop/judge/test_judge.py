@@ -205,7 +205,8 @@ def test_training_learns_is_reproducible_and_survives_the_disk(tmp_path):
     assert judge.measure(images, objects, styles)["style"]["accuracy"] == 1
     again = train_judge({"real": images}, objects, styles, TINY)
     assert all(
-        torch.equal(a, b) for a, b in zip(judge.state_dict().values(), again.state_dict().values())
+        torch.equal(a, b)
+        for a, b in zip(judge.state_dict().values(), again.state_dict().values(), strict=True)
     )
     save_judge(judge, tmp_path / "judge", {"note": "toy"})
     loaded = load_judge(tmp_path / "judge")

@@ -15,6 +15,7 @@ from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.workshop.tokens import textual_inversion
 from concept_trak.workshop.tokens.textual_inversion import (
     TOKEN,
+    Lesson,
     TokenSettings,
     encode,
     init_word_of,
@@ -67,30 +68,23 @@ def test_training_lowers_the_loss(model, images, tmp_path):
     for name, p in model.pipe.text_encoder.named_parameters():
         if "layers" in name:
             p /= 30  # conftest's large weights make nearly a step function of the text encoder
-    model.prediction, data = "v_prediction", pictures(images[:1], PROMPT)
+    model.schedule.prediction, data = "v_prediction", pictures(images[:1], PROMPT)
     latents, decode = (
         encode(model, data, False),
         torch.randn(16 * 6, 32, generator=torch.Generator().manual_seed(0)) / 3,
     )
     model._call = lambda network, x_t, t, cond: (
-        -(1 - model.alpha_bar[t]).float().sqrt().view(-1, 1, 1, 1)
-        * (cond.flatten(1) @ decode).view_as(x_t)
+        -(1 - model.schedule.alpha_bar[t]).float().sqrt().view(-1, 1, 1, 1)
+        * (cond.embeddings.flatten(1) @ decode).view_as(x_t)
     )
 
     def loss(row):
         number = model.add_token(TOKEN, row)
         ids = model.pipe.tokenizer([PROMPT], padding="max_length", return_tensors="pt").input_ids
         assert number in ids
+        lesson = Lesson(model, latents, ids, TokenSettings(batch_size=32, seed=9))
         with torch.no_grad():
-            return (
-                sum(
-                    token_loss(
-                        model, latents, ids, TokenSettings(batch_size=32, seed=9), step
-                    ).item()
-                    for step in range(5)
-                )
-                / 5
-            )
+            return sum(token_loss(lesson, step).item() for step in range(5)) / 5
 
     before = loss(textual_inversion.initial_embedding(model, "blob")[0])
     path = train_token(
@@ -117,10 +111,11 @@ def test_every_other_weight_stays_bit_identical(trained):
 
 def test_a_trained_token_loads_to_the_same_encoding_in_another_model(trained, model):
     other, _, path = trained
-    base = model.encode_prompts(["a cat in the style of blob"])
+    base = model.encode_prompts(["a cat in the style of blob"]).embeddings
     load_token(model, path)
-    assert torch.equal(model.encode_prompts([PROMPT]), other.encode_prompts([PROMPT]))
-    assert torch.equal(model.encode_prompts(["a cat in the style of blob"]), base)
+    mine, theirs = (m.encode_prompts([PROMPT]).embeddings for m in (model, other))
+    assert torch.equal(mine, theirs)
+    assert torch.equal(model.encode_prompts(["a cat in the style of blob"]).embeddings, base)
     assert model.tokens == other.tokens and load_file(path)[TOKEN].shape == (6,)
     assert not torch.equal(
         load_file(path)[TOKEN], textual_inversion.initial_embedding(model, "blob")[0]
@@ -133,10 +128,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     monkeypatch.setattr(textual_inversion, "SAVE_EVERY", 5)
     loss = textual_inversion.token_loss
 
-    def killed(model, latents, ids, settings, step):
+    def killed(lesson, step):
         if step == 8:
             raise KeyboardInterrupt
-        return loss(model, latents, ids, settings, step)
+        return loss(lesson, step)
 
     monkeypatch.setattr(textual_inversion, "token_loss", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -196,13 +191,13 @@ def test_a_network_that_knows_the_answer_has_no_loss(model, images, prediction):
     latents = encode(model, pictures(images[:1], PROMPT), False)
 
     def oracle(network, x_t, t, cond):
-        a = model.alpha_bar[t].float().view(-1, 1, 1, 1)
+        a = model.schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
         eps = (x_t - a.sqrt() * latents[0]) / (1 - a).sqrt()
         return eps if prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * latents[0]
 
-    model.prediction, model._call = prediction, oracle
+    model.schedule.prediction, model._call = prediction, oracle
     ids = model.pipe.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
-    assert token_loss(model, latents, ids, TokenSettings(), 0) < 1e-6
+    assert token_loss(Lesson(model, latents, ids, TokenSettings()), 0) < 1e-6
 
 
 def test_mirror_images_are_used_only_if_asked_for(model, images):
@@ -243,7 +238,7 @@ def test_inputs_that_cannot_be_trained_on_are_refused(model, images, tmp_path, t
 
 
 def test_a_loss_that_is_not_finite_is_refused(model, images, tmp_path):
-    model._call = lambda network, x_t, t, cond: x_t * float("nan") + cond.sum()
+    model._call = lambda network, x_t, t, cond: x_t * float("nan") + cond.embeddings.sum()
     with pytest.raises(UserError, match="step 0"):
         train_token(model, images, tmp_path, prompt=PROMPT, settings=QUICK)
 
@@ -259,7 +254,7 @@ def test_public_layouts_are_read(model, tmp_path):
     encoded = []
     for name in ("new1.bin", "diffusers.bin", "new1.safetensors"):
         load_token(model, tmp_path / name)
-        encoded.append(model.encode_prompts([PROMPT]))
+        encoded.append(model.encode_prompts([PROMPT]).embeddings)
     assert torch.equal(encoded[0], encoded[2])
     torch.testing.assert_close(encoded[1], encoded[0], rtol=1e-2, atol=1e-2)
     assert list(model.tokens) == [

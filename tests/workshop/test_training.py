@@ -1,0 +1,192 @@
+"""The training loop: its schedule, its average, its losses, and what a resumed run comes to."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from concept_trak.errors import UserError
+from concept_trak.workshop.training import (
+    Ema,
+    Phase,
+    Run,
+    learning_rate,
+    load_checkpoint,
+    phase_of,
+    phases_until,
+    run_training,
+    running_mean,
+    step_generator,
+)
+
+PHASES = (Phase(6, 10), Phase(6, 6, peak=0.5))
+
+
+def run_of(folder, **changes):
+    options = {"save_every": 5, "weight_decay": 0.01} | changes
+    return Run(folder / "net.safetensors", PHASES, 0.05, 3, 0.9, **options)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def loss_of(net, stop=None):
+    """A regression whose batch of step s is drawn from (7, s); dies before step `stop`."""
+
+    def loss(step):
+        if step == stop:
+            raise KeyboardInterrupt
+        g = step_generator(7, step)
+        x = torch.randn(16, 4, generator=g)
+        return (net(x) - x.sum(1, keepdim=True).sin()).square().mean()
+
+    return loss
+
+
+def trained(folder, stop=None, net=None, **changes):
+    """(network, its average, the checkpoint's tensors and state) after a run to its end."""
+    net = net or network()
+    run = run_of(folder, **changes)
+    ema = run_training(dict(net.named_parameters()), loss_of(net, stop), run)
+    return net, ema, *load_checkpoint(run.checkpoint)
+
+
+def test_a_run_that_is_killed_and_continued_ends_bit_identical(tmp_path):
+    """Weights, average and AdamW's moments; the log has no line twice."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    _, ema, tensors, state = trained(whole)
+    for stop in (3, 7, 11):  # before the first checkpoint, and after each
+        with pytest.raises(KeyboardInterrupt):
+            trained(killed, stop)
+    net, again, resumed, end = trained(killed)
+    assert end == state and end["step"] == 12 and resumed.keys() == tensors.keys()
+    assert all(torch.equal(resumed[k], tensors[k]) for k in tensors)
+    assert all(torch.equal(again.shadow[k], ema.shadow[k]) for k in ema.shadow)
+    assert all(torch.equal(p, tensors[f"param/{k}"]) for k, p in net.named_parameters())
+    assert {k.partition("/")[0] for k in tensors} == {"param", "ema", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_resumed_run_goes_on_at_its_checkpoint_and_not_before(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, stop=8)
+    net, steps = network(), []
+    loss = loss_of(net)
+    run_training(
+        dict(net.named_parameters()), lambda s: steps.append(s) or loss(s), run_of(tmp_path)
+    )
+    assert steps == list(range(5, 12))
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight_decay": 0.5}, {"made_from": {"data": "other"}}], ids=str
+)
+def test_a_checkpoint_of_another_run_is_refused_and_kept(change, tmp_path):
+    trained(tmp_path)
+    before = (tmp_path / "net.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=f"made from another {next(iter(change)).split('_from')[0]}|data"
+    ):
+        trained(tmp_path, **change)
+    assert (tmp_path / "net.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    trained(tmp_path)
+    with pytest.raises(UserError, match="another parameters"):
+        trained(tmp_path, net=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path):
+    trained(tmp_path)
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged.*remove it") as error:
+        trained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_training_lowers_the_loss_and_the_state_keeps_its_running_mean(tmp_path):
+    net, losses = network(), []
+    loss = loss_of(net)
+
+    def recorded(step):
+        value = loss(step)
+        losses.append(value.item())
+        return value
+
+    run_training(dict(net.named_parameters()), recorded, run_of(tmp_path))
+    mean = None
+    for value in losses:
+        mean = running_mean(mean, value)
+    assert load_checkpoint(tmp_path / "net.safetensors")[1]["mean"] == pytest.approx(mean)
+    with torch.no_grad():
+        assert loss_of(net)(0).item() < losses[0]
+
+
+def test_the_average_equals_its_closed_form():
+    """ema_n = sum over s of (1 - d_s) prod_{r > s} d_r theta_s + prod_s d_s theta_0."""
+    values, decay = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), 0.8
+    ema = Ema({"w": values[0]}, decay)
+    for step, value in enumerate(values[1:]):
+        ema.update({"w": value}, step)
+    decays = [min(decay, (1 + s) / (10 + s)) for s in range(19)]
+    want = math.prod(decays) * values[0]
+    for s in range(19):
+        want = want + (1 - decays[s]) * math.prod(decays[s + 1 :]) * values[s + 1]
+    torch.testing.assert_close(ema.shadow["w"], want)
+    other = {"w": torch.zeros(3)}
+    ema.copy_to(other)
+    assert torch.equal(other["w"], ema.shadow["w"])
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_in_every_phase():
+    for step in range(12):
+        first, length, peak = (0, 10, 1.0) if step < 6 else (6, 6, 0.5)
+        cosine = (1 + math.cos(math.pi * (step - first) / length)) / 2
+        want = min(1, (step + 1) / 3) * peak * (0.05 + 0.95 * cosine)
+        assert learning_rate(step, PHASES, 3) == pytest.approx(want)
+    assert phase_of(5, PHASES) == (PHASES[0], 0) and phase_of(6, PHASES) == (PHASES[1], 6)
+
+
+def test_the_optimizer_gets_the_rate_of_its_step(tmp_path):
+    """One step of AdamW without decay moves each weight by about the rate, against its gradient."""
+    net = network()
+    before = {k: p.detach().clone() for k, p in net.named_parameters()}
+    run = Run(tmp_path / "one.safetensors", (Phase(1, 10),), 0.05, 3, 0.9, 1)
+    run_training(dict(net.named_parameters()), loss_of(net), run)
+    moved = torch.cat([(p - before[k]).abs().flatten() for k, p in net.named_parameters()])
+    rate = 0.05 * learning_rate(0, run.phases, 3)
+    torch.testing.assert_close(moved.median(), torch.tensor(rate), rtol=1e-2, atol=0)
+
+
+def test_later_phases_may_change_and_earlier_ones_may_not():
+    longer = (PHASES[0], Phase(60, 60))
+    assert phases_until(6, PHASES) == phases_until(6, longer) != phases_until(6, (Phase(6, 9),))
+    assert phases_until(8, PHASES) != phases_until(8, longer)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path):
+    net = network()
+    with pytest.raises(FloatingPointError, match="step 0"):
+        run_training(
+            dict(net.named_parameters()),
+            lambda s: net(torch.full((1, 4), math.nan)).sum(),
+            run_of(tmp_path),
+        )
+
+
+def test_the_log_has_a_line_every_fifty_steps_and_none_twice_after_a_kill(tmp_path):
+    net = network()
+    run = Run(tmp_path / "long.safetensors", (Phase(160, 160),), 0.01, 3, 0.9, 70)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(dict(net.named_parameters()), loss_of(net, 130), run)
+    net = network()
+    run_training(dict(net.named_parameters()), loss_of(net), run)
+    lines = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [50, 100, 150]
