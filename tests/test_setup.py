@@ -486,3 +486,19 @@ def test_torchvision_is_neither_required_nor_imported():
         assert not re.search(r"^[^#]*torchvision", (REPO / name).read_text(), re.MULTILINE)
     for path in (REPO / "concept_trak").rglob("*.py"):
         assert not re.search(r"^\s*(import|from) torchvision", path.read_text(), re.MULTILINE), path
+
+
+def test_nothing_that_a_run_writes_is_committed():
+    """Scripts write below experiments/*/results and data/emoji/checkpoints, and cache Gram files."""
+    if not (REPO / ".git").exists():
+        pytest.skip("not a git checkout")
+    written = ["experiments/*/results/*", "data/emoji/checkpoints/*", "*gram-*.npy", "*.part"]
+    listed = subprocess.run(
+        ["git", "ls-files", "--", *written], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert listed.stdout == ""
+    for path in (
+        "experiments/emoji/results/eval/table.md",
+        "data/emoji/grads/x/gram-float64-1.npy",
+    ):
+        assert subprocess.run(["git", "check-ignore", "-q", path], cwd=REPO).returncode == 0

@@ -3,6 +3,7 @@ test_abc_scripts.py.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from concept_trak.attribution.train_grad import make_rows, open_store
 from concept_trak.datasets import abc as tasks
 from concept_trak.datasets.encoded import EncodedData
 from concept_trak.errors import UserError
+from concept_trak.evaluation import abc
 from concept_trak.evaluation.bench import engine as bench_engine
 from concept_trak.evaluation.bench.literal_reference import Literal
 from concept_trak.parsing import parse_gpu_ids, parse_numbers
@@ -295,3 +297,36 @@ def test_numbers_are_lists_and_ranges():
     assert parse_numbers("TASK_IDX", "3,7-9", 10, "tasks") == [3, 7, 8, 9]
     with pytest.raises(UserError, match="TASK_IDX='10' names 10"):
         parse_numbers("TASK_IDX", "10", 10, "tasks")
+
+
+@pytest.fixture
+def kept(corpus, tmp_path, monkeypatch):
+    """changes of the settings -> (exemplar rows of a task, number of rows that were computed)."""
+    made, compute = [], abc.make_rows
+    monkeypatch.setattr(abc, "make_rows", lambda *a: made.append(len(a[1])) or compute(*a))
+    (tmp_path / "tasks.json").parent.mkdir(exist_ok=True)
+    tasks.write_tasks(Path(corpus.settings.data_dir), tmp_path / "tasks.json")
+    task = tasks.read_tasks(tmp_path / "tasks.json")[0]
+
+    def rows(**changes):
+        made.clear()
+        fixed = {"grad_dir": str(tmp_path), "f": "dsm", "ddim_inversion": False, "nfe": 2}
+        own = corpus.with_settings(corpus.settings.but(**fixed | changes))
+        return abc.exemplar_rows(own, 0, task), sum(made)
+
+    return rows
+
+
+def test_exemplar_rows_are_kept_whatever_the_query_and_the_batch_size(kept):
+    first, computed = kept()
+    assert computed == len(first) > 1
+    for change in ({"scope": "global"}, {"batch_size": 1}, {"eta": 0.9}, {"prompt": "a cat"}):
+        again, computed = kept(**change)
+        assert computed == 0 and (again == first).all(), change
+
+
+@pytest.mark.parametrize("change", [{"proj_seed": 1}, {"normalize": False}, {"nfe": 3}], ids=str)
+def test_exemplar_rows_of_other_settings_are_not_taken_for_these(change, kept):
+    first, _ = kept()
+    other, computed = kept(**change)
+    assert computed == len(first) and (other != first).any()
