@@ -489,7 +489,7 @@ def test_torchvision_is_neither_required_nor_imported():
 
 
 def test_nothing_that_a_run_writes_is_committed():
-    """Scripts write below experiments/*/results and data/emoji/checkpoints, and cache Gram files."""
+    """Scripts write to experiments/*/results and data/emoji/checkpoints; Gram files are caches."""
     if not (REPO / ".git").exists():
         pytest.skip("not a git checkout")
     written = ["experiments/*/results/*", "data/emoji/checkpoints/*", "*gram-*.npy", "*.part"]
