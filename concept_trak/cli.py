@@ -139,7 +139,8 @@ PLACE = ("device", "gpu_id")
 MODEL = ("model", "data_dir", *PLACE)
 ROWS = ("rows", "projection", "grad_dir", "batch_size", "num_train", *MODEL)
 TASK_ROWS = ("tasks", "force_recompute_concept_grad", *ROWS)
-QUERIES = ("query", "gen_num_inference_steps")
+PICTURES = ("negative_prompt", "gen_guidance_scale", "gen_num_inference_steps")
+QUERIES = ("scope", "concept_guidance_scale", "eta", "epochs", "gen_num_inference_steps")
 VERBS = {
     "attribute": Verb(
         run_attribute,
@@ -157,8 +158,8 @@ VERBS = {
         run_evaluate,
         "Attribute many queries with every method, and compare the top ten with the labels.",
         "--num-queries 16 --methods concept_trak,das",
-        ("evaluation", "generation", "query", "query_form", "max_memory", "store", "results_dir")
-        + ROWS,
+        ("evaluation", "query_form", "generation", "max_memory", "store", "results_dir")
+        + (*QUERIES, *ROWS),
     ),
     "train-model": Verb(
         run_train_model, "Train the embedded model.", "--data-dir data/emoji", ("data_dir", *PLACE)
@@ -167,10 +168,13 @@ VERBS = {
         run_judge_model,
         "Let the judge name what the embedded model draws.",
         "--num-queries 16",
-        ("generation", "num_queries", "results_dir", "num_train", *MODEL),
+        ("num_queries", "results_dir", *PICTURES, *MODEL),
     ),
     "train-judge": Verb(
-        run_train_judge, "Train the judge of the embedded model.", "--seed 1", ("seed", *MODEL)
+        run_train_judge,
+        "Train the judge of the embedded model.",
+        "--seed 1",
+        ("seed", "sd_model_path", "dtype", "data_dir", *PLACE),
     ),
     "task-grad": Verb(
         run_task_grad, "Compute the rows of AbC's exemplars.", "--task-idx 0-47", TASK_ROWS
@@ -185,7 +189,7 @@ VERBS = {
         run_evaluate_tasks,
         "Find the exemplars of AbC's tasks among the training pictures.",
         "--task-idx 0-47",
-        ("generation", "scoring", "report", "results_dir", *QUERIES, *TASK_ROWS),
+        ("scoring", "report", "results_dir", *PICTURES, *QUERIES, *TASK_ROWS),
     ),
     "make-tasks": Verb(
         run_make_tasks,

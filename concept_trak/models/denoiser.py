@@ -18,6 +18,7 @@ class Denoiser(Protocol):
     network: nn.Module
     schedule: Schedule
     latent_shape: tuple[int, ...]
+    device: torch.device
 
     def eps(self, x_t: torch.Tensor, t: int | torch.Tensor, cond: Condition) -> torch.Tensor:
         """eps_hat [B, ...] at one timestep t, or one for each sample (t [B], on the CPU)."""
