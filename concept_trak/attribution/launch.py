@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..parsing import parse_gpu_ids, parse_shards
-from ..settings import ROOT, Settings, as_dict
+from ..settings import ROOT, Settings
 from ..store.shards import Store
 from .executor import AtATime
 from .plan import folder_name
@@ -36,7 +36,7 @@ def command(settings: Settings, shard: int, gpu: str) -> list[str]:
     child = settings.but(shards=str(shard), gpu_ids="", gpu_id="", device=device)
     flags = [
         f"--{name.replace('_', '-')}={int(v) if isinstance(v, bool) else v}"
-        for name, v in as_dict(child).items()
+        for name, v in child.flat().items()
     ]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE, *place]
     return [*launcher, "-m", "concept_trak", "train-grad", *flags]

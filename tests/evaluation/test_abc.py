@@ -21,7 +21,7 @@ from concept_trak.evaluation.bench import engine as bench_engine
 from concept_trak.evaluation.bench.literal_reference import Literal
 from concept_trak.parsing import parse_gpu_ids, parse_numbers
 from concept_trak.rows.gpu_mask import generator_name
-from concept_trak.settings import resolve
+from concept_trak.settings import ROOT, resolve
 from concept_trak.store.shards import Store
 
 
@@ -291,6 +291,16 @@ def test_a_shards_process_gets_every_setting_and_its_own_place():
     assert "--cpu" in launch.command(settings, 5, "cpu") and "--device=cpu" in launch.command(
         settings, 5, "cpu"
     )
+
+
+def test_a_shards_process_finds_its_folders_from_any_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = launch.command(resolve("emoji", {}), 0, "cpu")
+    assert f"--data-dir={ROOT / 'data/emoji'}" in line
+    folders = [
+        flag.partition("=")[2] for flag in line if flag.startswith(("--grad-dir", "--sd-model"))
+    ]
+    assert len(folders) == 2 and all(Path(folder).is_absolute() for folder in folders)
 
 
 def test_numbers_are_lists_and_ranges():
