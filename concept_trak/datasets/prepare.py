@@ -35,7 +35,7 @@ class ArrayFile:
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Put rows [b, ...] from `start` on. UserError for a NaN, or a number beyond float16."""
-        values = rows.float().cpu().numpy().astype("<f2")
+        values = rows.float().half().cpu().numpy()
         if not np.isfinite(values).all():
             raise UserError(
                 "an encoded picture or caption is NaN or too large for float16; use DTYPE=fp32"

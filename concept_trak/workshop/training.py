@@ -193,7 +193,7 @@ class Progress:
             for name, p in self.params.items():
                 p.copy_(tensors[f"param/{name}"])
                 self.ema.shadow[name].copy_(tensors[f"ema/{name}"])
-                # in the memory format that AdamW gives them: sums in another order round otherwise
+                # in the memory format that AdamW gives them: steps are slower in another
                 moments = {k: torch.empty_like(p).copy_(tensors[f"{k}/{name}"]) for k in MOMENTS}
                 self.optimizer.state[p] = moments | {"step": torch.tensor(float(self.step))}
         lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []

@@ -14,8 +14,8 @@ from torch import nn
 
 from concept_trak.errors import UserError
 from concept_trak.models.condition import Condition
-from concept_trak.models.ddim import Guided, ddim_sample
 from concept_trak.models.denoiser import NetworkDenoiser
+from concept_trak.models.generation import Generation, initial_noise, sample
 from concept_trak.models.schedule import VariancePreserving
 from concept_trak.models.text_to_image import TextToImage, load_pipeline
 from concept_trak.registry import OBJECTIVES
@@ -40,11 +40,9 @@ def changed(source, folder, file, **values):
 
 def batch(n=3):
     g = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(n, 2, 4, 4, generator=g),
-        torch.randn(n, 16, 6, generator=g),
-        torch.randn(n, 2, 4, 4, generator=g),
-    )
+    shapes = (n, 2, 4, 4), (n, 16, 6), (n, 2, 4, 4)
+    x, cond, v = (torch.randn(shape, generator=g) for shape in shapes)
+    return x, Condition(cond), v
 
 
 # v-prediction
@@ -59,42 +57,28 @@ def test_gradients_of_a_v_prediction_model_equal_vmap():
         return a**0.5 * net(x_t, t, encoder_hidden_states=cond).sample + (1 - a) ** 0.5 * x_t
 
     with PerSampleVjp(network, "attn2") as tape:
-        eps_hat = denoiser.eps(x, t, Condition(cond))
+        eps_hat = denoiser.eps(x, t, cond)
         got = dense(tape.vjp(eps_hat, v))
-    torch.testing.assert_close(eps_hat, eps(network, x, cond))
-    want = vmap_gradients(network, eps, list(tape.parameters), (x, cond), v)
+    inputs = x, cond.embeddings
+    torch.testing.assert_close(eps_hat, eps(network, *inputs))
+    want = vmap_gradients(network, eps, list(tape.parameters), inputs, v)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 def test_a_v_prediction_pipeline_samples_as_in_diffusers_and_gives_rows(tiny_pipeline, tmp_path):
-    model = load_pipeline(
-        str(
-            changed(
-                tiny_pipeline,
-                tmp_path / "v",
-                "scheduler/scheduler_config.json",
-                prediction_type="v_prediction",
-            )
-        )
-    )
-    x_T = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    cond, null = model.encode_prompts(["a cat in the style of blob", ""]).split()
-    ours, _ = ddim_sample(Guided(model, cond, null, 3.0), x_T, 8)
-    theirs = model.pipe(
-        "a cat in the style of blob",
-        latents=x_T,
-        guidance_scale=3.0,
-        num_inference_steps=8,
-        eta=0.0,
-        output_type="latent",
-    ).images
+    config = "scheduler/scheduler_config.json"
+    folder = changed(tiny_pipeline, tmp_path / "v", config, prediction_type="v_prediction")
+    model, caption = load_pipeline(str(folder)), "a cat in the style of blob"
+    x_T = initial_noise(model.latent_shape, 0)
+    ours = sample(model, [caption], x_T, Generation(3.0, 8), 1)
+    options = {"guidance_scale": 3.0, "num_inference_steps": 8, "eta": 0.0}
+    theirs = model.pipe(caption, latents=x_T, output_type="latent", **options).images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    projection = make_projection(
-        "identity", PerSampleVjp(model.network, "attn2").input_dim, 0, 0, "cpu"
-    )
+    width = PerSampleVjp(model.network, "attn2").input_dim
+    maker = RowMaker(model, make_projection("identity", width, 0, 0), "attn2", True)
+    conds = model.encode_prompts([caption, ""]).split()
     for objective in ("dps", "presence"):
-        states = train_states_of(model, x_T, cond, null, noised_states(3))
-        maker = RowMaker(model, projection, "attn2", True)
+        states = train_states_of(model, x_T, *conds, noised_states(3))
         rows = maker.rows(states, OBJECTIVES.get(objective).cotangent, 1).values
         assert rows.isfinite().all() and rows.norm() > 0
 
@@ -144,17 +128,10 @@ def test_a_unet_with_further_inputs_is_refused(tiny_pipeline, tmp_path, values, 
 
 
 def test_another_length_of_the_noise_schedule_is_refused(tiny_pipeline, tmp_path):
+    config = "scheduler/scheduler_config.json"
+    short = changed(tiny_pipeline, tmp_path / "p", config, num_train_timesteps=500)
     with pytest.raises(UserError, match="1000 steps"):
-        load_pipeline(
-            str(
-                changed(
-                    tiny_pipeline,
-                    tmp_path / "p",
-                    "scheduler/scheduler_config.json",
-                    num_train_timesteps=500,
-                )
-            )
-        )
+        load_pipeline(str(short))
 
 
 # LoRA
@@ -170,26 +147,16 @@ def save_lora(folder, alpha=6, width=6, text_encoder=None, **options):
     unet = tiny_unet()
     if width != 6:
         unet = UNet2DConditionModel.from_config({**unet.config, "cross_attention_dim": width})
-    unet.add_adapter(
-        peft.LoraConfig(
-            r=2, lora_alpha=alpha, init_lora_weights=False, target_modules=TARGETS, **options
-        )
-    )
-    layers = {
-        "unet_lora_layers": convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
-    }
-    metadata = {"unet_lora_adapter_metadata": unet.peft_config["default"].to_dict()}
+    parts = {"unet": (unet, {"lora_alpha": alpha, "target_modules": TARGETS, **options})}
     if text_encoder is not None:
-        text_encoder.add_adapter(
-            peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["q_proj"])
-        )
-        metadata["text_encoder_lora_adapter_metadata"] = text_encoder.peft_config[
-            "default"
-        ].to_dict()
-        layers["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(
-            peft.get_peft_model_state_dict(text_encoder)
-        )
-    StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
+        parts["text_encoder"] = text_encoder, {"lora_alpha": 2, "target_modules": ["q_proj"]}
+    saved = {}
+    for name, (part, config) in parts.items():
+        part.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, **config))
+        layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(part))
+        saved[f"{name}_lora_layers"] = layers
+        saved[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(folder, **saved)
     return folder
 
 
@@ -209,18 +176,14 @@ def test_gradients_of_a_lora_model_equal_autograd_sample_by_sample(lora_model, l
     (x, cond, v), t = batch(), 300
     network = lora_model.network
     with PerSampleVjp(network, layer) as tape, torch.enable_grad():
-        got = dense(tape.vjp(lora_model.eps(x, t, Condition(cond)), v))
+        got = dense(tape.vjp(lora_model.eps(x, t, cond), v))
     chosen = list(tape.parameters.values())
     for p in chosen:
         p.requires_grad_(True)
     try:
-        rows = [
-            torch.autograd.grad(
-                (lora_model.eps(x[i : i + 1], t, Condition(cond[i : i + 1])) * v[i : i + 1]).sum(),
-                chosen,
-            )
-            for i in range(len(x))
-        ]
+        singles = [slice(i, i + 1) for i in range(len(x))]
+        losses = [(lora_model.eps(x[i], t, cond[i]) * v[i]).sum() for i in singles]
+        rows = [torch.autograd.grad(loss, chosen) for loss in losses]
     finally:
         network.requires_grad_(False)
     want = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
@@ -241,41 +204,28 @@ def test_lora_weights_are_selected_by_name(lora_model):
     assert every and all(".lora_A." in n or ".lora_B." in n for n in every)
     some = select_parameters(lora_model.network, "attn2.to_v.lora")
     assert some and all("attn2.to_v.lora" in n for n in some) and len(some) < len(every)
-    assert len(select_parameters(lora_model.network, "attn2|lora")) == len(every) + len(
-        select_parameters(lora_model.network, "attn2")
-    )
+    both, attn2 = (select_parameters(lora_model.network, name) for name in ("attn2|lora", "attn2"))
+    assert len(both) == len(every) + len(attn2)
 
 
 def test_a_lora_adds_alpha_over_rank_times_b_a(lora_model, tiny_model, lora):
     """UNet and text encoder each predict what they do with W + s B A in place of W."""
     merged = load_pipeline(tiny_model.source)
-    for part, wrapped in (
-        (merged.pipe.unet, lora_model.pipe.unet),
-        (merged.pipe.text_encoder, lora_model.pipe.text_encoder),
-    ):
+    for name in ("unet", "text_encoder"):
+        part, wrapped = getattr(merged.pipe, name), getattr(lora_model.pipe, name)
         layers = {n: m for n, m in wrapped.named_modules() if hasattr(m, "base_layer")}
         assert layers
-        for name, layer in layers.items():
-            part.get_submodule(name).weight.data += layer.get_delta_weight("default")
-            assert layer.scaling["default"] == (3.0 if part is merged.pipe.unet else 1.0)
-    x, cond, _ = batch()
-    cond = Condition(cond)
-    torch.testing.assert_close(
-        lora_model.eps(x, 300, cond), merged.eps(x, 300, cond), rtol=1e-4, atol=1e-4
-    )
-    assert (lora_model.eps(x, 300, cond) - tiny_model.eps(x, 300, cond)).abs().max() > 0.01
+        for place, layer in layers.items():
+            part.get_submodule(place).weight.data += layer.get_delta_weight("default")
+            assert layer.scaling["default"] == (3.0 if name == "unet" else 1.0)
+    (x, cond, _), models = batch(), (lora_model, merged, tiny_model)
+    got, want, plain = (model.eps(x, 300, cond) for model in models)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert (got - plain).abs().max() > 0.01
     prompt = ["a cat in the style of blob"]
-    torch.testing.assert_close(
-        lora_model.encode_prompts(prompt).embeddings,
-        merged.encode_prompts(prompt).embeddings,
-        rtol=1e-3,
-        atol=1e-3,
-    )
-    assert not torch.allclose(
-        lora_model.encode_prompts(prompt).embeddings,
-        tiny_model.encode_prompts(prompt).embeddings,
-        atol=1e-2,
-    )
+    got, want, plain = (model.encode_prompts(prompt).embeddings for model in models)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(got, plain, atol=1e-2)
 
 
 def test_a_loaded_lora_is_frozen_in_the_models_dtype_and_in_eval_mode(
@@ -309,12 +259,11 @@ def test_a_folder_saved_by_peft_is_read_with_its_own_rank_and_alpha(tmp_path, ti
     wrapped = peft.get_peft_model(tiny_unet(), config)
     wrapped.save_pretrained(tmp_path / "peft")
     model = load_pipeline(str(tiny_pipeline), lora_path=str(tmp_path / "peft"))
-    wrapped.base_model.model.load_state_dict(
-        {k: v for k, v in model.network.state_dict().items() if ".lora_" not in k}, strict=False
-    )  # fp16 on disk
+    on_disk = {k: v for k, v in model.network.state_dict().items() if ".lora_" not in k}  # fp16
+    wrapped.base_model.model.load_state_dict(on_disk, strict=False)
     x, cond, _ = batch()
-    want = wrapped(x, 300, encoder_hidden_states=cond).sample
-    got = model.eps(x, 300, Condition(cond))
+    want = wrapped(x, 300, encoder_hidden_states=cond.embeddings).sample
+    got = model.eps(x, 300, cond)
     torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -340,20 +289,17 @@ def test_a_lora_of_another_model_is_refused(tmp_path, tiny_pipeline, lora):
     assert "\n" not in str(caught.value)
     state = load_file(lora / "pytorch_lora_weights.safetensors")
     strangers = {k.replace("down_blocks.0", "down_blocks.7"): v for k, v in state.items()}
-    for name, content in {
-        "partly": strangers,
-        "wholly": {k.replace("unet.", "prior."): v for k, v in state.items()},
-    }.items():
+    prior = {k.replace("unet.", "prior."): v for k, v in state.items()}
+    for name, content in {"partly": strangers, "wholly": prior}.items():
         save_file(content, tmp_path / f"{name}.safetensors")
         with pytest.raises(UserError, match="LORA_PATH|LoRA"):
             load_pipeline(str(tiny_pipeline), lora_path=str(tmp_path / f"{name}.safetensors"))
 
 
 def test_a_dora_is_refused(tmp_path, tiny_pipeline):
+    dora = save_lora(tmp_path / "dora", use_dora=True)
     with pytest.raises(UserError, match="DoRA"):
-        load_pipeline(
-            str(tiny_pipeline), lora_path=str(save_lora(tmp_path / "dora", use_dora=True))
-        )
+        load_pipeline(str(tiny_pipeline), lora_path=str(dora))
 
 
 def test_a_missing_pickled_or_damaged_lora_is_refused(tmp_path, tiny_pipeline, lora):
@@ -361,18 +307,12 @@ def test_a_missing_pickled_or_damaged_lora_is_refused(tmp_path, tiny_pipeline, l
     for pickled in (tmp_path / "lora.pt", tmp_path / "folder" / "pytorch_lora_weights.bin"):
         pickled.write_bytes(pickle.dumps({"unet.x": 1}))
     (tmp_path / "damaged.safetensors").write_bytes(b"not a header")
-    for path, words in {
-        "missing": "does not exist",
-        "lora.pt": "pickle",
-        "folder": "pickle",
-        "damaged.safetensors": "cannot use",
-    }.items():
+    words_of = {"missing": "does not exist", "lora.pt": "pickle", "folder": "pickle"}
+    for path, words in (words_of | {"damaged.safetensors": "cannot use"}).items():
         with pytest.raises(UserError, match=words):
             load_pipeline(str(tiny_pipeline), lora_path=str(tmp_path / path))
-    for name in ("a", "b"):
-        shutil.copy(
-            lora / "pytorch_lora_weights.safetensors", tmp_path / "folder" / f"{name}.safetensors"
-        )
+    for name in ("a.safetensors", "b.safetensors"):
+        shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "folder" / name)
     with pytest.raises(UserError, match="2 safetensors files"):
         load_pipeline(str(tiny_pipeline), lora_path=str(tmp_path / "folder"))
 

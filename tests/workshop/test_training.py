@@ -1,5 +1,6 @@
 """The training loop: its schedule, its average, its losses, and what a resumed run comes to."""
 
+import contextlib
 import json
 import math
 
@@ -11,6 +12,7 @@ from concept_trak.errors import UserError
 from concept_trak.workshop.training import (
     Ema,
     Phase,
+    Progress,
     Run,
     learning_rate,
     load_checkpoint,
@@ -25,8 +27,8 @@ PHASES = (Phase(6, 10), Phase(6, 6, peak=0.5))
 
 
 def run_of(folder, **changes):
-    options = {"save_every": 5, "weight_decay": 0.01} | changes
-    return Run(folder / "net.safetensors", PHASES, 0.05, 3, 0.9, **options)
+    options = {"lr": 0.05, "save_every": 5, "weight_decay": 0.01, "phases": PHASES} | changes
+    return Run(folder / "net.safetensors", warmup=3, ema_decay=0.9, **options)
 
 
 def network():
@@ -84,14 +86,13 @@ def test_a_resumed_run_goes_on_at_its_checkpoint_and_not_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"weight_decay": 0.5}, {"made_from": {"data": "other"}}], ids=str
+    "change", [{"weight_decay": 0.5}, {"lr": 0.1}, {"made_from": {"data": "other"}}], ids=str
 )
 def test_a_checkpoint_of_another_run_is_refused_and_kept(change, tmp_path):
     trained(tmp_path)
     before = (tmp_path / "net.safetensors").read_bytes()
-    with pytest.raises(
-        UserError, match=f"made from another {next(iter(change)).split('_from')[0]}|data"
-    ):
+    name = "data" if "made_from" in change else next(iter(change))
+    with pytest.raises(UserError, match=f"made from another {name}; remove it"):
         trained(tmp_path, **change)
     assert (tmp_path / "net.safetensors").read_bytes() == before
 
@@ -165,10 +166,31 @@ def test_the_optimizer_gets_the_rate_of_its_step(tmp_path):
     torch.testing.assert_close(moved.median(), torch.tensor(rate), rtol=1e-2, atol=0)
 
 
-def test_later_phases_may_change_and_earlier_ones_may_not():
+def test_later_phases_may_change_and_earlier_ones_may_not(tmp_path):
     longer = (PHASES[0], Phase(60, 60))
     assert phases_until(6, PHASES) == phases_until(6, longer) != phases_until(6, (Phase(6, 9),))
     assert phases_until(8, PHASES) != phases_until(8, longer)
+    for name in ("at once", "in two goes"):
+        (tmp_path / name).mkdir()
+    trained(tmp_path / "in two goes", phases=PHASES[:1])
+    _, _, once, state = trained(tmp_path / "at once")
+    _, _, twice, end = trained(tmp_path / "in two goes")
+    assert state == end and all(torch.equal(once[k], twice[k]) for k in once)
+    with pytest.raises(UserError, match="another phases"):
+        trained(tmp_path / "at once", phases=longer)
+
+
+def test_a_resumed_run_keeps_the_memory_format_of_its_moments(tmp_path):
+    """Steps of AdamW are several times slower when it is another than the weights'."""
+    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    params, run = dict(net.named_parameters()), run_of(tmp_path, phases=(Phase(1, 1),))
+    run_training(params, lambda s: net(torch.ones(1, 3, 4, 4)).square().sum(), run)
+    progress = Progress(params, run)
+    progress.resume()
+    moments = progress.optimizer.state[net.weight]
+    assert progress.step == 1 and moments["exp_avg_sq"].norm() > 0
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert moments[key].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path):
@@ -182,11 +204,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path):
 
 
 def test_the_log_has_a_line_every_fifty_steps_and_none_twice_after_a_kill(tmp_path):
-    net = network()
-    run = Run(tmp_path / "long.safetensors", (Phase(160, 160),), 0.01, 3, 0.9, 70)
-    with pytest.raises(KeyboardInterrupt):
-        run_training(dict(net.named_parameters()), loss_of(net, 130), run)
-    net = network()
-    run_training(dict(net.named_parameters()), loss_of(net), run)
-    lines = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [50, 100, 150]
+    changes, logs = {"phases": (Phase(160, 160),), "save_every": 70, "lr": 0.01}, []
+    for name, stop in (("whole", None), ("killed", 130)):
+        folder = tmp_path / name
+        folder.mkdir()
+        with contextlib.suppress(KeyboardInterrupt):
+            trained(folder, stop, **changes)
+        trained(folder, **changes)
+        text = (folder / "net.jsonl").read_text()
+        logs.append([json.loads(line) | {"seconds": 0} for line in text.splitlines()])
+    assert [line["step"] for line in logs[0]] == [50, 100, 150] and logs[0] == logs[1]

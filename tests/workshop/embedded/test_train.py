@@ -1,12 +1,16 @@
 """Training the embedded UNet: which batches it sees, what it loses, and a run that is killed."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from conftest import tiny_unet
 from torch import nn
 
+from concept_trak.datasets.folder import load_folder
+from concept_trak.errors import UserError
+from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.workshop.embedded import train
 from concept_trak.workshop.embedded.train import Examples, TrainSettings, draw_batch, unet_loss
 from concept_trak.workshop.training import Phase, Run, load_checkpoint, step_generator
@@ -120,3 +124,27 @@ def test_after_training_the_averaged_weights_are_in_the_networks(tmp_path):
     name, p = next(iter(unet.named_parameters()))
     assert torch.equal(p, tensors[f"ema/unet.{name}"])
     assert not torch.equal(tensors[f"ema/unet.{name}"], tensors[f"param/unet.{name}"])
+
+
+def test_a_checkpoint_of_other_captions_or_another_encoder_is_refused(tmp_path):
+    seen = examples()
+    train.train_unet(*parts(), seen, QUICK, tmp_path, "encoder")
+    other = Examples(seen.latents, seen.tokens.flip(1))
+    for inputs, encoder, words in ((other, "encoder", "captions"), (seen, "new", "encoder")):
+        with pytest.raises(UserError, match=f"unet.safetensors was made from another {words}"):
+            train.train_unet(*parts(), inputs, QUICK, tmp_path, encoder)
+
+
+def test_a_pipeline_is_trained_in_one_call_and_a_second_call_changes_nothing(tmp_path, tiny_data):
+    phases, work, folder = (Phase(2, 2),), tmp_path / "work", tmp_path / "pipeline"
+    short = {f"{part}_phases": phases for part in ("vae", "decoder", "unet")}
+    settings = TrainSettings(**short, vae_batch=2, decoder_batch=2, unet_batch=2, jitters=1)
+    models = []
+    for _ in range(2):
+        train.train(load_folder(tiny_data), folder, work, settings)
+        models.append(load_pipeline(str(folder)))
+    assert models[0].weight_hash() == models[1].weight_hash()
+    assert models[0].latent_shape == (16, 8, 8)
+    facts = json.loads((folder / "training.json").read_text())
+    assert facts["steps"] == 2 and set(facts["curves"]) == {"vae", "decoder", "unet"}
+    assert facts["settings"] == json.loads(json.dumps(dataclasses.asdict(settings)))

@@ -12,14 +12,12 @@ import torch
 from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.workshop.judge import augment
-from concept_trak.workshop.judge.net import Judge, JudgeSettings, resized
+from concept_trak.workshop.judge.net import Judge, JudgeSettings, cell_accuracy, resized
+from concept_trak.workshop.judge.saved import load_judge, save_judge
 from concept_trak.workshop.judge.train import (
-    cell_accuracy,
     cross_validate,
     damaged,
     fold_of_cells,
-    load_judge,
-    save_judge,
     train_and_save,
     train_judge,
 )
@@ -59,9 +57,8 @@ def toy(repeats=6, seed=0):
         place = rng.integers(6, 9)
         picture[place : place + 3, 2:14] = (200, 0, 0) if red else (0, 0, 200)
         images.append(picture.transpose(1, 0, 2) if upright else picture)
-        objects.append(
-            f"{'upright' if upright else 'flat'} {index // 8}"
-        )  # several objects, as many cells as pictures
+        # several objects, as many cells as pictures
+        objects.append(f"{'upright' if upright else 'flat'} {index // 8}")
         styles.append("red" if red else "blue")
     return np.stack(images), objects, styles
 
@@ -85,9 +82,8 @@ def test_judge_names_pictures_enlarged_from_half_the_size(judge, dataset, sample
 def test_judge_is_tolerant_of_shifts(judge, sample):
     images, objects, styles = sample
     shifted = np.full_like(images, 255)
-    shifted[:, 4:, :-3] = images[
-        :, :-4, 3:
-    ]  # down by 4 and left by 3 of 64 pixels, white coming in
+    # down by 4 and left by 3 of 64 pixels, white coming in
+    shifted[:, 4:, :-3] = images[:, :-4, 3:]
     found = judge.measure(shifted, objects, styles)
     assert found["object"]["accuracy"] >= 0.95
     assert found["style"]["accuracy"] >= 0.85
@@ -114,9 +110,8 @@ def test_judge_does_not_see_objects_in_noise(judge, side):
 
 
 def test_judge_knows_every_object_and_just_the_styles_of_the_dataset(judge, dataset):
-    assert set(dataset.column("object")) < set(
-        judge.objects
-    )  # it learned from more art than the model did
+    # it learned from more art than the model did
+    assert set(dataset.column("object")) < set(judge.objects)
     assert judge.styles == sorted(set(dataset.column("style")))
 
 
@@ -128,12 +123,9 @@ def test_committed_judge_is_small_and_only_safetensors():
 
 def test_predict_gives_probabilities_that_agree_with_the_names(judge, sample):
     objects, styles, probabilities = judge.predict(sample[0][:7], batch=3)
-    assert np.allclose(probabilities["object"].sum(1), 1, atol=1e-5) and np.allclose(
-        probabilities["style"].sum(1), 1, atol=1e-5
-    )
-    assert (probabilities["object"].argmax(1) == objects).all() and (
-        probabilities["style"].argmax(1) == styles
-    ).all()
+    for head, names in {"object": objects, "style": styles}.items():
+        assert np.allclose(probabilities[head].sum(1), 1, atol=1e-5)
+        assert (probabilities[head].argmax(1) == names).all()
     alone = judge.predict(sample[0][2:3])[2]
     assert np.allclose(alone["object"][0], probabilities["object"][2], atol=1e-4)
 
@@ -157,11 +149,8 @@ def test_measure_is_exact_on_a_made_up_case(monkeypatch):
     monkeypatch.setattr(
         judge, "predict", lambda images: (np.array([0, 0, 1, 0]), np.array([0, 1, 1, 0]), {})
     )
-    found = judge.measure(
-        np.zeros((4, 64, 64, 3), np.uint8),
-        ["cat", "cat", "dog", "dog"],
-        ["blob", "blob", "line", "line"],
-    )
+    objects, styles = ["cat", "cat", "dog", "dog"], ["blob", "blob", "line", "line"]
+    found = judge.measure(np.zeros((4, 64, 64, 3), np.uint8), objects, styles)
     assert [found[name]["accuracy"] for name in ("object", "style", "both")] == [0.75, 0.5, 0.5]
     assert found["object"]["cells"] == 2 and found["object"]["pictures"] == 4
 
@@ -177,10 +166,8 @@ def test_measure_refuses_unknown_names_and_missing_ones():
 def test_interval_is_as_wide_as_cells_are_few_however_many_seeds_each_has():
     cells = np.arange(20)
     right = cells % 2 == 0
-    once, often = (
-        cell_accuracy(right, cells),
-        cell_accuracy(np.repeat(right, 50), np.repeat(cells, 50)),
-    )
+    once = cell_accuracy(right, cells)
+    often = cell_accuracy(np.repeat(right, 50), np.repeat(cells, 50))
     assert once["accuracy"] == often["accuracy"] == 0.5
     assert once["ci95"] == often["ci95"] and once["ci95"][1] - once["ci95"][0] > 0.3
 
@@ -243,12 +230,8 @@ def test_every_version_of_the_pictures_is_learned():
     assert all(
         judge.measure(x, objects, styles)["style"]["accuracy"] == 1 for x in versions.values()
     )
-    assert (
-        train_judge({"real": images}, objects, styles, TINY).measure(255 - images, objects, styles)[
-            "style"
-        ]["accuracy"]
-        < 1
-    )
+    real_only = train_judge({"real": images}, objects, styles, TINY)
+    assert real_only.measure(255 - images, objects, styles)["style"]["accuracy"] < 1
 
 
 def test_the_judge_is_trained_measured_and_saved_in_one_call(tmp_path, capsys):

@@ -10,20 +10,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from concept_trak import cli
+from concept_trak.datasets.folder import pictures
 from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import load_pipeline
+from concept_trak.models.tokens import load_token
+from concept_trak.settings import TOKEN
 from concept_trak.workshop.tokens import textual_inversion
+from concept_trak.workshop.tokens.settings import TokenSettings
 from concept_trak.workshop.tokens.textual_inversion import (
-    TOKEN,
     Lesson,
-    TokenSettings,
     encode,
     init_word_of,
-    load_token,
-    pictures,
+    prompt_ids,
     token_loss,
     train_token,
 )
+from concept_trak.workshop.training import step_generator
 
 PROMPT = f"a picture in the style of {TOKEN}"
 QUICK = TokenSettings(steps=12, lr=0.05, init_word="blob")
@@ -79,9 +81,7 @@ def test_training_lowers_the_loss(model, images, tmp_path):
     )
 
     def loss(row):
-        number = model.add_token(TOKEN, row)
-        ids = model.pipe.tokenizer([PROMPT], padding="max_length", return_tensors="pt").input_ids
-        assert number in ids
+        ids = prompt_ids(model, PROMPT, model.add_token(TOKEN, row))
         lesson = Lesson(model, latents, ids, TokenSettings(batch_size=32, seed=9))
         with torch.no_grad():
             return sum(token_loss(lesson, step).item() for step in range(5)) / 5
@@ -196,8 +196,32 @@ def test_a_network_that_knows_the_answer_has_no_loss(model, images, prediction):
         return eps if prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * latents[0]
 
     model.schedule.prediction, model._call = prediction, oracle
-    ids = model.pipe.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
+    ids = prompt_ids(model, "a cat", model.pipe.tokenizer.eos_token_id)
     assert token_loss(Lesson(model, latents, ids, TokenSettings()), 0) < 1e-6
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_equals_a_loop_over_the_batch(model, images, prediction):
+    """Each picture by itself, noised by the pipeline's own scheduler, in double precision."""
+    settings, step = TokenSettings(seed=3, batch_size=5), 7
+    model.schedule.prediction = prediction
+    latents = encode(model, pictures(images, PROMPT), True)
+    ids = prompt_ids(model, "a cat", model.pipe.tokenizer.eos_token_id)
+    got = token_loss(Lesson(model, latents, ids, settings), step)
+    g = step_generator(settings.seed, step)
+    picture, version = (torch.randint(2, (5,), generator=g).tolist() for _ in range(2))
+    levels = torch.randint(1000, (5,), generator=g)
+    noise = torch.randn(5, 2, 4, 4, generator=g).double()
+    scheduler, network = model.pipe.scheduler, copy.deepcopy(model.network).double()
+    text, losses = model.pipe.text_encoder(ids)[0].double(), []
+    for i in range(5):
+        x0, t = latents[picture[i], version[i]][None].double(), levels[i : i + 1]
+        x_t = scheduler.add_noise(x0, noise[i : i + 1], t)
+        y = noise[i] if prediction == "epsilon" else scheduler.get_velocity(x0, noise[i : i + 1], t)
+        with torch.no_grad():
+            losses.append((network(x_t, t, text).sample - y).square().mean())
+    assert len(set(picture)) == len(set(version)) == 2
+    torch.testing.assert_close(got.double(), torch.stack(losses).mean(), rtol=1e-4, atol=0)
 
 
 def test_mirror_images_are_used_only_if_asked_for(model, images):

@@ -1,0 +1,78 @@
+"""Encoding a folder once: the arrays, their bytes, and when they are made again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from concept_trak.datasets import prepare as module
+from concept_trak.datasets.encoded import LATENTS, PREPARED, TEXT, EncodedData
+from concept_trak.datasets.folder import load_folder
+from concept_trak.datasets.prepare import ArrayFile, prepare
+from concept_trak.errors import UserError
+from concept_trak.settings import resolve
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_data, tiny_pipeline):
+    given = {"source_dir": str(tiny_data), "data_dir": str(tmp_path / "encoded")}
+    given |= {"sd_model_path": str(tiny_pipeline), "batch_size": 4}
+    return resolve("own", given).on("cpu")
+
+
+def test_both_arrays_hold_what_the_model_encodes(settings, tiny_data, tiny_model):
+    folder, data = prepare(settings, "cpu"), load_folder(tiny_data).split("train")
+    assert sorted(p.name for p in folder.iterdir()) == sorted([LATENTS, TEXT, PREPARED])
+    pixels, n = data.images(range(len(data)), size=8), len(data)
+    want = torch.cat([tiny_model.encode_images(x) for x in (pixels, pixels[:, :, ::-1])])
+    latents = np.load(folder / LATENTS)
+    assert latents.dtype == np.float16 and len(latents) == 2 * n == 22
+    np.testing.assert_allclose(latents, want, rtol=2e-3, atol=2e-3)
+    text = tiny_model.encode_prompts(data.captions).embeddings
+    np.testing.assert_allclose(np.load(folder / TEXT), text, rtol=2e-3, atol=2e-3)
+    x0, cond = EncodedData(folder, tiny_model).batch(range(3, 7))
+    assert np.array_equal(x0, latents[3:7]) and cond.embeddings.shape == (4, 16, 6)
+
+
+def test_rows_written_in_any_order_are_the_bytes_of_numpy(tmp_path):
+    values = np.random.default_rng(0).standard_normal((7, 2, 3)).astype(np.float16)
+    np.save(tmp_path / "numpy.npy", values)
+    with open(tmp_path / "ours.npy", "wb") as file:
+        array = ArrayFile(file, values.shape)
+        for start, stop in ((5, 7), (0, 2), (2, 5)):
+            array.write(start, torch.from_numpy(values[start:stop]))
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+def test_what_was_prepared_is_kept_until_the_source_changes(settings, tmp_path, monkeypatch):
+    folder = prepare(settings, "cpu")
+    monkeypatch.setattr(module, "encode", lambda *_: pytest.fail("encoded again"))
+    assert prepare(settings, "cpu") == folder
+    record = json.loads((folder / PREPARED).read_text())
+    (folder / PREPARED).write_text(json.dumps(record | {"pictures": "others"}))
+    with pytest.raises(pytest.fail.Exception, match="encoded again"):
+        prepare(settings, "cpu")
+
+
+def test_a_killed_run_leaves_no_array_and_no_record(settings, tmp_path, monkeypatch):
+    write = ArrayFile.write
+
+    def dying(self, start, rows):
+        if start == 8:
+            raise KeyboardInterrupt
+        write(self, start, rows)
+
+    monkeypatch.setattr(ArrayFile, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, "cpu")
+    assert not list((tmp_path / "encoded").iterdir())
+
+
+def test_numbers_beyond_float16_and_a_small_disk_are_refused(settings, tmp_path, monkeypatch):
+    with open(tmp_path / "a.npy", "wb") as file, pytest.raises(UserError, match="DTYPE=fp32"):
+        ArrayFile(file, (1, 2)).write(0, torch.tensor([[1.0, 1e6]]))
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="MB are needed"):
+        prepare(settings, "cpu")
