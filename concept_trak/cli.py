@@ -20,6 +20,7 @@ from .settings import ROOT, Settings
 
 
 def run_attribute(settings: Settings, device: str) -> None:
+    """Answer PROMPT; prints where the report is."""
     from .attribution.corpus import Corpus
     from .report.answer import attribute
 
@@ -27,6 +28,7 @@ def run_attribute(settings: Settings, device: str) -> None:
 
 
 def run_train_grad(settings: Settings, device: str) -> None:
+    """Fill the store; prints its state."""
     from .attribution.corpus import Corpus
     from .attribution.train_grad import train_grad
 
@@ -38,6 +40,7 @@ def run_train_grad(settings: Settings, device: str) -> None:
 
 
 def run_evaluate(settings: Settings, device: str, benchmark: str = "emoji") -> None:
+    """Evaluate every method on a benchmark."""
     from .attribution.corpus import Corpus
     from .evaluation.evaluate import evaluate
 
@@ -45,6 +48,7 @@ def run_evaluate(settings: Settings, device: str, benchmark: str = "emoji") -> N
 
 
 def run_train_model(settings: Settings, device: str) -> None:
+    """Train the embedded pipeline, beside the committed one."""
     import torch
 
     from .datasets.folder import load_folder
@@ -60,6 +64,7 @@ def run_train_model(settings: Settings, device: str) -> None:
 
 
 def run_judge_model(settings: Settings, device: str) -> None:
+    """Measure the embedded model by its judge."""
     from .attribution.corpus import Corpus
     from .evaluation.model import measure_model
 
@@ -67,36 +72,42 @@ def run_judge_model(settings: Settings, device: str) -> None:
 
 
 def run_prepare(settings: Settings, device: str) -> None:
+    """Encode SOURCE_DIR; prints where to."""
     from .datasets.prepare import prepare
 
     print(f"encoded: {os.path.relpath(prepare(settings, device))}")
 
 
 def run_bench_sd14(settings: Settings, device: str) -> None:
+    """Time the architecture of SD v1.4."""
     from .evaluation.bench.sd14 import bench_sd14
 
     bench_sd14(settings, device)
 
 
 def run_task_grad(settings: Settings, device: str) -> None:
+    """Rows of the exemplars of TASK_IDX."""
     from .evaluation.abc import run_rows
 
     run_rows(settings, device, "exemplar")
 
 
 def run_test_grad(settings: Settings, device: str) -> None:
+    """Rows of the queries of TASK_IDX."""
     from .evaluation.abc import run_rows
 
     run_rows(settings, device, "query")
 
 
 def run_evaluate_tasks(settings: Settings, device: str) -> None:
+    """Evaluate the tasks of TASK_IDX."""
     from .evaluation.abc import evaluate_tasks
 
     evaluate_tasks(settings, device)
 
 
 def run_make_tasks(settings: Settings, device: str) -> None:
+    """Write TASK_JSON; prints how many tasks."""
     from .datasets.abc import write_tasks
 
     made = write_tasks(Path(settings.data_dir), Path(settings.task_json))
@@ -104,6 +115,7 @@ def run_make_tasks(settings: Settings, device: str) -> None:
 
 
 def run_train_judge(settings: Settings, device: str) -> None:
+    """Train the judge and save it where it is committed."""
     from .datasets.folder import load_folder
     from .models.text_to_image import load_pipeline
     from .workshop.judge.train import train_and_save
@@ -114,6 +126,7 @@ def run_train_judge(settings: Settings, device: str) -> None:
 
 
 def run_export(folder: str, kind: str, settings: Settings, device: str) -> None:
+    """Export the finished store; prints where to."""
     from .attribution.corpus import Corpus
     from .attribution.train_grad import open_store
     from .store.export import export

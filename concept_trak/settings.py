@@ -352,8 +352,10 @@ def resolve(benchmark: str, overrides: dict[str, Any]) -> Settings:
     UserError for a benchmark, recipe or value that does not exist.
     """
     base = preset(benchmark)
-    recipe = _choose(RECIPES, overrides.get("recipe", base.get("recipe", "default")), "RECIPE")
-    values = {**base, **recipe, **overrides}
+    recipe = overrides.get("recipe", base.get("recipe", "default"))
+    if recipe not in RECIPES:
+        raise UserError(f"RECIPE {recipe!r} is unknown; use one of {', '.join(RECIPES)}")
+    values = {**base, **RECIPES[recipe], **overrides}
     if benchmark == "emoji" and "sd_model_path" not in overrides:
         brought = Path(values["data_dir"]) / "pipeline"
         values |= {"sd_model_path": str(brought)} if brought.is_dir() else {}
@@ -375,12 +377,6 @@ def preset(benchmark: str) -> dict[str, Any]:
     if benchmark not in known:
         raise UserError(unknown("--benchmark", benchmark, tuple(known)))
     return EMOJI | REGISTERED.get(benchmark).settings
-
-
-def _choose(table: dict[str, dict], key: str, what: str) -> dict[str, Any]:
-    if key not in table:
-        raise UserError(f"{what} {key!r} is unknown; use one of {', '.join(table)}")
-    return table[key]
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

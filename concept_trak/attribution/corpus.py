@@ -16,6 +16,7 @@ from ..models.condition import Condition
 from ..models.text_to_image import TextToImage, load_pipeline
 from ..parsing import parse_memory
 from ..rows.projection import Projection, projection_for
+from ..rows.row import RowMaker
 from ..rows.vjp import PerSampleVjp
 from ..scoring.fisher import fisher_for
 from ..scoring.preconditioner import Budget, Preconditioner
@@ -110,6 +111,12 @@ class Corpus:
         """
         mask = mask_of(self.settings, self.parameters)
         return projection_for(self.parameters, self.settings, self.device, mask)
+
+    @property
+    def row_maker(self) -> RowMaker:
+        """Of the settings' parameters, projection and norm, for this model."""
+        s = self.settings
+        return RowMaker(self.model, self.projection, s.layer, s.normalize)
 
     @property
     def preconditioner(self) -> Preconditioner:

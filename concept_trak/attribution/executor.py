@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -45,13 +44,13 @@ class AtATime:
 
     def run(self, compute: Compute, shards: Sequence[int]) -> None:
         """See `Executor`: a shard that fails takes nothing with it."""
-        errors: queue.Queue[tuple[int, UserError]] = queue.Queue()
+        dead: list[int] = []
 
         def attempt(shard: int) -> None:
             try:
                 compute(shard)
             except UserError as error:
-                errors.put((shard, error))
+                dead.append(shard)
                 self.failed(shard, error)
 
         pool = ThreadPoolExecutor(self.slots)
@@ -64,6 +63,6 @@ class AtATime:
                 self.watch()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        if dead := sorted(shard for shard, _ in errors.queue):
-            again = f"run again with SHARDS={','.join(map(str, dead))}"
+        if dead:
+            again = f"run again with SHARDS={','.join(map(str, sorted(dead)))}"
             raise UserError(f"{len(dead)} of {len(shards)} shards died; {again}")

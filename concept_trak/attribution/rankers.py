@@ -15,7 +15,6 @@ import torch
 
 from ..registry import OBJECTIVES
 from ..rows.objectives import of_concept
-from ..rows.row import RowMaker
 from ..rows.state import State, regrouped
 from ..rows.states import QueryStates, Start, query_states_of
 from ..scoring.scores import solve_and_score
@@ -85,8 +84,7 @@ class GradientRanker:
             plus, minus = model.encode_prompts([question.plus, question.minus]).split()
             states = [state.contrasting(plus, minus) for state in states]
             cotangent = of_concept(s.f)
-        maker = RowMaker(model, self.corpus.projection, s.layer, s.normalize)
-        return maker.mean_row(states, cotangent).cpu().numpy()
+        return self.corpus.row_maker.mean_row(states, cotangent).cpu().numpy()
 
     def query_states(self, picture: Picture) -> QueryStates:
         """A concept of a generated picture is read where SCOPE says, all else at noisings."""
@@ -106,12 +104,14 @@ class GradientRanker:
 
     def _asked(self, questions: Sequence[Question]) -> tuple[list[Question], list[int]]:
         """(the questions with rows of their own, which of them serves each question)."""
+        asked: list[Question] = []
+        places: dict[int, int] = {}
         keys = [id(q) if self.per_concept else id(q.picture) for q in questions]
-        first = {
-            key: question for key, question in reversed(list(zip(keys, questions, strict=True)))
-        }
-        order = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        return [first[key] for key in order], [order[key] for key in keys]
+        for key, question in zip(keys, questions, strict=True):
+            if key not in places:
+                places[key] = len(asked)
+                asked.append(question)
+        return asked, [places[key] for key in keys]
 
     def _states(self, picture: Picture) -> list[State]:
         """The states of a picture, read once for all its concepts."""

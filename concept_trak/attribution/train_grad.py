@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..models.condition import Condition
 from ..parsing import parse_shards
 from ..registry import OBJECTIVES
-from ..rows.row import RowMaker, Rows
+from ..rows.row import Rows
 from ..rows.states import train_states_of
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
@@ -27,8 +27,7 @@ def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition) -> Rows:
     """Train rows [B, k] of pictures x0 [B, C, h, w] under their captions, as the settings ask."""
     s, model = corpus.settings, corpus.model
     states = train_states_of(model, x0, cond, corpus.cond_null, train_states(s))
-    maker = RowMaker(model, corpus.projection, s.layer, s.normalize)
-    return maker.rows(states, OBJECTIVES.get(s.f).cotangent, len(x0))
+    return corpus.row_maker.rows(states, OBJECTIVES.get(s.f).cotangent, len(x0))
 
 
 def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:

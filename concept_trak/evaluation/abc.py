@@ -162,12 +162,11 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
         drawn += generated(corpus.model, settings, [task.prompt], task.seed)
     results = {}
     found = score_tasks(corpus, store, np.concatenate(queries), exemplar)
-    fixed = int(np.argmin(np.abs(np.log(np.array(DAMPINGS) / settings.damping))))
     for (number, task), values, picture in zip(tasks.items(), found, drawn, strict=True):
         relevant = np.arange(values.shape[1]) >= store.num_rows
         case = {"test_case": task.test_case, "exemplars": int(relevant.sum())}
-        results[number] = case | measure(values, relevant, fixed)
         result = ConceptResult(task.prompt, task.negative_prompt, values, DAMPINGS, relevant)
+        results[number] = case | measure(values, relevant, result.damping_index(settings.damping))
         write_task(corpus, number, task, picture, result)
         recall, precision = (results[number][name] for name in ("recall_at_10", "map"))
         print(f"task {number:3} {task.model_path:32} recall@10 {recall:.2f}   map {precision:.3f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +32,7 @@ class Emoji:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
+        self._relevant: dict[str, np.ndarray] = {}
 
     @cached_property
     def cells(self) -> dict[str, list[int]]:
@@ -50,7 +50,7 @@ class Emoji:
 
     def questions(self, kind: str) -> dict[str, list[Question]]:
         """See `Benchmark.questions`."""
-        pictures = {row: p for row, p in zip(self._rows, getattr(self, f"_{kind}"), strict=True)}
+        pictures = dict(zip(self._rows, getattr(self, f"_{kind}"), strict=True))
         return {
             split: [question for row in rows for question in self._of_cell(row, pictures[row])]
             for split, rows in self.cells.items()
@@ -60,7 +60,9 @@ class Emoji:
         """See `Benchmark.relevant`."""
         from ..datasets.emoji import relevant
 
-        return relevant(self.corpus.train, question.words)
+        if question.words not in self._relevant:
+            self._relevant[question.words] = relevant(self.corpus.train, question.words)
+        return self._relevant[question.words]
 
     def _of_cell(self, row: int, picture: Picture) -> list[Question]:
         from ..attribution.prompts import contrasts
@@ -89,12 +91,12 @@ class Emoji:
 
     @cached_property
     def _real(self) -> list[Picture]:
+        from ..attribution.question import Picture
+
         data, model = self.corpus.everything, self.corpus.model
         pixels = data.images(self._rows, size=model.image_size)
         latents, content = model.encode_images(pixels).split(1), data.content_hash()
         return [
-            replace(picture, x0=x0, x_T=None, pixels=shown, source={"real": [content, row]})
-            for picture, x0, shown, row in zip(
-                self._generated, latents, pixels, self._rows, strict=True
-            )
+            Picture(data.captions[row], x0, None, shown, {"real": [content, row]})
+            for x0, shown, row in zip(latents, pixels, self._rows, strict=True)
         ]

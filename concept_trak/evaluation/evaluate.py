@@ -14,6 +14,7 @@ import numpy as np
 
 from ..attribution.corpus import Corpus
 from ..files import write_bytes, write_json
+from ..parsing import parse_methods
 from ..registry import BENCHMARKS, RANKERS
 from ..scoring import metrics
 from ..settings import DAMPINGS, as_dict, provenance
@@ -29,9 +30,7 @@ def is_control(name: str) -> bool:
 
 def chosen_rankers(methods: str) -> list[str]:
     """METHODS as names, empty being all, and the controls. UserError for one that there is not."""
-    named = [name.strip() for name in methods.split(",") if name.strip()]
-    for name in named:
-        RANKERS.get(name)
+    named = parse_methods(methods)
     controls = [name for name in RANKERS.names() if is_control(name)]
     others = named or [name for name in RANKERS.names() if name not in controls]
     return list(dict.fromkeys([*others, *controls]))
@@ -75,6 +74,7 @@ class Questions:
         self._split, self._concept = np.array(names), np.array([q.concept for q in self.asked])
         self.relevant = np.stack([benchmark.relevant(q) for q in self.asked])
         self.concepts = benchmark.concepts
+        self.pictures = {s: len(q) // len(self.concepts) for s, q in splits.items()}  # of a split
 
     def of(self, split: str, concept: str) -> np.ndarray:
         """Places of the questions of a split and concept."""
@@ -86,12 +86,13 @@ class Questions:
         return choose_damping(values[:, places], self.relevant[places])
 
 
-def tables(corpus: Corpus, benchmark: Benchmark) -> tuple[dict[str, Table], dict[str, float]]:
-    """{kind: table} and the damping of each ranker that has one."""
-    asked = {kind: Questions(benchmark, kind) for kind in benchmark.kinds}
+def tables(
+    corpus: Corpus, benchmark: Benchmark, asked: dict[str, Questions]
+) -> tuple[dict[str, Table], dict[str, float]]:
+    """{kind: table} of the questions asked, and the damping of each ranker that has one."""
     found: dict[str, Table] = {
         kind: {split: {c: {} for c in benchmark.concepts} for split in benchmark.splits}
-        for kind in benchmark.kinds
+        for kind in asked
     }
     dampings: dict[str, float] = {}
     for name in chosen_rankers(corpus.settings.methods):
@@ -160,15 +161,15 @@ def evaluate(corpus: Corpus, name: str = "emoji") -> dict[str, Any]:
     of the JSON object, those of others under their kind.
     """
     benchmark = BENCHMARKS.get(name)(corpus)
-    found, dampings = tables(corpus, benchmark)
+    asked = {kind: Questions(benchmark, kind) for kind in benchmark.kinds}
+    found, dampings = tables(corpus, benchmark, asked)
     first, *others = benchmark.kinds
-    counts = benchmark.questions(first)
     result = {
         **found[first],
         "damping": dampings.get("concept_trak"),
         "dampings": dampings,
         **{kind: found[kind] for kind in others},
-        "queries": {s: len(q) // len(benchmark.concepts) for s, q in counts.items()},
+        "queries": asked[first].pictures,
     }
     folder = Path(corpus.settings.results_dir).parent / "eval"
     folder.mkdir(parents=True, exist_ok=True)

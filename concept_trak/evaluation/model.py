@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ..attribution.corpus import Corpus
+from ..attribution.question import generation
 from ..files import write_json
-from ..models.generation import Generation, initial_noise, sample
+from ..models.generation import initial_noise, sample
 from ..settings import ROOT, as_dict, provenance
 from ..workshop.judge.net import Judge, resized
 from ..workshop.judge.saved import load_judge
@@ -26,10 +27,9 @@ JUDGE = ROOT / "data/emoji/judge"
 def draw(corpus: Corpus, captions: list[str], seed: int) -> np.ndarray:
     """One picture a caption, uint8 [n, H, W, 3]; picture i starts from the noise of (seed, i)."""
     s, model = corpus.settings, corpus.model
-    how = Generation(s.gen_guidance_scale, s.gen_num_inference_steps, s.negative_prompt)
     seeds = range(seed * 100_003, seed * 100_003 + len(captions))
     x_T = torch.cat([initial_noise(model.latent_shape, i) for i in seeds])
-    parts = sample(model, captions, x_T, how, BATCH).split(BATCH)
+    parts = sample(model, captions, x_T, generation(s), BATCH).split(BATCH)
     return np.stack([np.asarray(picture) for x0 in parts for picture in model.decode(x0)])
 
 

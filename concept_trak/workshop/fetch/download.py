@@ -20,13 +20,14 @@ def add_parser(verbs: Any) -> None:
     """The two sub-commands. HF_TOKEN and HF_ENDPOINT are read from the environment only: flags show
     in the list of processes.
     """
-    abc = verbs.add_parser("download-abc", help="fetch and unpack the AbC benchmark's assets")
+    says = "Fetch and unpack the assets of the AbC benchmark."
+    abc = verbs.add_parser("download-abc", help=says, description=says)
     optional(abc, "--data-dir", str(ROOT / DATA_DIR), f"where to (default {DATA_DIR})")
     abc.add_argument("--parts", default="", help=f"which, of {' '.join(PARTS)} (default all)")
     abc.set_defaults(run=download_abc)
 
-    says = "fetch the released train gradients and make them a store"
-    grad = verbs.add_parser("download-train-grad", help=says)
+    says = "Fetch the released train gradients and make them a store."
+    grad = verbs.add_parser("download-train-grad", help=says, description=says)
     optional(grad, "--hf-repo-id", SOURCE, f"default {SOURCE}")
     grad.add_argument("--repo-type", default="dataset", choices=("dataset", "model", "space"))
     says = f"folder below --grad-root (default {SETTINGS_NAME})"

@@ -16,12 +16,24 @@ from ...flags import add_setting_flags, boolean, settings_of
 from ...settings import TOKEN, Settings
 from .settings import TokenSettings
 
+# Stages and fields of `Settings` that its help shows.
+USES = (
+    "tasks",
+    "prompt",
+    "seed",
+    "batch_size",
+    "data_dir",
+    "results_dir",
+    "model",
+    "device",
+    "gpu_id",
+)
+
 
 def add_parser(verbs: Any) -> None:
-    """The sub-command `train-token`: its own flags, and every flag of `Settings`."""
-    sub = verbs.add_parser(
-        "train-token", help="learn a token such as <new1> from a few pictures (Textual Inversion)"
-    )
+    """The sub-command `train-token`: its own flags, and those of `Settings` that bear on it."""
+    says = "Learn a token such as <new1> from a few pictures (Textual Inversion)."
+    sub = verbs.add_parser("train-token", help=says, description=says)
     default, flag = TokenSettings(), sub.add_argument
     source = "a folder or picture files; without it the exemplars of the tasks --task-idx"
     flag("--images", nargs="+", help=source)
@@ -35,7 +47,7 @@ def add_parser(verbs: Any) -> None:
     flag("--random-flip", type=boolean, default=default.random_flip, help=flip)
     folder = "for the token, its record and checkpoint (default: tokens, beside RESULTS_DIR)"
     flag("--out-dir", help=folder)
-    add_setting_flags(sub)
+    add_setting_flags(sub, USES)
     sub.set_defaults(run=run)
 
 
