@@ -2,6 +2,7 @@
 the cores.
 """
 
+import errno
 import json
 
 import numpy as np
@@ -154,3 +155,13 @@ def tiny_model(tiny_pipeline):
     from concept_trak.models.text_to_image import load_pipeline
 
     return load_pipeline(str(tiny_pipeline))
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """No byte reaches the disk any more: what is written is refused when it is synced."""
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("concept_trak.files.os.fsync", full)

@@ -15,6 +15,7 @@ FOUNDATION = (
     "registry",
     "settings",
     "files",
+    "reading",
     "parsing",
     "flags",
 )  # which every room may use

@@ -1,0 +1,167 @@
+"""One reader a format for every file that the program reads. Whatever is wrong with a file is one
+line that names it and what mends it; nothing here can run code.
+
+`mend` ends the message: "make it again with run_prepare.sh".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+NPY_MAGIC = b"\x93NUMPY"
+NAME_BYTES = 255  # of a file's name, on every common disk
+
+
+def inside(root: Path, name: Any, what: str) -> Path:
+    """root/name for a name that comes from outside: a listing, an archive, metadata, a record.
+
+    what: whose name it is, for the message. UserError for a name that is no text, is empty, or
+    leads out of `root` once links are followed.
+    """
+    mend = "it must name something below that folder; mend it, or get it from a source you trust"
+    shown = repr(name) if len(repr(name)) < 120 else repr(name)[:116] + "..."
+    if not isinstance(name, str) or not name.strip() or "\0" in name or _too_long(name):
+        raise UserError(f"{what} {shown} is no path below {root}: {mend}")
+    try:
+        base, path = Path(root).resolve(), (Path(root) / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
+        raise UserError(f"{what} {shown} cannot be followed ({error}): {mend}") from None
+    if path == base or not path.is_relative_to(base):
+        raise UserError(f"{what} {shown} lies outside {root}: {mend}")
+    return Path(root) / name
+
+
+def _too_long(name: str) -> bool:
+    return any(len(part.encode(errors="replace")) > NAME_BYTES for part in name.split("/"))
+
+
+@contextlib.contextmanager
+def named(path: Path, mend: str) -> Iterator[None]:
+    """An OSError while a file is read becomes a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {mend}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder where a file should be; {mend}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {mend}") from None
+
+
+def checked_file(path: Path, mend: str) -> int:
+    """Bytes of a regular file. UserError for one that is missing, empty, or no file."""
+    with named(path, mend):
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file; {mend}")
+    if not found.st_size:
+        raise UserError(f"{path} is empty; {mend}")
+    return found.st_size
+
+
+def read_text(path: Path, mend: str) -> str:
+    """UTF-8 text, a byte order mark left out. UserError as `checked_file`."""
+    checked_file(path, mend)
+    with named(path, mend):
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); {mend}") from None
+    if "\0" in text:
+        raise UserError(f"{path} is not text (it holds a zero byte); {mend}")
+    return text
+
+
+def parse_json(text: str | bytes, what: object, mend: str, kind: type = object) -> Any:
+    """A JSON value of type `kind`; NaN and Infinity, which JSON does not know, are refused."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        value = json.loads(text, parse_constant=refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{what} is not JSON ({reason}); {mend}") from None
+    if not isinstance(value, kind):
+        wanted = {"dict": "an object", "list": "a list"}.get(kind.__name__, kind.__name__)
+        raise UserError(f"{what} is not {wanted} but {type(value).__name__}; {mend}")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is too large a number")
+    return value
+
+
+def read_json(path: Path, mend: str, kind: type = dict) -> Any:
+    """The JSON value of a file. UserError as `read_text` and `parse_json`."""
+    return parse_json(read_text(path, mend), path, mend, kind)
+
+
+def read_npy(path: Path, mend: str, dims: int | None = None, mmap: bool = False) -> np.ndarray:
+    """An .npy of numbers, in the machine's byte order unless memory-mapped.
+
+    dims: of the array, if they are known. UserError for a header that is none, promises more than
+    the file holds, or is of another kind.
+    """
+    import numpy as np  # here: a start that reads no array needs none
+
+    size = checked_file(path, mend)
+    with named(path, mend), open(path, "rb") as file:
+        if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
+            raise UserError(f"{path} is not an .npy file; {mend}")
+        file.seek(0)
+        try:
+            version = np.lib.format.read_magic(file)
+            reader = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
+            shape, _, dtype = getattr(np.lib.format, reader)(file)
+        except Exception as error:  # noqa: BLE001 - whatever the header's text makes numpy raise
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{path} has a damaged header ({reason}); {mend}") from None
+        wanted = file.tell() + math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or dtype.kind not in "fiub":
+        raise UserError(f"{path} holds {dtype}, not numbers; {mend}")
+    if size != wanted or min(shape, default=1) < 0:
+        raise UserError(f"{path} is truncated or damaged: {size} bytes, not {wanted}; {mend}")
+    if dims is not None and len(shape) != dims:
+        raise UserError(f"{path} has {len(shape)} dimensions, not {dims}; {mend}")
+    with named(path, mend):
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    return array if mmap else array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def read_safetensors(path: Path, mend: str) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a file. UserError for one that is none or holds a value that is not
+    finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    checked_file(path, mend)
+    with named(path, mend):
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{path} is not a safetensors file ({reason}); {mend}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise UserError(f"{path}: {name} holds a NaN or infinite value; {mend}")
+    return tensors
