@@ -62,7 +62,12 @@ def _claimed(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
     """(a new name beside `path`, what `make` opened of that name, locked)."""
     while True:
         part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}{PART}")
-        fd = make(part)
+        try:
+            fd = make(part)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            continue
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:  # else another writer took it for an orphan before it was locked
             return part, fd
