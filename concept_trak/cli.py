@@ -5,11 +5,15 @@ one line for a user's mistake.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +137,9 @@ def run_export(folder: str, kind: str, settings: Settings, device: str) -> None:
 
     export(open_store(Corpus(settings, device)), Path(folder), kind)
     print(f"exported: {os.path.relpath(folder)}")
+
+
+LINE = 1000  # characters of a message, whatever it quotes
 
 
 @dataclass(frozen=True)
@@ -290,14 +297,56 @@ def run_with_settings(run: Callable[[Settings, str], None], arguments: argparse.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point: 0, or 2 with one line on standard error for a UserError."""
+    """Entry point: 0, or 2 with one line on standard error for a UserError, and for what the
+    system refuses: a file, memory.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        arguments = parser().parse_args(argv)
-        arguments.run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with ended_by_sigterm():
+            arguments = parser().parse_args(argv)
+            arguments.run(arguments)
+    except (UserError, OSError, MemoryError, UnicodeError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # torch has no class of its own for the CPU's
+        if "memory" not in str(error):
+            raise
+        print(f"error: {one_line(MemoryError(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds like an interrupt, so that what was started is ended and half-made files are
+    removed.
+    """
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong and what mends it, in a line of bounded length."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        text = f"out of memory ({text}); set BATCH_SIZE, PROJ_DIM or MAX_MEMORY lower"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}; mend that and run again"
+    elif not isinstance(error, UserError):
+        text = f"{text or type(error).__name__}; mend that and run again"
+    return text if len(text) <= LINE else f"{text[: LINE // 2]} ... {text[-LINE // 2 :]}"

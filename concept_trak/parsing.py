@@ -48,6 +48,8 @@ class Option:
 
     def check(self, variable: str, value: Any) -> None:
         """UserError for a value that is not allowed; it names the variable and the remedy."""
+        if isinstance(value, str):
+            refuse_no_text(variable, value)
         if self.choices and value not in self.allowed():
             raise UserError(unknown(variable, value, self.allowed()))
         if isinstance(value, float) and not math.isfinite(value):
@@ -61,6 +63,14 @@ class Option:
             raise UserError(f"{variable}={value} is out of range; give at least {self.low}{upper}")
         if self.parse is not None:
             self.parse(value)
+
+
+def refuse_no_text(variable: str, value: str) -> None:
+    """UserError for a text that is none: bytes that are no UTF-8, or a control character."""
+    if bad := [
+        c for c in value if (ord(c) < 32 and c not in "\t\n\r") or 0xD800 <= ord(c) < 0xE000
+    ]:
+        raise UserError(f"{variable} holds {bad[0]!r}, which is no character of a text; remove it")
 
 
 def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:

@@ -125,12 +125,11 @@ def other_pipeline(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "other", seed=1)
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
+def save_tiny_data(root):
     """Twelve labelled 8x8 pictures, object x style; the cell (cat, blob) is held out."""
     from PIL import Image
 
-    root = tmp_path_factory.mktemp("data")
+    root.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(0), []
     for name, style in [(o, s) for o in OBJECTS for s in STYLES]:
         file_name = f"{style}-{name}.png"
@@ -148,6 +147,11 @@ def tiny_data(tmp_path_factory):
         )
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    return save_tiny_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

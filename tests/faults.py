@@ -1,0 +1,309 @@
+"""The fault table: a finished little project, one thing wrong with it, one run of the program.
+
+What must hold of every case: the exit is 0 or 2 and never a traceback; at 2 there is one line that
+begins with "error:"; at 0 after a damaged *file* the result is that of the undamaged one; and no
+file of the project but the damaged one (and what that run is there to write) has changed.
+
+    python tests/faults.py [--every N] [--only CLASS]     prints counts by class as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+TEXTS = (
+    *("", " ", "0", "-1", "1", "3.5", "1e400", "nan", "inf", "-inf", "1e-30", "\u0663", "true"),
+    *("a" * 5000, "\udcff", "caf\u00e9", "../../x", "\n", "/dev/null", "/", "1,2", "--prompt"),
+    *("%s", "{}", "9" * 30, "9" * 5000, "0x10", "1_0", "|", ",", "-", "~", "$HOME", "\0", "a\tb"),
+    *("cat|cat", "cat,cat", "auto", "cuda:99", "3-1", "0-99999999999"),
+)
+# a legal value of these asks for work without end, or for another machine
+LARGE = ("epochs", "gen_num_inference_steps", "gpu_ids", "nfe")
+
+
+def spoil_missing(path: Path) -> None:
+    path.unlink()
+
+
+def spoil_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def spoil_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def spoil_noise(path: Path) -> None:
+    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+
+
+def spoil_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 16
+    path.write_bytes(content)
+
+
+def spoil_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def spoil_type(path: Path) -> None:
+    path.write_bytes(b"[1, 2]\n")
+
+
+def spoil_zip(path: Path) -> None:
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+
+
+def spoil_encoding(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe" + path.read_bytes())
+
+
+def spoil_longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(7))
+
+
+def spoil_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def spoil_numbers(path: Path) -> None:
+    """Every number of a JSON file becomes one that makes no sense; of other files, a NaN."""
+    if path.suffix not in (".json", ".jsonl"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-8] + b"\xff" * 8)
+        return
+    text = path.read_text()
+    path.write_text("".join("-7e9" if c.isdecimal() and i % 3 else c for i, c in enumerate(text)))
+
+
+def spoil_nulls(path: Path) -> None:
+    """Every value of a JSON object becomes null."""
+    try:
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps(dict.fromkeys(known)))
+    except (ValueError, TypeError):
+        path.write_bytes(b"null")
+
+
+SPOIL: tuple[Callable[[Path], None], ...] = (
+    *(spoil_missing, spoil_empty, spoil_half, spoil_noise, spoil_bit, spoil_folder, spoil_type),
+    *(spoil_zip, spoil_encoding, spoil_longer, spoil_link, spoil_numbers, spoil_nulls),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing wrong. kind: its class. same: whether a run that succeeds must give the same."""
+
+    kind: str
+    name: str
+    verb: str
+    flags: dict[str, object]
+    spoil: Callable[[Path], None] | None = None
+    file: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a case came to: ok, or what did not hold."""
+
+    case: Case
+    fault: str
+    told: str
+
+
+class Project:
+    """A pipeline, pictures, their store, encoded pictures, their store, an answer to each."""
+
+    def __init__(self, root: Path) -> None:
+        from conftest import save_tiny_data, save_tiny_pipeline
+
+        self.root, self.home = root / "project", root
+        save_tiny_pipeline(self.root / "pipeline")
+        save_tiny_data(self.root / "data")
+        self.flags = {
+            "sd_model_path": self.root / "pipeline",
+            "data_dir": self.root / "data",
+            "grad_dir": self.root / "grads",
+            "results_dir": self.root / "results",
+            "prompt": "a cat in the style of blob",
+            "target_concepts": "cat,blob",
+            **{"proj_dim": 32, "num_split": 2, "nfe": 3, "gen_num_inference_steps": 4},
+            **{"epochs": 2, "batch_size": 4, "top_k": 3, "device": "cpu"},
+        }
+        encoded = {"data_dir": self.root / "encoded", "grad_dir": self.root / "grads_encoded"}
+        self.encoded = self.flags | encoded | {"results_dir": self.root / "results_encoded"}
+        source = {"source_dir": self.root / "data"}
+        for verb, flags in (
+            ("train-grad", self.flags),
+            ("attribute", self.flags),
+            ("prepare", self.encoded | source),
+            ("train-grad", self.encoded),
+            ("attribute", self.encoded),
+        ):
+            code, told = call(verb, flags)
+            assert code == 0, told
+        shutil.copytree(self.root, self.home / "whole", symlinks=True)
+        self.clean = self.content()
+        (self.home / "elsewhere").mkdir()
+
+    def restore(self) -> None:
+        """The project as it was built."""
+        shutil.rmtree(self.root)
+        shutil.copytree(self.home / "whole", self.root, symlinks=True)
+
+    def content(self) -> dict[str, str]:
+        """{file: digest} of the whole project."""
+        found = {}
+        for path in sorted(self.root.rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                found[str(path.relative_to(self.root))] = hashlib.sha256(content).hexdigest()
+        return found
+
+    def run(self, case: Case) -> Outcome:
+        """The outcome; the project is restored."""
+        try:
+            if case.spoil:
+                case.spoil(self.root / case.file)
+            os.chdir(self.home / "elsewhere")
+            before, begun = self.content(), time.time()
+            try:
+                code, told = call(case.verb, case.flags)
+            except BaseException as error:  # noqa: BLE001 - that is what is looked for
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(last.filename).name}:{last.lineno}"
+                said = f"{type(error).__name__}: {str(error)[:200]} at {where}"
+                return Outcome(case, "traceback", said)
+            return Outcome(case, self.fault(case, code, told, before, begun), told)
+        finally:
+            self.restore()
+
+    def fault(self, case: Case, code: int, told: str, before: dict[str, str], begun: float) -> str:
+        """What did not hold; empty if all did."""
+        lines = [line for line in told.splitlines() if line.startswith("error:")]
+        if code not in (0, 2):
+            return f"exit {code}"
+        if code == 2 and (len(lines) != 1 or not told.rstrip().endswith(lines[0])):
+            return "not one line"
+        if code == 2 and len(lines[0]) > 1500:
+            return "endless line"
+        if time.time() - begun > 20:
+            return "slow"
+        after = self.content()
+        lost = [f for f in before if f not in after and not f.startswith("results")]
+        lost = [f for f in lost if ".part" not in f and not related(f, case.file)]
+        if lost:
+            return f"lost {lost[0]}"
+        if case.spoil and code == 0 and not self.same(after):
+            return "silent change"
+        return ""
+
+    def same(self, after: dict[str, str]) -> bool:
+        """Whether no ranking, picture or row is there that the clean project does not have."""
+        return said(after) <= said(self.clean)
+
+
+def said(content: dict[str, str]) -> set[tuple[str, str]]:
+    """(name, digest) of the files that say what came out."""
+    names = ("topk-prompts", "query.png", "train_grad-", "concept_grad.npy")
+    files = {(Path(f).name, digest) for f, digest in content.items() if ".part" not in f}
+    return {f for f in files if f[0].startswith(names) and not f[0].endswith(".json")}
+
+
+def related(one: str, other: str) -> bool:
+    """Files of one store or one cache: they go together."""
+    return bool(other) and Path(one).parent == Path(other).parent
+
+
+def call(verb: str, flags: dict[str, object]) -> tuple[int, str]:
+    """(exit code, standard error) of a verb in this process."""
+    from concept_trak import cli
+
+    argv = [verb, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
+    errors = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    outputs = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(outputs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                code = cli.main(argv)
+            except SystemExit as left:
+                code = left.code if isinstance(left.code, int) else 1
+    errors.flush()
+    return code, errors.buffer.getvalue().decode()
+
+
+def cases(project: Project) -> Iterator[Case]:
+    """All of them."""
+    from concept_trak.settings import flat_fields
+
+    known = {field.name: field.type for field in flat_fields()}
+    for name in known:
+        for i, text in enumerate(TEXTS):
+            if name in LARGE and len(text) > 3:
+                continue
+            flags = project.flags | {name: text}
+            yield Case("variables", f"{name}={text[:20]!r} #{i}", "attribute", flags)
+    files = [f for f in project.clean if "/logs/" not in f]
+    for file in files:
+        top = file.split("/")[0]
+        encoded = top in ("encoded", "grads_encoded", "results_encoded")
+        flags = project.encoded if encoded else project.flags
+        for spoil in SPOIL:
+            how = spoil.__name__.removeprefix("spoil_")
+            kind = f"files of {top}"
+            yield Case(kind, f"{file} {how}", "attribute", flags, spoil, file)
+            if top in ("grads", "grads_encoded"):
+                yield Case(kind, f"{file} {how} train-grad", "train-grad", flags, spoil, file)
+            if top == "encoded":
+                again = flags | {"source_dir": project.root / "data"}
+                yield Case(kind, f"{file} {how} prepare", "prepare", again, spoil, file)
+
+
+def main() -> None:
+    """Run every n-th case and print what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--show", type=int, default=1000)
+    options = parser.parse_args()
+    counts: dict[str, Counter] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        project = Project(Path(folder))
+        chosen = [c for c in cases(project) if options.only in c.kind][:: options.every]
+        for case in chosen:
+            outcome = project.run(case)
+            short = outcome.fault.split(" ")[0] or "held"
+            counts.setdefault(case.kind, Counter())[short] += 1
+            if outcome.fault and options.show:
+                told = " ".join(outcome.told.split())[-300:]
+                print(f"{case.kind} | {case.name} | {outcome.fault} | {told}", flush=True)
+    total = sum(counts.values(), Counter())
+    print(json.dumps({**{k: dict(v) for k, v in counts.items()}, "all": dict(total)}))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
