@@ -1,0 +1,86 @@
+"""A verb that is killed at a chosen moment: right before its n-th change to the disk.
+
+The moments are counted by an audit hook in a forked child, so that the same verb meets the same
+ones again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHANGES = {
+    *("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink"),
+    *("os.link", "shutil.rmtree", "shutil.move"),
+}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["diffusers", "transformers", "peft", "kills"])
+
+
+def count_changes(below: Path, at: int, tell: Callable[[int], None]) -> None:
+    """From now on count the changes below a folder; the process dies before number `at`."""
+    root, seen = str(below), 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in CHANGES or (event == "open" and not arguments[2] & WRITING):
+            return
+        names = [a for a in arguments[:2] if isinstance(a, str | bytes | os.PathLike)]
+        if not any(os.fsdecode(name).startswith(root) for name in names):
+            return
+        seen += 1
+        tell(seen)
+        if seen == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def child(argv: list[str], below: Path, at: int, told: Path) -> None:
+    """A verb in a process of its own; what it prints goes to the file `told`, too."""
+    from concept_trak import cli
+
+    out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    counter = os.open(told.with_suffix(".count"), os.O_WRONLY | os.O_CREAT)
+    count_changes(below, at, lambda n: os.pwrite(counter, n.to_bytes(4, "little"), 0) and None)
+    sys.exit(cli.main(argv))
+
+
+def run(argv: list[str], below: Path, at: int = 0) -> tuple[int, int, str]:
+    """(exit code, or minus the signal; changes to the disk; what was printed) of a verb.
+
+    Its process is forked from one that has imported everything and computed nothing: torch's
+    threads do not live through a fork.
+    """
+    told = below.parent / "told.txt"
+    process = SERVER.Process(target=child, args=(argv, below, at, told))
+    process.start()
+    process.join(120)
+    changes = int.from_bytes(told.with_suffix(".count").read_bytes(), "little")
+    return process.exitcode, changes, told.read_text(errors="replace")
+
+
+def content(folder: Path) -> dict[str, str]:
+    """{path: digest} of the files that have their final name; what is being written is left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and ".part" not in name and ".download" not in name:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def moments(changes: int, count: int) -> list[int]:
+    """Up to `count` of the numbers 1 to `changes`, evenly spread."""
+    return sorted({1 + i * (changes - 1) // max(1, count - 1) for i in range(count)})
