@@ -13,7 +13,8 @@ import torch
 from scipy.linalg.blas import dsymv
 
 from ..errors import UserError
-from ..files import atomic
+from ..files import disk_errors
+from ..store.cached import keep, read_cached
 from ..store.shards import Store
 from .preconditioner import Budget
 
@@ -103,12 +104,13 @@ def gram(store: Store, budget: Budget) -> torch.Tensor:
         raise UserError(
             f"K takes {4 * values / 2**30:.1f} GiB: raise max_memory or use krylov_rows"
         )
-    path = gram_path(store, dtype)
-    if budget.cache and path.exists():
-        return torch.from_numpy(np.load(path, allow_pickle=False)).to(budget.device)
+    path, identity = gram_path(store, dtype), {"store": store.checksum, "dtype": str(dtype)}
+    known = read_cached(path, identity) if budget.cache else None
+    if known is not None and known.shape == (store.dim, store.dim):
+        return torch.from_numpy(known).to(budget.device)
     kernel = compute_gram(store, dtype, memory, budget.device)
     if budget.cache:
-        _save_gram(path, kernel)
+        _save_gram(path, identity, kernel)
     return kernel
 
 
@@ -147,13 +149,14 @@ def compute_gram(
     return kernel
 
 
-def _save_gram(path: Path, kernel: torch.Tensor) -> None:
+def _save_gram(path: Path, identity: dict, kernel: torch.Tensor) -> None:
     """A cache that cannot be written costs time, not the result."""
     try:
-        with atomic(path) as file:
-            np.save(file, kernel.cpu().numpy(), allow_pickle=False)
-            for old in path.parent.glob("gram-*.npy"):
-                old.unlink()
+        with disk_errors(path):
+            for old in path.parent.glob("gram-*"):
+                if old.stem != path.stem:
+                    old.unlink()
+        keep(path, identity, kernel.cpu().numpy())
     except UserError as error:
         reason = getattr(error.__cause__, "strerror", None) or error
         warnings.warn(f"the Gram matrix could not be cached at {path}: {reason}", stacklevel=2)

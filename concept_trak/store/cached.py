@@ -10,31 +10,50 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import atomic, disk_errors, sha256_file, write_json
+from ..reading import read_json, read_npy
 from .encoding import npy_header
+
+MEND = "it is made again"
 
 
 def cached_array(
     path: Path, identity: dict, compute: Callable[[], np.ndarray], force: bool = False
 ) -> np.ndarray:
-    """`path` (.npy, float32) if the .json beside it says that it was made from `identity`; else
-    compute it and keep it.
+    """`path` (.npy, float32) if the .json beside it says that it was made from
+    `identity` and holds these very values; else compute it and keep it.
 
     The record is removed before the array changes and written after, so the two never disagree.
     UserError for a NaN, a full disk.
     """
-    record, wanted = path.with_suffix(".json"), json.loads(json.dumps(identity))
-    if not force and path.exists() and record.exists():
-        known = json.loads(record.read_text())
-        if known.get("identity") == wanted and known.get("sha256") == sha256_file(path):
-            return np.load(path, allow_pickle=False)
+    if not force and (known := read_cached(path, identity)) is not None:
+        return known
+    array = np.asarray(compute())
     array = np.asarray(compute(), dtype="<f4", order="C")
     if not np.isfinite(array).all():
         raise UserError(f"the gradient for {path.name} is NaN or infinite; use DTYPE=fp32")
+    keep(path, identity, array)
+    return array
+
+
+def read_cached(path: Path, identity: dict) -> np.ndarray | None:
+    """The array that was kept for `identity`; None if there is none, or it is not whole."""
+    try:
+        record = read_json(path.with_suffix(".json"), MEND)
+        if record.get("identity") != json.loads(json.dumps(identity)):
+            return None
+        array = read_npy(path, MEND)
+        return array if record.get("sha256") == sha256_file(path) else None
+    except (UserError, OSError):
+        return None
+
+
+def keep(path: Path, identity: dict, array: np.ndarray) -> None:
+    """Write an array (little-endian, C order) and its record. UserError for a full disk."""
+    record = path.with_suffix(".json")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
     with atomic(path) as file:  # by hand: np.save does not say that the disk is full
         file.write(npy_header(array.dtype, array.shape))
         file.write(array.data)
-    write_json(record, {"identity": wanted, "sha256": sha256_file(path)})
-    return array
+    write_json(record, {"identity": identity, "sha256": sha256_file(path)})

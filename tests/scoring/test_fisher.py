@@ -12,6 +12,7 @@ from concept_trak.scoring.fisher import BlockFisher, FullFisher, choose_method, 
 from concept_trak.scoring.krylov import shifted_solve
 from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.scores import scores
+from concept_trak.store import cached
 from concept_trak.store.shards import Layout, Store
 
 DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
@@ -186,7 +187,7 @@ def test_gram_is_cached_under_the_stores_checksum(tmp_path, monkeypatch):
     rows = synthetic(50, 20)
     store = make(tmp_path, rows)
     first = precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram")
-    cached = list(tmp_path.glob("gram-*"))
+    cached = list(tmp_path.glob("gram-*.npy"))
     assert [path.name for path in cached] == [f"gram-float64-{store.checksum[:16]}.npy"]
     monkeypatch.setattr(gram, "compute_gram", None)  # a second computation would raise
     np.testing.assert_array_equal(
@@ -194,14 +195,30 @@ def test_gram_is_cached_under_the_stores_checksum(tmp_path, monkeypatch):
     )
 
 
-def test_gram_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, monkeypatch):
+@pytest.mark.parametrize("spoilt", ["noise", "truncated", "record", "no record", "of another"])
+def test_a_gram_cache_that_is_not_the_one_that_was_made_is_made_again(tmp_path, spoilt):
     rows = synthetic(50, 20)
     store = make(tmp_path, rows)
+    kernel = gram.gram(store, Budget()).numpy().copy()
+    (path,) = tmp_path.glob("gram-*.npy")
+    if spoilt == "noise":
+        np.save(path, np.random.default_rng(0).normal(size=kernel.shape))
+    elif spoilt == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif spoilt == "record":
+        path.with_suffix(".json").write_text("[1]")
+    elif spoilt == "no record":
+        path.with_suffix(".json").unlink()
+    else:
+        cached.keep(path, {"store": "another", "dtype": "torch.float64"}, 2 * kernel)
+    np.testing.assert_array_equal(gram.gram(store, Budget()).numpy(), kernel)
+    np.testing.assert_array_equal(np.load(path), kernel)
 
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gram.np, "save", full)
+def test_gram_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, request):
+    rows = synthetic(50, 20)
+    store = make(tmp_path, rows)
+    request.getfixturevalue("full_disk")
     with pytest.warns(UserWarning, match="could not be cached"):
         found = precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_gram")
     assert_close(found, direct(rows, queries_for(rows)), 1e-6)
