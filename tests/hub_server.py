@@ -29,6 +29,7 @@ class HubServer(ThreadingHTTPServer):
     Faults: cut:N (connection closed after N bytes), wrong (a changed byte), whole (all of it, even
     if a range was asked for), status:N, status:429 with Retry-After 1, limited:N (429 with the rest
     of the rate limit's window), truncate:N (the file ends there, for good manners and for all),
+    longer:N (N bytes more),
     missing (404). A last fault with a trailing "!" stays for ever.
     """
 
@@ -38,6 +39,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.faults, self.log = {}, {}, []
         self.token, self.lock = None, threading.Lock()
+        # (entries, address of the next page, of this) -> (entries, address) that are sent instead
+        self.change_page = None
         self.sha256 = {}  # path -> sha256 to claim instead of the true one
 
     @property
@@ -135,13 +138,13 @@ class Handler(BaseHTTPRequestHandler):
         if first == 0:
             entries.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": "a folder"})
         here = f"{self.server.url}{urlparse(self.path).path}"
-        more = {"Link": f'<{here}?recursive=true&cursor={first + PAGE}>; rel="next"'}
-        self.answer(
-            200,
-            json.dumps(entries).encode(),
-            Content_Type="application/json",
-            **(more if first + PAGE < len(paths) else {}),
+        following = (
+            f"{here}?recursive=true&cursor={first + PAGE}" if first + PAGE < len(paths) else ""
         )
+        if self.server.change_page:
+            entries, following = self.server.change_page(entries, following, here)
+        more = {"Link": f'<{following}>; rel="next"'} if following else {}
+        self.answer(200, json.dumps(entries).encode(), Content_Type="application/json", **more)
 
     def entry(self, path, data):
         found = {"type": "file", "oid": git_sha1(data), "size": len(data), "path": path}
@@ -184,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
             data = bytes([data[0] ^ 1]) + data[1:]
         if kind == "truncate":
             data = data[: int(number)]
+        if kind == "longer":
+            data = data + bytes(int(number))
         if start >= len(data) > 0:
             return self.answer(416, Content_Range=f"bytes */{len(data)}")
         etag = {"ETag": f'"{git_sha1(data)}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}

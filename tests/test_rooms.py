@@ -16,6 +16,7 @@ FOUNDATION = (
     "settings",
     "files",
     "reading",
+    "network",
     "parsing",
     "flags",
 )  # which every room may use

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ...errors import UserError
+from ...reading import inside
 from .archives import find_tool, unpack, unpacked_size, volumes
 from .folder import DownloadFolder, FileJob
 from .hub import RemoteFile, Repo
@@ -146,6 +147,9 @@ def unpack_part(folder: DownloadFolder, part: Part, paths: list[str], tool: str)
     folder.need(sum(sizes), f"unpacking {part.name}")
     for first, size in zip(firsts, sizes, strict=True):
         unpack(first, unpacked, size, tool)
+    for path in unpacked.rglob("*"):
+        if path.is_symlink():
+            inside(unpacked, str(path.relative_to(unpacked)), f"a link in {part.name}'s archive")
     names = {name.removesuffix(".7z") for name in archives}
     root = content_root(unpacked, {part.name, part.into} | names | INNER_NAMES)
     entries = sorted(root.iterdir())

@@ -63,6 +63,12 @@ def _fill(file: RemoteFile, out: FileIO, meter: Meter, stop: threading.Event) ->
             for offset, chunk in file.content(have if have < file.size else 0):
                 if stop.is_set():
                     raise Stopped
+                if offset + len(chunk) > file.size:
+                    out.truncate(0)
+                    raise UserError(
+                        f"{file.path}: {file.repo.endpoint} sends more than the {file.size} bytes "
+                        "that it lists; run again, or check HF_ENDPOINT and the proxy"
+                    )
                 with disk_errors(Path(out.name)):
                     if offset < have:
                         out.truncate(offset)

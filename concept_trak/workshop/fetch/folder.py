@@ -11,7 +11,6 @@ not know is ever overwritten.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ...files import disk_errors, write_json
+from ...reading import inside, read_json
 from .fetching import fetch, has_digest, in_parallel
 from .hub import RemoteFile
 from .progress import bytes_bar, human, say
@@ -44,6 +44,10 @@ class DownloadFolder:
         self.hidden = self.root / ".download"
         self.record = {"files": {}, "parts": {}, "moves": {}}
 
+    def at(self, path: str) -> Path:
+        """A path of a listing, an archive or the record: below the folder, whatever it says."""
+        return inside(self.root, path, "the download's file")
+
     def __enter__(self) -> DownloadFolder:
         with disk_errors(self.hidden):
             (self.hidden / "incoming").mkdir(parents=True, exist_ok=True)
@@ -67,15 +71,25 @@ class DownloadFolder:
             pass  # a network disk without locks: then it is up to the user
 
     def _read_record(self) -> None:
+        mend = "remove it: files found complete are not fetched again"
+        path = self._record_path
+        if not os.path.lexists(path):
+            return
+        known = read_json(path, mend)
         try:
-            self.record |= json.loads(self._record_path.read_text())
-        except FileNotFoundError:
-            pass
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(
-                f"{self._record_path} cannot be read ({error}); remove it: files found complete "
-                "are not fetched again"
-            ) from None
+            for name, kept in known["files"].items():
+                self.at(name)
+                if not isinstance(kept["size"], int) or not isinstance(kept["digest"], str):
+                    raise TypeError(f"a size or digest of {name!r}")
+            for paths in known["parts"].values():
+                for name in paths:
+                    self.at(name)
+            for moves in known["moves"].values():
+                for source, target in moves:
+                    self.at(source), self.at(target)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); {mend}") from None
+        self.record = known
 
     def __exit__(self, *_: object) -> None:
         os.close(self.lock)  # and with it the lock
@@ -92,7 +106,7 @@ class DownloadFolder:
     def is_recorded(self, path: str) -> bool:
         """Whether the file was verified when it came, and still has its size."""
         known = self.record["files"].get(path)
-        return known is not None and has_size(self.root / path, known["size"])
+        return known is not None and has_size(self.at(path), known["size"])
 
     def missing(self, jobs: list[FileJob]) -> list[FileJob]:
         """Those that are not here yet. A file that is here but not recorded is compared with the
@@ -102,7 +116,7 @@ class DownloadFolder:
         """
         left = []
         for file, path in jobs:
-            found = self.root / path
+            found = self.at(path)
             if self.is_recorded(path):
                 continue
             if not found.exists():
@@ -130,7 +144,7 @@ class DownloadFolder:
 
             def bring(job: FileJob, stop: threading.Event) -> None:
                 file, path = job
-                target = self.root / path
+                target = self.at(path)
                 with disk_errors(target):
                     target.parent.mkdir(parents=True, exist_ok=True)
                 fetch(file, self._part(path), target, bar.update, stop)
@@ -155,8 +169,7 @@ class DownloadFolder:
         """Whether the part was finished and nothing of it was removed since."""
         paths = self.record["parts"].get(name, [])
         return bool(paths) and all(
-            self.is_recorded(p) if p in self.record["files"] else (self.root / p).exists()
-            for p in paths
+            self.is_recorded(p) if p in self.record["files"] else self.at(p).exists() for p in paths
         )
 
     def finish_part(self, name: str, paths: list[str]) -> None:
@@ -180,17 +193,17 @@ class DownloadFolder:
             return
         moves = self.record["moves"][name]
         for source, target in moves:
-            if (self.root / source).exists():
-                with disk_errors(self.root / target):
-                    os.replace(self.root / source, self.root / target)
+            if self.at(source).exists():
+                with disk_errors(self.at(target)):
+                    os.replace(self.at(source), self.at(target))
         del self.record["moves"][name]
         self.finish_part(name, [target for _, target in moves])
 
     def refuse_foreign(self, name: str, path: str) -> None:
         """UserError if something has the final name already."""
-        if (self.root / path).exists():
+        if self.at(path).exists():
             raise UserError(
-                f"{self.root / path} is there, but {name} was not finished by this command or is "
+                f"{self.at(path)} is there, but {name} was not finished by this command or is "
                 f"not whole any more; move it away, or leave {name} out of PARTS"
             )
 

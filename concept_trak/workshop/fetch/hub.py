@@ -16,8 +16,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 from ...errors import UserError
+from ...network import refuse_offline
 from .progress import say
 
 TRIES = 5  # failures in a row, without a new byte, before giving up
@@ -25,6 +28,7 @@ WAIT = 1.0  # seconds after the first failure
 LONGER = 3  # times as long after each further one: 40 seconds in all
 CHUNK = 2**20  # bytes read at a time: what a cut connection loses at most
 LISTING_TIMEOUT = 60
+MAX_PAGES, MAX_FILES = 1000, 100_000  # of a listing: many times what a release has
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
@@ -111,29 +115,62 @@ class Repo:
             except network_errors() as error:
                 patience.endure(error)
             # a page that is no listing; or a name that is none
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{what}: {self.endpoint} does not answer as a hub does ({short(error)}); "
                     "check the name and HF_ENDPOINT"
                 ) from error
 
     def _listed(self, folder: str) -> list[RemoteFile]:
-        from huggingface_hub import HfApi, logging
-        from huggingface_hub.hf_api import RepoFile
+        """ValueError for a listing that does not end, or names what no repository can hold."""
+        from huggingface_hub import constants, get_session
 
-        logging.set_verbosity_error()  # warnings tear our bar; `Patience` tells what matters
-        api, kind = HfApi(endpoint=self.endpoint), {"repo_type": self.repo_type}
-        self.commit = api.repo_info(self.repo_id, timeout=LISTING_TIMEOUT, **kind).sha
-        entries = api.list_repo_tree(
-            self.repo_id, folder or None, recursive=True, revision=self.commit, **kind
-        )
-        return [
-            RemoteFile(
-                self, e.path, e.size, f"sha256:{e.lfs.sha256}" if e.lfs else f"git:{e.blob_id}"
+        if not constants.HF_HUB_OFFLINE:  # which the session says itself, better
+            refuse_offline(
+                self.endpoint, "connect, or set HF_ENDPOINT to a mirror; what is here is kept"
             )
-            for e in entries
-            if isinstance(e, RepoFile)
-        ]
+        root = f"{self.endpoint}/api/{self.repo_type}s/{self.repo_id}"
+        self.commit = self._page(get_session(), root)[0]["sha"]
+        if not isinstance(self.commit, str) or not re.fullmatch(r"[0-9a-f]{1,64}", self.commit):
+            raise ValueError("the commit is no hash")
+        url = f"{root}/tree/{self.commit}/{quote(folder)}".rstrip("/") + "?recursive=True"
+        found: dict[str, RemoteFile] = {}
+        pages: set[str] = set()
+        while url:
+            if url in pages or len(pages) >= MAX_PAGES or len(found) > MAX_FILES:
+                raise ValueError("its listing does not end")
+            pages.add(url)
+            entries, url = self._page(get_session(), url)
+            for entry in entries:
+                if entry["type"] == "file":
+                    file = self._checked(entry)
+                    if found.setdefault(file.path, file) is not file:
+                        raise ValueError(f"it lists {file.path!r} twice")
+        return list(found.values())
+
+    def _page(self, session: Any, url: str) -> tuple[Any, str]:
+        """(JSON, address of the next page or empty) of a page of the hub's own."""
+        from huggingface_hub.utils import hf_raise_for_status
+
+        response = session.get(url, headers=headers(0), timeout=LISTING_TIMEOUT)
+        hf_raise_for_status(response)
+        following = response.links.get("next", {}).get("url", "")
+        if following and urlsplit(following)[:2] != urlsplit(self.endpoint)[:2]:
+            raise ValueError("its listing goes on at another host")
+        return response.json(), following
+
+    def _checked(self, entry: dict[str, Any]) -> RemoteFile:
+        """An entry of the listing as a file; ValueError for one that cannot be."""
+        path, size, large = entry["path"], entry["size"], entry.get("lfs")
+        parts = path.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or "\0" in path or "\\" in path:
+            raise ValueError(f"it lists {path[:80]!r}, which is no path inside a repository")
+        kind, digest = ("sha256", large["oid"]) if large else ("git", entry["oid"])
+        if type(size) is not int or size < 0:
+            raise ValueError(f"it lists {path!r} with the size {size!r}")
+        if not re.fullmatch(r"[0-9a-f]{64}" if large else r"[0-9a-f]{40}", digest):
+            raise ValueError(f"it lists {path!r} without a checksum")
+        return RemoteFile(self, path, size, f"{kind}:{digest}")
 
 
 class Patience:

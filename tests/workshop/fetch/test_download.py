@@ -3,10 +3,12 @@ ends in a recovery or in one clear line.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -643,8 +645,115 @@ def test_without_an_endpoint_it_is_the_hub(endpoint, monkeypatch):
 
 
 def test_a_page_that_is_no_listing_is_one_line(abc, server, capfd, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: json.loads("<html>"))
+    monkeypatch.setattr(hub.Repo, "_page", lambda *_: json.loads("<html>"))
     assert "does not answer as a hub" in refused(capfd, abc, "json")
+
+
+def changed_entry(**changes):
+    """A listing whose first file is another one than it should be."""
+
+    def change(entries, following, _):
+        return [entries[0] | changes, *entries[1:]], following
+
+    return change
+
+
+OUTSIDE = ["json/test_x/../../../../evil.json", "../evil.json", "/tmp/evil.json", "json/test_/./a"]
+
+
+@pytest.mark.parametrize(
+    "path", [*OUTSIDE, "json//test_a", "", "json/test_\0", "json\\..\\a", 7, None]
+)
+def test_a_listing_that_names_a_path_outside_is_refused_before_anything_is_fetched(
+    path, abc, server, capfd, tmp_path
+):
+    server.change_page = changed_entry(path=path)
+    assert "does not answer as a hub" in refused(capfd, abc, "json")
+    assert not server.contents() and not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_link_in_the_folder_does_not_lead_a_download_out_of_it(abc, server, capfd, tmp_path):
+    abc.folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (abc.folder / "json").symlink_to(tmp_path / "elsewhere")
+    assert "lies outside" in refused(capfd, abc, "json")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"size": -1}, {"size": None}, {"size": 1e3}, {"size": True}, {"oid": "../x"}, {"lfs": []}]
+    + [{"lfs": {"oid": "0" * 63}}, {"type": 3}, {"oid": None}],
+    ids=str,
+)
+def test_an_entry_that_cannot_be_is_one_line(changes, abc, server, capfd):
+    server.change_page = changed_entry(**changes)
+    if "type" not in changes and changes != {"lfs": []}:
+        assert "does not answer as a hub" in refused(capfd, abc, "json")
+        assert not server.contents()
+    else:  # not a file; not a large one
+        assert abc("json") in (0, 2)
+
+
+NUMBERS = itertools.count()
+
+
+def to_itself(entries, _, here):
+    return entries, f"{here}?again"
+
+
+def without_end(entries, _, here):
+    number = next(NUMBERS)
+    return [entries[0] | {"path": f"json/{number}"}], f"{here}?cursor=0&n={number}"
+
+
+def empty_without_end(entries, _, here):
+    return [], f"{here}?cursor=0&n={next(NUMBERS)}"
+
+
+def elsewhere(entries, _, here):
+    return entries, here.replace("127.0.0.1", "localhost")
+
+
+@pytest.mark.parametrize("change", [to_itself, without_end, empty_without_end, elsewhere])
+def test_a_listing_that_does_not_end_or_leaves_the_hub_is_refused(
+    change, abc, server, capfd, monkeypatch
+):
+    monkeypatch.setattr(hub, "MAX_PAGES", 30)
+    server.change_page = change
+    told = refused(capfd, abc, "json")
+    assert "listing" in told or "twice" in told
+    assert len([kind for kind, *_ in server.log if kind == "tree"]) <= 31
+
+
+def test_more_bytes_than_listed_are_cut_off_at_once(abc, server, capfd):
+    server.faults["path_to_prompts.json"] = ["longer:100000!"]
+    assert "sends more than" in refused(capfd, abc, "json")
+    assert len(server.contents()) <= 3 and "path_to_prompts.json" not in files_in(abc.folder)
+    parts = abc.folder.glob(".download/incoming/path_to_prompts*")
+    assert all(part.stat().st_size == 0 for part in parts)
+
+
+def test_without_a_network_it_says_so_within_five_seconds(abc, server, capfd, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    begun = time.monotonic()
+    assert "error: offline: 127.0.0.1 cannot be reached" in refused(capfd, abc, "json")
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[]", "{}", "3", '{"files": {"../x": {"size": 1, "digest": ""}}, "parts": {}, "moves": {}}']
+    + ['{"files": {"x": 3}, "parts": {}, "moves": {}}', '{"files": {}, "parts": 3, "moves": {}}']
+    + ['{"files": {}, "parts": {}, "moves": {"json": [["a", "../b"]]}}', "\0", ""],
+)
+def test_a_record_that_is_none_or_leads_outside_is_one_line(record, abc, capfd):
+    (abc.folder / ".download").mkdir(parents=True)
+    (abc.folder / ".download/done.json").write_text(record)
+    assert "done.json" in (told := refused(capfd, abc, "json")) or "lies outside" in told
 
 
 def test_offline_mode_is_one_line(abc, server):
