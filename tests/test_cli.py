@@ -352,11 +352,7 @@ def test_unlabelled_pictures_of_ones_own_give_a_report_without_truths(flags, tin
     for path in pictures:
         (own / "images" / path.name).write_bytes(path.read_bytes())
     (own / "captions.txt").write_text("".join(f"a picture of {p.stem}\n" for p in pictures))
-    changes = {
-        "data_dir": own,
-        "prompt": "a zebra, painted by Monet",
-        "target_concepts": "zebra|Monet",
-    }
+    changes = {"data_dir": own, "prompt": "zebra, by Monet", "target_concepts": "zebra|Monet"}
     assert run("train-grad", flags, **changes) == run("attribute", flags, **changes) == 0
     assert list(flags["results_dir"].rglob("report.html"))
 
@@ -470,3 +466,24 @@ def test_an_interrupted_run_ends_with_status_130_and_one_line(monkeypatch, capsy
 def test_gpu_ids_left_in_the_environment_concern_the_train_gradients_alone(computed, flags):
     """A user who exported them for run_train_grad.sh goes on to attribute."""
     assert run("attribute", flags, gpu_ids="0 1") == 0
+
+
+LONG = "a cat with " + "very " * 12 + "in the style of blob"
+
+
+def test_a_target_that_the_text_encoder_does_not_read_is_refused(flags, capfd):
+    assert run("attribute", flags, prompt=LONG) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 1 and "'blob' is cut off" in told[0] and "in the style of blob" in told[0]
+    assert not flags["results_dir"].exists()
+
+
+def test_other_words_that_are_not_read_are_named_on_the_screen_and_in_the_report(flags, capfd):
+    assert run("train-grad", flags) == 0
+    prompt = "a cat in the style of blob " + "very " * 12 + "lost"
+    assert run("attribute", flags, prompt=prompt, target_concepts="cat") == 2  # no such style
+    flags |= {"prompt": "a cat " + "very " * 12 + "lost", "target_concepts": "cat"}
+    assert run("attribute", flags) == 0
+    assert "lost'" in (told := capfd.readouterr().err) and "is not read" in told
+    (page,) = flags["results_dir"].rglob("report.html")
+    assert "lost" in page.read_text().split("High score")[0].split("Warning")[1]

@@ -6,14 +6,16 @@ folders and a page of what it returns. A page, a service or a notebook asks here
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
+from ..errors import UserError
 from ..scoring.concept import ConceptResult
 from ..settings import DAMPINGS, as_dict, digest, provenance
 from . import prompts
@@ -30,7 +32,8 @@ class Answer:
 
     picture: the query. questions, concepts: one a target, in the order asked. dataset: of the N
     scored images. settings, provenance: JSON that made it. unseen: True if the prompt is a held-out
-    caption, False if a training one, None if neither.
+    caption, False if a training one, None if neither. warnings: what a reader must know, one
+    sentence each.
     """
 
     picture: Picture
@@ -40,6 +43,7 @@ class Answer:
     settings: dict[str, Any]
     provenance: dict[str, Any]
     unseen: bool | None
+    warnings: list[str] = field(default_factory=list)
 
 
 def answer(
@@ -53,6 +57,9 @@ def answer(
     targets = prompts.split_list(s.target_concepts)
     contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
     emoji.refuse_unknown(corpus.everything, s.prompt, targets)
+    warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     store = open_store(corpus)
     (picture,) = generated(corpus.model, s, [s.prompt], s.seed)
     asked = zip(targets, contrasts, strict=True)
@@ -70,7 +77,27 @@ def answer(
         "settings_hash": digest(as_dict(s)),
     }
     made, seen = provenance(), _unseen(corpus, s.prompt)
-    return Answer(picture, questions, concepts, corpus.train, recorded, made, seen)
+    return Answer(picture, questions, concepts, corpus.train, recorded, made, seen, warnings)
+
+
+def _cut(corpus: Corpus, targets: list[str], contrasts: list[str]) -> list[str]:
+    """What the text encoder does not read of the prompts, in a sentence each.
+
+    contrasts: c+ and c- of each target in turn. UserError for a target that is cut off.
+    """
+    s, model = corpus.settings, corpus.model
+    limit = f"the model reads {model.pipe.tokenizer.model_max_length - 2} tokens of a prompt"
+    for target, plus in zip(targets, contrasts[::2], strict=True):
+        for text in (s.prompt, plus):
+            lost, words = model.lost_words(text), text.split()
+            kept = words[: len(words) - len(lost.split())]
+            if not prompts.is_in(" ".join(kept), target):
+                raise UserError(
+                    f"the target concept {target!r} is cut off: {limit}, and {lost!r} does not "
+                    "fit; shorten PROMPT or move the concept to its front"
+                )
+    lost = {text: model.lost_words(text) for text in (s.prompt, *contrasts, s.negative_prompt)}
+    return [f"{words!r} of {text!r} is not read: {limit}" for text, words in lost.items() if words]
 
 
 def _unseen(corpus: Corpus, prompt: str) -> bool | None:

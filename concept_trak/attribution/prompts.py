@@ -30,13 +30,22 @@ def find_target(prompt: str, target: str) -> re.Match:
             "TARGET_CONCEPTS holds an empty concept; name words of the prompt, separated by ',' "
             "or '|'"
         )
-    match = re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", prompt, re.IGNORECASE)
+    match = _search(prompt, target)
     if match is None:
         raise UserError(
             f"target concept {target!r} is not in the prompt {prompt!r}; TARGET_CONCEPTS must "
             "name words of PROMPT"
         )
     return match
+
+
+def is_in(text: str, target: str) -> bool:
+    """Whether the target stands in a text as `find_target` finds it; blanks may be any."""
+    return _search(" ".join(text.split()), " ".join(target.split())) is not None
+
+
+def _search(text: str, target: str) -> re.Match | None:
+    return re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", text, re.IGNORECASE)
 
 
 def split_prompt(prompt: str, target: str) -> tuple[str, str]:

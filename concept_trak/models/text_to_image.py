@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from typing import Any
 
@@ -48,6 +49,23 @@ class TextToImage(NetworkDenoiser):
             prompts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         return Condition(self.pipe.text_encoder(tokens.to(self.device))[0].to(self.dtype))
+
+    def lost_words(self, prompt: str) -> str:
+        """The end of the prompt that `encode_prompts` cuts off, in whole words; empty if it fits.
+
+        A word that is cut in the middle is lost.
+        """
+        tokenizer = self.pipe.tokenizer
+        room = tokenizer.model_max_length
+
+        def fits(words: list[str]) -> bool:
+            return len(tokenizer(" ".join(words)).input_ids) <= room
+
+        words = prompt.split()
+        if fits(words):
+            return ""
+        kept = bisect.bisect_left(range(1, len(words) + 1), True, key=lambda n: not fits(words[:n]))
+        return " ".join(words[kept:])
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> torch.Tensor:

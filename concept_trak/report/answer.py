@@ -65,7 +65,9 @@ def write_answer(found: Answer, settings: Settings) -> Path:
         write_results(folder, concept, shown, render_leastk=s.render_leastk)
     report.mkdir(parents=True, exist_ok=True)
     page = report / "report.html"
-    write_report(page, s.prompt, found.concepts, shown, unseen=found.unseen)
+    write_report(
+        page, s.prompt, found.concepts, shown, unseen=found.unseen, warnings=found.warnings
+    )
     return page
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -71,12 +71,14 @@ def write_report(
     shown: Shown,
     *,
     unseen: bool | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write the page to `path` (its folder is made if missing).
 
     concepts: results over the same dampings, side by side; the fixed damping is shown first.
     unseen: True if the model was trained without this combination, False if with it, None if that
-    is not known. Raises UserError where the arguments do not fit together.
+    is not known. warnings: said before the scores. Raises UserError where the arguments do not fit
+    together.
     """
     _check(concepts, shown)
     fixed = concepts[0].damping_index(shown.fixed_damping)
@@ -88,6 +90,7 @@ def write_report(
         .render(
             prompt=prompt,
             unseen=unseen,
+            warnings=warnings,
             columns=columns,
             fixed=fixed,
             num_images=concepts[0].num_images,

@@ -83,3 +83,19 @@ def test_a_pipeline_folder_without_its_weights_is_refused(tmp_path, tiny_pipelin
 def test_an_unknown_dtype_is_refused(tiny_pipeline):
     with pytest.raises(UserError, match="fp32"):
         load_pipeline(str(tiny_pipeline), dtype="fp8")
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+def test_exactly_the_words_that_do_not_change_the_encoding_are_lost(tiny_model, count):
+    words = [("cat", "dog", "blob", "style")[i % 4] for i in range(count)]
+    lost = tiny_model.lost_words(" ".join(words)).split()
+    kept = words[: len(words) - len(lost)]
+    whole = tiny_model.encode_prompts([" ".join(words)]).embeddings
+    if lost:  # any other end gives the same: it is not read
+        other = tiny_model.encode_prompts([" ".join([*kept, *["dog"] * len(lost)])]).embeddings
+        room = tiny_model.pipe.tokenizer.model_max_length
+        assert len(tiny_model.pipe.tokenizer(" ".join([*kept, lost[0]])).input_ids) > room
+        assert whole.shape == other.shape
+    if kept:
+        changed = [*kept[:-1], "sun" if kept[-1] != "sun" else "cat"]
+        assert not whole.equal(tiny_model.encode_prompts([" ".join([*changed, *lost])]).embeddings)
