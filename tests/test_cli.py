@@ -64,7 +64,9 @@ def store_folder(flags):
 
 
 def target_folder(flags, target="cat"):
-    return next(flags["results_dir"].glob(f"free_query/*-target_{target}-*"))
+    """Of the newest answer."""
+    found = flags["results_dir"].glob(f"free_query/[!.l]*/target_{target}")
+    return max(found, key=lambda folder: (folder / "metrics.json").stat().st_mtime_ns)
 
 
 @pytest.fixture
@@ -227,14 +229,58 @@ def test_main_job_writes_every_named_file_and_a_self_contained_report(computed, 
         )
     reports = list(computed["results_dir"].rglob("report.html"))
     page = reports[0].read_text()
+    assert reports[0].parent == computed["results_dir"] / "free_query" / os.readlink(
+        computed["results_dir"] / "free_query/latest"
+    )
     assert len(reports) == 1 and "a cat in the style of blob" in page
     assert 'src="http' not in page and 'href="http' not in page.replace(
         'href="https://www.w3.org', ""
     )
 
 
+ANOTHER = [
+    {"scope": "global"},
+    {"query_form": "slider"},
+    {"epochs": 3},
+    {"damping": 0.1},
+    {"gen_guidance_scale": 2.0},
+    {"negative_prompts": "a dog|a tree"},
+    {"negative_prompt": "a tree"},
+    {"target_concepts": "blob,cat"},
+    {"top_k": 2},
+]
+
+
+def test_no_question_takes_the_place_of_another_and_the_index_lists_all(computed):
+    for changes in ({}, *ANOTHER, {}, {"batch_size": 3}):
+        assert run("attribute", computed, **changes) == 0
+    base = computed["results_dir"] / "free_query"
+    found = [path.parent.name for path in base.glob("[!.l]*/report.html")]
+    assert len(found) == 1 + len(ANOTHER)
+    index = (base / "index.html").read_text()
+    assert all(f'href="{name}/report.html"' in index for name in found) and "SCOPE=global" in index
+    assert sorted(p.name for p in base.iterdir()) == sorted(
+        [*found, ".rows", "index.html", "latest"]
+    )
+
+
+def test_runs_of_one_question_at_once_all_succeed_and_leave_one_whole_answer(computed):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in computed.items()]
+    command = [sys.executable, "-m", "concept_trak", "attribute", *flags]
+    runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)]
+    told = [process.communicate(timeout=100)[1] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0, 0], told
+    base = computed["results_dir"] / "free_query"
+    (report,) = base.glob("[!.l]*/report.html")
+    for target in ("cat", "blob"):
+        assert (report.parent / f"target_{target}/metrics.json").exists()
+    assert not [p for p in base.rglob("*") if ".part" in p.name]
+
+
 def gradient_written(flags, target="cat"):
-    return (target_folder(flags, target) / "concept_grad.npy").stat().st_mtime_ns
+    """{file: when it was written} of the kept rows of a target."""
+    kept = flags["results_dir"].glob(f"free_query/.rows/{target}-*.npy")
+    return {path: path.stat().st_mtime_ns for path in kept}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +309,7 @@ def test_a_cached_gradient_is_used_exactly_when_everything_that_went_into_it_is_
 
 def test_a_damaged_cached_gradient_is_computed_again(computed):
     assert run("attribute", computed) == 0
-    path = target_folder(computed) / "concept_grad.npy"
+    (path,) = computed["results_dir"].glob("free_query/.rows/cat-*.npy")
     good = path.read_bytes()
     path.write_bytes(good[:-4] + b"\0\0\0\0")
     assert run("attribute", computed) == 0

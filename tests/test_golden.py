@@ -109,15 +109,15 @@ def test_scores_rankings_and_files_of_a_prompt_are_those_of_before(tmp_path, one
     """The committed store is accepted; the ranking is exact where rounding is the same."""
     corpus = Corpus(resolve("emoji", {"results_dir": str(tmp_path), "render_leastk": True}), "cpu")
     corpus.settings = corpus.settings.but(grad_dir=str(tmp_path / "none"))
-    attribute(corpus)
+    base = attribute(corpus).parent
     expected, arrays = known(), np.load(GOLDEN / "arrays.npz")
-    assert files_below(tmp_path) == expected["files"]
+    assert files_below(base) == expected["files"]
     for i, folder in enumerate(expected["folders"]):
-        kept = np.load(tmp_path / "free_query" / folder / "concept_grad.npy")
+        kept = np.load(base / folder / "concept_grad.npy")
         golden = arrays["concept"][i : i + 1]
         error = np.linalg.norm(kept[:, ::EVERY] - golden) / np.linalg.norm(golden)
         assert error <= tolerance()
-        record = json.loads((tmp_path / "free_query" / folder / "metrics.json").read_text())
+        record = json.loads((base / folder / "metrics.json").read_text())
         if tolerance() < 1e-3:
             before = expected["metrics"][folder]
             assert {k: record[k] for k in before} == before
@@ -134,9 +134,8 @@ def rewrite(folder):
     rows = {recipe: rows_of(recipe, folder) for recipe in ("reference", "default")}
     results = folder / "results"
     corpus = Corpus(resolve("emoji", {"results_dir": str(results), "render_leastk": True}), "cpu")
-    attribute(corpus)
-    folders = sorted(p.parent.name for p in results.rglob("concept_grad.npy"))
-    base = results / "free_query"
+    base = attribute(corpus).parent
+    folders = sorted(p.parent.name for p in base.rglob("concept_grad.npy"))
     records = {name: json.loads((base / name / "metrics.json").read_text()) for name in folders}
     apart = ("settings", "provenance")
     kept = {n: {k: v for k, v in r.items() if k not in apart} for n, r in records.items()}
@@ -150,7 +149,7 @@ def rewrite(folder):
         for recipe, (name, files, x) in rows.items()
     }
     expected = {"machine": machine(), "surface": surface(), "rows": described, "metrics": kept}
-    expected |= {"files": files_below(results), "folders": folders}
+    expected |= {"files": files_below(base), "folders": folders}
     (GOLDEN / "expected.json").write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
     grads = [np.load(base / name / "concept_grad.npy")[:, ::EVERY] for name in folders]
     arrays = {f"rows_{recipe}": x[:, ::EVERY] for recipe, (_, _, x) in rows.items()}

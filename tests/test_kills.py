@@ -20,7 +20,7 @@ SMALL = {
 }
 TASKS = {"proj_dim": 64, "num_split": 2, "epochs": 1, "gen_num_inference_steps": 10}
 # says how far a shard is: true at every moment, though not the same
-PROGRESS = re.compile(r"train_grad-\d+\.json|done\.json")
+PROGRESS = re.compile(r"train_grad-\d+\.json|index\.html")
 
 
 class Bench:

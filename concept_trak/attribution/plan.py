@@ -14,7 +14,7 @@ from ..rows.states import (
     reference_states,
     trajectory_timesteps,
 )
-from ..settings import Settings, digest
+from ..settings import Settings, as_dict, digest
 from . import prompts
 
 
@@ -68,12 +68,28 @@ def folder_name(settings: Settings) -> str:
     return name if projection == "random_mask_32768" else f"{name}-{projection}"
 
 
-def query_folders(settings: Settings, targets: list[str]) -> tuple[Path, list[Path]]:
-    """(folder of the report, one folder a target), named as in the reference."""
+# what changes where, when and how fast a question is answered, but not the answer
+NOT_DECIDING = {
+    *("results_dir", "grad_dir", "data_dir", "source_dir", "sd_model_path", "lora_path", "device"),
+    *("gpu_id", "gpu_ids", "batch_size", "max_memory", "num_split", "shards", "num_queries"),
+    *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
+    "force_recompute_concept_grad",
+}
+
+
+def deciding(settings: Settings, *made_from: Any) -> str:
+    """Hash of all that decides a result: the settings that change it, and what it is made from
+    (checksum of the store, of the model), in place of the paths to them.
+    """
+    kept = {k: v for k, v in as_dict(settings).items() if k not in NOT_DECIDING}
+    return digest([kept, *made_from])
+
+
+def question_folder(settings: Settings, *made_from: Any) -> Path:
+    """Folder of an answer: named as in the reference, and by the hash of all that decides it."""
     s = settings
     tail = f"{s.layer.replace('|', '+')}-{s.f}-train_gs_{s.train_guidance_scale}"
     tail += f"-test_gs_{s.concept_guidance_scale}-eta_{s.eta}-seed_{s.seed}"
     tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")
-    stem = Path(s.results_dir) / "free_query" / prompts.query_slug(s.prompt)
-    slugs = (prompts.target_slug(target) for target in targets)
-    return Path(f"{stem}-{tail}"), [Path(f"{stem}-target_{slug}-{tail}") for slug in slugs]
+    name = f"{prompts.query_slug(s.prompt)}-{tail}"[:200]
+    return Path(s.results_dir) / "free_query" / f"{name}-{deciding(s, *made_from)}"

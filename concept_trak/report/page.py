@@ -27,7 +27,7 @@ from .shown import Shown
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
     """The templates of this package; all they are given is escaped, and a misspelt name raises."""
     environment = Environment(
         loader=PackageLoader(__package__),
@@ -85,7 +85,7 @@ def write_report(
     columns = [column(concept, shown) for concept in concepts]
     indices = [index for each in columns for index in each.indices]
     html = (
-        _environment()
+        environment()
         .get_template("page.html.jinja")
         .render(
             prompt=prompt,

@@ -1,0 +1,62 @@
+"""index.html of a results folder: every answer in it, the newest first; and `latest`, a link to
+that one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import locked, write_bytes
+from ..reading import read_json
+from ..settings import EMOJI, Settings
+from .page import environment
+
+PAGE, QUESTION = "report.html", "question.json"
+TOLD = {"prompt", "target_concepts", "seed"}  # in columns of their own
+
+
+def write_index(newest: Path) -> None:
+    """List the answers beside the folder `newest`, itself among them. UserError for a full disk."""
+    with locked(newest.parent):
+        found = [folder for folder in newest.parent.iterdir() if (folder / PAGE).is_file()]
+        rows = [_row(f) for f in sorted(found, key=_made, reverse=True) if not f.is_symlink()]
+        html = environment().get_template("index.html.jinja").render(rows=rows)
+        write_bytes(newest.parent / "index.html", html.encode())
+        link = newest.parent / f".latest.{secrets.token_hex(4)}"
+        with contextlib.suppress(OSError):  # a disk without links has the index
+            os.symlink(newest.name, link)
+            os.replace(link, newest.parent / "latest")
+
+
+def _made(folder: Path) -> float:
+    return (folder / PAGE).stat().st_mtime
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    """What the index says of an answer; little of one that another version wrote."""
+    try:
+        asked = read_json(folder / QUESTION, "ask it again")
+    except UserError:
+        asked = {}
+    settings = asked.get("settings") or {}
+    usual = Settings().flat() | EMOJI
+    changed = [f"{k.upper()}={v}" for k, v in settings.items() if k in usual and v != usual[k]]
+    paths = ("_DIR=", "_PATH=", "_JSON=")
+    return {
+        "page": f"{folder.name}/{PAGE}",
+        "prompt": asked.get("prompt", folder.name),
+        "targets": asked.get("targets", []),
+        "seed": settings.get("seed", ""),
+        "settings": [
+            c
+            for c in changed
+            if c.split("=")[0].lower() not in TOLD and not any(p in c for p in paths)
+        ],
+        "made": datetime.fromtimestamp(_made(folder)).strftime("%Y-%m-%d %H:%M"),
+    }
