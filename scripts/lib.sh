@@ -32,11 +32,11 @@ flags_from_env() {
     done
 }
 
+sha256_tool() { command -v sha256sum >/dev/null && echo sha256sum || echo "shasum -a 256"; }
+
 # What the environment must have been built from. The path is part of it: the package is installed in editable form.
 wanted_stamp() {
-    local sum=sha256sum
-    command -v sha256sum >/dev/null || sum="shasum -a 256"
-    { echo "$ROOT"; cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" "$ROOT/environment.yml"; } | $sum | cut -d' ' -f1
+    { echo "$ROOT"; cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" "$ROOT/environment.yml"; } | $(sha256_tool) | cut -d' ' -f1
 }
 
 env_prefix() { dirname "$(dirname "$1")"; }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch
 from ..errors import UserError
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
+from ..reading import read_json
 from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
@@ -76,15 +76,32 @@ class EncodedData:
     def pictures(self) -> ImageCaptionDataset:
         """The pictures and captions behind the rows. UserError when they are not there."""
         if (self.root / PREPARED).exists():
-            source = json.loads((self.root / PREPARED).read_text(encoding="utf-8"))["source"]
-            data = load_folder(source).split("train")
-        else:
-            data = _laion(self.root / "laion_subset", len(self))
+            return self._prepared()
+        data = _laion(self.root / "laion_subset", len(self))
         if len(data) < len(self):
             counts = f"has {len(data)} pictures but {self.root / TEXT} has {len(self)} rows"
-            remedy = "it was changed since: prepare it again"
-            raise UserError(f"{data.root} {counts}; {remedy}")
+            raise UserError(f"{data.root} {counts}; download laion_subset again")
         return data.subset(range(len(self)))
+
+    def _prepared(self) -> ImageCaptionDataset:
+        """The pictures that were encoded, in the order of the rows whatever theirs is now."""
+        path, remedy = self.root / PREPARED, "prepare it again with run_prepare.sh"
+        record = read_json(path, remedy)
+        source, digests = record.get("source"), record.get("digests")
+        if not isinstance(source, str) or not isinstance(digests, list):
+            raise UserError(f"{path} does not say which pictures were encoded; {remedy}")
+        if len(digests) < len(self):
+            raise UserError(f"{path} is not of {self.root / TEXT}, which has more rows; {remedy}")
+        data = load_folder(source).split("train")
+        places: dict[str, list[int]] = {}
+        for i, digest in reversed(list(enumerate(data.digests()))):
+            places.setdefault(digest, []).append(i)
+        try:  # a picture that is there twice serves each of its rows once
+            order = [places[digest].pop() for digest in digests[: len(self)]]
+        except (KeyError, IndexError, TypeError):
+            reason = "a picture or caption that was encoded is not there any more"
+            raise UserError(f"{source} was changed since: {reason}; {remedy}") from None
+        return data.subset(order)
 
     @property
     def everything(self) -> ImageCaptionDataset:

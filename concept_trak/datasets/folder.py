@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
+import io
+import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError
+from ..reading import checked_file, inside, named, parse_json, read_text
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # what Pillow raises for a file that is no picture
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error),
+    *(OverflowError, ZeroDivisionError, MemoryError, AttributeError, Image.DecompressionBombError),
+)
+MEND = "mend it: file_name and text of each picture, or one caption a line"
+REPLACE = "replace it or remove its row"
+MAX_PIXELS = 150_000_000  # of a picture: 450 MB once decoded; the largest cameras make as many
 
 Record = dict[str, Any]  # a metadata row
 
@@ -51,12 +60,17 @@ class ImageCaptionDataset:
 
         Raises UserError if the file is not a readable picture.
         """
+        path = self.path(index)
+        checked_file(path, REPLACE)
         try:
-            with Image.open(self.path(index)) as opened:
-                picture = _on_white(ImageOps.exif_transpose(opened))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(path) as opened:
+                    refuse_bomb(path, opened.size)
+                    picture = _on_white(ImageOps.exif_transpose(opened))
         except UNREADABLE as error:
-            reason = f"cannot be read as a picture ({error}); replace it or remove its row"
-            raise UserError(f"{self.path(index)} {reason}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} cannot be read as a picture ({reason}); {REPLACE}") from None
         if size is None or picture.size == (size, size):
             return picture
         return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
@@ -101,12 +115,28 @@ class ImageCaptionDataset:
         """sha256 hex over captions and file contents in row order, not names; computed once."""
         if self._content_hash is None:
             digest = hashlib.sha256()
-            for index, caption in enumerate(self.captions):
-                for content in (caption.encode(), self.path(index).read_bytes()):
-                    digest.update(len(content).to_bytes(8, "little"))
-                    digest.update(content)
+            for index in range(len(self)):
+                digest.update(self._content(index))
             self._content_hash = digest.hexdigest()
         return self._content_hash
+
+    def digests(self) -> list[str]:
+        """sha256 hex of each row's caption and file content."""
+        return [hashlib.sha256(self._content(index)).hexdigest() for index in range(len(self))]
+
+    def _content(self, index: int) -> bytes:
+        path = self.path(index)
+        checked_file(path, REPLACE)
+        with named(path, REPLACE):
+            parts = (self.captions[index].encode(), path.read_bytes())
+        return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def refuse_bomb(path: Path, size: tuple[int, int]) -> None:
+    """UserError for a picture whose header, all that was read yet, promises too many pixels."""
+    if size[0] * size[1] > MAX_PIXELS:
+        given = f"{size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}"
+        raise UserError(f"{path} has {given}; shrink it or remove its row")
 
 
 def pictures(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
@@ -168,7 +198,7 @@ def _checked_caption(path: Path, number: int, record: Record) -> str:
     where, root, name = f"{path}, row {number}", path.parent, record.get("file_name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: no file_name; every row needs one")
-    if not (root / name).is_file():
+    if not inside(root, name, f"{where}: the file").is_file():
         raise UserError(f"{where}: the file {name} does not exist in {root}")
     given = (record.get(key) for key in ("text", "caption"))
     caption = next((text for text in given if text is not None), None)
@@ -180,27 +210,23 @@ def _checked_caption(path: Path, number: int, record: Record) -> str:
 
 def _read_jsonl(path: Path) -> list[Record]:
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path, MEND).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error.msg}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object; every line must be one")
-        records.append(record)
+        records.append(parse_json(line, f"{path}, line {number}", MEND, dict))
     return records
 
 
 def _read_csv(path: Path) -> list[Record]:
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        rows = list(csv.DictReader(handle))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path, MEND), newline="")))
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV ({error}); {MEND}") from None
     return [{key: value for key, value in row.items() if key and value != ""} for row in rows]
 
 
 def _read_captions(path: Path) -> list[Record]:
-    captions = path.read_text(encoding="utf-8-sig").rstrip("\n").splitlines()
+    captions = read_text(path, MEND).rstrip("\n").splitlines()
     images = (p for p in path.parent.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.relative_to(path.parent).as_posix() for p in images)
     if len(captions) != len(names):

@@ -7,7 +7,7 @@ laion_text_embeddings.npy [N, T, d]
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import atomic, disk_errors, write_json
+from ..files import atomic, disk_errors, sha256_file, write_json
 from ..models.text_to_image import TextToImage, load_pipeline
+from ..reading import read_json
 from ..settings import Settings, provenance
 from .encoded import LATENTS, PREPARED, TEXT
 from .folder import ImageCaptionDataset, load_folder
@@ -61,15 +62,25 @@ def prepare(settings: Settings, device: str) -> Path:
     made_from = {"source": str(Path(source).resolve()), "pictures": data.content_hash()}
     made_from |= {"model": model.weight_hash(), "rows": len(data)}
     record = folder / PREPARED
-    if record.exists() and made_from.items() <= json.loads(record.read_text()).items():
-        return folder
+    made_from["digests"] = data.digests()
+    with contextlib.suppress(UserError):  # none, or none that can be used
+        known = read_json(record, "it is made again")
+        if made_from.items() <= known.items() and known.get("arrays") == _checksums(folder):
+            return folder
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
     encode(model, data, folder, settings.batch_size)
     made_by = {"sd_model_path": model_path, "dtype": dtype}
-    write_json(record, made_from | {"settings": made_by, "provenance": provenance()})
+    made = {"arrays": _checksums(folder), "settings": made_by, "provenance": provenance()}
+    write_json(record, made_from | made)
     return folder
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """{name: sha256} of both arrays; empty for one that is not there."""
+    paths = [folder / name for name in (LATENTS, TEXT)]
+    return {path.name: sha256_file(path) if path.is_file() else "" for path in paths}
 
 
 def encode(model: TextToImage, data: ImageCaptionDataset, folder: Path, step: int) -> None:

@@ -27,7 +27,6 @@ def cached_array(
     """
     if not force and (known := read_cached(path, identity)) is not None:
         return known
-    array = np.asarray(compute())
     array = np.asarray(compute(), dtype="<f4", order="C")
     if not np.isfinite(array).all():
         raise UserError(f"the gradient for {path.name} is NaN or infinite; use DTYPE=fp32")

@@ -7,8 +7,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 [ -n "${PROMPT:-}" ] && [ -n "${TARGET_CONCEPTS:-}" ] || die "set PROMPT, what to generate, and TARGET_CONCEPTS, words of it"
 folder=$(cd "$1" && pwd)
 shift
-export DATA_DIR=${DATA_DIR:-$ROOT/experiments/own/results/data/$(basename "$folder")}
-export GRAD_DIR=${GRAD_DIR:-$ROOT/experiments/own/results/grads/$(basename "$folder")}
+name=$(basename "$folder")-$(printf '%s' "$folder" | $(sha256_tool) | cut -c1-10) # two folders of one name share nothing
+export DATA_DIR=${DATA_DIR:-$ROOT/experiments/own/results/data/$name}
+export GRAD_DIR=${GRAD_DIR:-$ROOT/experiments/own/results/grads/$name}
 SOURCE_DIR=$folder run_verb prepare --benchmark own "$@"
 run_verb train-grad --benchmark own "$@"
 run_verb attribute --benchmark own "$@"

@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import struct
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concept_trak.datasets import emoji, load_folder
+from concept_trak.datasets import ImageCaptionDataset, emoji, load_folder
 from concept_trak.errors import UserError
 from concept_trak.workshop.art import build as build_emoji
 from concept_trak.workshop.art import sources as emoji_sources
@@ -225,7 +227,7 @@ def test_bad_folders_are_told_in_one_line(folder):
         ),
         ([{"file_name": "a.png"}], "empty caption for a.png"),
         ([{"text": "x"}], "no file_name"),
-        ([], "has no rows"),
+        ([], "is empty"),
     ):
         write_jsonl(folder, rows)
         refused(match)
@@ -347,3 +349,41 @@ def test_svg_is_drawn_with_alpha_at_full_width():
     )
     with pytest.raises(UserError, match="resvg cannot draw broken"):
         emoji_sources.render_svg("<svg", "broken")
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "x/../../a.png", "link/a.png"])
+def test_metadata_may_only_name_files_below_its_folder(tmp_path, name):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (root / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cat"}) + "\n")
+    with pytest.raises(UserError, match="lies outside"):
+        load_folder(root)
+
+
+def png_of(width, height):
+    """A whole PNG of so many black pixels, made without decoding them."""
+    row = zlib.compressobj(9)
+    body = row.compress(bytes(min((width + 7) // 8 + 1, 10**6))) + row.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", body)]
+    made = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [*chunks, (b"IEND", b"")]:
+        made += struct.pack(">I", len(data)) + kind + data
+        made += struct.pack(">I", zlib.crc32(kind + data))
+    return made
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (200_000_000, 1), (2**31 - 1, 2**31 - 1)])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(png_of(*size))
+    data = ImageCaptionDataset(tmp_path, [{"file_name": "bomb.png"}], ["a bomb"])
+    with pytest.raises(UserError, match="bomb.png") as error:
+        data.image(0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_photo_of_ninety_megapixels_is_read_without_a_warning(tmp_path, recwarn):
+    Image.new("1", (9_500, 9_500)).save(tmp_path / "photo.png")
+    data = ImageCaptionDataset(tmp_path, [{"file_name": "photo.png"}], ["a photo"])
+    assert data.image(0, 8).size == (8, 8) and not recwarn.list

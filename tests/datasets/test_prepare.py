@@ -1,6 +1,8 @@
 """Encoding a folder once: the arrays, their bytes, and when they are made again."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,3 +78,74 @@ def test_numbers_beyond_float16_and_a_small_disk_are_refused(settings, tmp_path,
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="MB are needed"):
         prepare(settings, "cpu")
+
+
+@pytest.fixture
+def own(tmp_path, settings, tiny_data):
+    """(prepared settings, their source: a copy of the pictures)."""
+    source = tmp_path / "own"
+    shutil.copytree(tiny_data, source)
+    changed = settings.but(source_dir=str(source))
+    prepare(changed, "cpu")
+    return changed, source
+
+
+def lines_of(source):
+    return (source / "metadata.jsonl").read_text().splitlines(keepends=True)
+
+
+def test_rows_keep_their_pictures_when_the_metadata_is_reordered(own, tiny_model, tiny_data):
+    settings, source = own
+    before = load_folder(tiny_data).split("train")
+    (source / "metadata.jsonl").write_text("".join(reversed(lines_of(source))))
+    assert load_folder(source).split("train").captions != before.captions
+    found = EncodedData(settings.data_dir, tiny_model).pictures
+    assert found.captions == before.captions
+    assert (found.images(range(11)) == before.images(range(11))).all()
+
+
+def another_caption(source):
+    lines = lines_of(source)
+    (source / "metadata.jsonl").write_text("".join(lines).replace("a cat in", "the cat in"))
+
+
+def another_picture(source):
+    first, second = sorted(source.glob("*.png"))[-2:]
+    first.write_bytes(second.read_bytes())
+
+
+def captions_exchanged(source):
+    records = [json.loads(line) for line in lines_of(source)]
+    records[-1]["text"], records[-2]["text"] = records[-2]["text"], records[-1]["text"]
+    (source / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.mark.parametrize("change", [another_caption, another_picture, captions_exchanged])
+def test_a_picture_or_caption_that_was_changed_since_is_told(own, tiny_model, change):
+    settings, source = own
+    change(source)
+    with pytest.raises(UserError, match="was changed since.*run_prepare.sh"):
+        EncodedData(settings.data_dir, tiny_model).pictures  # noqa: B018
+    prepare(settings, "cpu")
+    assert len(EncodedData(settings.data_dir, tiny_model).pictures) == 11
+
+
+@pytest.mark.parametrize("name", [LATENTS, TEXT])
+def test_an_array_that_was_replaced_is_encoded_again(own, name):
+    settings, _ = own
+    path = Path(settings.data_dir) / name
+    good = path.read_bytes()
+    np.save(path, np.zeros_like(np.load(path)))
+    prepare(settings, "cpu")
+    assert path.read_bytes() == good
+
+
+def test_a_record_of_another_version_asks_to_prepare_again(own, tiny_model):
+    settings, _ = own
+    path = Path(settings.data_dir) / PREPARED
+    record = json.loads(path.read_text())
+    del record["digests"]
+    for content in (json.dumps(record), "[1]", "", "{"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="run_prepare.sh"):
+            EncodedData(settings.data_dir, tiny_model).pictures  # noqa: B018

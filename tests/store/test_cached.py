@@ -67,3 +67,14 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_file(tmp_path, full_disk):
     with pytest.raises(UserError, match="cannot write .*query.npy: the disk is full") as error:
         cached_array(tmp_path / "query.npy", {}, lambda: ARRAY)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("record", ["[1]", "3", "", '{"identity": NaN}', "\0", '{"identity": {}}'])
+def test_whatever_the_record_says_the_array_is_made_once(tmp_path, record):
+    path, made = tmp_path / "query.npy", []
+    cached_array(path, {}, lambda: made.append(1) or ARRAY)
+    path.with_suffix(".json").write_text(record)
+    np.testing.assert_array_equal(
+        cached_array(path, {}, lambda: made.append(1) or ARRAY), ARRAY.astype(np.float32)
+    )
+    assert len(made) == 2
