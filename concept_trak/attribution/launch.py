@@ -8,8 +8,10 @@ inside a shard). The parent holds no model and only counts rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,7 @@ class ShardProcesses:
                 stdout=out,
                 stderr=out,
                 env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # accelerate's own child is to be ended with it
             )
         self.running.add(process)
         code = process.wait()
@@ -74,7 +77,8 @@ class ShardProcesses:
     def stop(self) -> None:
         """End all; their rows up to here are kept."""
         for process in [*self.running]:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
         for process in [*self.running]:
             process.wait()
 

@@ -30,14 +30,14 @@ class TextToImage(NetworkDenoiser):
     matter to what was made from a prompt that holds them.
     """
 
-    def __init__(self, pipe: Any, source: str) -> None:
+    def __init__(self, pipe: Any, source: str, weight_hash: str | None = None) -> None:
         cfg = pipe.unet.config
         prediction = pipe.scheduler.config.prediction_type
         schedule = VariancePreserving(pipe.scheduler.alphas_cumprod, prediction)
         super().__init__(pipe.unet, schedule, (cfg.in_channels, cfg.sample_size, cfg.sample_size))
         self.pipe, self.source = pipe, source
         self.tokens: dict[str, str] = {}
-        self._weight_hash: str | None = None
+        self._weight_hash = weight_hash
         self.image_size = cfg.sample_size * pipe.vae_scale_factor
 
     @torch.no_grad()
@@ -184,10 +184,12 @@ def load_pipeline(
 
     if dtype not in DTYPES:
         raise UserError(f"DTYPE={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    pipe = open_pipeline(source, DTYPES[dtype])
+    # bf16 rounds away what the hash of the weights is over, so it is taken before
+    pipe = open_pipeline(source, DTYPES["fp32" if dtype == "bf16" else dtype])
     if lora_path:
         load_lora(pipe, lora_path)
-    pipe.to(device)
+    known = TextToImage(pipe, source).weight_hash() if dtype == "bf16" else None
+    pipe.to(device, *([DTYPES[dtype]] if known else []))
     if torch.device(device).type == "cpu":
         # On the CPU the fused attention's backward is several times slower than the plain one at
         # these sizes.
@@ -198,4 +200,4 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.eval().requires_grad_(False)
-    return TextToImage(pipe, source)
+    return TextToImage(pipe, source, known)

@@ -99,3 +99,10 @@ def test_exactly_the_words_that_do_not_change_the_encoding_are_lost(tiny_model, 
     if kept:
         changed = [*kept[:-1], "sun" if kept[-1] != "sun" else "cat"]
         assert not whole.equal(tiny_model.encode_prompts([" ".join([*changed, *lost])]).embeddings)
+
+
+def test_the_hash_of_the_weights_is_the_same_in_every_dtype(tiny_pipeline, tiny_model):
+    for dtype in ("fp16", "bf16"):
+        assert load_pipeline(str(tiny_pipeline), "cpu", dtype).weight_hash() == (
+            tiny_model.weight_hash()
+        )

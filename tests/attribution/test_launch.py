@@ -1,0 +1,27 @@
+"""A launcher that is ended takes the processes of its shards with it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from concept_trak.settings import ROOT
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_ended_leaves_no_process(tiny_pipeline, tiny_data, tmp_path, ending):
+    places = f"--sd-model-path={tiny_pipeline} --data-dir={tiny_data} --grad-dir={tmp_path}"
+    flags = [*places.split(), "--gpu-ids=cpu cpu", "--num-split=2", "--proj-dim=32"]
+    command = [sys.executable, "-m", "concept_trak", "train-grad", *flags]
+    launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    parent, deadline = psutil.Process(launcher.pid), time.monotonic() + 60
+    while len(children := parent.children(recursive=True)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(children) >= 3, "two of accelerate, and one of theirs"
+    launcher.send_signal(ending)
+    launcher.communicate(timeout=30)
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive and launcher.returncode != 0
