@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -533,3 +534,23 @@ def test_other_words_that_are_not_read_are_named_on_the_screen_and_in_the_report
     assert "lost'" in (told := capfd.readouterr().err) and "is not read" in told
     (page,) = flags["results_dir"].rglob("report.html")
     assert "lost" in page.read_text().split("High score")[0].split("Warning")[1]
+
+
+def test_stores_of_two_dtypes_live_side_by_side_and_each_is_found(computed):
+    assert run("train-grad", computed, dtype="bf16") == 0
+    stores = sorted(p.parent for p in computed["grad_dir"].glob("*/manifest.json"))
+    assert [Store.open(s).identity["rows"]["dtype"] for s in stores] == ["fp32", "bf16"]
+    for dtype in ("fp32", "bf16"):
+        assert run("attribute", computed, dtype=dtype) == 0
+
+
+def test_a_store_in_grad_dir_of_another_dtype_does_not_hide_that_of_the_data(
+    computed, tiny_data, tmp_path
+):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (data / "grads").mkdir()
+    store_folder(computed).rename(data / "grads" / store_folder(computed).name)
+    here = {**computed, "data_dir": data}
+    assert run("train-grad", here, dtype="bf16") == 0
+    assert run("attribute", here) == run("attribute", here, dtype="bf16") == 0

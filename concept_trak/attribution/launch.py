@@ -23,7 +23,7 @@ from ..parsing import parse_gpu_ids, parse_shards
 from ..settings import ROOT, Settings
 from ..store.shards import Store
 from .executor import AtATime
-from .plan import folder_name
+from .stores import new_folder
 
 ACCELERATE = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
@@ -97,7 +97,9 @@ def launch_shards(settings: Settings) -> None:
     UserError at the end if some died, naming them.
     """
     gpus = parse_gpu_ids(settings.gpu_ids)
-    folder = Path(settings.grad_dir) / folder_name(settings)
+    if not gpus:
+        raise UserError("GPU_IDS names no device; give e.g. '0 1', or leave it out")
+    folder = new_folder(settings.on(gpus[0] if gpus[0] == "cpu" else f"cuda:{gpus[0]}"))
     wanted = parse_shards(settings.shards, settings.num_split)
     there = (folder / "manifest.json").exists()
     left = Store.read_manifest(folder).pending(wanted) if there else wanted

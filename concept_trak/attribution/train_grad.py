@@ -20,7 +20,7 @@ from ..store.shards import Store
 from .corpus import Corpus
 from .executor import Executor, InProcess
 from .plan import folder_name, train_states
-from .stores import find_store
+from .stores import find_store, new_folder
 
 
 def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition) -> Rows:
@@ -50,7 +50,7 @@ def create_store(corpus: Corpus) -> Store:
     s, weighted = corpus.settings, OBJECTIVES.get(corpus.settings.f).row_weight is not None
     dim = corpus.projection.proj_dim
     layout = Layout(len(corpus.data), dim, s.num_split, s.store_dtype, losses=weighted)
-    return Store.create(Path(s.grad_dir) / folder_name(s), layout, train_identity(corpus))
+    return Store.create(new_folder(s), layout, train_identity(corpus))
 
 
 def open_store(corpus: Corpus) -> Store:

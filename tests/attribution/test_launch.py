@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from concept_trak import cli
 from concept_trak.settings import ROOT
 
 
@@ -25,3 +26,9 @@ def test_a_launcher_that_is_ended_leaves_no_process(tiny_pipeline, tiny_data, tm
     launcher.communicate(timeout=30)
     gone, alive = psutil.wait_procs(children, timeout=10)
     assert not alive and launcher.returncode != 0
+
+
+def test_a_list_of_no_device_is_refused(tiny_pipeline, tiny_data, tmp_path, capfd):
+    places = f"--sd-model-path={tiny_pipeline} --data-dir={tiny_data} --grad-dir={tmp_path}"
+    assert cli.main(["train-grad", *places.split(), "--gpu-ids= "]) == 2
+    assert "GPU_IDS names no device" in capfd.readouterr().err
