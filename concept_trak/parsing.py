@@ -101,7 +101,7 @@ def number_ranges(variable: str, text: str) -> list[tuple[int, int]]:
     """ "3,7-9" -> [(3, 3), (7, 9)]. UserError for anything else."""
     ranges = []
     for part in text.split(",") if text.strip() else ():
-        numbers = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        numbers = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part, re.ASCII)
         low, high = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (1, 0)
         if high < low:
             raise UserError(f"{variable}={text!r} is not a list of numbers such as 3,7-9")

@@ -23,7 +23,7 @@ import torch
 from ..errors import UserError
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
-from ..reading import read_json
+from ..reading import read_json, read_npy
 from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
@@ -122,15 +122,11 @@ class EncodedData:
 
 def _array(path: Path, dims: int) -> np.ndarray:
     """The array, memory-mapped. UserError when missing, truncated, or not of `dims` dimensions."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
+    if not path.exists():
         fetch = "PARTS=latents bash scripts/abc/run_download.sh"
         remedy = f"fetch it with {fetch} or make it with run_prepare.sh"
-        raise UserError(f"{path} is missing; {remedy}") from None
-    except (ValueError, OSError, EOFError) as error:
-        remedy = "remove it and download or prepare it again"
-        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+        raise UserError(f"{path} is missing; {remedy}")
+    array = read_npy(path, "remove it and download or prepare it again", mmap=True)
     if array.ndim != dims or not len(array) or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}, not float with {dims} dimensions"
         raise UserError(f"{path} is {found}; download or prepare it again")

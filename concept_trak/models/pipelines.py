@@ -76,8 +76,11 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
             warnings.simplefilter("ignore", UserWarning)
             check_kind(source)
             pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+            refuse_deaf_tokenizer(pipe.tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a damaged part makes the libraries raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"cannot load the pipeline {source}: {reason}; check SD_MODEL_PATH"
         ) from error
@@ -85,6 +88,13 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
         reason = f"has no noise schedule of 1000 steps ({type(pipe.scheduler).__name__})"
         raise UserError(f"{source} {reason}; {REMEDY}")
     return pipe
+
+
+def refuse_deaf_tokenizer(tokenizer: Any) -> None:
+    """ValueError for one that does not read words: its files are damaged, or others."""
+    numbers = tokenizer(["a", "an"], padding="max_length", truncation=True).input_ids
+    if numbers[0] == numbers[1] or not all(isinstance(n, int) for n in numbers[0]):
+        raise ValueError("its tokenizer does not tell words apart; tokenizer/ is damaged")
 
 
 def check_kind(source: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import write_json
+from ..reading import read_json
 from .encoding import STORED_TYPES, npy_header
 from .manifest import listed
 
@@ -134,12 +136,12 @@ class ShardFolder:
     def record(self, shard: int) -> dict:
         """Progress of the shard: {} or {"store", "rows"[, "sha256"[, "loss_sha256"]]}."""
         path = self.path(shard, ".json")
-        try:
-            record = json.loads(path.read_text())
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return {}
-        except ValueError:
-            raise UserError(f"{path} is damaged: {remedy(shard)}") from None
+        record = read_json(path, remedy(shard))
+        rows = record.get("rows", 0)
+        if type(rows) is not int or not 0 <= rows <= self.count(shard):
+            raise UserError(f"{path} is damaged (rows: {rows!r}): {remedy(shard)}")
         if record.get("store") != self.store_id:
             raise UserError(f"{path} belongs to another store: {remedy(shard)}")
         return record
