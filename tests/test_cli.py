@@ -554,3 +554,14 @@ def test_a_store_in_grad_dir_of_another_dtype_does_not_hide_that_of_the_data(
     here = {**computed, "data_dir": data}
     assert run("train-grad", here, dtype="bf16") == 0
     assert run("attribute", here) == run("attribute", here, dtype="bf16") == 0
+
+
+def test_a_finished_shard_that_is_damaged_is_told_instead_of_nothing_to_compute(computed, capfd):
+    path = store_folder(computed) / "train_grad-1.npy"
+    good = path.read_bytes()
+    for content in (good[:-1] + bytes([good[-1] ^ 1]), good[:-4], good + b"\0"):
+        path.write_bytes(content)
+        capfd.readouterr()
+        assert run("train-grad", computed) == 2
+        assert "remove train_grad-1.* and run" in capfd.readouterr().err
+        assert run("train-grad", computed, shards="0") == 0

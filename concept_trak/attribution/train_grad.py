@@ -14,6 +14,7 @@ from ..parsing import parse_shards
 from ..registry import OBJECTIVES
 from ..rows.row import Rows
 from ..rows.states import train_states_of
+from ..store.checks import check_shard
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
 from ..store.shards import Store
@@ -35,7 +36,10 @@ def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:
     that is not on disk.
     """
     store = create_store(corpus)
-    pending = store.pending(parse_shards(corpus.settings.shards, store.num_split))
+    wanted = parse_shards(corpus.settings.shards, store.num_split)
+    pending = store.pending(wanted)
+    for shard in set(wanted) - set(pending):
+        check_shard(store, shard, verify=True)
     todo = sum(store.shard_range(i)[1] - store.resume_row(i) for i in pending)
     size = store.num_rows * store.dim * STORED_TYPES[store.dtype].itemsize / 1e6
     progress = f"{todo} of {store.num_rows} rows to compute, {size:.0f} MB on disk when complete"
