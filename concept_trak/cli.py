@@ -5,15 +5,12 @@ one line for a user's mistake.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 from .errors import UserError
 from .flags import Parser, add_setting_flags, settings_of
 from .settings import ROOT, Settings
+from .system import ended_by_sigterm
 
 
 def run_attribute(settings: Settings, device: str) -> None:
@@ -319,25 +317,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds like an interrupt, so that what was started is ended and half-made files are
-    removed.
-    """
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def one_line(error: BaseException) -> str:

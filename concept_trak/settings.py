@@ -239,6 +239,7 @@ class Store:
     shards: str = option(
         "", "which to compute, e.g. 3,7-9; empty: all", parse=partial(number_ranges, "SHARDS")
     )
+    repair: bool = option(False, "make damaged finished shards again; the old files are kept")
     store_dtype: str = option(
         "float16", "of stored rows", choices=("float16", "bfloat16", "float32")
     )

@@ -15,6 +15,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from conftest import save_tiny_data
+from PIL import Image
 
 from concept_trak import cli
 from concept_trak.parsing import parse_shards
@@ -174,9 +176,41 @@ def test_a_gpu_that_is_not_there_is_refused(changes, flags, capfd):
     assert "cuda:7" in refused(capfd, "train-grad", flags, **changes)
 
 
-@pytest.mark.parametrize("verb", ["train-grad", "attribute"])
-def test_a_store_of_another_model_is_refused(verb, computed, other_pipeline, capfd):
-    assert "model" in refused(capfd, verb, computed, sd_model_path=other_pipeline)
+def test_a_store_of_another_model_is_refused_and_lives_beside_its_own(
+    computed, other_pipeline, capfd
+):
+    assert "model" in refused(capfd, "attribute", computed, sd_model_path=other_pipeline)
+    assert run("train-grad", computed, sd_model_path=other_pipeline) == 0
+    for model in (computed["sd_model_path"], other_pipeline):
+        assert run("attribute", computed, sd_model_path=model) == 0
+    assert len([*computed["grad_dir"].glob("*/manifest.json")]) == 2
+
+
+@pytest.mark.parametrize("f", ["contrast", "das"])
+def test_a_picture_added_costs_one_row_and_changes_no_other(f, flags, tmp_path, capfd):
+    flags |= {"data_dir": save_tiny_data(tmp_path / "own"), "f": f}
+    assert run("train-grad", flags) == 0
+    before = Store.open(store_folder(flags))
+    metadata = flags["data_dir"] / "metadata.jsonl"
+    lines = metadata.read_text().splitlines(keepends=True)
+    added = json.loads(lines[0]) | {"file_name": "new.png", "text": "a new dog", "split": "train"}
+    Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(flags["data_dir"] / "new.png")
+    metadata.write_text("".join([*lines[:5], json.dumps(added) + "\n", *lines[5:]]))
+    capfd.readouterr()
+    assert run("train-grad", flags) == 0
+    assert "1 of 12 rows to compute" in (told := capfd.readouterr().out), told
+    assert "11 known from before" in told
+    whole = {**flags, "grad_dir": tmp_path / "whole"}
+    assert run("train-grad", whole) == 0
+    (folder,) = {p.parent for p in flags["grad_dir"].glob("*/manifest.json")} - {before.folder}
+    found, wanted = Store.open(folder), Store.open(store_folder(whole))
+    assert found.has_losses == (f == "das")
+    np.testing.assert_allclose(found.rows(range(12)), wanted.rows(range(12)), atol=2e-3)
+    place = [i for i in range(12) if not (before.rows(range(11)) == found.rows([i])).all(1).any()]
+    assert len(place) == 1
+    if found.has_losses:
+        np.testing.assert_allclose(found.losses(), wanted.losses(), rtol=1e-4)
+    assert run("attribute", flags) == 0
 
 
 def test_a_missing_verb_is_refused(capsys):
@@ -563,5 +597,8 @@ def test_a_finished_shard_that_is_damaged_is_told_instead_of_nothing_to_compute(
         path.write_bytes(content)
         capfd.readouterr()
         assert run("train-grad", computed) == 2
-        assert "remove train_grad-1.* and run" in capfd.readouterr().err
+        assert "the train gradients with SHARDS=1 REPAIR=1" in capfd.readouterr().err
         assert run("train-grad", computed, shards="0") == 0
+        assert run("train-grad", computed, shards="1", repair="1") == 0
+        assert path.read_bytes() == good
+        assert path.with_name(f"{path.name}.damaged").read_bytes() == content

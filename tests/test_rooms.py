@@ -17,6 +17,7 @@ FOUNDATION = (
     "files",
     "reading",
     "network",
+    "system",
     "parsing",
     "flags",
 )  # which every room may use

@@ -61,12 +61,16 @@ class FolderData:
         """Of the train pictures and captions; see `ImageCaptionDataset`."""
         return self.pictures.content_hash()
 
+    def digests(self) -> list[str]:
+        """Of each train picture and its caption; see `ImageCaptionDataset`."""
+        return self.pictures.digests()
+
 
 class Corpus:
     """A model, its training data and the settings they are used under.
 
     Attributes: data, a FolderData or `datasets.encoded.EncodedData`: `len(data)`,
-    `data.batch(rows)`, `data.content_hash()`.
+    `data.batch(rows)`, `data.content_hash()`, `data.digests()`.
     """
 
     def __init__(self, settings: Settings, device: str) -> None:
@@ -109,7 +113,8 @@ class Corpus:
 
         UserError when that is another than PROJ_MASK, or not clear.
         """
-        mask = mask_of(self.settings, self.parameters)
+        wanted = self._origin() | {"data": self.data.content_hash()}
+        mask = mask_of(self.settings, wanted, self.parameters)
         return projection_for(self.parameters, self.settings, self.device, mask)
 
     @property
@@ -131,12 +136,15 @@ class Corpus:
         The one identity of stores and caches. BATCH_SIZE and MAX_MEMORY are not part of it: they
         change nothing but speed and memory.
         """
-        return {
-            "rows": row_settings(self.settings),
-            "model": self.model.weight_hash(),
-            "projection": self.projection.describe(),
-            **made_from,
-        }
+        return self._origin() | {"projection": self.projection.describe(), **made_from}
+
+    def train_identity(self) -> dict[str, Any]:
+        """What a store of this corpus must have been made from."""
+        return self.identity(data=self.data.content_hash())
+
+    def _origin(self) -> dict[str, Any]:
+        """What a row depends on beside its projection."""
+        return {"rows": row_settings(self.settings), "model": self.model.weight_hash()}
 
     def with_settings(self, settings: Settings) -> Corpus:
         """The same model, pictures and latents under other settings."""

@@ -3,17 +3,19 @@ as GPU_IDS names.
 
 A shard is a process of its own so that one that dies takes nothing with it: the others go on, its
 number is told, and running the same command again computes what is missing (the store resumes
-inside a shard). The parent holds no model and only counts rows.
+inside a shard). The parent holds no model and only counts rows; if it ends, however, they end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import queue
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,9 +23,12 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..parsing import parse_gpu_ids, parse_shards
 from ..settings import ROOT, Settings
+from ..store.checks import still_to_make
 from ..store.shards import Store
+from ..system import WATCH_STDIN
+from .corpus import Corpus
 from .executor import AtATime
-from .stores import new_folder
+from .train_grad import create_store
 
 ACCELERATE = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
@@ -35,7 +40,7 @@ def command(settings: Settings, shard: int, gpu: str) -> list[str]:
     """
     place = ["--cpu"] if gpu == "cpu" else ["--gpu_ids", gpu]
     device = "cpu" if gpu == "cpu" else ""
-    child = settings.but(shards=str(shard), gpu_ids="", gpu_id="", device=device)
+    child = settings.but(shards=str(shard), gpu_ids="", gpu_id="", device=device, repair=False)
     flags = [
         f"--{name.replace('_', '-')}={int(v) if isinstance(v, bool) else v}"
         for name, v in child.flat().items()
@@ -64,7 +69,8 @@ class ShardProcesses:
                 command(self.settings, shard, gpu),
                 stdout=out,
                 stderr=out,
-                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,  # closed when this process ends, however it does
+                env={**os.environ, "PYTHONPATH": path, WATCH_STDIN: "1"},
                 start_new_session=True,  # accelerate's own child is to be ended with it
             )
         self.running.add(process)
@@ -99,17 +105,17 @@ def launch_shards(settings: Settings) -> None:
     gpus = parse_gpu_ids(settings.gpu_ids)
     if not gpus:
         raise UserError("GPU_IDS names no device; give e.g. '0 1', or leave it out")
-    folder = new_folder(settings.on(gpus[0] if gpus[0] == "cpu" else f"cuda:{gpus[0]}"))
     wanted = parse_shards(settings.shards, settings.num_split)
-    there = (folder / "manifest.json").exists()
-    left = Store.read_manifest(folder).pending(wanted) if there else wanted
+    print("loading the model once, to see what it needs", flush=True)
+    store = Store.read_manifest(created(settings, gpus[0]))
+    folder, left = store.folder, still_to_make(store, wanted, settings.repair)
     where = f"on {', '.join(gpus)}; logs in {folder / 'logs'}"
     print(f"{folder}: {len(left)} of {len(wanted)} shards to compute {where}")
     processes = ShardProcesses(settings, folder / "logs", gpus)
     with tqdm(desc="train gradients, all shards", unit="image") as bar:
         executor = AtATime(
             len(gpus),
-            lambda: show(bar, rows_done(folder, wanted)),
+            lambda: show(bar, *rows_done(store, wanted)),
             lambda shard, error: tqdm.write(str(error)),
         )
         try:
@@ -121,20 +127,27 @@ def launch_shards(settings: Settings) -> None:
             processes.stop()
 
 
-def rows_done(folder: Path, shards: list[int]) -> tuple[int, int] | None:
-    """(rows on disk, rows in all) of these shards, None while the store is not there."""
-    if not (folder / "manifest.json").exists():
-        return None
-    store = Store.read_manifest(folder)
+def created(settings: Settings, gpu: str) -> Path:
+    """The folder of the settings' store, made if it is not there, by a process that ends: this one
+    holds no model. UserError as `create_store`.
+    """
+    on_device = settings.on("cpu" if gpu == "cpu" else f"cuda:{gpu}")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_create, on_device).result()
+
+
+def _create(settings: Settings) -> Path:
+    return create_store(Corpus(settings, "cpu")).folder
+
+
+def rows_done(store: Store, shards: list[int]) -> tuple[int, int]:
+    """(rows on disk, rows in all) of these shards."""
     done = sum(store.resume_row(s) - store.bounds[s] for s in shards)
-    return done, sum(store.bounds[s + 1] - store.bounds[s] for s in shards)
+    return done, sum(map(store.count, shards))
 
 
-def show(bar: tqdm, progress: tuple[int, int] | None) -> None:
+def show(bar: tqdm, done: int, total: int) -> None:
     """Bring the bar to the rows on disk; rows found at the start do not count for the ETA."""
-    if progress is None:
-        return
-    done, total = progress
     if bar.total is None:
         bar.reset(total)
         bar.initial = bar.n = done

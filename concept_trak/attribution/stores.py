@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,54 +15,72 @@ from ..errors import UserError
 from ..settings import Settings, digest
 from ..store.shards import Store
 from .adopt import adopt_release, resolve_mask
-from .plan import folder_name, row_settings
+from .plan import folder_name
 
 MARKS = ("manifest.json", "train_grad-0.npy")
+Identity = dict[str, Any]  # what a store was made from, or a part of it; JSON
 
 
-def find_store(settings: Settings) -> Path | None:
-    """The folder of the settings' store, under GRAD_DIR or, as for embedded data, DATA_DIR/grads.
-
-    One whose rows were made under these settings comes before one that only has the name. None if
-    there is none.
+def find_store(settings: Settings, wanted: Identity) -> Path | None:
+    """The folder of the store whose identity agrees best with what is wanted of it, under GRAD_DIR
+    or, as for embedded data, DATA_DIR/grads. None if there is none of the settings' name.
     """
-    name = folder_name(settings)
     bases = Path(settings.grad_dir), Path(settings.data_dir) / "grads"
-    folders = [f for base in bases for f in (base / name, _by_rows(base, settings))]
-    there = [f for f in folders if any((f / mark).exists() for mark in MARKS)]
-    return next((f for f in there if _has_rows_of(f, settings)), next(iter(there), None))
+    there = [f for base in bases for f in stores_named(base / folder_name(settings))]
+    return max(there, key=lambda folder: _agreement(folder, wanted), default=None)
 
 
-def new_folder(settings: Settings) -> Path:
-    """Where the settings' rows go: named as in the reference, or with the hash of what decides a
-    row where a store of that name has other rows.
+def new_folder(settings: Settings, identity: Identity) -> Path:
+    """Where the rows of this identity go: named as in the reference, or with the hash of the
+    identity where a store of that name is of something else.
     """
     folder = Path(settings.grad_dir) / folder_name(settings)
-    taken = (folder / "manifest.json").exists() and not _has_rows_of(folder, settings)
-    return _by_rows(folder.parent, settings) if taken else folder
+    fitting = [f for f in stores_named(folder) if _agreement(f, identity)[0] == len(identity)]
+    if fitting or not (folder / "manifest.json").exists() or _identity(folder) is None:
+        return next(iter(fitting), folder)
+    return folder.with_name(f"{folder.name}-{digest(_json(identity))}")
 
 
-def _by_rows(base: Path, settings: Settings) -> Path:
-    return base / f"{folder_name(settings)}-{digest(row_settings(settings))}"
+def stores_named(folder: Path) -> list[Path]:
+    """The stores of a name: the plain one first, then those with a hash behind it."""
+    others = sorted(folder.parent.glob(f"{glob.escape(folder.name)}-*"))
+    named = [f for f in others if re.fullmatch(r"-[0-9a-f]{10}", f.name[len(folder.name) :])]
+    return [f for f in (folder, *named) if any((f / mark).exists() for mark in MARKS)]
 
 
-def _has_rows_of(folder: Path, settings: Settings) -> bool:
-    """Whether a store was made under these settings, or does not say (released rows)."""
-    try:
-        made = Store.read_manifest(folder).identity.get("rows")
-    except UserError:  # told by whoever opens it
-        return True
-    return made is None or made == json.loads(json.dumps(row_settings(settings)))
-
-
-def mask_of(settings: Settings, parameters: Mapping[str, nn.Parameter]) -> str:
-    """The mask to project with: that of the store there is, else that of PROJ_MASK.
-
-    Released shards without a record of theirs are adopted. UserError when the store's is another
-    than PROJ_MASK, or not clear.
+def _agreement(folder: Path, wanted: Identity) -> tuple[int, int]:
+    """(parts of the identity that do not differ, parts that are told to be the same): released
+    rows do not say what they were made from. (-1, -1) for a store that cannot be read.
     """
-    found = find_store(settings)
+    found = _identity(folder)
     if found is None:
+        return -1, -1
+    same = sum(found.get(key) == value for key, value in _json(wanted).items())
+    return same + len(wanted.keys() - found.keys()), same
+
+
+def _identity(folder: Path) -> Identity | None:
+    """What a store says that it was made from; {} for shards without a manifest, None for one that
+    cannot be read, which is told by whoever opens it.
+    """
+    try:
+        return Store.read_manifest(folder).identity
+    except UserError:
+        return None if (folder / "manifest.json").exists() else {}
+
+
+def _json(identity: Identity) -> Identity:
+    return json.loads(json.dumps(identity))
+
+
+def mask_of(settings: Settings, wanted: Identity, parameters: Mapping[str, nn.Parameter]) -> str:
+    """The mask to project with: that of the store of `wanted` if it is there, else PROJ_MASK.
+
+    wanted: the identity without its projection. Released shards without a record of their mask are
+    adopted. UserError when the store's is another than PROJ_MASK, or not clear.
+    """
+    found = find_store(settings, wanted)
+    if found is None or _agreement(found, wanted)[0] < len(wanted):
         return resolve_mask(settings.proj_mask, None)
     adopt(found, settings, parameters)
     return resolve_mask(settings.proj_mask, Store.read_manifest(found).identity)

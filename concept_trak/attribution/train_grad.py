@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -14,12 +15,13 @@ from ..parsing import parse_shards
 from ..registry import OBJECTIVES
 from ..rows.row import Rows
 from ..rows.states import train_states_of
-from ..store.checks import check_shard
+from ..store.checks import still_to_make
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
 from ..store.shards import Store
 from .corpus import Corpus
 from .executor import Executor, InProcess
+from .known_rows import KnownRows, keep_digests, known_rows
 from .plan import folder_name, train_states
 from .stores import find_store, new_folder
 
@@ -33,19 +35,21 @@ def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition) -> Rows:
 
 def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:
     """Fill the store of the settings (its pending shards among SHARDS), resuming at the first row
-    that is not on disk.
+    that is not on disk. Rows that another store has of the same pictures are taken from there.
+
+    UserError for a damaged finished shard, unless REPAIR is set, which makes it again.
     """
-    store = create_store(corpus)
-    wanted = parse_shards(corpus.settings.shards, store.num_split)
-    pending = store.pending(wanted)
-    for shard in set(wanted) - set(pending):
-        check_shard(store, shard, verify=True)
-    todo = sum(store.shard_range(i)[1] - store.resume_row(i) for i in pending)
+    s, store = corpus.settings, create_store(corpus)
+    pending = still_to_make(store, parse_shards(s.shards, store.num_split), s.repair)
+    known = known_rows(store, s, corpus.data.digests()) if pending else KnownRows({})
+    rows = [range(store.resume_row(i), store.shard_range(i)[1]) for i in pending]
+    taken = sum(map(known.count, rows))
+    todo = sum(map(len, rows)) - taken
     size = store.num_rows * store.dim * STORED_TYPES[store.dtype].itemsize / 1e6
     progress = f"{todo} of {store.num_rows} rows to compute, {size:.0f} MB on disk when complete"
-    print(f"{store.folder}: {progress}")
+    print(f"{store.folder}: {progress}" + (f", {taken} known from before" if taken else ""))
     with tqdm(total=todo, desc="train gradients", unit="image") as bar:
-        (executor or InProcess()).run(lambda shard: fill(corpus, store, shard, bar), pending)
+        (executor or InProcess()).run(lambda i: fill(corpus, store, i, known, bar), pending)
     return store
 
 
@@ -54,7 +58,10 @@ def create_store(corpus: Corpus) -> Store:
     s, weighted = corpus.settings, OBJECTIVES.get(corpus.settings.f).row_weight is not None
     dim = corpus.projection.proj_dim
     layout = Layout(len(corpus.data), dim, s.num_split, s.store_dtype, losses=weighted)
-    return Store.create(new_folder(s), layout, train_identity(corpus))
+    identity = corpus.train_identity()
+    store = Store.create(new_folder(s, identity), layout, identity)
+    keep_digests(store, corpus.data.digests())
+    return store
 
 
 def open_store(corpus: Corpus) -> Store:
@@ -62,7 +69,8 @@ def open_store(corpus: Corpus) -> Store:
 
     UserError naming what differs when a store of the same name was made from something else.
     """
-    s, found = corpus.settings, find_store(corpus.settings)
+    s, wanted = corpus.settings, corpus.train_identity()
+    found = find_store(s, wanted)
     if found is None:
         where = os.path.relpath(Path(s.grad_dir) / folder_name(s))
         raise UserError(
@@ -70,7 +78,7 @@ def open_store(corpus: Corpus) -> Store:
         )
     made_with = {"projection": corpus.projection.describe()}  # adopts shards of the release
     if "adopted" not in Store.read_manifest(found).identity:
-        return Store.open(found, expect=train_identity(corpus))
+        return Store.open(found, expect=wanted)
     # Of released rows nothing is recorded but the mask; the number of pictures is all that can be
     # checked beside it.
     store = Store.open(found, expect=made_with)
@@ -82,21 +90,25 @@ def open_store(corpus: Corpus) -> Store:
     return store
 
 
-def train_identity(corpus: Corpus) -> dict:
-    """What a store of this corpus must have been made from."""
-    return corpus.identity(data=corpus.data.content_hash())
-
-
-def fill(corpus: Corpus, store: Store, shard: int, bar: tqdm) -> None:
-    """Compute what a shard lacks and finish it. Batches start where they would in an uninterrupted
+def fill(corpus: Corpus, store: Store, shard: int, known: KnownRows, bar: tqdm) -> None:
+    """Make what a shard lacks and finish it. Batches start where they would in an uninterrupted
     run, so its bytes are the same.
     """
     (start, stop), size = store.shard_range(shard), corpus.settings.batch_size
     first = store.resume_row(shard)
     for low in range(start + (first - start) // size * size, stop, size):
-        missing = max(first - low, 0)
-        made = make_rows(corpus, *corpus.data.batch(range(low, min(low + size, stop))))
-        rows, losses = (x[missing:].cpu().numpy() for x in (made.values, made.losses))
-        store.append(shard, rows, low + missing, losses if store.has_losses else None)
-        bar.update(len(rows))
+        for is_known, run in known.runs(range(low, min(low + size, stop))):
+            missing = max(first - run.start, 0)
+            if missing >= len(run):
+                continue
+            rows, losses = known.read(run) if is_known else computed(corpus, run)
+            kept = losses[missing:] if store.has_losses else None
+            store.append(shard, rows[missing:], run.start + missing, kept)
+            bar.update(0 if is_known else len(run) - missing)
     store.finish(shard)
+
+
+def computed(corpus: Corpus, rows: range) -> tuple[np.ndarray, np.ndarray]:
+    """(values [b, k], losses [b]) of consecutive train pictures."""
+    made = make_rows(corpus, *corpus.data.batch(rows))
+    return made.values.cpu().numpy(), made.losses.cpu().numpy()

@@ -12,23 +12,27 @@ Both arrays are memory-mapped. The tasks of the benchmark are in `datasets.abc`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import UserError
+from ..files import sha256_file, write_json
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
 from ..reading import read_json, read_npy
 from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
-# of each array, evenly spread, enter the content hash: 36 GB would take minutes at every start
-HASHED_ROWS = 256
+HASHES = ".content.json"  # of the arrays: 36 GB would take minutes at every start
+AGAIN = "prepare it again with run_prepare.sh"
 
 
 class EncodedData:
@@ -85,13 +89,8 @@ class EncodedData:
 
     def _prepared(self) -> ImageCaptionDataset:
         """The pictures that were encoded, in the order of the rows whatever theirs is now."""
-        path, remedy = self.root / PREPARED, "prepare it again with run_prepare.sh"
-        record = read_json(path, remedy)
-        source, digests = record.get("source"), record.get("digests")
-        if not isinstance(source, str) or not isinstance(digests, list):
-            raise UserError(f"{path} does not say which pictures were encoded; {remedy}")
-        if len(digests) < len(self):
-            raise UserError(f"{path} is not of {self.root / TEXT}, which has more rows; {remedy}")
+        record, remedy = self._record(), AGAIN
+        source, digests = record["source"], record["digests"]
         data = load_folder(source).split("train")
         places: dict[str, list[int]] = {}
         for i, digest in reversed(list(enumerate(data.digests()))):
@@ -103,21 +102,52 @@ class EncodedData:
             raise UserError(f"{source} was changed since: {reason}; {remedy}") from None
         return data.subset(order)
 
+    def _record(self) -> dict[str, Any]:
+        """What `prepare` wrote down. UserError when it is not of these arrays."""
+        path = self.root / PREPARED
+        record = read_json(path, AGAIN)
+        source, digests = record.get("source"), record.get("digests")
+        if not isinstance(source, str) or not isinstance(digests, list):
+            raise UserError(f"{path} does not say which pictures were encoded; {AGAIN}")
+        if len(digests) < len(self) or record.get("arrays") != self._checksums:
+            raise UserError(f"{path} is not of the arrays beside it; {AGAIN}")
+        return record
+
     @property
     def everything(self) -> ImageCaptionDataset:
         """The same: encoded pictures have no held-out split."""
         return self.pictures
 
     def content_hash(self) -> str:
-        """sha256 over shape, dtype and evenly spread rows of both arrays: knows another subset or
-        order, not every changed row.
-        """
-        digest = hashlib.sha256()
-        for array in (self._latents, self._text):
-            digest.update(f"{array.shape}{array.dtype}".encode())
-            for row in np.unique(np.linspace(0, len(array) - 1, HASHED_ROWS).astype(int)):
-                digest.update(np.ascontiguousarray(array[row]).tobytes())
-        return digest.hexdigest()
+        """sha256 over the checksums of both files and the number of rows in use."""
+        return hashlib.sha256(json.dumps([self._checksums, len(self)]).encode()).hexdigest()
+
+    @cached_property
+    def _checksums(self) -> dict[str, str]:
+        """{name: sha256} of both files, taken again when one has another size, time or inode."""
+        paths = [self.root / name for name in (LATENTS, TEXT)]
+        stamps = {path.name: _stamp(path) for path in paths}
+        kept = self.root / HASHES
+        with contextlib.suppress(UserError):
+            known = read_json(kept, "it is made again")
+            if known.get("stamps") == stamps and isinstance(known.get("checksums"), dict):
+                return known["checksums"]
+        checksums = {path.name: sha256_file(path) for path in paths}
+        with contextlib.suppress(UserError):  # a folder that cannot be written
+            write_json(kept, {"stamps": stamps, "checksums": checksums})
+        return checksums
+
+    def digests(self) -> list[str]:
+        """Of each row's picture and caption, as `prepare` found them; [] for released arrays."""
+        if not (self.root / PREPARED).exists():
+            return []
+        return self._record()["digests"][: len(self)]
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file does."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def _array(path: Path, dims: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import io
 import struct
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ class ImageCaptionDataset:
 
     def __init__(self, root: str | Path, records: list[Record], captions: list[str]) -> None:
         self.root, self.records, self.captions = Path(root), records, captions
-        self._content_hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -113,16 +113,19 @@ class ImageCaptionDataset:
 
     def content_hash(self) -> str:
         """sha256 hex over captions and file contents in row order, not names; computed once."""
-        if self._content_hash is None:
-            digest = hashlib.sha256()
-            for index in range(len(self)):
-                digest.update(self._content(index))
-            self._content_hash = digest.hexdigest()
-        return self._content_hash
+        return self._hashes[0]
 
     def digests(self) -> list[str]:
-        """sha256 hex of each row's caption and file content."""
-        return [hashlib.sha256(self._content(index)).hexdigest() for index in range(len(self))]
+        """sha256 hex of each row's caption and file content; computed once."""
+        return self._hashes[1]
+
+    @cached_property
+    def _hashes(self) -> tuple[str, list[str]]:
+        whole, rows = hashlib.sha256(), []
+        for content in map(self._content, range(len(self))):
+            whole.update(content)
+            rows.append(hashlib.sha256(content).hexdigest())
+        return whole.hexdigest(), rows
 
     def _content(self, index: int) -> bytes:
         path = self.path(index)

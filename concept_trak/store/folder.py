@@ -138,12 +138,12 @@ class ShardFolder:
         path = self.path(shard, ".json")
         if not os.path.lexists(path):
             return {}
-        record = read_json(path, remedy(shard))
+        record = read_json(path, self.remedy(shard))
         rows = record.get("rows", 0)
         if type(rows) is not int or not 0 <= rows <= self.count(shard):
-            raise UserError(f"{path} is damaged (rows: {rows!r}): {remedy(shard)}")
+            raise UserError(f"{path} is damaged (rows: {rows!r}): {self.remedy(shard)}")
         if record.get("store") != self.store_id:
-            raise UserError(f"{path} belongs to another store: {remedy(shard)}")
+            raise UserError(f"{path} belongs to another store: {self.remedy(shard)}")
         return record
 
     def write_record(self, shard: int, rows: int, digests: dict[str, str] | None = None) -> None:
@@ -165,10 +165,11 @@ class ShardFolder:
                 shape = (min(max_rows, stop - first), *series.shape)
                 block = np.fromfile(file, series.stored_type, math.prod(shape))
                 if block.size != math.prod(shape):
-                    raise UserError(f"{path} is truncated: {remedy(shard)}")
+                    raise UserError(f"{path} is truncated: {self.remedy(shard)}")
                 yield first, block.reshape(shape)
 
-
-def remedy(shard: int) -> str:
-    """What mends a shard."""
-    return f"remove train_grad-{shard}.* and run the train gradients again"
+    def remedy(self, shard: int) -> str:
+        """What mends a shard."""
+        if self.grads.raw:  # came from elsewhere
+            return f"remove train_grad-{shard}.* and fetch it again"
+        return f"make that shard again: the train gradients with SHARDS={shard} REPAIR=1"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..reading import read_json
 from .encoding import STORED_TYPES
 
 FORMAT = 1
@@ -52,18 +55,43 @@ class Layout:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder; UserError if there is none or it cannot be read."""
+    """The manifest of a folder; UserError if there is none, or one that cannot be one."""
     path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        refuse_difference(folder, "format", FORMAT, manifest["format"])
-        return manifest | {key: manifest[key] for key in COMPARED}
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         what = "holds no gradient store (no manifest.json)"
-        raise UserError(f"{folder} {what}: run the train gradients first") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        remedy = "remove it and make the store again"
-        raise UserError(f"{path} cannot be read as a store manifest ({error}): {remedy}") from None
+        raise UserError(f"{folder} {what}: run the train gradients first")
+    manifest = read_json(path, REMEDY)
+    refuse_difference(folder, "format", FORMAT, manifest.get("format"))
+    fault = next((key for key, right in FORMS.items() if not right(manifest.get(key))), None)
+    if fault is None and not _whole(manifest["bounds"], manifest["num_rows"]):
+        fault = "bounds"
+    if fault is not None:
+        value = repr(manifest.get(fault))[:80]
+        raise UserError(f"{path} cannot be read as a store manifest ({fault}: {value}); {REMEDY}")
+    return manifest
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**48
+
+
+REMEDY = "remove it and make the store again"
+FORMS: dict[str, Callable[[Any], bool]] = {  # what each value of a manifest must be
+    "num_rows": _count,
+    "dim": _count,
+    "dtype": lambda value: isinstance(value, str) and value in STORED_TYPES,
+    "layout": lambda value: value in ("npy", "raw"),
+    "bounds": lambda value: isinstance(value, list) and all(type(b) is int for b in value),
+    "identity": lambda value: isinstance(value, dict),
+    "provenance": lambda value: isinstance(value, dict),
+    "losses": lambda value: value in (None, True, False),
+}
+
+
+def _whole(bounds: list[int], num_rows: int) -> bool:
+    """Whether shards of these bounds cover all rows, each of them at least one."""
+    steps = all(a < b for a, b in pairwise(bounds))
+    return len(bounds) > 1 and (bounds[0], bounds[-1]) == (0, num_rows) and steps
 
 
 def raw_manifest(folder: Path, dim: int) -> dict:

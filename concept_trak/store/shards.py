@@ -206,6 +206,9 @@ class Store(ShardFolder):
             mend = "make the train gradients again into another folder, with losses"
             raise UserError(f"{self.folder} keeps no losses: {mend}")
         self.refuse_unfinished()
-        shards, (_, series) = range(self.num_split), self.series
-        blocks = (self.shard_blocks(shard, series, self.num_rows) for shard in shards)
-        return np.concatenate([block for shard in blocks for _, block in shard])
+        return np.concatenate([self.shard_losses(shard) for shard in range(self.num_split)])
+
+    def shard_losses(self, shard: int) -> np.ndarray:
+        """float32 [rows of the shard] of a finished shard in a store with losses."""
+        blocks = self.shard_blocks(shard, self.series[1], self.num_rows)
+        return np.concatenate([block for _, block in blocks])

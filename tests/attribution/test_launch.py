@@ -1,5 +1,6 @@
 """A launcher that is ended takes the processes of its shards with it."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -12,16 +13,26 @@ from concept_trak import cli
 from concept_trak.settings import ROOT
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def of_shards(launcher):
+    """Its processes, and theirs, that compute a shard."""
+    found = []
+    for process in launcher.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [process] if "train-grad" in process.cmdline() else []
+    return found
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_launcher_that_is_ended_leaves_no_process(tiny_pipeline, tiny_data, tmp_path, ending):
     places = f"--sd-model-path={tiny_pipeline} --data-dir={tiny_data} --grad-dir={tmp_path}"
     flags = [*places.split(), "--gpu-ids=cpu cpu", "--num-split=2", "--proj-dim=32"]
     command = [sys.executable, "-m", "concept_trak", "train-grad", *flags]
     launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     parent, deadline = psutil.Process(launcher.pid), time.monotonic() + 60
-    while len(children := parent.children(recursive=True)) < 3 and time.monotonic() < deadline:
+
+    while len(children := of_shards(parent)) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(children) >= 3, "two of accelerate, and one of theirs"
+    assert len(children) >= 4, "two of accelerate, and theirs"
     launcher.send_signal(ending)
     launcher.communicate(timeout=30)
     gone, alive = psutil.wait_procs(children, timeout=10)

@@ -8,6 +8,7 @@ import pytest
 from stores import SPLITS, K, N, fill, make, some_losses, some_rows
 
 from concept_trak.errors import UserError
+from concept_trak.store.checks import still_to_make
 from concept_trak.store.shards import Layout, Store
 
 
@@ -121,9 +122,12 @@ def test_open_refuses_damaged_losses_and_its_remedy_mends_them(tmp_path, damage,
     with pytest.raises(UserError) as error:
         Store.open(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert "remove train_grad-2.* and run the train gradients again" in str(error.value)
-    for path in tmp_path.glob("train_grad-2.*"):
-        path.unlink()
+    assert "the train gradients with SHARDS=2 REPAIR=1" in str(error.value)
+    store = Store.read_manifest(tmp_path)
+    with pytest.raises(UserError, match="REPAIR=1"):
+        still_to_make(store, range(store.num_split), repair=False)
+    assert still_to_make(store, range(store.num_split), repair=True) == [2]
+    assert (tmp_path / "train_grad-2.npy.damaged").exists()
     fill(make(tmp_path, losses=True), some_rows())
     np.testing.assert_array_equal(Store.open(tmp_path).losses(), some_losses())
 

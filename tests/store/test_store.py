@@ -121,11 +121,16 @@ def test_a_layout_that_cannot_be_is_refused(layout, message):
 
 
 def test_a_damaged_manifest_is_one_line(tmp_path):
-    for text in ("{", "[]", '{"format": 1}', '{"format": 1, "num_rows": 3}'):
+    whole = Layout(N, K, 2, "float32").manifest() | {"identity": {}, "provenance": {}}
+    wrong = {"num_rows": -3, "dim": 2.5, "dtype": [], "layout": "x", "identity": 1, "losses": "no"}
+    wrong_bounds = ([], [0], [0, "a"], [0, 0, N], [0, N + 1], [0, N, 5], {})
+    manifests = [whole | {key: value} for key, value in wrong.items()]
+    manifests += [whole | {"bounds": bounds} for bounds in wrong_bounds]
+    for text in ("{", "[]", '{"format": 1}', *map(json.dumps, manifests)):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match="cannot be read as a store manifest") as error:
+        with pytest.raises(UserError, match="remove it and make the store again") as error:
             Store.open(tmp_path)
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and str(tmp_path / "manifest.json") in str(error.value)
     (tmp_path / "manifest.json").write_text('{"format": 2}')
     with pytest.raises(UserError, match="format = 2, not 1"):
         Store.open(tmp_path)

@@ -1,0 +1,120 @@
+"""Rows that need not be computed again: a store of the same settings and model, but of other
+pictures, has those of the pictures that both hold.
+
+A row depends on its picture, its caption, the settings and the model, not on its place or its
+neighbours, so a picture added to a folder costs one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import write_json
+from ..reading import read_json
+from ..settings import Settings, digest
+from ..store.checks import check_shard
+from ..store.shards import Store
+from .plan import folder_name
+from .stores import stores_named
+
+PICTURES = "pictures.json"  # digests of a store's pictures, row by row
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a known row is: the store and its row there, with its loss if the store keeps them."""
+
+    store: Store
+    row: int
+    loss: float | None
+
+
+class KnownRows:
+    """Which rows of a store others have, and their values."""
+
+    def __init__(self, sources: Mapping[int, Source]) -> None:
+        self.sources = sources
+
+    def count(self, rows: Iterable[int]) -> int:
+        """How many of these rows are known."""
+        return sum(row in self.sources for row in rows)
+
+    def runs(self, rows: range) -> Iterator[tuple[bool, range]]:
+        """(whether they are known, rows): `rows` in consecutive pieces."""
+        for known, piece in groupby(rows, key=lambda row: row in self.sources):
+            run = list(piece)
+            yield known, range(run[0], run[-1] + 1)
+
+    def read(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """(values [b, k], losses [b]) float32 of known rows; losses are NaN where none are kept."""
+        found = [self.sources[row] for row in rows]
+        values = np.concatenate([source.store.rows([source.row]) for source in found])
+        return values, np.array([source.loss for source in found], np.float32)
+
+
+def keep_digests(store: Store, digests: Sequence[str]) -> None:
+    """Write down which pictures the rows are of, beside them."""
+    path = store.folder / PICTURES
+    if _digests(store) != list(digests):
+        write_json(path, {"digests": list(digests), "checksum": digest(list(digests))})
+
+
+def _digests(store: Store) -> list[str]:
+    """Of the pictures of a store; [] if it does not say, or not of all."""
+    try:
+        record = read_json(store.folder / PICTURES, "it is not needed")
+    except UserError:
+        return []
+    digests = record.get("digests")
+    whole = record.get("checksum") == digest(digests) and len(digests or []) == store.num_rows
+    return digests if whole else []
+
+
+def known_rows(store: Store, settings: Settings, digests: Sequence[str]) -> KnownRows:
+    """What the other stores of the settings' name have of these pictures: rows of finished, whole
+    shards, made from the same but the pictures and kept in the same form.
+    """
+    places: dict[str, list[int]] = {}
+    for row, name in enumerate(digests):
+        places.setdefault(name, []).append(row)
+    sources: dict[int, Source] = {}
+    for folder in stores_named(Path(settings.grad_dir) / folder_name(settings)):
+        if folder != store.folder and (other := _sibling(folder, store)):
+            theirs = _digests(other)
+            for shard in range(other.num_split if theirs else 0):
+                rows = range(*other.shard_range(shard))
+                wanted = {r: places[theirs[r]] for r in rows if theirs[r] in places}
+                if wanted and _usable(other, shard):
+                    losses = other.shard_losses(shard) if other.has_losses else None
+                    for row, ours in wanted.items():
+                        loss = None if losses is None else float(losses[row - rows.start])
+                        sources |= dict.fromkeys(ours, Source(other, row, loss))
+    return KnownRows(sources)
+
+
+def _sibling(folder: Path, store: Store) -> Store | None:
+    """The store of a folder if it differs from `store` in nothing but its pictures."""
+    try:
+        other = Store.read_manifest(folder)
+    except UserError:
+        return None
+    form = [(s.dim, s.dtype, s.layout, s.has_losses) for s in (store, other)]
+    mine, theirs = ({k: v for k, v in s.identity.items() if k != "data"} for s in (store, other))
+    return other if form[0] == form[1] and mine == theirs else None
+
+
+def _usable(store: Store, shard: int) -> bool:
+    """Whether a shard is finished and whole; one that is not is left to its own store."""
+    try:
+        if not store.finished(shard):
+            return False
+        check_shard(store, shard, verify=True)
+    except (UserError, OSError):
+        return False
+    return True
