@@ -1,0 +1,192 @@
+"""Train and measure all models of a plan: a process each, one thread, as many at a time as there
+are cores. What is finished is kept, what was killed goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ...errors import UserError
+from ...settings import ROOT, digest, provenance
+from .plan import Plan, Subset
+from .presence import MEND, Measure, Presences, read_presences, write_presences
+from .small import SmallSettings
+
+JUDGE = ROOT / "data/emoji/judge"
+MODEL_GB, CHECKPOINT_MB = 1.2, 70  # of one process, and of one subset's checkpoint on the disk
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where models come from and go to. like: folder of the pipeline whose parts are kept. data:
+    folder of pictures and captions. work: TRUTH_DIR. kept: folder of the presences.
+    """
+
+    like: str
+    data: str
+    work: Path
+    kept: Path
+    settings: SmallSettings = SmallSettings()
+    measure: Measure = Measure()
+
+    def presences(self, plan: str, subset: Subset) -> Path:
+        """File of one model's presences."""
+        return self.kept / plan / f"{subset.name}.json"
+
+
+def retrain(bench: Bench, plan: Plan) -> None:
+    """Train and measure every subset that is not, with a bar over the steps of all models.
+
+    UserError at the end if some died, naming them; the others are finished.
+    """
+    todo = [s for s in plan.subsets if not is_measured(bench, plan, s)]
+    cores = max(1, min(len(os.sched_getaffinity(0)), len(todo)))
+    needs = f"{cores * MODEL_GB:.1f} GB of memory, {len(todo) * CHECKPOINT_MB} MB in {bench.work}"
+    told = f"{len(todo)} of {len(plan.subsets)} models to train, {cores} at a time ({needs})"
+    print(f"{plan.name}: {told}", flush=True)
+    if not todo:
+        return
+    bench.work.mkdir(parents=True, exist_ok=True)
+    died: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    with (
+        _environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1"),
+        ProcessPoolExecutor(cores, context, max_tasks_per_child=1) as pool,
+        _bar(todo, bench) as bar,
+    ):
+        running = {pool.submit(train_and_measure, bench, plan, s): s.name for s in todo}
+        try:
+            _watch(running, bar, bench, todo, died)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    if died:
+        raise UserError(f"{len(died)} models died: {'; '.join(died)}; run it again to go on")
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Variables that processes started inside the block inherit: two busy ones of two threads each
+    would wait for one another, and the bar here is enough.
+    """
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _bar(todo: Sequence[Subset], bench: Bench) -> tqdm:
+    bar = tqdm(total=len(todo) * bench.settings.steps, desc="retraining", unit="step")
+    bar.initial = bar.n = steps_done(todo, bench)  # does not count for the ETA
+    return bar
+
+
+def _watch(
+    running: dict[Future[None], str],
+    bar: tqdm,
+    bench: Bench,
+    todo: Sequence[Subset],
+    died: list[str],
+) -> None:
+    left = set(running)
+    while left:
+        done, left = wait(left, 10, FIRST_COMPLETED)
+        died += [f"{running[f]} ({f.exception()})" for f in done if f.exception()]
+        bar.update(max(0, steps_done(todo, bench) - bar.n))
+
+
+def steps_done(subsets: Sequence[Subset], bench: Bench) -> int:
+    """Steps that the logs of these subsets tell of."""
+    logs = (path for s in subsets for path in bench.work.glob(f"{s.name}-*/model.jsonl"))
+    return sum(_last_step(path) for path in logs)
+
+
+def _last_step(log: Path) -> int:
+    lines = log.read_text(errors="replace").splitlines()
+    try:
+        return int(json.loads(lines[-1])["step"])
+    except (IndexError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def is_measured(bench: Bench, plan: Plan, subset: Subset) -> bool:
+    """Whether the presences of exactly this subset are there."""
+    path = bench.presences(plan.name, subset)
+    if not path.exists():
+        return False
+    known = json.loads(path.read_text())["made_from"]
+    return known.get("subset") == subset_digest(subset) and known.get("bench") == how(bench)
+
+
+def subset_digest(subset: Subset) -> str:
+    """Of what a subset teaches, and its seed."""
+    return digest(json.loads(json.dumps(asdict(subset))))
+
+
+def how(bench: Bench) -> str:
+    """Of all settings of training and measuring."""
+    return digest([asdict(bench.settings), asdict(bench.measure)])
+
+
+def train_and_measure(bench: Bench, plan: Plan, subset: Subset) -> None:
+    """One model from scratch to its presences, in this process, on one thread."""
+    import torch
+
+    from ...datasets.folder import load_folder
+    from ...models.text_to_image import load_pipeline
+    from ...workshop.judge.saved import load_judge
+    from .presence import measure_presences
+    from .trainer import train_subset
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    like, data = load_pipeline(bench.like), load_folder(bench.data)
+    train, held_out = data.split("train"), data.split("held_out")
+    latents = like.encode_images(train.images(range(len(train)), like.image_size))
+    begun = time.time()
+    model = train_subset(like, train, latents, subset, bench.settings, bench.work)
+    trained = time.time()
+    found = measure_presences(model, held_out, load_judge(JUDGE), bench.measure)
+    made_from: dict[str, Any] = {
+        "subset": subset_digest(subset),
+        "bench": how(bench),
+        "data": train.content_hash(),
+        "held_out": held_out.content_hash(),
+        "weights": model.weight_hash(),
+        "settings": asdict(bench.settings),
+        "measure": asdict(bench.measure),
+        "seconds": {"training": round(trained - begun), "measuring": round(time.time() - trained)},
+        "provenance": provenance(),
+    }
+    write_presences(bench.presences(plan.name, subset), found, made_from)
+
+
+def presences_of(bench: Bench, plan: Plan, held_out: Any) -> dict[str, Presences]:
+    """{subset: presences} of all models of a plan. UserError for one that is missing, made from
+    another subset, or of other pictures.
+    """
+    found = {}
+    for subset in plan.subsets:
+        path = bench.presences(plan.name, subset)
+        found[subset.name] = read_presences(path, held_out, plan.data)
+        if not is_measured(bench, plan, subset):
+            raise UserError(
+                f"{path} is of another subset or other settings than the plan's; {MEND}"
+            )
+    return found
