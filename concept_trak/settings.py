@@ -283,6 +283,16 @@ class Tasks:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """Training again."""
+
+    retrain: bool = option(False, "train the models of a plan that have no presences yet; hours")
+    truth_dir: str = option(
+        str(ROOT / "experiments/truth/results"), "folder of checkpoints and rows of small models"
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run depends on, by stage; each field can be read by its own name, too.
 
@@ -302,6 +312,7 @@ class Settings:
     run: Run = Run()
     evaluation: Evaluation = Evaluation()
     tasks: Tasks = Tasks()
+    truth: Truth = Truth()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:

@@ -73,7 +73,7 @@ NOT_DECIDING = {
     *("results_dir", "grad_dir", "data_dir", "source_dir", "sd_model_path", "lora_path", "device"),
     *("gpu_id", "gpu_ids", "batch_size", "max_memory", "num_split", "shards", "num_queries"),
     *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
-    *("force_recompute_concept_grad", "repair"),
+    *("force_recompute_concept_grad", "repair", "retrain", "truth_dir"),
 }
 
 

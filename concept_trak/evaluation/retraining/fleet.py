@@ -8,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -62,7 +63,7 @@ def retrain(bench: Bench, plan: Plan) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         _environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1"),
-        ProcessPoolExecutor(cores, context, max_tasks_per_child=1) as pool,
+        ProcessPoolExecutor(cores, context, end_with_parent, max_tasks_per_child=1) as pool,
         _bar(todo, bench) as bar,
     ):
         running = {pool.submit(train_and_measure, bench, plan, s): s.name for s in todo}
@@ -89,6 +90,18 @@ def _environment(**values: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def end_with_parent() -> None:
+    """In a process of the pool: end when the one that started it ends, even by SIGKILL."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _bar(todo: Sequence[Subset], bench: Bench) -> tqdm:

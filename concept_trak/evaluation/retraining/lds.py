@@ -1,0 +1,109 @@
+"""Concept-LDS: do summed scores predict how much a model knows that learned only a part?
+
+Over random subsets, the Spearman correlation of sum_{i kept} score_i with J_c (linear datamodeling
+score; Park et al. 2023), a mean over concepts. Captions name the concepts here, so counting labelled
+pictures predicts much of it: `partial` is what is left when that count is given. The ceiling is the
+correlation of the presences of two seeds on the same subsets: of what one training says about
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...datasets.folder import ImageCaptionDataset
+from ...scoring.metrics import bootstrap_interval
+from .asked import Asked
+from .plan import KINDS, Plan
+from .presence import Presences
+from .statistics import lds, partial_lds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What retraining says of one kind of concept. names [C]. kept: bool [S, N], of the subsets
+    trained with the first seed. presences [S, C]. relevant: bool [C, N], the labels.
+    """
+
+    names: list[str]
+    kept: np.ndarray
+    presences: np.ndarray
+    relevant: np.ndarray
+
+    def of(self, names: list[str]) -> Measured:
+        """Of some of the concepts only."""
+        at = [self.names.index(name) for name in names]
+        return Measured(names, self.kept, self.presences[:, at], self.relevant[at])
+
+
+def measured(
+    plan: Plan,
+    found: Mapping[str, Presences],
+    data: ImageCaptionDataset,
+    held_out: ImageCaptionDataset,
+    kind: str,
+) -> Measured:
+    """From the presences of the plan's models."""
+    first = [s for s in plan.subsets if s.seed == plan.subsets[0].seed]
+    names, shown = sorted(set(data.column(kind))), np.array(data.column(kind))
+    presences = [found[s.name].of_concepts(kind, held_out, names) for s in first]
+    kept = np.stack([s.kept(len(data)) for s in first])
+    return Measured(names, kept, np.stack(presences), np.stack([shown == n for n in names]))
+
+
+def ceiling(
+    plan: Plan,
+    found: Mapping[str, Presences],
+    held_out: ImageCaptionDataset,
+    kind: str,
+    names: list[str],
+) -> np.ndarray:
+    """[C] Spearman correlations of two seeds' presences over the subsets trained with both.
+
+    One seed's presences stand where summed scores do, each subset keeping a row of its own.
+    """
+    by_removed: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for s in plan.subsets:
+        values = found[s.name].of_concepts(kind, held_out, names)
+        by_removed.setdefault(s.removed, []).append(values)
+    pairs = [values for values in by_removed.values() if len(values) > 1]
+    first, second = (np.stack([values[i] for values in pairs]) for i in (0, 1))
+    return lds(second.T, first, np.eye(len(pairs), dtype=bool))
+
+
+def scored(values: np.ndarray, truth: Measured) -> dict[str, np.ndarray]:
+    """{"lds", "partial": [C]} of scores [C, N]."""
+    whole = lds(values, truth.presences, truth.kept)
+    return {
+        "lds": whole,
+        "partial": partial_lds(values, truth.presences, truth.kept, truth.relevant),
+    }
+
+
+def best_damping(
+    values: np.ndarray, asked: Asked, truths: dict[str, Measured], tune: dict[str, list[str]]
+) -> int:
+    """Index of the damping with the largest mean of both correlations over the "tune" concepts, a
+    mean over their kinds; values [D, Q, N].
+    """
+    totals = np.zeros(len(values))
+    for kind in KINDS:
+        of_concepts = asked.mean(values, kind, tune[kind])
+        for d, scores in enumerate(of_concepts):
+            found = scored(scores, truths[kind].of(tune[kind]))
+            totals[d] += sum(float(v.mean()) for v in found.values())
+    return int(totals.argmax())
+
+
+def summary(found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means with 95 % intervals over concepts."""
+    told: dict[str, Any] = {}
+    for figure, name in (("lds", "ci95"), ("partial", "partial_ci95")):
+        low, high = bootstrap_interval(found[figure])
+        told[figure] = round(float(found[figure].mean()), 4)
+        told[name] = [round(low, 4), round(high, 4)]
+    return told
