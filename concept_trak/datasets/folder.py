@@ -229,7 +229,8 @@ def _read_csv(path: Path) -> list[Record]:
 
 
 def _read_captions(path: Path) -> list[Record]:
-    captions = read_text(path, MEND).rstrip("\n").splitlines()
+    text = io.StringIO(read_text(path, MEND), newline=None).read()
+    captions = text.rstrip("\n").split("\n")
     images = (p for p in path.parent.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.relative_to(path.parent).as_posix() for p in images)
     if len(captions) != len(names):

@@ -26,7 +26,7 @@ from ..attribution.plan import folder_name
 from ..attribution.question import Picture, Question, generated
 from ..attribution.rankers import GradientRanker
 from ..attribution.train_grad import make_rows, open_store
-from ..datasets.abc import Task, chosen_tasks, exemplars
+from ..datasets.abc import Task, below, chosen_tasks, exemplars, token_folder
 from ..datasets.folder import ImageCaptionDataset, pictures
 from ..errors import UserError
 from ..models.generation import initial_noise
@@ -49,13 +49,14 @@ def token_path(settings: Settings, task: Task) -> Path:
     UserError naming the places looked at when there is none.
     """
     root, model = Path(settings.data_dir), task.model_path
+    own = token_folder(root, task)
     places = (
         [Path(settings.ti_model_path) / settings.ti_weight_name]
         if settings.ti_model_path
         else [
-            root / model.replace("models", "models-ti", 1) / "new1.safetensors",
-            root / model.replace("models", "models-ti", 1) / settings.ti_weight_name,
-            root / model / f"{TOKEN}.bin",
+            own / "new1.safetensors",
+            own / settings.ti_weight_name,
+            below(root, f"{model}/{TOKEN}.bin", "the task's model"),
         ]
     )
     found = next((p for p in places if p.is_file()), None)

@@ -67,7 +67,7 @@ def measure_model(corpus: Corpus) -> dict[str, Any]:
     )
     result |= ceilings(corpus, judge) | {"judge_on_unseen_art": metrics.get("cross_validation")}
     result |= {"guidance": settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
-    made_from = [corpus.model.weight_hash(), data.content_hash(), metrics]
+    made_from = [corpus.model.identity(), data.content_hash(), metrics]
     with results(settings, "model", "accuracy", made_from) as folder:
         write_metrics(folder, "accuracy", result, settings)
     print(json.dumps(result))

@@ -76,7 +76,7 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
             warnings.simplefilter("ignore", UserWarning)
             check_kind(source)
             pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **options)
-            refuse_deaf_tokenizer(pipe.tokenizer)
+            refuse_deaf_tokenizer(pipe.tokenizer, pipe.text_encoder)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a damaged part makes the libraries raise
@@ -90,8 +90,14 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def refuse_deaf_tokenizer(tokenizer: Any) -> None:
-    """ValueError for one that does not read words: its files are damaged, or others."""
+def refuse_deaf_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
+    """ValueError for one that does not read words, or more of them than the text encoder takes: its
+    files are damaged, or others.
+    """
+    length, room = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
+    if type(length) is not int or not 2 < length <= room:
+        given = f"its tokenizer's model_max_length is {str(length)[:20]}, not 3 to {room}"
+        raise ValueError(f"{given}; tokenizer/ is damaged")
     numbers = tokenizer(["a", "an"], padding="max_length", truncation=True).input_ids
     if numbers[0] == numbers[1] or not all(isinstance(n, int) for n in numbers[0]):
         raise ValueError("its tokenizer does not tell words apart; tokenizer/ is damaged")
