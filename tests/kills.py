@@ -25,7 +25,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["diffusers", "transformers", "peft", "kills"])
+SERVER.set_forkserver_preload(["diffusers", "transformers", "peft", "kills", "tiny_trainings"])
 
 
 def count_changes(below: Path, at: int, tell: Callable[[int], None]) -> None:
@@ -47,10 +47,14 @@ def count_changes(below: Path, at: int, tell: Callable[[int], None]) -> None:
     sys.addaudithook(hook)
 
 
-def child(argv: list[str], below: Path, at: int, told: Path) -> None:
-    """A verb in a process of its own; what it prints goes to the file `told`, too."""
+def child(argv: list[str], below: Path, at: int, told: Path, variables: dict[str, str]) -> None:
+    """A verb in a process of its own; what it prints goes to the file `told`."""
+    from tiny_trainings import SMALLER
+
     from concept_trak import cli
 
+    os.environ.update(variables)
+    SMALLER.get(argv[0], lambda _: None)(below)
     out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -59,14 +63,16 @@ def child(argv: list[str], below: Path, at: int, told: Path) -> None:
     sys.exit(cli.main(argv))
 
 
-def run(argv: list[str], below: Path, at: int = 0) -> tuple[int, int, str]:
+def run(
+    argv: list[str], below: Path, at: int = 0, variables: dict[str, str] | None = None
+) -> tuple[int, int, str]:
     """(exit code, or minus the signal; changes to the disk; what was printed) of a verb.
 
     Its process is forked from one that has imported everything and computed nothing: torch's
     threads do not live through a fork.
     """
     told = below.parent / "told.txt"
-    process = SERVER.Process(target=child, args=(argv, below, at, told))
+    process = SERVER.Process(target=child, args=(argv, below, at, told, variables or {}))
     process.start()
     process.join(120)
     changes = int.from_bytes(told.with_suffix(".count").read_bytes(), "little")

@@ -191,7 +191,9 @@ def train_token(
     made_from = {"token": token, "prompt": prompt, "init_token": start_token}
     made_from |= {"pictures": data.content_hash(), "model": model.identity()}
     identity = asdict(settings) | made_from | {"dtype": str(model.dtype)}
+    checkpoint = path.with_name(f"{stem}.checkpoint.safetensors")
     if is_finished(path, identity):
+        checkpoint.unlink(missing_ok=True)
         load_token(model, path, token)
         return path
     with disk_errors(path):
@@ -199,7 +201,6 @@ def train_token(
     number = model.add_token(token, start)
     ids = prompt_ids(model, prompt, number)
     lesson = Lesson(model, encode(model, data, settings.random_flip), ids, settings)
-    checkpoint = path.with_name(f"{stem}.checkpoint.safetensors")
     row, loss = fit(lesson, number, start, checkpoint, identity)
     model.add_token(token, row)
     save_checkpoint(path, {token: row}, {"token": token, "prompt": prompt})
