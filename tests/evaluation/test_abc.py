@@ -417,7 +417,7 @@ def test_released_rows_are_not_shown_with_other_pictures_than_the_first_time(
     root = tmp_path / "abc"
     shutil.copytree(release, root)
     given = {"sd_model_path": str(sd), "data_dir": str(root), "grad_dir": str(tmp_path / "grads")}
-    quick = {"recipe": "default", "f": "trak", "proj_dim": 32, "num_train": 8, "nfe": 2}
+    quick = {"recipe": "default", "f": "dsm", "proj_dim": 32, "num_train": 8, "nfe": 2}
     settings = resolve("abc", given | quick | {"num_split": 1, "dtype": "fp32"})
     train_grad(Corpus(settings, "cpu"))
     open_store(Corpus(settings, "cpu"))
