@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -44,7 +45,7 @@ LARGE = ("epochs", "gen_num_inference_steps", "gpu_ids", "nfe")
 class Case:
     """One thing wrong. kind: its class. spoil: what it does to `file`; a run that succeeds must
     give the same then. within: the context of the run. again: whether the same command, with
-    nothing wrong any more, must come to what it would have.
+    nothing wrong any more, must come to what it would have. known: digests of what the hub has.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Case:
     file: str = ""
     within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     again: bool = False
+    known: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,15 @@ class Project:
             for name in outside:
                 (self.home / name).unlink()
             return f"outside: {outside[0]}"
+        if code == 0 and self.strange(after, case.known):
+            return "silent change"
         return self.fault_of_next(case) if case.again else ""
+
+    def strange(self, after: dict[str, str], known: frozenset[str]) -> list[str]:
+        """Files of a download whose content the hub does not have."""
+        new = [f for f in after if f.startswith("fetched") and ".download" not in f]
+        new = [f for f in new if not re.search(r"manifest\.json|train_grad-\d+\.json", f)]
+        return [f for f in new if after[f] not in known]
 
     def fault_of_next(self, case: Case) -> str:
         """What does not hold of the same command when nothing is wrong any more."""
@@ -238,11 +248,11 @@ def cases(project: Project) -> Iterator[Case]:
         top = file.split("/")[0]
         encoded = top in ("encoded", "grads_encoded", "results_encoded")
         flags = project.encoded if encoded else project.flags
+        for how, spoil in kinds_of(project.home / "whole" / file):
+            yield Case(f"values of {top}", f"{file} {how}", "attribute", flags, spoil, file)
         for spoil in SPOIL:
             how = spoil.__name__.removeprefix("spoil_")
             kind = f"files of {top}"
-            for how, spoil in kinds_of(project.home / "whole" / file):
-                yield Case(f"values of {top}", f"{file} {how}", "attribute", flags, spoil, file)
             yield Case(kind, f"{file} {how}", "attribute", flags, spoil, file)
             if top in ("grads", "grads_encoded"):
                 yield Case(kind, f"{file} {how} train-grad", "train-grad", flags, spoil, file)
@@ -253,8 +263,10 @@ def cases(project: Project) -> Iterator[Case]:
 
 def cases_of_hub(project: Project) -> Iterator[Case]:
     """Answers of the hub."""
-    for name, verb, flags, context in hub_faults.cases(project.root / "fetched"):
-        yield Case("hub", name, verb, flags, within=context)
+    hub = hub_faults.Hub()
+    known = frozenset(hub.digests())
+    for name, verb, flags, context in hub_faults.cases(hub, project.root / "fetched"):
+        yield Case("hub", name, verb, flags, within=context, known=known)
 
 
 def cases_of_disk(project: Project, moments: int = 8) -> Iterator[Case]:

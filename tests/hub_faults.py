@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import threading
 import time
@@ -46,6 +47,11 @@ class Hub:
         small = {"json/test_artchive.json": b"[]", "path_to_prompts.json": b"{}"}
         small["imagenet_class_to_categories.json"] = b"{}"
         self.server.repos = {release.SOURCE: shards, GEN_DATA: small, UNLEARNING: {}}
+
+    def digests(self) -> list[str]:
+        """sha256 of every file."""
+        files = [data for repo in self.server.repos.values() for data in repo.values()]
+        return [hashlib.sha256(data).hexdigest() for data in files]
 
 
 def cases_of_page() -> Iterator[tuple[str, Callable[[list, str, str], tuple[Any, str]]]]:
@@ -110,9 +116,8 @@ def answering(hub: Hub, page: Any = None, info: Any = None, faults: Any = None) 
         yield
 
 
-def cases(folder: Path) -> Iterator[tuple[str, str, dict[str, Any], Any]]:
+def cases(hub: Hub, folder: Path) -> Iterator[tuple[str, str, dict[str, Any], Any]]:
     """(name, verb, flags, context of the run); what is downloaded goes below `folder`."""
-    hub = Hub()
     verbs = {
         "download-abc": {"data_dir": folder / "abc", "parts": "json", "max_workers": 1},
         "download-train-grad": {"grad_root": folder / "released", "count": 3, "rows": 5, "dim": 8},

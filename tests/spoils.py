@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -71,6 +72,16 @@ def spoil_link(path: Path) -> None:
     path.symlink_to(path.name)
 
 
+def spoil_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def spoil_null_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/null")
+
+
 def spoil_numbers(path: Path) -> None:
     """Every number of a JSON file becomes one that makes no sense; of other files, a NaN."""
     if path.suffix not in (".json", ".jsonl"):
@@ -93,6 +104,7 @@ def spoil_nulls(path: Path) -> None:
 SPOIL: tuple[Spoil, ...] = (
     *(spoil_missing, spoil_empty, spoil_half, spoil_noise, spoil_bit, spoil_folder, spoil_type),
     *(spoil_zip, spoil_encoding, spoil_longer, spoil_link, spoil_numbers, spoil_nulls),
+    *(spoil_pipe, spoil_null_device),
 )
 
 

@@ -30,7 +30,9 @@ TASKS = {"proj_dim": 64, "num_split": 2, "epochs": 1, "gen_num_inference_steps":
 # says how far a shard, or a training, is: true at every moment, though not the same
 PROGRESS = re.compile(r"train_grad-\d+\.json|index\.html|checkpoints/\w+\.\w+$|\.checkpoint\.")
 # folders whose files go together: all old or all new
-WHOLE = re.compile(r"(free_query|eval|model)/[^/]+/|exported/|data/emoji/judge/|checkpoints/\w+/")
+WHOLE = re.compile(
+    r"(free_query|eval|model)/[^/.][^/]*/|exported/|data/emoji/judge/|checkpoints/\w+/"
+)
 
 
 class Bench:

@@ -62,9 +62,8 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    if is_local(source) and not (Path(source) / "model_index.json").exists():
-        reason = "is not a diffusers pipeline folder (no model_index.json)"
-        raise UserError(f"{source} {reason}; give SD_MODEL_PATH a folder or a hub id")
+    if is_local(source):
+        refuse_other_folder(Path(source))
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
@@ -88,6 +87,18 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
         reason = f"has no noise schedule of 1000 steps ({type(pipe.scheduler).__name__})"
         raise UserError(f"{source} {reason}; {REMEDY}")
     return pipe
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """UserError for a folder that is no pipeline, or holds what is neither file nor folder: a pipe
+    would keep the run waiting, a device would never end.
+    """
+    if not (folder / "model_index.json").exists():
+        reason = "is not a diffusers pipeline folder (no model_index.json)"
+        raise UserError(f"{folder} {reason}; give SD_MODEL_PATH a folder or a hub id")
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is not a regular file; copy the model again")
 
 
 def refuse_deaf_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
