@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..reading import read_json, read_text
+from .pipelines import part_folder
 
 # Stores made before the reading was hashed name a model by its weights alone. This is the reading
 # of the committed model: under it the weights alone are the identity still, so that its committed
@@ -46,7 +47,7 @@ def hash_of_reading(pipe: Any, parts: Iterable[str] = PARTS) -> str:
     """Over what the text files of a pipeline's parts say; empty for a pipeline that was not loaded
     from a folder (nor the hub, whose folder is in its cache).
     """
-    folder = Path(str(pipe.unet.config.get("_name_or_path") or "")).parent
+    folder = part_folder(pipe, "unet").parent
     if not (folder / "unet/config.json").is_file():
         return ""
     files = (p for part in sorted(parts) for p in sorted((folder / part).glob("*")))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ..errors import UserError
 from .schedule import NUM_TRAIN_TIMESTEPS
@@ -75,6 +76,7 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
             warnings.simplefilter("ignore", UserWarning)
             check_kind(source)
             pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **options)
+            refuse_missing_weights(pipe)
             refuse_deaf_tokenizer(pipe.tokenizer, pipe.text_encoder)
     except UserError:
         raise
@@ -99,6 +101,32 @@ def refuse_other_folder(folder: Path) -> None:
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file; copy the model again")
+
+
+def refuse_missing_weights(pipe: Any) -> None:
+    """ValueError for a network whose file lacks a weight: diffusers leaves it empty, transformers
+    draws it at random, and both go on.
+    """
+    for name in ("unet", "vae", "text_encoder"):
+        lacking = [key for key, p in getattr(pipe, name).named_parameters() if p.is_meta]
+        if lacking:
+            raise ValueError(f"the file of its {name} lacks {lacking[0]}")
+    encoder = pipe.text_encoder
+    files = list(part_folder(pipe, "text_encoder").glob("*.safetensors"))
+    if type(encoder).__name__ != "CLIPTextModel" or not files:
+        return
+    known = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            known |= {key.removeprefix("text_model.") for key in opened.keys()}  # noqa: SIM118
+    wanted = (key.removeprefix("text_model.") for key, _ in encoder.named_parameters())
+    if lacking := [key for key in wanted if key not in known]:
+        raise ValueError(f"the file of its text_encoder lacks {lacking[0]}")
+
+
+def part_folder(pipe: Any, name: str) -> Path:
+    """Where a part's files are: in the folder that was given, or in the hub's cache."""
+    return Path(str(pipe.unet.config.get("_name_or_path") or "")).parent / name
 
 
 def refuse_deaf_tokenizer(tokenizer: Any, text_encoder: Any) -> None:

@@ -330,3 +330,16 @@ def test_without_peft_the_message_says_how_to_install_it(tmp_path, tiny_pipeline
 def test_a_name_with_lora_in_a_model_without_one_is_refused():
     with pytest.raises(UserError, match="matches no parameter"):
         PerSampleVjp(nn.Sequential(nn.Linear(2, 2)), "lora")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_network_whose_file_lacks_a_weight_is_refused(tmp_path, tiny_pipeline, part):
+    shutil.copytree(tiny_pipeline, tmp_path / "other")
+    (file,) = (tmp_path / "other" / part).glob("*.safetensors")
+    weights = load_file(file)
+    for name in (max(weights), min(weights)):
+        lacking = {k: v for k, v in weights.items() if k != name}
+        for content in (lacking, lacking | {"stranger": weights[name]}):
+            save_file(content, file, metadata={"format": "pt"})
+            with pytest.raises(UserError, match=f"cannot load .*{part} lacks"):
+                load_pipeline(str(tmp_path / "other"))
