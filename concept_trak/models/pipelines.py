@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import UserError
+from ..reading import read_json
 from .schedule import NUM_TRAIN_TIMESTEPS
 
 FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
@@ -42,6 +43,7 @@ CONDITIONS = (
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
+MOST_LAYERS, MOST = 1000, 2**24  # in a network's configuration: of layers, of anything
 REMEDY = "give SD_MODEL_PATH a StableDiffusionPipeline (SD 1.x, 2.x or a fine-tune)"
 
 
@@ -101,6 +103,20 @@ def refuse_other_folder(folder: Path) -> None:
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file; copy the model again")
+    for path in folder.glob("*/config.json"):
+        refuse_endless(read_json(path, "copy the model again"), str(path))
+
+
+def refuse_endless(config: Any, where: str, key: str = "") -> None:
+    """UserError for a size in a network's configuration that none has: to build it would take
+    forever.
+    """
+    items = config.items() if isinstance(config, dict) else ()
+    items = [(key, value) for value in config] if isinstance(config, list) else items
+    for inner, value in items:
+        refuse_endless(value, where, str(inner))
+    if isinstance(config, int) and config > (MOST_LAYERS if "layers" in key else MOST):
+        raise UserError(f"{where}: {key}={str(config)[:40]} is too large; copy the model again")
 
 
 def refuse_missing_weights(pipe: Any) -> None:
@@ -152,12 +168,15 @@ def check_kind(source: str) -> None:
         reason = next(reasons, "needs inputs or rules that are not known here")
         raise UserError(f"{source} is a {name}, {reason}; {REMEDY}")
     unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+    vae = AutoencoderKL.load_config(source, subfolder="vae")
+    for part, config in (("unet", unet), ("vae", vae)):
+        refuse_endless(config, f"{source}, {part}")
     for key in CONDITIONS:
         if unet.get(key) is not None:
             needs = "needs an input beside latents, time and prompt"
             raise UserError(f"the UNet of {source} has {key}={unet[key]!r}: {needs}; {REMEDY}")
     channels = unet.get("in_channels", 4)
-    latents = AutoencoderKL.load_config(source, subfolder="vae").get("latent_channels", 4)
+    latents = vae.get("latent_channels", 4)
     if channels != latents:
         counts = f"takes {channels} input channels but its latents have {latents}"
         needs = "needs a further picture, as for inpainting or editing"

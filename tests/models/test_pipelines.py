@@ -343,3 +343,22 @@ def test_a_network_whose_file_lacks_a_weight_is_refused(tmp_path, tiny_pipeline,
             save_file(content, file, metadata={"format": "pt"})
             with pytest.raises(UserError, match=f"cannot load .*{part} lacks"):
                 load_pipeline(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        ("vae/config.json", "layers_per_block", 2**70),
+        ("unet/config.json", "layers_per_block", 5000),
+        ("unet/config.json", "block_out_channels", [8, 2**40]),
+        ("text_encoder/config.json", "num_hidden_layers", 10**9),
+    ],
+)
+def test_a_network_that_would_take_forever_to_build_is_refused_at_once(
+    tmp_path, tiny_pipeline, file, key, value
+):
+    shutil.copytree(tiny_pipeline, tmp_path / "other")
+    path = tmp_path / "other" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key}=.* is too large; copy the model again"):
+        load_pipeline(str(tmp_path / "other"))
