@@ -143,6 +143,16 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def link(name: Path, target: Path) -> None:
+    """Let `name` be a link to a folder beside it, whatever it named before; nothing happens on a
+    disk without links.
+    """
+    made = name.with_name(f".{name.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        os.symlink(target.name, made)
+        os.replace(made, name)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """See `atomic`."""
     with atomic(path) as file:

@@ -88,13 +88,17 @@ def read_text(path: Path, mend: str) -> str:
 
 
 def parse_json(text: str | bytes, what: object, mend: str, kind: type = object) -> Any:
-    """A JSON value of type `kind`; NaN and Infinity, which JSON does not know, are refused."""
+    """A JSON value of type `kind`; refused are NaN and Infinity, which JSON does not know, and a
+    key that is there twice with two values.
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number")
 
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=_finite)
+        value = json.loads(
+            text, parse_constant=refuse, parse_float=_finite, object_pairs_hook=_unambiguous
+        )
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{what} is not JSON ({reason}); {mend}") from None
@@ -102,6 +106,14 @@ def parse_json(text: str | bytes, what: object, mend: str, kind: type = object) 
         wanted = {"dict": "an object", "list": "a list"}.get(kind.__name__, kind.__name__)
         raise UserError(f"{what} is not {wanted} but {type(value).__name__}; {mend}")
     return value
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{key[:40]!r} is there twice")
+    return found
 
 
 def _finite(text: str) -> float:

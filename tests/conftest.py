@@ -46,7 +46,8 @@ def tiny_unet(seed=0):
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=4,
         in_channels=2,
@@ -77,15 +78,23 @@ def save_tiny_pipeline(folder, seed=0):
     """A whole pipeline folder (8x8 pictures, 4x4 latents) with random weights, made of the embedded
     model's parts.
     """
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     from concept_trak.datasets.emoji import caption
     from concept_trak.workshop.embedded import pipeline as embedded
 
     tokenizer = embedded.build_tokenizer([caption(f"a {o}", s) for o in OBJECTS for s in STYLES])
     unet = tiny_unet(seed)
-    text_encoder = CLIPTextModel(
+    text_encoder, vae = tiny_text_encoder(tokenizer), tiny_vae()
+    embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
+    return folder
+
+
+def tiny_text_encoder(tokenizer):
+    """A CLIPTextModel of width 6."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from concept_trak.workshop.embedded import pipeline as embedded
+
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=6,
@@ -100,7 +109,13 @@ def save_tiny_pipeline(folder, seed=0):
             initializer_factor=30.0,
         )
     )  # or captions would hardly differ
-    vae = AutoencoderKL(
+
+
+def tiny_vae():
+    """8x8x3 pictures <-> 4x4x2 latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -111,8 +126,6 @@ def save_tiny_pipeline(folder, seed=0):
         norm_num_groups=4,
         sample_size=8,
     )
-    embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import io
 import json
 import os
-import random
+import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -29,92 +32,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-TEXTS = (
-    *("", " ", "0", "-1", "1", "3.5", "1e400", "nan", "inf", "-inf", "1e-30", "\u0663", "true"),
-    *("a" * 5000, "\udcff", "caf\u00e9", "../../x", "\n", "/dev/null", "/", "1,2", "--prompt"),
-    *("%s", "{}", "9" * 30, "9" * 5000, "0x10", "1_0", "|", ",", "-", "~", "$HOME", "\0", "a\tb"),
-    *("cat|cat", "cat,cat", "auto", "cuda:99", "3-1", "0-99999999999"),
-)
+import disk_faults
+import hub_faults
+import kills
+from spoils import SPOIL, TEXTS, kinds_of
+
 # a legal value of these asks for work without end, or for another machine
 LARGE = ("epochs", "gen_num_inference_steps", "gpu_ids", "nfe")
 
 
-def spoil_missing(path: Path) -> None:
-    path.unlink()
-
-
-def spoil_empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def spoil_half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def spoil_noise(path: Path) -> None:
-    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
-
-
-def spoil_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) * 3 // 4] ^= 16
-    path.write_bytes(content)
-
-
-def spoil_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def spoil_type(path: Path) -> None:
-    path.write_bytes(b"[1, 2]\n")
-
-
-def spoil_zip(path: Path) -> None:
-    path.write_bytes(b"PK\x03\x04" + bytes(100))
-
-
-def spoil_encoding(path: Path) -> None:
-    path.write_bytes(b"\xff\xfe" + path.read_bytes())
-
-
-def spoil_longer(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + bytes(7))
-
-
-def spoil_link(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def spoil_numbers(path: Path) -> None:
-    """Every number of a JSON file becomes one that makes no sense; of other files, a NaN."""
-    if path.suffix not in (".json", ".jsonl"):
-        content = path.read_bytes()
-        path.write_bytes(content[:-8] + b"\xff" * 8)
-        return
-    text = path.read_text()
-    path.write_text("".join("-7e9" if c.isdecimal() and i % 3 else c for i, c in enumerate(text)))
-
-
-def spoil_nulls(path: Path) -> None:
-    """Every value of a JSON object becomes null."""
-    try:
-        known = json.loads(path.read_text())
-        path.write_text(json.dumps(dict.fromkeys(known)))
-    except (ValueError, TypeError):
-        path.write_bytes(b"null")
-
-
-SPOIL: tuple[Callable[[Path], None], ...] = (
-    *(spoil_missing, spoil_empty, spoil_half, spoil_noise, spoil_bit, spoil_folder, spoil_type),
-    *(spoil_zip, spoil_encoding, spoil_longer, spoil_link, spoil_numbers, spoil_nulls),
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing wrong. kind: its class. same: whether a run that succeeds must give the same."""
+    """One thing wrong. kind: its class. spoil: what it does to `file`; a run that succeeds must
+    give the same then. within: the context of the run. again: whether the same command, with
+    nothing wrong any more, must come to what it would have. known: digests of what the hub has.
+    """
 
     kind: str
     name: str
@@ -122,6 +54,9 @@ class Case:
     flags: dict[str, object]
     spoil: Callable[[Path], None] | None = None
     file: str = ""
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    again: bool = False
+    known: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +90,9 @@ class Project:
         encoded = {"data_dir": self.root / "encoded", "grad_dir": self.root / "grads_encoded"}
         self.encoded = self.flags | encoded | {"results_dir": self.root / "results_encoded"}
         source = {"source_dir": self.root / "data"}
+        asked = ("prompt", "target_concepts", "results_dir", "epochs", "top_k")
+        self.export = {k: v for k, v in self.flags.items() if k not in asked}
+        del self.export["num_split"], self.export["gen_num_inference_steps"]
         for verb, flags in (
             ("train-grad", self.flags),
             ("attribute", self.flags),
@@ -165,7 +103,7 @@ class Project:
             code, told = call(verb, flags)
             assert code == 0, told
         shutil.copytree(self.root, self.home / "whole", symlinks=True)
-        self.clean = self.content()
+        self.clean, self.wanted = self.content(), {}
         (self.home / "elsewhere").mkdir()
 
     def restore(self) -> None:
@@ -190,7 +128,8 @@ class Project:
             os.chdir(self.home / "elsewhere")
             before, begun = self.content(), time.time()
             try:
-                code, told = call(case.verb, case.flags)
+                with within_seconds(40), case.within():
+                    code, told = call(case.verb, case.flags)
             except BaseException as error:  # noqa: BLE001 - that is what is looked for
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(last.filename).name}:{last.lineno}"
@@ -218,11 +157,49 @@ class Project:
             return f"lost {lost[0]}"
         if case.spoil and code == 0 and not self.same(after):
             return "silent change"
-        return ""
+        if outside := [f.name for f in self.home.iterdir() if f.name not in HOME]:
+            for name in outside:
+                (self.home / name).unlink()
+            return f"outside: {outside[0]}"
+        if code == 0 and self.strange(after, case.known):
+            return "silent change"
+        return self.fault_of_next(case) if case.again else ""
+
+    def strange(self, after: dict[str, str], known: frozenset[str]) -> list[str]:
+        """Files of a download whose content the hub does not have."""
+        new = [f for f in after if f.startswith("fetched") and ".download" not in f]
+        new = [f for f in new if not re.search(r"manifest\.json|train_grad-\d+\.json", f)]
+        return [f for f in new if after[f] not in known]
+
+    def fault_of_next(self, case: Case) -> str:
+        """What does not hold of the same command when nothing is wrong any more."""
+        code, told = call(case.verb, case.flags)
+        if code:
+            return f"no way on: {told.strip()[-200:]}"
+        wanted = self.wanted.setdefault(case.verb, said(self.content()))
+        return "" if said(self.content()) == wanted else "silent change by the next"
 
     def same(self, after: dict[str, str]) -> bool:
         """Whether no ranking, picture or row is there that the clean project does not have."""
         return said(after) <= said(self.clean)
+
+
+HOME = ("project", "whole", "elsewhere", "odd")
+
+
+@contextlib.contextmanager
+def within_seconds(limit: int) -> Iterator[None]:
+    """TimeoutError for what takes longer."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"longer than {limit} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(limit)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def said(content: dict[str, str]) -> set[tuple[str, str]]:
@@ -271,6 +248,8 @@ def cases(project: Project) -> Iterator[Case]:
         top = file.split("/")[0]
         encoded = top in ("encoded", "grads_encoded", "results_encoded")
         flags = project.encoded if encoded else project.flags
+        for how, spoil in kinds_of(project.home / "whole" / file):
+            yield Case(f"values of {top}", f"{file} {how}", "attribute", flags, spoil, file)
         for spoil in SPOIL:
             how = spoil.__name__.removeprefix("spoil_")
             kind = f"files of {top}"
@@ -280,6 +259,65 @@ def cases(project: Project) -> Iterator[Case]:
             if top == "encoded":
                 again = flags | {"source_dir": project.root / "data"}
                 yield Case(kind, f"{file} {how} prepare", "prepare", again, spoil, file)
+
+
+def cases_of_hub(project: Project) -> Iterator[Case]:
+    """Answers of the hub."""
+    hub = hub_faults.Hub()
+    known = frozenset(hub.digests())
+    for name, verb, flags, context in hub_faults.cases(hub, project.root / "fetched"):
+        yield Case("hub", name, verb, flags, within=context, known=known)
+
+
+def cases_of_disk(project: Project, moments: int = 8) -> Iterator[Case]:
+    """A disk that refuses one of the changes of a verb that writes."""
+    disk, new = disk_faults.Disk(), project.root / "new"
+    verbs = {
+        "train-grad": project.flags | {"grad_dir": new},
+        "attribute": project.flags | {"results_dir": new},
+        "prepare": project.encoded | {"data_dir": new, "source_dir": project.root / "data"},
+        "export": project.export | {"out_dir": new / "exported", "kind": "dattri"},
+    }
+    for verb, flags in verbs.items():
+        with disk.refusing(project.root, 0, 0):
+            assert call(verb, flags)[0] == 0
+        changes = disk.seen
+        project.restore()
+        for moment in kills.moments(changes, moments):
+            for error in disk_faults.ERRORS:
+                within = functools.partial(disk.refusing, project.root, moment, error)
+                name = f"{verb} {errno.errorcode[error]} at {moment} of {changes}"
+                yield Case("disk", name, verb, flags, within=within, again=True)
+
+
+def cases_of_places(project: Project) -> Iterator[Case]:
+    """A folder that is something else."""
+    odd = project.home / "odd"
+    odd.mkdir()
+    (odd / "file").write_text("a file")
+    (odd / "loop").symlink_to("loop")
+    (odd / "nowhere").symlink_to("not/there")
+    os.mkfifo(odd / "pipe")
+    ways = ("file", "file/below", "loop", "loop/below", "nowhere", "pipe", "pipe/below")
+    ways += ("a" * 300, "a/" * 2500, "/dev/null", "/dev/null/x", "/proc/self/new", "/proc/1/x")
+    folders = ("data_dir", "grad_dir", "results_dir", "sd_model_path", "lora_path", "source_dir")
+    for name in folders:
+        for way in ways:
+            flags = {name: odd / way}
+            if name == "source_dir":
+                flags |= {"data_dir": project.root / "new"}
+            verbs = {"source_dir": ["prepare"], "data_dir": ["prepare", "attribute"]}
+            for verb in verbs.get(name, ["train-grad", "attribute"]):
+                given = project.flags | {"source_dir": project.root / "data"} | flags
+                if verb != "prepare":
+                    del given["source_dir"]
+                yield Case("places", f"{verb} {name}={way[:20]}", verb, given)
+
+
+def all_cases(project: Project) -> Iterator[Case]:
+    """Of every class."""
+    for some in (cases, cases_of_hub, cases_of_disk, cases_of_places):
+        yield from some(project)
 
 
 def main() -> None:
@@ -292,7 +330,7 @@ def main() -> None:
     counts: dict[str, Counter] = {}
     with tempfile.TemporaryDirectory() as folder:
         project = Project(Path(folder))
-        chosen = [c for c in cases(project) if options.only in c.kind][:: options.every]
+        chosen = [c for c in all_cases(project) if options.only in c.kind][:: options.every]
         for case in chosen:
             outcome = project.run(case)
             short = outcome.fault.split(" ")[0] or "held"

@@ -40,7 +40,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos, self.faults, self.log = {}, {}, []
         self.token, self.lock = None, threading.Lock()
         # (entries, address of the next page, of this) -> (entries, address) that are sent instead
-        self.change_page = None
+        self.change_page, self.change_info = None, None
         self.sha256 = {}  # path -> sha256 to claim instead of the true one
 
     @property
@@ -119,9 +119,11 @@ class Handler(BaseHTTPRequestHandler):
                 return self.tree(files, path.partition("/tree/")[2].partition("/")[2], query)
             if path == f"/api/datasets/{repo}":
                 self.note("info")
-                return self.failed(self.server.next_fault("info")) or self.answer(
-                    200, json.dumps({"id": repo, "sha": COMMIT}).encode()
-                )
+                told = {"id": repo, "sha": COMMIT}
+                if self.server.change_info:
+                    told = self.server.change_info(told)
+                failed = self.failed(self.server.next_fault("info"))
+                return failed or self.answer(200, json.dumps(told).encode())
             if path.startswith(f"/datasets/{repo}/resolve/"):
                 return self.resolve(repo, files, path.partition("/resolve/")[2].partition("/")[2])
         self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -19,11 +20,12 @@ CHANGES = {
     *("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink"),
     *("os.link", "shutil.rmtree", "shutil.move"),
 }
+MINUTE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["diffusers", "transformers", "peft", "kills"])
+SERVER.set_forkserver_preload(["diffusers", "transformers", "peft", "kills", "tiny_trainings"])
 
 
 def count_changes(below: Path, at: int, tell: Callable[[int], None]) -> None:
@@ -45,10 +47,14 @@ def count_changes(below: Path, at: int, tell: Callable[[int], None]) -> None:
     sys.addaudithook(hook)
 
 
-def child(argv: list[str], below: Path, at: int, told: Path) -> None:
-    """A verb in a process of its own; what it prints goes to the file `told`, too."""
+def child(argv: list[str], below: Path, at: int, told: Path, variables: dict[str, str]) -> None:
+    """A verb in a process of its own; what it prints goes to the file `told`."""
+    from tiny_trainings import SMALLER
+
     from concept_trak import cli
 
+    os.environ.update(variables)
+    SMALLER.get(argv[0], lambda _: None)(below)
     out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -57,14 +63,16 @@ def child(argv: list[str], below: Path, at: int, told: Path) -> None:
     sys.exit(cli.main(argv))
 
 
-def run(argv: list[str], below: Path, at: int = 0) -> tuple[int, int, str]:
+def run(
+    argv: list[str], below: Path, at: int = 0, variables: dict[str, str] | None = None
+) -> tuple[int, int, str]:
     """(exit code, or minus the signal; changes to the disk; what was printed) of a verb.
 
     Its process is forked from one that has imported everything and computed nothing: torch's
     threads do not live through a fork.
     """
     told = below.parent / "told.txt"
-    process = SERVER.Process(target=child, args=(argv, below, at, told))
+    process = SERVER.Process(target=child, args=(argv, below, at, told, variables or {}))
     process.start()
     process.join(120)
     changes = int.from_bytes(told.with_suffix(".count").read_bytes(), "little")
@@ -72,12 +80,17 @@ def run(argv: list[str], below: Path, at: int = 0) -> tuple[int, int, str]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """{path: digest} of the files that have their final name; what is being written is left out."""
+    """{path: digest} of the files that have their final name; what is being written is left out.
+
+    The minute an answer was made at, as an index tells it, is no part of the content.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and ".part" not in name and ".download" not in name:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            held = path.read_bytes()
+            held = MINUTE.sub(b"", held) if path.suffix == ".html" else held
+            found[name] = hashlib.sha256(held).hexdigest()
     return found
 
 

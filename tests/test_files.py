@@ -148,3 +148,11 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path):
 def test_json_is_read_as_it_was_written(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1, "ü"]})
     assert read_json(tmp_path / "a.json", MEND) == {"a": [1, "ü"]}
+
+
+def test_a_key_that_is_there_twice_with_two_values_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1, "b": {"c": 1, "c": 1}}')
+    assert read_json(tmp_path / "a.json", MEND) == {"a": 1, "b": {"c": 1}}
+    (tmp_path / "a.json").write_text('{"a": 1, "b": {"c": 1, "c": 2}}')
+    with pytest.raises(UserError, match="'c' is there twice.*make it again"):
+        read_json(tmp_path / "a.json", MEND)

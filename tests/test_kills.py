@@ -8,9 +8,17 @@ import shutil
 import signal
 
 import kills
+import numpy as np
 import pytest
 import standin
 from conftest import save_tiny_data, save_tiny_pipeline
+from hub_server import HubServer
+
+from concept_trak.workshop.fetch.assets import GEN_DATA, UNLEARNING
+from concept_trak.workshop.fetch.release import SETTINGS_NAME
+from concept_trak.workshop.fetch.release import SOURCE as RELEASE
+
+py7zr = pytest.importorskip("py7zr")
 
 SMALL = {
     "prompt": "a cat in the style of blob",
@@ -19,8 +27,12 @@ SMALL = {
     **{"batch_size": 4, "top_k": 3, "device": "cpu"},
 }
 TASKS = {"proj_dim": 64, "num_split": 2, "epochs": 1, "gen_num_inference_steps": 10}
-# says how far a shard is: true at every moment, though not the same
-PROGRESS = re.compile(r"train_grad-\d+\.json|index\.html")
+# says how far a shard, or a training, is: true at every moment, though not the same
+PROGRESS = re.compile(r"train_grad-\d+\.json|index\.html|checkpoints/\w+\.\w+$|\.checkpoint\.")
+# folders whose files go together: all old or all new
+WHOLE = re.compile(
+    r"(free_query|eval|model)/[^/.][^/]*/|exported/|data/emoji/judge/|checkpoints/\w+/"
+)
 
 
 class Bench:
@@ -31,11 +43,15 @@ class Bench:
         self.pipeline, self.data = save_tiny_pipeline(root / "pipeline"), root / "data"
         save_tiny_data(self.data)
         self.work.mkdir()
+        self.variables = {}  # of the verb's process
 
     def flags(self, **changes):
         places = {"grad_dir": self.work / "grads", "results_dir": self.work / "results"}
         model = {"sd_model_path": self.pipeline, "data_dir": self.data}
         return {**model, **places, **SMALL, **changes}
+
+    def run(self, argv, at=0):
+        return kills.run(argv, self.work, at, self.variables)
 
     def abc(self):
         if not (self.root / "abc").exists():
@@ -49,7 +65,26 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return Bench(tmp_path_factory.mktemp("kills"))
+    made = Bench(tmp_path_factory.mktemp("kills"))
+    with HubServer() as hub:
+        rng = np.random.default_rng(0)
+        rows = [rng.standard_normal((5, 8)).astype("<f4").tobytes() for _ in range(3)]
+        hub.repos[RELEASE] = {f"{SETTINGS_NAME}/train_grad-{i}.npy": r for i, r in enumerate(rows)}
+        hub.repos[GEN_DATA] = archive_of_exemplars(made.root)
+        hub.repos[UNLEARNING] = {}
+        made.variables = {"HF_ENDPOINT": hub.url, "no_proxy": "*", "HF_HUB_OFFLINE": ""}
+        yield made
+
+
+def archive_of_exemplars(folder):
+    """{path on the hub: bytes}: the part "exemplar" in two volumes."""
+    with py7zr.SevenZipFile(folder / "a.7z", "w", filters=[{"id": py7zr.FILTER_COPY}]) as archive:
+        for name in "ab":
+            content = np.random.default_rng(ord(name)).bytes(900)
+            archive.writestr(content, f"exemplar/artchive/images/{name}.jpg")
+    whole = (folder / "a.7z").read_bytes()
+    halves = whole[:1000], whole[1000:]
+    return {f"exemplar/exemplar.7z.{i:03d}": half for i, half in enumerate(halves, 1)}
 
 
 def call(verb, flags, *more):
@@ -102,10 +137,63 @@ def evaluate_tasks(bench):
     return [make_tasks(bench)[1], train], call("evaluate-tasks", bench.abc(), "--benchmark=abc")
 
 
+def prepare_more(bench):
+    """A picture was added to what is prepared."""
+    shutil.rmtree(bench.root / "more", ignore_errors=True)
+    shutil.copytree(bench.data, bench.root / "more")
+    argv = call(
+        "prepare", bench.flags(source_dir=bench.root / "more", data_dir=bench.work / "encoded")
+    )
+
+    def add():
+        lines = (bench.data / "metadata.jsonl").read_text().splitlines(keepends=True)
+        text = lines[1].replace("a cat in", "the cat in")
+        (bench.root / "more/metadata.jsonl").write_text("".join([*lines, text]))
+
+    return [argv, add], argv
+
+
+def train_model(bench):
+    return [], ["train-model", f"--data-dir={bench.data}", "--device=cpu"]
+
+
+def train_judge(bench):
+    flags = {"sd_model_path": bench.pipeline, "data_dir": bench.data, "device": "cpu"}
+    return [call("train-judge", flags | {"seed": 1})], call("train-judge", flags | {"seed": 2})
+
+
+def judge_model(bench):
+    flags = bench.flags(num_queries=1)
+    kept = ("sd_model_path", "data_dir", "results_dir", "num_queries", "device")
+    asked = {k: flags[k] for k in (*kept, "gen_num_inference_steps")}
+    return [train_judge(bench)[1]], call("judge-model", asked)
+
+
+def train_token(bench):
+    flags = {"sd_model_path": bench.pipeline, "results_dir": bench.work / "results"}
+    own = [f"--images={bench.data}", "--steps=4", f"--out-dir={bench.work}/tokens"]
+    return [], call("train-token", flags | {"device": "cpu", "batch_size": 2}, *own)
+
+
+def download_abc(bench):
+    flags = {"data_dir": bench.work / "abc", "parts": "exemplar", "max_workers": 1}
+    return [], call("download-abc", flags)
+
+
+def download_train_grad(bench):
+    numbers = {"count": 3, "rows": 5, "dim": 8, "max_workers": 1}
+    return [], call("download-train-grad", {"grad_root": bench.work / "released", **numbers})
+
+
 test_grad.__test__ = False
-QUICK = (train_grad, attribute, prepare)
-VERBS = (train_grad, attribute, attribute_again, evaluate, prepare, export, make_tasks)
-VERBS += (task_grad, test_grad, evaluate_tasks)
+QUICK = (train_grad, attribute, prepare, train_judge)
+VERBS = (train_grad, attribute, attribute_again, evaluate, prepare, prepare_more, export)
+VERBS += (make_tasks, task_grad, test_grad, evaluate_tasks, train_model, train_judge, judge_model)
+VERBS += (train_token, download_abc, download_train_grad)
+
+
+def part_of(content, folder):
+    return {f: digest for f, digest in content.items() if folder in f}
 
 
 def check(bench, verb, count):
@@ -114,24 +202,27 @@ def check(bench, verb, count):
     bench.work.mkdir()
     first, last = verb(bench)
     for step in first:
-        code, _, told = kills.run(step, bench.work)
+        code, _, told = step() or (0, 0, "") if callable(step) else bench.run(step)
         assert code == 0, told
     old, kept = kills.content(bench.work), bench.root / "kept"
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(bench.work, kept, symlinks=True)
-    code, changes, told = kills.run(last, bench.work)
+    code, changes, told = bench.run(last)
     new = kills.content(bench.work)
     assert code == 0 and new != old, told
     for moment in kills.moments(changes, count):
         shutil.rmtree(bench.work)
         shutil.copytree(kept, bench.work, symlinks=True)
-        code, _, told = kills.run(last, bench.work, moment)
+        code, _, told = bench.run(last, moment)
         assert code == -signal.SIGKILL, told
         found = kills.content(bench.work)
         torn = [f for f in found if found[f] not in (old.get(f), new.get(f))]
         torn += [f for f in old if f in new and f not in found]
         assert not [f for f in torn if not PROGRESS.search(f)], (moment, torn)
-        code, _, told = kills.run(last, bench.work)
+        for folder in {match[0] for f in found if (match := WHOLE.search(f))}:
+            mixed = part_of(found, folder) not in (part_of(old, folder), part_of(new, folder))
+            assert not mixed, (moment, folder)
+        code, _, told = bench.run(last)
         assert code == 0, (moment, told)
         assert kills.content(bench.work) == new, moment
 
@@ -145,4 +236,4 @@ def test_a_kill_at_some_moments_leaves_the_old_or_the_new(bench, verb):
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
 def test_a_kill_at_twenty_moments_leaves_the_old_or_the_new(bench, verb):
-    check(bench, verb, 20)
+    check(bench, verb, int(os.environ.get("KILL_MOMENTS", 20)))

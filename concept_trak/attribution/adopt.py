@@ -35,7 +35,8 @@ def resolve_mask(proj_mask: str, store_identity: dict | None = None) -> str:
             "train_grad-*.json and adopt them again"
         )
     names, generator = ["portable"], projection.get("generator")
-    if projection["kind"] == "random_mask" and not {"backend", "modules"} & projection.keys():
+    own = not {"backend", "modules"} & projection.keys() and "input_dim" in projection
+    if projection["kind"] == "random_mask" and own:
         made_by = {name: _generator(name, projection["input_dim"]) for name in ("portable", *GPUS)}
         names = [name for name, made in made_by.items() if made == generator]
     if not names:

@@ -61,6 +61,10 @@ class FolderData:
         """Of the train pictures and captions; see `ImageCaptionDataset`."""
         return self.pictures.content_hash()
 
+    def shown_hash(self) -> str:
+        """Empty: these rows are made of the pictures themselves; see `EncodedData.shown_hash`."""
+        return ""
+
     def digests(self) -> list[str]:
         """Of each train picture and its caption; see `ImageCaptionDataset`."""
         return self.pictures.digests()
@@ -70,7 +74,7 @@ class Corpus:
     """A model, its training data and the settings they are used under.
 
     Attributes: data, a FolderData or `datasets.encoded.EncodedData`: `len(data)`,
-    `data.batch(rows)`, `data.content_hash()`, `data.digests()`.
+    `data.batch(rows)`, `data.content_hash()`, `data.digests()`, `data.shown_hash()`.
     """
 
     def __init__(self, settings: Settings, device: str) -> None:
@@ -144,7 +148,7 @@ class Corpus:
 
     def _origin(self) -> dict[str, Any]:
         """What a row depends on beside its projection."""
-        return {"rows": row_settings(self.settings), "model": self.model.weight_hash()}
+        return {"rows": row_settings(self.settings), "model": self.model.identity()}
 
     def with_settings(self, settings: Settings) -> Corpus:
         """The same model, pictures and latents under other settings."""

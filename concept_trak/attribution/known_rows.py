@@ -7,6 +7,8 @@ neighbours, so a picture added to a folder costs one row.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,6 +26,7 @@ from .plan import folder_name
 from .stores import stores_named
 
 PICTURES = "pictures.json"  # digests of a store's pictures, row by row
+SHOWN = "shown.json"  # hash of the pictures that released rows are shown with
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,25 @@ def keep_digests(store: Store, digests: Sequence[str]) -> None:
     path = store.folder / PICTURES
     if _digests(store) != list(digests):
         write_json(path, {"digests": list(digests), "checksum": digest(list(digests))})
+
+
+def refuse_other_pictures(store: Store, shown: str) -> None:
+    """UserError when released rows would be shown with other pictures or captions, or in another
+    order, than at the first time, which is written down beside the rows.
+
+    Nothing in a release says which picture a row is of; that nothing changed since is all that can
+    be known. shown: `EncodedData.shown_hash`, empty if there is nothing to check.
+    """
+    path = store.folder / SHOWN
+    if not shown:
+        return
+    if not os.path.lexists(path):
+        with contextlib.suppress(UserError):  # a folder that cannot be written
+            write_json(path, {"pictures": shown})
+    elif read_json(path, "remove it if the pictures are as released").get("pictures") != shown:
+        reason = "the pictures or captions beside the latents are not those of the first time"
+        mend = f"download laion_subset again, or remove {path} if they are as released now"
+        raise UserError(f"{store.folder}: {reason}; {mend}")
 
 
 def _digests(store: Store) -> list[str]:

@@ -21,7 +21,7 @@ from ..store.manifest import Layout
 from ..store.shards import Store
 from .corpus import Corpus
 from .executor import Executor, InProcess
-from .known_rows import KnownRows, keep_digests, known_rows
+from .known_rows import KnownRows, keep_digests, known_rows, refuse_other_pictures
 from .plan import folder_name, train_states
 from .stores import find_store, new_folder
 
@@ -61,14 +61,23 @@ def create_store(corpus: Corpus) -> Store:
     identity = corpus.train_identity()
     store = Store.create(new_folder(s, identity), layout, identity)
     keep_digests(store, corpus.data.digests())
+    refuse_other_pictures(store, corpus.data.shown_hash())
     return store
 
 
 def open_store(corpus: Corpus) -> Store:
     """The finished store for this model, data and settings.
 
-    UserError naming what differs when a store of the same name was made from something else.
+    UserError naming what differs when a store of the same name was made from something else, or its
+    rows would be shown with other pictures than before.
     """
+    store = _open(corpus)
+    refuse_other_pictures(store, corpus.data.shown_hash())
+    return store
+
+
+def _open(corpus: Corpus) -> Store:
+    """The store of `open_store`."""
     s, wanted = corpus.settings, corpus.train_identity()
     found = find_store(s, wanted)
     if found is None:

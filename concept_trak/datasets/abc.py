@@ -14,7 +14,6 @@ json/{test_case}.json, entry `test_case_ind`, key "exemplar".
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, zip_longest
@@ -24,6 +23,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import disk_errors, write_json
 from ..parsing import parse_numbers
+from ..reading import inside, read_json
 from ..settings import TOKEN, Settings
 
 MODELS = {  # entries of json/{test_case}.json that the published tasks use
@@ -32,6 +32,7 @@ MODELS = {  # entries of json/{test_case}.json that the published tasks use
     "test_unobserved_imagenet": (0, 20, 70, 180, 210),
     "test_observed_imagenet": (11, 12, 17, 18, 19),
 }
+FETCH = "fetch it with PARTS=json bash scripts/abc/run_download.sh"
 EVERY = 4  # the four pictures of a prompt follow one another; the first is asked about
 
 
@@ -59,22 +60,33 @@ class Task:
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """The tasks of a JSON file. UserError when it is missing or an entry lacks a field or TOKEN."""
-    path, names = Path(path), [field.name for field in fields(Task)]
-    if not path.is_file():
-        remedy = "make it with bash scripts/abc/make_tasks.sh, or give TASK_JSON"
-        raise UserError(f"{path} is missing; {remedy}")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        tasks = [Task(**{name: entry[name] for name in names}) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"is not a list of tasks ({type(error).__name__}: {error})"
-        raise UserError(f"{path} {reason}; make it again with scripts/abc/make_tasks.sh") from None
-    for number, task in enumerate(tasks):
-        if TOKEN not in task.prompt:
-            reason = f"the prompt {task.prompt!r} does not hold {TOKEN}"
-            raise UserError(f"{path}, task {number}: {reason}; mend the file")
-    return tasks
+    """The tasks of a JSON file. UserError when it is missing, or an entry lacks a field or TOKEN,
+    or has one that it cannot have.
+    """
+    path = Path(path)
+    entries = read_json(
+        path, "make it with bash scripts/abc/make_tasks.sh, or give TASK_JSON", list
+    )
+    return [_task(f"{path}, task {number}", entry) for number, entry in enumerate(entries)]
+
+
+def _task(where: str, entry: Any) -> Task:
+    """A task of the file. UserError for one that is none."""
+    mend = "mend the file, or make it again with scripts/abc/make_tasks.sh"
+    known = entry if isinstance(entry, dict) else {}
+    values = {field.name: known.get(field.name) for field in fields(Task)}
+    index = values.pop("test_case_ind")
+    fault = next((name for name, value in values.items() if not isinstance(value, str)), None)
+    if type(index) is not int or index < 0:
+        fault = "test_case_ind"
+    elif fault is None and not re.fullmatch(r"[0-9]{1,9}", Path(values["synth_image_path"]).stem):
+        fault = "synth_image_path"
+    if fault is not None:
+        raise UserError(f"{where}: {fault} is {str(known.get(fault))[:80]!r}; {mend}")
+    task = Task(**values, test_case_ind=index)
+    if TOKEN not in task.prompt:
+        raise UserError(f"{where}: the prompt {task.prompt!r} does not hold {TOKEN}; mend the file")
+    return task
 
 
 def chosen_tasks(settings: Settings) -> dict[int, Task]:
@@ -84,30 +96,39 @@ def chosen_tasks(settings: Settings) -> dict[int, Task]:
     return {i: tasks[i] for i in chosen}
 
 
-def below(root: Path, path: str) -> Path:
-    """A path of the release ("dataset/exemplar/...") under DATA_DIR, without a first "dataset"."""
-    return root / path.removeprefix("dataset/")
+def below(root: Path, path: Any, what: str = "the path") -> Path:
+    """A path of the release ("dataset/exemplar/...") under DATA_DIR, without a first "dataset".
+
+    what: whose path it is. UserError for one that is no text or leads out of DATA_DIR.
+    """
+    return inside(root, path.removeprefix("dataset/") if isinstance(path, str) else path, what)
 
 
-def read_json(path: Path) -> Any:
-    """Content of one of the release's JSON files. UserError when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        remedy = "fetch it with PARTS=json bash scripts/abc/run_download.sh"
-        raise UserError(f"{path} is missing; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); remove it and download it again") from None
+def token_folder(root: Path, task: Task) -> Path:
+    """Where run_ti.sh leaves the task's token. UserError for a model outside DATA_DIR."""
+    return below(root, task.model_path.replace("models", "models-ti", 1), "the task's model")
+
+
+def entries_of(root: Path, case: Any) -> list[dict[str, Any]]:
+    """The entries of json/{case}.json. UserError when it is missing, damaged or outside."""
+    path = below(root, f"json/{case}.json", "the test case")
+    entries = read_json(path, FETCH, list)
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path} is not a list of objects; {FETCH}")
+    return entries
 
 
 def exemplars(root: Path, task: Task) -> list[Path]:
     """The pictures that taught the task's token. UserError when the release has them not here."""
     file, index = f"{task.test_case}.json", task.test_case_ind
-    entries = read_json(root / "json" / file)
+    entries = entries_of(root, task.test_case)
     if not 0 <= index < len(entries):
         reason = f"has {len(entries)} entries but a task names entry {index}"
         raise UserError(f"{file} {reason}; both must be of one release")
-    paths = [below(root, p) for p in entries[index]["exemplar"]]
+    listed = entries[index].get("exemplar")
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{file}, entry {index} lists no exemplar; {FETCH}")
+    paths = [below(root, p, f"{file}, entry {index}: the exemplar") for p in listed]
     for path in paths:
         if not path.is_file():
             remedy = "fetch it with PARTS=exemplar bash scripts/abc/run_download.sh"
@@ -121,9 +142,9 @@ def make_tasks(root: Path) -> list[Task]:
 
     Test cases whose JSON file is absent are left out; UserError if all are.
     """
-    files, named = root / "json", read_json(root / "json" / "path_to_prompts.json")
+    files, named = root / "json", read_json(root / "json" / "path_to_prompts.json", FETCH)
     prompts = {path.removeprefix("dataset/"): text for path, text in named.items()}
-    lists = {c: read_json(files / f"{c}.json") for c in MODELS if (files / f"{c}.json").is_file()}
+    lists = {case: entries_of(root, case) for case in MODELS if (files / f"{case}.json").is_file()}
     if not lists:
         remedy = "fetch them with PARTS=json scripts/abc/run_download.sh"
         raise UserError(f"{files} holds none of {', '.join(f'{c}.json' for c in MODELS)}; {remedy}")
@@ -140,19 +161,27 @@ def _tasks_of(
     case: str, index: int, entry: dict[str, Any], prompts: dict[str, str], gpt: bool
 ) -> list[Task]:
     """Tasks of one model for its gpt prompts, or for its other prompts."""
-    category = entry.get("category") or "art"
+    category, synth = entry.get("category") or "art", entry.get("synth")
+    lists = synth.values() if isinstance(synth, dict) else [None]
+    if not isinstance(category, str) or not all(isinstance(paths, list) for paths in lists):
+        raise UserError(f"{case}.json, entry {index} lists no pictures by prompt; {FETCH}")
     is_style = category == "art"
     train_prompt = f"A picture in the style of {TOKEN} art" if is_style else f"{TOKEN} {category}"
-    kind = next((k for k in entry["synth"] if (k == "gpt") == gpt), None)
-    tasks = []
-    for path in entry["synth"][kind][::EVERY] if kind else ():
+    kind = next((k for k in synth if (k == "gpt") == gpt), None)
+    tasks, where = [], f"{case}.json, entry {index}"
+    for path in synth[kind][::EVERY] if kind is not None else ():
+        below(Path(), path, f"{where}: the picture")  # the model's folder is named by its parts
         path = path.removeprefix("dataset/")
         if path not in prompts:
             remedy = "fetch the json part of the release again"
             raise UserError(f"path_to_prompts.json has no prompt for {path}; {remedy}")
-        top, group, _, model = Path(path).parts[:4]  # synth/artchive/gpt/african/samples/00000.png
-        folder = f"models/{group}/{model}"
-        tasks.append(Task(path, prompts[path], case, index, folder, train_prompt, category))
+        parts = Path(path).parts  # synth/artchive/gpt/african/samples/00000.png
+        if len(parts) < 5:
+            raise UserError(f"{where}: {path} names no model; {FETCH}")
+        folder = f"models/{parts[1]}/{parts[3]}"
+        entry = {"synth_image_path": path, "prompt": prompts[path], "test_case": case}
+        entry |= {"test_case_ind": index, "model_path": folder}
+        tasks.append(_task(where, entry | {"train_prompt": train_prompt, "category": category}))
     return tasks
 
 

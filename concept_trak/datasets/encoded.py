@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ from ..errors import UserError
 from ..files import sha256_file, write_json
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
-from ..reading import read_json, read_npy
+from ..reading import named, read_json, read_npy, read_text
+from ..settings import digest
 from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
 HASHES = ".content.json"  # of the arrays: 36 GB would take minutes at every start
+SHOWN_HASH = ".pictures.json"  # the same of released pictures
+HEAD_BYTES = 4096  # of each of those
 AGAIN = "prepare it again with run_prepare.sh"
 
 
@@ -93,10 +98,10 @@ class EncodedData:
         source, digests = record["source"], record["digests"]
         data = load_folder(source).split("train")
         places: dict[str, list[int]] = {}
-        for i, digest in reversed(list(enumerate(data.digests()))):
-            places.setdefault(digest, []).append(i)
+        for i, name in reversed(list(enumerate(data.digests()))):
+            places.setdefault(name, []).append(i)
         try:  # a picture that is there twice serves each of its rows once
-            order = [places[digest].pop() for digest in digests[: len(self)]]
+            order = [places[name].pop() for name in digests[: len(self)]]
         except (KeyError, IndexError, TypeError):
             reason = "a picture or caption that was encoded is not there any more"
             raise UserError(f"{source} was changed since: {reason}; {remedy}") from None
@@ -111,6 +116,9 @@ class EncodedData:
             raise UserError(f"{path} does not say which pictures were encoded; {AGAIN}")
         if len(digests) < len(self) or record.get("arrays") != self._checksums:
             raise UserError(f"{path} is not of the arrays beside it; {AGAIN}")
+        if record.get("encoders") != self.model.encoder_hash():
+            reason = "its pictures were encoded by another model (or version)"
+            raise UserError(f"{path}: {reason}; {AGAIN}, or mend SD_MODEL_PATH")
         return record
 
     @property
@@ -127,21 +135,68 @@ class EncodedData:
         """{name: sha256} of both files, taken again when one has another size, time or inode."""
         paths = [self.root / name for name in (LATENTS, TEXT)]
         stamps = {path.name: _stamp(path) for path in paths}
-        kept = self.root / HASHES
-        with contextlib.suppress(UserError):
-            known = read_json(kept, "it is made again")
-            if known.get("stamps") == stamps and isinstance(known.get("checksums"), dict):
-                return known["checksums"]
-        checksums = {path.name: sha256_file(path) for path in paths}
-        with contextlib.suppress(UserError):  # a folder that cannot be written
-            write_json(kept, {"stamps": stamps, "checksums": checksums})
-        return checksums
+        whole = {path.name: path for path in paths}
+        return _remembered(
+            self.root / HASHES, stamps, lambda: {k: sha256_file(p) for k, p in whole.items()}
+        )
 
     def digests(self) -> list[str]:
-        """Of each row's picture and caption, as `prepare` found them; [] for released arrays."""
+        """Of each row's picture and caption, as `prepare` found them, and of what encoded them; []
+        for released arrays.
+        """
         if not (self.root / PREPARED).exists():
             return []
-        return self._record()["digests"][: len(self)]
+        record = self._record()
+        by = f"{record['encoders']} {record.get('dtype')}"
+        named = (f"{by} {own}" for own in record["digests"][: len(self)])
+        return [hashlib.sha256(text.encode()).hexdigest() for text in named]
+
+    def shown_hash(self) -> str:
+        """Of the pictures and captions that released rows are shown with, in their order; empty
+        while those are not there, and for prepared rows, which are paired by content.
+        """
+        if (self.root / PREPARED).exists():
+            return ""
+        try:
+            data = self.pictures
+        except UserError:  # told when they are to be shown
+            return ""
+        files = [[data.path(i).name, *_stamp(data.path(i))] for i in range(len(data))]
+        stamps = hashlib.sha256(json.dumps([files, data.captions]).encode()).hexdigest()
+        return _remembered(self.root / SHOWN_HASH, stamps, lambda: {"pictures": _looks(data)})[
+            "pictures"
+        ]
+
+
+def _looks(data: ImageCaptionDataset) -> str:
+    """sha256 over names, sizes, first bytes and captions: to read all of 100,000 photos (265 GB)
+    would take an hour.
+    """
+    whole = hashlib.sha256()
+    for record, caption, path in zip(
+        data.records, data.captions, map(data.path, range(len(data))), strict=True
+    ):
+        with named(path, "download laion_subset again"), open(path, "rb") as file:
+            head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
+        line = [record["file_name"], path.stat().st_size, head, caption]
+        whole.update(json.dumps(line).encode())
+    return whole.hexdigest()
+
+
+def _remembered(path: Path, stamps: Any, compute: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What was computed while the stamps were the same, as the file `path` has it under a checksum
+    of its own; else computed, and kept there if the disk takes it.
+    """
+    with contextlib.suppress(UserError):
+        known = read_json(path, "it is made again")
+        kept = known.get("checksums")
+        if known == {"stamps": stamps, "checksums": kept, "digest": digest([stamps, kept])}:
+            return kept
+    found = compute()
+    with contextlib.suppress(UserError):  # a folder that cannot be written
+        record = {"stamps": stamps, "checksums": found, "digest": digest([stamps, found])}
+        write_json(path, record)
+    return found
 
 
 def _stamp(path: Path) -> list[int]:
@@ -172,8 +227,8 @@ def _laion(root: Path, count: int) -> ImageCaptionDataset:
         )
     images = (p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.name for p in images)[:count]
-    with open(root / "captions.txt", encoding="utf-8") as lines:
-        captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]
+    lines = io.StringIO(read_text(root / "captions.txt", "download laion_subset again"), None)
+    captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]
     if len(captions) < len(names):
         counts = f"has {len(captions)} lines for {len(names)} pictures"
         raise UserError(f"{root / 'captions.txt'} {counts}; download laion_subset again")

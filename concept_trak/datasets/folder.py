@@ -33,6 +33,7 @@ UNREADABLE = (
 )
 MEND = "mend it: file_name and text of each picture, or one caption a line"
 REPLACE = "replace it or remove its row"
+TEXTS = ("split", "object", "object_phrase", "style", "style_phrase")  # columns of words
 MAX_PIXELS = 150_000_000  # of a picture: 450 MB once decoded; the largest cameras make as many
 
 Record = dict[str, Any]  # a metadata row
@@ -203,6 +204,9 @@ def _checked_caption(path: Path, number: int, record: Record) -> str:
         raise UserError(f"{where}: no file_name; every row needs one")
     if not inside(root, name, f"{where}: the file").is_file():
         raise UserError(f"{where}: the file {name} does not exist in {root}")
+    if wrong := [key for key in TEXTS if not isinstance(record.get(key), str | None)]:
+        value = repr(record[wrong[0]])[:40]
+        raise UserError(f"{where}: {wrong[0]} is {value}, not text; mend it or leave it out")
     given = (record.get(key) for key in ("text", "caption"))
     caption = next((text for text in given if text is not None), None)
     if not isinstance(caption, str) or not caption.strip():
@@ -229,7 +233,8 @@ def _read_csv(path: Path) -> list[Record]:
 
 
 def _read_captions(path: Path) -> list[Record]:
-    captions = read_text(path, MEND).rstrip("\n").splitlines()
+    text = io.StringIO(read_text(path, MEND), newline=None).read()
+    captions = text.rstrip("\n").split("\n")
     images = (p for p in path.parent.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.relative_to(path.parent).as_posix() for p in images)
     if len(captions) != len(names):

@@ -26,10 +26,9 @@ from ..attribution.plan import folder_name
 from ..attribution.question import Picture, Question, generated
 from ..attribution.rankers import GradientRanker
 from ..attribution.train_grad import make_rows, open_store
-from ..datasets.abc import Task, chosen_tasks, exemplars
+from ..datasets.abc import Task, below, chosen_tasks, exemplars, token_folder
 from ..datasets.folder import ImageCaptionDataset, pictures
 from ..errors import UserError
-from ..files import write_json
 from ..models.generation import initial_noise
 from ..models.tokens import load_token
 from ..report.results import write_results
@@ -40,6 +39,7 @@ from ..scoring.scores import scores
 from ..settings import DAMPINGS, TOKEN, Settings, as_dict, provenance
 from ..store.cached import cached_array
 from ..store.shards import Store
+from .results import results, write_metrics
 
 
 def token_path(settings: Settings, task: Task) -> Path:
@@ -49,13 +49,14 @@ def token_path(settings: Settings, task: Task) -> Path:
     UserError naming the places looked at when there is none.
     """
     root, model = Path(settings.data_dir), task.model_path
+    own = token_folder(root, task)
     places = (
         [Path(settings.ti_model_path) / settings.ti_weight_name]
         if settings.ti_model_path
         else [
-            root / model.replace("models", "models-ti", 1) / "new1.safetensors",
-            root / model.replace("models", "models-ti", 1) / settings.ti_weight_name,
-            root / model / f"{TOKEN}.bin",
+            own / "new1.safetensors",
+            own / settings.ti_weight_name,
+            below(root, f"{model}/{TOKEN}.bin", "the task's model"),
         ]
     )
     found = next((p for p in places if p.is_file()), None)
@@ -160,22 +161,23 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
         exemplar.append(exemplar_rows(corpus, number, task))
         # from the x_T that the query gradient starts at
         drawn += generated(corpus.model, settings, [task.prompt], task.seed)
-    results = {}
+    per_task: dict[int, dict[str, Any]] = {}
     found = score_tasks(corpus, store, np.concatenate(queries), exemplar)
-    for (number, task), values, picture in zip(tasks.items(), found, drawn, strict=True):
-        relevant = np.arange(values.shape[1]) >= store.num_rows
-        case = {"test_case": task.test_case, "exemplars": int(relevant.sum())}
-        result = ConceptResult(task.prompt, task.negative_prompt, values, DAMPINGS, relevant)
-        results[number] = case | measure(values, relevant, result.damping_index(settings.damping))
-        write_task(corpus, number, task, picture, result)
-        recall, precision = (results[number][name] for name in ("recall_at_10", "map"))
-        print(f"task {number:3} {task.model_path:32} recall@10 {recall:.2f}   map {precision:.3f}")
-    counts = {"damping": settings.damping, "tasks": len(tasks), "num_train": store.num_rows}
-    summary = summarise(list(results.values())) | counts
-    folder = Path(settings.results_dir).parent / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {"settings": as_dict(settings), "provenance": provenance()}
-    write_json(folder / "metrics.json", {**summary, "per_task": results, **made})
+    made_from = [store.checksum, {str(n): vars(task) for n, task in tasks.items()}]
+    with results(settings, "eval", "tasks", made_from) as folder:
+        for (number, task), values, picture in zip(tasks.items(), found, drawn, strict=True):
+            relevant = np.arange(values.shape[1]) >= store.num_rows
+            case = {"test_case": task.test_case, "exemplars": int(relevant.sum())}
+            result = ConceptResult(task.prompt, task.negative_prompt, values, DAMPINGS, relevant)
+            metric = measure(values, relevant, result.damping_index(settings.damping))
+            per_task[number] = case | metric
+            write_task(folder / f"task_{number}", corpus, task, picture, result)
+            recall, precision = (metric[name] for name in ("recall_at_10", "map"))
+            told = f"recall@10 {recall:.2f}   map {precision:.3f}"
+            print(f"task {number:3} {task.model_path:32} {told}")
+        counts = {"damping": settings.damping, "tasks": len(tasks), "num_train": store.num_rows}
+        summary = summarise(list(per_task.values())) | counts
+        write_metrics(folder, "metrics", {**summary, "per_task": per_task}, settings)
     print(json.dumps(summary))
     return summary
 
@@ -205,9 +207,9 @@ def summarise(results: list[dict]) -> dict:
 
 
 def write_task(
-    corpus: Corpus, number: int, task: Task, picture: Picture, result: ConceptResult
+    folder: Path, corpus: Corpus, task: Task, picture: Picture, result: ConceptResult
 ) -> None:
-    """eval/task_{number}/: grids and tables of the ranking, metrics.json.
+    """Grids and tables of the ranking, metrics.json.
 
     Left out, with a word, where the train pictures are not on disk.
     """
@@ -215,9 +217,9 @@ def write_task(
     try:
         ranked = Joined(corpus.train, exemplar_pictures(s, task))
     except UserError as error:
-        print(f"no pictures for task {number}: {error}")
+        print(f"no pictures for {folder.name}: {error}")
         return
-    folder, image = Path(s.results_dir).parent / "eval", Image.fromarray(picture.pixels)
+    image = Image.fromarray(picture.pixels)
     shown = Shown(image, ranked, s.top_k, s.damping, as_dict(s), provenance())
     options = {"render_leastk": s.render_leastk, "num_train": ranked.num_train}
-    write_results(folder / f"task_{number}", result, shown, **options)
+    write_results(folder, result, shown, **options)

@@ -7,18 +7,18 @@ used for everything; the best one of a table is named oracle.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..attribution.corpus import Corpus
-from ..files import write_bytes, write_json
+from ..files import write_bytes
 from ..parsing import parse_methods
 from ..registry import BENCHMARKS, RANKERS
 from ..scoring import metrics
-from ..settings import DAMPINGS, as_dict, provenance
+from ..settings import DAMPINGS
 from .benchmark import TUNE, Benchmark
+from .results import results, write_metrics
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # split -> concept -> ranker -> figures
 
@@ -171,12 +171,10 @@ def evaluate(corpus: Corpus, name: str = "emoji") -> dict[str, Any]:
         **{kind: found[kind] for kind in others},
         "queries": asked[first].pictures,
     }
-    folder = Path(corpus.settings.results_dir).parent / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {"settings": as_dict(corpus.settings), "provenance": provenance()}
-    write_json(folder / "metrics.json", {**result, **made})
     table = markdown(found)
-    write_bytes(folder / "table.md", f"{table}\n".encode())
+    with results(corpus.settings, "eval", name, corpus.train_identity()) as folder:
+        write_metrics(folder, "metrics", result, corpus.settings)
+        write_bytes(folder / "table.md", f"{table}\n".encode())
     print(table)
     print(json.dumps(result))
     return result

@@ -5,7 +5,6 @@ style) cells.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,12 @@ import torch
 
 from ..attribution.corpus import Corpus
 from ..attribution.question import generation
-from ..files import write_json
 from ..models.generation import initial_noise, sample
-from ..settings import ROOT, as_dict, provenance
+from ..reading import read_json
+from ..settings import ROOT
 from ..workshop.judge.net import Judge, resized
 from ..workshop.judge.saved import load_judge
+from .results import results, write_metrics
 
 SEEDS = 4
 BATCH = 32  # pictures drawn at a time
@@ -62,12 +62,13 @@ def measure_model(corpus: Corpus) -> dict[str, Any]:
         drawn = np.concatenate([draw(corpus, cells.captions, seed) for seed in range(SEEDS)])
         names = (cells.column(concept) * SEEDS for concept in ("object", "style"))
         result[name] = judge.measure(resized(drawn, judge.settings.size), *names)
-    metrics = json.loads((JUDGE / "judge.json").read_text(encoding="utf-8"))["metrics"]
+    metrics = (
+        read_json(JUDGE / "judge.json", "train it again with train_judge.sh").get("metrics") or {}
+    )
     result |= ceilings(corpus, judge) | {"judge_on_unseen_art": metrics.get("cross_validation")}
     result |= {"guidance": settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
-    folder = Path(settings.results_dir).parent / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {"settings": as_dict(settings), "provenance": provenance()}
-    write_json(folder / "accuracy.json", result | made)
+    made_from = [corpus.model.identity(), data.content_hash(), metrics]
+    with results(settings, "model", "accuracy", made_from) as folder:
+        write_metrics(folder, "accuracy", result, settings)
     print(json.dumps(result))
     return result

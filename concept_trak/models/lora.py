@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
+from ..reading import read_safetensors
 
 # of diffusers and of peft
 LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -41,7 +42,7 @@ def load_lora(pipe: Any, path: str) -> None:
         remedy = "install it with: pip install peft"
         raise UserError(f"the LoRA {path} needs the package peft; {remedy}")
     try:
-        weights = load_file(file)
+        weights = read_safetensors(file, "check LORA_PATH")
         with quiet_diffusers():
             insert(pipe, file)
     except UNFIT as error:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ..errors import UserError
+from ..reading import read_json
 from .schedule import NUM_TRAIN_TIMESTEPS
 
 FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
@@ -41,6 +43,7 @@ CONDITIONS = (
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
+MOST_LAYERS, MOST = 1000, 2**24  # in a network's configuration: of layers, of anything
 REMEDY = "give SD_MODEL_PATH a StableDiffusionPipeline (SD 1.x, 2.x or a fine-tune)"
 
 
@@ -62,9 +65,8 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    if is_local(source) and not (Path(source) / "model_index.json").exists():
-        reason = "is not a diffusers pipeline folder (no model_index.json)"
-        raise UserError(f"{source} {reason}; give SD_MODEL_PATH a folder or a hub id")
+    if is_local(source):
+        refuse_other_folder(Path(source))
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
@@ -76,7 +78,8 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
             warnings.simplefilter("ignore", UserWarning)
             check_kind(source)
             pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **options)
-            refuse_deaf_tokenizer(pipe.tokenizer)
+            refuse_missing_weights(pipe)
+            refuse_deaf_tokenizer(pipe.tokenizer, pipe.text_encoder)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a damaged part makes the libraries raise
@@ -90,8 +93,66 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def refuse_deaf_tokenizer(tokenizer: Any) -> None:
-    """ValueError for one that does not read words: its files are damaged, or others."""
+def refuse_other_folder(folder: Path) -> None:
+    """UserError for a folder that is no pipeline, or holds what is neither file nor folder: a pipe
+    would keep the run waiting, a device would never end.
+    """
+    if not (folder / "model_index.json").exists():
+        reason = "is not a diffusers pipeline folder (no model_index.json)"
+        raise UserError(f"{folder} {reason}; give SD_MODEL_PATH a folder or a hub id")
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is not a regular file; copy the model again")
+    for path in folder.glob("*/config.json"):
+        refuse_endless(read_json(path, "copy the model again"), str(path))
+
+
+def refuse_endless(config: Any, where: str, key: str = "") -> None:
+    """UserError for a size in a network's configuration that none has: to build it would take
+    forever.
+    """
+    items = config.items() if isinstance(config, dict) else ()
+    items = [(key, value) for value in config] if isinstance(config, list) else items
+    for inner, value in items:
+        refuse_endless(value, where, str(inner))
+    if isinstance(config, int) and config > (MOST_LAYERS if "layers" in key else MOST):
+        raise UserError(f"{where}: {key}={str(config)[:40]} is too large; copy the model again")
+
+
+def refuse_missing_weights(pipe: Any) -> None:
+    """ValueError for a network whose file lacks a weight: diffusers leaves it empty, transformers
+    draws it at random, and both go on.
+    """
+    for name in ("unet", "vae", "text_encoder"):
+        lacking = [key for key, p in getattr(pipe, name).named_parameters() if p.is_meta]
+        if lacking:
+            raise ValueError(f"the file of its {name} lacks {lacking[0]}")
+    encoder = pipe.text_encoder
+    files = list(part_folder(pipe, "text_encoder").glob("*.safetensors"))
+    if type(encoder).__name__ != "CLIPTextModel" or not files:
+        return
+    known = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            known |= {key.removeprefix("text_model.") for key in opened.keys()}  # noqa: SIM118
+    wanted = (key.removeprefix("text_model.") for key, _ in encoder.named_parameters())
+    if lacking := [key for key in wanted if key not in known]:
+        raise ValueError(f"the file of its text_encoder lacks {lacking[0]}")
+
+
+def part_folder(pipe: Any, name: str) -> Path:
+    """Where a part's files are: in the folder that was given, or in the hub's cache."""
+    return Path(str(pipe.unet.config.get("_name_or_path") or "")).parent / name
+
+
+def refuse_deaf_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
+    """ValueError for one that does not read words, or more of them than the text encoder takes: its
+    files are damaged, or others.
+    """
+    length, room = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
+    if type(length) is not int or not 2 < length <= room:
+        given = f"its tokenizer's model_max_length is {str(length)[:20]}, not 3 to {room}"
+        raise ValueError(f"{given}; tokenizer/ is damaged")
     numbers = tokenizer(["a", "an"], padding="max_length", truncation=True).input_ids
     if numbers[0] == numbers[1] or not all(isinstance(n, int) for n in numbers[0]):
         raise ValueError("its tokenizer does not tell words apart; tokenizer/ is damaged")
@@ -107,12 +168,15 @@ def check_kind(source: str) -> None:
         reason = next(reasons, "needs inputs or rules that are not known here")
         raise UserError(f"{source} is a {name}, {reason}; {REMEDY}")
     unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+    vae = AutoencoderKL.load_config(source, subfolder="vae")
+    for part, config in (("unet", unet), ("vae", vae)):
+        refuse_endless(config, f"{source}, {part}")
     for key in CONDITIONS:
         if unet.get(key) is not None:
             needs = "needs an input beside latents, time and prompt"
             raise UserError(f"the UNet of {source} has {key}={unet[key]!r}: {needs}; {REMEDY}")
     channels = unet.get("in_channels", 4)
-    latents = AutoencoderKL.load_config(source, subfolder="vae").get("latent_channels", 4)
+    latents = vae.get("latent_channels", 4)
     if channels != latents:
         counts = f"takes {channels} input channels but its latents have {latents}"
         needs = "needs a further picture, as for inpainting or editing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from ..errors import UserError
 from .condition import Condition
 from .denoiser import NetworkDenoiser
+from .identity import COMMITTED, ENCODERS, hash_of, hash_of_reading, hash_of_weights
 from .lora import load_lora
 from .pipelines import open_pipeline
 from .schedule import VariancePreserving
@@ -25,19 +27,19 @@ class TextToImage(NetworkDenoiser):
     """A Stable Diffusion 1.x/2.x pipeline (folder or hub id) as a Denoiser with text and image
     encoders.
 
-    Its identity has two parts: `weight_hash()`, the model as loaded, decides whether train
-    gradients are still valid; `tokens` ({token: sha256 of its embedding}), words added since, only
-    matter to what was made from a prompt that holds them.
+    Its identity has two parts: `identity()`, the model as loaded, decides whether train gradients
+    are still valid; `tokens` ({token: sha256 of its embedding}), words added since, only matter to
+    what was made from a prompt that holds them.
     """
 
-    def __init__(self, pipe: Any, source: str, weight_hash: str | None = None) -> None:
+    def __init__(self, pipe: Any, source: str, hashes: dict[str, str] | None = None) -> None:
         cfg = pipe.unet.config
         prediction = pipe.scheduler.config.prediction_type
         schedule = VariancePreserving(pipe.scheduler.alphas_cumprod, prediction)
         super().__init__(pipe.unet, schedule, (cfg.in_channels, cfg.sample_size, cfg.sample_size))
         self.pipe, self.source = pipe, source
         self.tokens: dict[str, str] = {}
-        self._weight_hash = weight_hash
+        self.hashes = dict(hashes or {})  # those that are known, by name
         self.image_size = cfg.sample_size * pipe.vae_scale_factor
 
     @torch.no_grad()
@@ -113,7 +115,7 @@ class TextToImage(NetworkDenoiser):
         token. UserError when the embedding has another width or is not finite, or when the token is
         a word of the model already.
         """
-        self.weight_hash()  # of the model without its tokens
+        self.identity(), self.encoder_hash()  # of the model without its tokens
         tokenizer, table = self.pipe.tokenizer, self.pipe.text_encoder.get_input_embeddings()
         row, width = embedding.detach().float().cpu(), table.weight.shape[1]
         if row.shape != (width,):
@@ -153,22 +155,31 @@ class TextToImage(NetworkDenoiser):
         Computed once an instance, since its weights are frozen, and before the first `add_token`:
         added words do not enter.
         """
-        if self._weight_hash is None:
-            digest = hashlib.sha256()
-            for part in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
-                for name, tensor in sorted(part.state_dict().items()):
-                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                    value = tensor.detach().cpu()
-                    digest.update(
-                        (value.half() if value.is_floating_point() else value).numpy().tobytes()
-                    )
-                for name, module in part.named_modules():
-                    if isinstance(
-                        getattr(module, "scaling", None), dict
-                    ):  # a LoRA's alpha / rank is not among the tensors
-                        digest.update(f"{name}{sorted(module.scaling.items())}".encode())
-            self._weight_hash = digest.hexdigest()
-        return self._weight_hash
+        return self._once(
+            "weights",
+            lambda: hash_of_weights((self.pipe.unet, self.pipe.text_encoder, self.pipe.vae)),
+        )
+
+    def identity(self) -> str:
+        """Of the model as loaded: `weight_hash()` and how the weights are read (configurations,
+        schedule, tokenizer), see `models.identity`.
+        """
+        reading = self._once("reading", lambda: hash_of_reading(self.pipe))
+        weights = self.weight_hash()
+        return weights if reading in ("", COMMITTED) else hash_of([weights, reading])
+
+    def encoder_hash(self) -> str:
+        """The same of what encodes pictures and prompts: autoencoder, text encoder, tokenizer."""
+        return self._once("encoders", self._encoder_hash)
+
+    def _encoder_hash(self) -> str:
+        weights = hash_of_weights((self.pipe.text_encoder, self.pipe.vae))
+        return hash_of([weights, hash_of_reading(self.pipe, ENCODERS)])
+
+    def _once(self, name: str, compute: Callable[[], str]) -> str:
+        if name not in self.hashes:
+            self.hashes[name] = compute()
+        return self.hashes[name]
 
 
 def load_pipeline(
@@ -188,8 +199,10 @@ def load_pipeline(
     pipe = open_pipeline(source, DTYPES["fp32" if dtype == "bf16" else dtype])
     if lora_path:
         load_lora(pipe, lora_path)
-    known = TextToImage(pipe, source).weight_hash() if dtype == "bf16" else None
-    pipe.to(device, *([DTYPES[dtype]] if known else []))
+    whole = TextToImage(pipe, source)
+    if dtype == "bf16":
+        whole.identity(), whole.encoder_hash()
+    pipe.to(device, *([DTYPES[dtype]] if whole.hashes else []))
     if torch.device(device).type == "cpu":
         # On the CPU the fused attention's backward is several times slower than the plain one at
         # these sizes.
@@ -200,4 +213,4 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.eval().requires_grad_(False)
-    return TextToImage(pipe, source, known)
+    return TextToImage(pipe, source, whole.hashes)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..errors import UserError
+from ..reading import read_safetensors
 from ..settings import TOKEN
 from .text_to_image import TextToImage
 
@@ -44,16 +43,13 @@ def read_tensors(path: Path) -> Any:
     """Content of a safetensors file, or of a pickle as far as that holds tensors. UserError when it
     is damaged or holds more.
     """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, "copy or train it again")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         with warnings.catch_warnings():
             # about a pickle's version: it is read or refused
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        reason = f"is not a safetensors file ({error})"
-        raise UserError(f"{path} {reason}; copy or train it again") from None
     # a damaged pickle raises almost anything; one that asks for code, an UnpicklingError
     except Exception as error:
         more = "weights_only" in str(error) or "Unsupported" in str(error)

@@ -4,15 +4,12 @@ that one.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import locked, write_bytes
+from ..files import link, locked, write_bytes
 from ..reading import read_json
 from ..settings import EMOJI, Settings
 from .page import environment
@@ -28,10 +25,7 @@ def write_index(newest: Path) -> None:
         rows = [_row(f) for f in sorted(found, key=_made, reverse=True) if not f.is_symlink()]
         html = environment().get_template("index.html.jinja").render(rows=rows)
         write_bytes(newest.parent / "index.html", html.encode())
-        link = newest.parent / f".latest.{secrets.token_hex(4)}"
-        with contextlib.suppress(OSError):  # a disk without links has the index
-            os.symlink(newest.name, link)
-            os.replace(link, newest.parent / "latest")
+        link(newest.parent / "latest", newest)
 
 
 def _made(folder: Path) -> float:

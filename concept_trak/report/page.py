@@ -100,5 +100,5 @@ def write_report(
         )
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     files.write_bytes(path, html.encode("utf-8"))

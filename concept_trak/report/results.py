@@ -89,8 +89,7 @@ def write_results(
         for d in range(len(concept.dampings))
     }
     pictures = load_pictures(shown.dataset, [i for ranked in listings.values() for i in ranked])
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = files.make_folder(Path(folder))
     files.write_bytes(folder / "query.png", _image_bytes(shown.picture, "PNG"))
     for (end, d), indices in listings.items():
         label, scores = lambda_label(concept.dampings[d]), concept.scores[d, indices]

@@ -23,6 +23,8 @@ def _check_file(store: ShardFolder, shard: int, series: Series, verify: bool) ->
     mend, header, described = store.remedy(shard), series.header(count), series.described(count)
     if not path.exists():
         raise UserError(f"{path} is missing: {mend}")
+    if not path.is_file():  # a pipe would keep the run waiting
+        raise UserError(f"{path} is not a regular file: {mend}")
     with open(path, "rb") as file:
         if file.read(len(header)) != header:
             raise UserError(f"{path} does not hold {described} {series.dtype} values: {mend}")

@@ -12,8 +12,9 @@ the files that hold the rows, and how to read them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
+import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -22,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import READ_BYTES, atomic, disk_errors, locked, write_json
+from ..files import READ_BYTES, atomic, atomic_folder, disk_errors, sha256_file, write_json
+from ..reading import inside, read_json
 from ..registry import unknown
 from .encoding import decode, npy_header
 from .shards import Store
@@ -32,30 +34,37 @@ CHUNK_BATCHES, CHUNK_ROWS, CHUNK_BYTES = 16, 2048, 2**26  # the first two are da
 
 
 def export(store: Store, folder: Path, kind: str) -> Path:
-    """Write a finished store into the new or empty `folder` as one of `KINDS`; returns the folder.
+    """Write a finished store into the new or empty `folder` as one of `KINDS`; returns the folder,
+    which is left alone if it holds that very export.
 
-    One block of rows is in memory at a time. An error, unlike a kill, leaves the folder empty.
+    One block of rows is in memory at a time. An error, or a kill, leaves the folder as it was.
     UserError for an unknown kind, an unfinished store, a folder with content, a full disk.
     """
     if kind not in KINDS:
         raise UserError(unknown("export kind", kind, tuple(KINDS)))
     store.refuse_unfinished()
-    folder, (write, how) = Path(folder), KINDS[kind]
+    folder, (write, how) = Path(folder).absolute(), KINDS[kind]
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            if any(folder.iterdir()):
-                remedy = "remove what is there or name another folder"
-                raise UserError(f"{folder} is not empty: {remedy}")
-            try:
-                with tqdm(total=store.num_rows, desc=f"export {kind}", unit="row", delay=1) as bar:
-                    digests = write(store, folder, bar)
-                write_json(folder / "rows.json", _description(store, digests, how))
-            except BaseException:
-                for path in folder.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                raise
+        if folder.is_dir() and any(folder.iterdir()):
+            if _is_there(store, folder, how):
+                return folder
+            remedy = "remove what is there or name another folder"
+            raise UserError(f"{folder} is not empty: {remedy}")
+    with atomic_folder(folder) as made:
+        with tqdm(total=store.num_rows, desc=f"export {kind}", unit="row", delay=1) as bar:
+            digests = write(store, made, bar)
+        write_json(made / "rows.json", _description(store, digests, how))
     return folder
+
+
+def _is_there(store: Store, folder: Path, how: str) -> bool:
+    """Whether the folder holds the export of this store, whole."""
+    with contextlib.suppress(UserError, OSError, TypeError, AttributeError):
+        known = read_json(folder / "rows.json", "export again")
+        digests = known["sha256"] if known.get("sha256") else {"rows.json": ""}
+        whole = all(sha256_file(inside(folder, f, "the file")) == d for f, d in digests.items())
+        return whole and known == json.loads(json.dumps(_description(store, digests, how)))
+    return False
 
 
 def _description(store: Store, digests: dict[str, str], how: str) -> dict:

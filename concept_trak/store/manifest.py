@@ -75,6 +75,15 @@ def _count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**48
 
 
+def _projection(value: Any) -> bool:
+    """Whether an identity names the projection of its rows as one can be named, or names none."""
+    if not isinstance(value, dict):
+        return value is None
+    sizes = [value[key] for key in ("input_dim", "proj_dim", "blocks") if key in value]
+    sizes += modules if isinstance(modules := value.get("modules", []), list) else [None]
+    return isinstance(value.get("kind"), str) and all(map(_count, sizes))
+
+
 REMEDY = "remove it and make the store again"
 FORMS: dict[str, Callable[[Any], bool]] = {  # what each value of a manifest must be
     "num_rows": _count,
@@ -82,7 +91,7 @@ FORMS: dict[str, Callable[[Any], bool]] = {  # what each value of a manifest mus
     "dtype": lambda value: isinstance(value, str) and value in STORED_TYPES,
     "layout": lambda value: value in ("npy", "raw"),
     "bounds": lambda value: isinstance(value, list) and all(type(b) is int for b in value),
-    "identity": lambda value: isinstance(value, dict),
+    "identity": lambda value: isinstance(value, dict) and _projection(value.get("projection")),
     "provenance": lambda value: isinstance(value, dict),
     "losses": lambda value: value in (None, True, False),
 }

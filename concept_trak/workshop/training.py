@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import write_bytes
+from ..reading import parse_json, read_safetensors
 from ..settings import digest
 
 LOG_EVERY = 50  # steps
@@ -47,25 +48,34 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     """sha256 over the values of tensors, in their order, for `Run.made_from`."""
     whole = hashlib.sha256()
     for tensor in tensors:
-        whole.update(tensor.detach().contiguous().numpy().tobytes())
+        whole.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return whole.hexdigest()
 
 
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Tensors and a JSON state as one safetensors file. UserError for a disk that is full."""
     whole = {k: v.detach().contiguous() for k, v in tensors.items()}
+    state = state | {"sha256": fingerprint(whole[name] for name in sorted(whole))}
+    # one entry: safetensors writes several in any order
     write_bytes(path, save(whole, metadata={"state": json.dumps(state)}))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Inverse of `save_checkpoint`. UserError when the file is not one of its."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
-        return load_file(path), state
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = f"is damaged ({error}); remove it and train again"
-        raise UserError(f"the checkpoint {path} {reason}") from None
+    """Inverse of `save_checkpoint`. UserError when the file is not one of its, or was changed."""
+    mend = "remove it and train again"
+    tensors = read_safetensors(path, mend)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    state = parse_json(metadata.get("state", ""), f"the state of {path}", mend, dict)
+    step, mean, made = (state.get(key) for key in ("step", "mean", "identity"))
+    right = (type(step) is int and step > 0 or step is None, isinstance(mean, float | None))
+    if not all(right) or not isinstance(made, dict | None):
+        raise UserError(f"the checkpoint {path} is damaged (its state); {mend}")
+    # one that was written before digests were kept has none
+    found = fingerprint(tensors[k] for k in sorted(tensors))
+    if state.pop("sha256", found) != found:
+        raise UserError(f"the checkpoint {path} is damaged (checksum differs); {mend}")
+    return tensors, state
 
 
 def refuse_other(wanted: dict[str, Any], found: dict[str, Any], path: Path, remedy: str) -> None:

@@ -13,6 +13,7 @@ from concept_trak.datasets.encoded import LATENTS, PREPARED, TEXT, EncodedData
 from concept_trak.datasets.folder import load_folder
 from concept_trak.datasets.prepare import ArrayFile, prepare
 from concept_trak.errors import UserError
+from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import resolve
 
 
@@ -149,3 +150,70 @@ def test_a_record_of_another_version_asks_to_prepare_again(own, tiny_model):
         path.write_text(content)
         with pytest.raises(UserError, match="run_prepare.sh"):
             EncodedData(settings.data_dir, tiny_model).pictures  # noqa: B018
+
+
+def test_a_picture_added_is_encoded_with_its_neighbours_and_the_others_are_copied(
+    own, tmp_path, monkeypatch
+):
+    settings, source = own
+    added = json.loads(lines_of(source)[-1]) | {"text": "the tree in the style of soft"}
+    with (source / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps(added) + "\n")
+    fresh, made, seen = settings.but(data_dir=str(tmp_path / "fresh")), module.encoded, []
+    prepare(fresh, "cpu")
+    monkeypatch.setattr(module, "encoded", lambda *a: seen.append(a[2]) or made(*a))
+    prepare(settings, "cpu")
+    assert seen == [range(8, 12)]  # the last step of four
+    for name in (LATENTS, TEXT):
+        one, other = (Path(s.data_dir) / name for s in (settings, fresh))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def rescaled(settings, folder):
+    """The settings' pipeline with another scale of its latents."""
+    shutil.copytree(settings.sd_model_path, folder)
+    config = folder / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("which", ["dtype", "model"])
+def test_what_another_model_or_dtype_encoded_is_not_copied(own, tmp_path, monkeypatch, which):
+    settings, _ = own
+    change = {"dtype": "bf16"}
+    if which == "model":
+        change = {"sd_model_path": rescaled(settings, tmp_path / "other")}
+    seen, made = [], module.encoded
+    monkeypatch.setattr(module, "encoded", lambda *a: seen.append(a[2]) or made(*a))
+    prepare(settings.but(**change), "cpu")
+    assert len(seen) == 3
+
+
+def test_rows_that_another_model_encoded_are_refused(own, tmp_path):
+    settings, _ = own
+    other = load_pipeline(rescaled(settings, tmp_path / "other"))
+    with pytest.raises(UserError, match="encoded by another model.*run_prepare.sh"):
+        EncodedData(settings.data_dir, other).pictures  # noqa: B018
+
+
+def test_a_changed_record_of_checksums_is_made_again(own, tiny_model):
+    settings, _ = own
+    data = EncodedData(settings.data_dir, tiny_model)
+    wanted, path = data.content_hash(), Path(settings.data_dir) / ".content.json"
+    record = json.loads(path.read_text())
+    record["checksums"][LATENTS] = "0" * 64
+    for content in (json.dumps(record), "[]", "{", ""):
+        path.write_text(content)
+        assert EncodedData(settings.data_dir, tiny_model).content_hash() == wanted
+
+
+def test_every_row_of_an_array_enters_the_content_hash(own, tiny_model):
+    settings, _ = own
+    path = Path(settings.data_dir) / TEXT
+    seen = {EncodedData(settings.data_dir, tiny_model).content_hash()}
+    for row in range(11):
+        array = np.load(path)
+        array[row] += 1
+        np.save(path, array)
+        seen.add(EncodedData(settings.data_dir, tiny_model).content_hash())
+    assert len(seen) == 12

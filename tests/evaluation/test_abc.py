@@ -3,6 +3,7 @@ test_abc_scripts.py.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import standin
 from concept_trak.attribution import launch
 from concept_trak.attribution.corpus import Corpus
 from concept_trak.attribution.plan import folder_name
-from concept_trak.attribution.train_grad import make_rows, open_store
+from concept_trak.attribution.train_grad import make_rows, open_store, train_grad
 from concept_trak.datasets import abc as tasks
 from concept_trak.datasets.encoded import EncodedData
 from concept_trak.errors import UserError
@@ -92,7 +93,8 @@ def test_the_negative_prompt_drops_the_token_wherever_it_stands():
 
 
 @pytest.mark.parametrize(
-    "content, word", [("[{}]", "KeyError"), ("nonsense", "not a list"), ('[{"a": 1}]', "KeyError")]
+    "content, word",
+    [("[{}]", "test_case_ind"), ("nonsense", "not JSON"), ("[3]", "test_case_ind"), ("{}", "list")],
 )
 def test_a_damaged_task_file_is_one_line(tmp_path, content, word):
     (tmp_path / "t.json").write_text(content)
@@ -340,3 +342,87 @@ def test_exemplar_rows_of_other_settings_are_not_taken_for_these(change, kept):
     first, _ = kept()
     other, computed = kept(**change)
     assert computed == len(first) and (other != first).any()
+
+
+TASK = {
+    "synth_image_path": "synth/artchive/gpt/african/samples/00000.png",
+    "prompt": "a <new1> cat",
+    "test_case": "test_artchive",
+    "test_case_ind": 0,
+    "model_path": "models/artchive/african",
+    "train_prompt": "a <new1>",
+    "category": "art",
+}
+OUTSIDE = ["../../outside", "/etc", "models/../../outside", "a\0b", "x" * 300]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_the_model_of_a_task_lies_in_the_data_folder(release, path):
+    settings = resolve("abc", {"data_dir": str(release)})
+    with pytest.raises(UserError, match="the task's model .*(no path below|lies outside)"):
+        abc.token_path(settings, tasks.Task(**TASK | {"model_path": path}))
+
+
+@pytest.mark.parametrize("case", ["../../outside", "../laion_subset/../../x", "a\0b", "x" * 300])
+def test_the_test_case_of_a_task_lies_in_the_data_folder(release, case):
+    with pytest.raises(UserError, match="the test case .*(no path below|lies outside)"):
+        tasks.exemplars(release, tasks.Task(**TASK | {"test_case": case}))
+
+
+@pytest.mark.parametrize("path", ["../../x.jpg", "/etc/passwd", "dataset/../../x.jpg", 3, None])
+def test_an_exemplar_lies_in_the_data_folder(tmp_path, path):
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json/test_artchive.json").write_text(json.dumps([{"exemplar": [path]}]))
+    with pytest.raises(UserError, match="entry 0: the exemplar .*(outside|no path below)"):
+        tasks.exemplars(tmp_path, tasks.Task(**TASK))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("test_case_ind", v) for v in (-1, True, "0", 1.0, None)),
+        *(("synth_image_path", v) for v in ("a/b.png", "a/99999999999999999999.png", 7)),
+        *((name, v) for name in ("prompt", "model_path", "category") for v in (None, 3, [])),
+    ],
+)
+def test_a_value_that_a_task_cannot_have_is_named(tmp_path, field, value):
+    (tmp_path / "t.json").write_text(json.dumps([TASK, TASK | {field: value}]))
+    with pytest.raises(UserError, match=f"task 1: {field} is"):
+        tasks.read_tasks(tmp_path / "t.json")
+
+
+def captions_in_another_order(root):
+    path = root / "laion_subset/captions.txt"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+
+
+def pictures_exchanged(root):
+    one, other = (root / f"laion_subset/images/{i:08d}.jpg" for i in (3, 4))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def a_picture_before_all(root):
+    images = root / "laion_subset/images"
+    (images / "00000000-new.jpg").write_bytes((images / "00000007.jpg").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "change", [captions_in_another_order, pictures_exchanged, a_picture_before_all]
+)
+def test_released_rows_are_not_shown_with_other_pictures_than_the_first_time(
+    tmp_path, release, sd, change
+):
+    root = tmp_path / "abc"
+    shutil.copytree(release, root)
+    given = {"sd_model_path": str(sd), "data_dir": str(root), "grad_dir": str(tmp_path / "grads")}
+    quick = {"recipe": "default", "f": "dsm", "proj_dim": 32, "num_train": 8, "nfe": 2}
+    settings = resolve("abc", given | quick | {"num_split": 1, "dtype": "fp32"})
+    train_grad(Corpus(settings, "cpu"))
+    open_store(Corpus(settings, "cpu"))
+    change(root)
+    with pytest.raises(UserError, match="not those of the first time.*laion_subset"):
+        open_store(Corpus(settings, "cpu"))
+    shutil.rmtree(root / "laion_subset")
+    open_store(Corpus(settings, "cpu"))  # nothing is shown then

@@ -187,7 +187,7 @@ def test_evaluation_ends_with_one_json_line_and_keeps_a_folder_a_task(trained, t
         "oracle",
     } <= figures.keys()
     listing = (
-        (trained.root / "results/eval/task_0/topk-prompts-lambda_1.0e+02.txt")
+        (trained.root / "results/eval/latest/task_0/topk-prompts-lambda_1.0e+02.txt")
         .read_text()
         .splitlines()
     )
@@ -230,6 +230,25 @@ def test_own_pictures_go_from_a_folder_to_a_report_in_one_command(session, tmp_p
     stamp = (tmp_path / "arrays/laion_latents.npy").stat().st_mtime_ns
     assert session.run("run_prepare.sh", SOURCE_DIR=mine, DATA_DIR=tmp_path / "arrays")[0] == 0
     assert (tmp_path / "arrays/laion_latents.npy").stat().st_mtime_ns == stamp
+
+
+def test_two_folders_of_one_name_share_neither_arrays_nor_gradients(tmp_path):
+    """A stand-in for Python tells the folders that the script gives it."""
+    python, told = tmp_path / "python", []
+    python.write_text('#!/bin/bash\necho "$DATA_DIR $GRAD_DIR"\n')
+    python.chmod(0o755)
+    places = {"DATA_DIR": "", "GRAD_DIR": "", "PROMPT": "a cat", "TARGET_CONCEPTS": "cat"}
+    for above in ("one", "other"):
+        (tmp_path / above / "mine").mkdir(parents=True)
+        done = subprocess.run(
+            ["bash", ROOT / "scripts/abc/run_own_data.sh", tmp_path / above / "mine"],
+            env={**os.environ, **places, "PYTHON_BIN": str(python)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(set(done.stdout.split()))
+    assert len(told[0]) == len(told[1]) == 2 and not told[0] & told[1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """A diffusers pipeline as a denoiser."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from concept_trak.errors import UserError
 from concept_trak.models.ddim import Guided, ddim_sample
 from concept_trak.models.text_to_image import load_pipeline
+from concept_trak.settings import ROOT
 from concept_trak.workshop.embedded.pipeline import build_scheduler
 
 
@@ -25,6 +29,64 @@ def test_weight_hash_is_computed_once(tiny_pipeline):
     model = load_pipeline(str(tiny_pipeline))
     first, model.pipe = model.weight_hash(), None
     assert model.weight_hash() == first
+
+
+def changed_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def words_exchanged(folder):
+    path = folder / "tokenizer/tokenizer.json"
+    known = json.loads(path.read_text())
+    vocab = known["model"]["vocab"]
+    vocab["cat</w>"], vocab["dog</w>"] = vocab["dog</w>"], vocab["cat</w>"]
+    path.write_text(json.dumps(known))
+
+
+def other_noise(folder):
+    changed_json(folder / "scheduler/scheduler_config.json", beta_end=0.013)
+
+
+def other_scale(folder):
+    changed_json(folder / "vae/config.json", scaling_factor=0.7)
+
+
+def other_activation(folder):
+    changed_json(folder / "text_encoder/config.json", hidden_act="gelu")
+
+
+@pytest.mark.parametrize("change", [words_exchanged, other_noise, other_scale, other_activation])
+def test_the_same_weights_read_otherwise_are_another_model(
+    tmp_path, tiny_pipeline, tiny_model, change
+):
+    shutil.copytree(tiny_pipeline, tmp_path / "other")
+    change(tmp_path / "other")
+    other = load_pipeline(str(tmp_path / "other"))
+    assert other.weight_hash() == tiny_model.weight_hash()
+    assert other.identity() != tiny_model.identity()
+    assert (other.encoder_hash() == tiny_model.encoder_hash()) == (change is other_noise)
+
+
+def test_the_identity_is_the_same_in_another_folder_and_dtype(tmp_path, tiny_pipeline, tiny_model):
+    shutil.copytree(tiny_pipeline, tmp_path / "copy")
+    changed_json(tmp_path / "copy/unet/config.json", _diffusers_version="0.1")
+    for dtype in ("fp32", "fp16", "bf16"):
+        model = load_pipeline(str(tmp_path / "copy"), dtype=dtype)
+        assert model.identity() == tiny_model.identity()
+        assert model.encoder_hash() == tiny_model.encoder_hash()
+
+
+def test_the_committed_model_is_still_named_by_its_weights():
+    model = load_pipeline(str(ROOT / "data/emoji/pipeline"))
+    assert model.identity() == model.weight_hash()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_text_encoder_takes_is_refused(tmp_path, tiny_pipeline):
+    shutil.copytree(tiny_pipeline, tmp_path / "other")
+    for length in (17, 10**30, 2):
+        changed_json(tmp_path / "other/tokenizer/tokenizer_config.json", model_max_length=length)
+        with pytest.raises(UserError, match="model_max_length"):
+            load_pipeline(str(tmp_path / "other"))
 
 
 def test_a_loaded_pipeline_takes_no_parameter_gradients_and_keeps_the_schedule(tiny_model):

@@ -308,7 +308,7 @@ def test_a_missing_pickled_or_damaged_lora_is_refused(tmp_path, tiny_pipeline, l
         pickled.write_bytes(pickle.dumps({"unet.x": 1}))
     (tmp_path / "damaged.safetensors").write_bytes(b"not a header")
     words_of = {"missing": "does not exist", "lora.pt": "pickle", "folder": "pickle"}
-    for path, words in (words_of | {"damaged.safetensors": "cannot use"}).items():
+    for path, words in (words_of | {"damaged.safetensors": "not a safetensors file"}).items():
         with pytest.raises(UserError, match=words):
             load_pipeline(str(tiny_pipeline), lora_path=str(tmp_path / path))
     for name in ("a.safetensors", "b.safetensors"):
@@ -330,3 +330,35 @@ def test_without_peft_the_message_says_how_to_install_it(tmp_path, tiny_pipeline
 def test_a_name_with_lora_in_a_model_without_one_is_refused():
     with pytest.raises(UserError, match="matches no parameter"):
         PerSampleVjp(nn.Sequential(nn.Linear(2, 2)), "lora")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_network_whose_file_lacks_a_weight_is_refused(tmp_path, tiny_pipeline, part):
+    shutil.copytree(tiny_pipeline, tmp_path / "other")
+    (file,) = (tmp_path / "other" / part).glob("*.safetensors")
+    weights = load_file(file)
+    for name in (max(weights), min(weights)):
+        lacking = {k: v for k, v in weights.items() if k != name}
+        for content in (lacking, lacking | {"stranger": weights[name]}):
+            save_file(content, file, metadata={"format": "pt"})
+            with pytest.raises(UserError, match=f"cannot load .*{part} lacks"):
+                load_pipeline(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        ("vae/config.json", "layers_per_block", 2**70),
+        ("unet/config.json", "layers_per_block", 5000),
+        ("unet/config.json", "block_out_channels", [8, 2**40]),
+        ("text_encoder/config.json", "num_hidden_layers", 10**9),
+    ],
+)
+def test_a_network_that_would_take_forever_to_build_is_refused_at_once(
+    tmp_path, tiny_pipeline, file, key, value
+):
+    shutil.copytree(tiny_pipeline, tmp_path / "other")
+    path = tmp_path / "other" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key}=.* is too large; copy the model again"):
+        load_pipeline(str(tmp_path / "other"))

@@ -20,6 +20,7 @@ from concept_trak.workshop.training import (
     phases_until,
     run_training,
     running_mean,
+    save_checkpoint,
     step_generator,
 )
 
@@ -214,3 +215,22 @@ def test_the_log_has_a_line_every_fifty_steps_and_none_twice_after_a_kill(tmp_pa
         text = (folder / "net.jsonl").read_text()
         logs.append([json.loads(line) | {"seconds": 0} for line in text.splitlines()])
     assert [line["step"] for line in logs[0]] == [50, 100, 150] and logs[0] == logs[1]
+
+
+def test_a_checkpoint_with_one_changed_value_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, {"row": torch.ones(4)}, {"step": 2, "mean": 0.5, "identity": {}})
+    tensors, state = load_checkpoint(path)
+    assert state == {"step": 2, "mean": 0.5, "identity": {}} and tensors["row"].tolist() == [1] * 4
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged .checksum differs.; remove it"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("state", [{"step": -1}, {"step": "2"}, {"mean": "x"}, {"identity": 3}])
+def test_a_checkpoint_whose_state_cannot_be_one_is_refused(tmp_path, state):
+    save_checkpoint(tmp_path / "a.safetensors", {"row": torch.ones(4)}, state)
+    with pytest.raises(UserError, match="damaged .its state.; remove it"):
+        load_checkpoint(tmp_path / "a.safetensors")

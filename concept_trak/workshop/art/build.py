@@ -32,6 +32,7 @@ from PIL import Image
 from ...datasets.emoji import caption
 from ...errors import UserError
 from ...files import write_bytes
+from ...reading import read_json
 from .sources import fetch, icon_pictures
 
 TABLES = Path(__file__).resolve().parents[3] / "data" / "emoji" / "tables"
@@ -56,7 +57,7 @@ def preset_rows(preset: str, tables: Path = TABLES) -> tuple[list[Row], list[Row
     Returns (rows, icons, sources): rows are the metadata rows; icons[i] is the row of objects.tsv
     for rows[i]; sources is sources.json. Raises UserError if the preset is unknown.
     """
-    sources = json.loads((tables / "sources.json").read_text(encoding="utf-8"))
+    sources = read_json(tables / "sources.json", "take it from the repository again")
     held_out = {row["object"]: row for row in read_table(tables / "held_out.tsv")}
     known = [name for name in next(iter(held_out.values())) if name != "object"]
     if preset not in known:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ...errors import UserError
+from ...reading import parse_json
 
 RENDER_SIZE = 256  # width in pixels; drawings are scaled down from here
 SVG = (
@@ -146,7 +146,8 @@ def icon_pictures(
     iconify). Raises UserError naming the file or icon that is missing.
     """
     if kind == "iconify":
-        icons = json.loads(read_members(tarball, {"package/icons.json"})["package/icons.json"])
+        content = read_members(tarball, {"package/icons.json"})["package/icons.json"]
+        icons = parse_json(content, f"icons.json of {tarball}", "remove that and run again", dict)
         names = [item[style] for item in items]
         return [render_svg(iconify_svg(icons, name), f"{style}/{name}") for name in names]
     # Sets without a column of their own name their files by the code point in capitals.

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...files import write_bytes
+from ...reading import read_json
 
 IMAGE_SIZE = 32
 TEXT_WIDTH = 192
@@ -147,5 +148,5 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     # transformers loads in the dtype its config names, diffusers in fp32: name fp32, or the two
     # would not fit together.
     path = Path(folder) / "text_encoder" / "config.json"
-    config = {**json.loads(path.read_text()), "dtype": "float32"}
+    config = {**read_json(path, "make the pipeline again"), "dtype": "float32"}
     write_bytes(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

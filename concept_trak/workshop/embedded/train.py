@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...datasets.folder import ImageCaptionDataset
-from ...files import write_bytes
+from ...files import atomic_folder, write_bytes
+from ...reading import parse_json, read_text
 from ..training import Phase, Run, fingerprint, phase_of, run_training, step_generator
 from . import pipeline as embedded
 from .autoencoder import AutoencoderSettings, jitter, refine_decoder, train_vae
@@ -173,7 +174,8 @@ def kept_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
     nothing under other token numbers.
     """
     if not (folder / "tokenizer.json").exists():
-        embedded.build_tokenizer(captions).save_pretrained(folder)
+        with atomic_folder(folder) as made:
+            embedded.build_tokenizer(captions).save_pretrained(made)
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -195,11 +197,18 @@ def train(dataset: ImageCaptionDataset, folder: Path, work: Path, settings: Trai
     latents = encode_latents(vae, images, settings)
     examples = Examples(latents, ids.view(len(rows), 4, -1))
     train_unet(unet, text_encoder, examples, settings, work, encoder)
-    embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
-    curves = {
-        name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("vae", "decoder", "unet")
-    }
+    pipe = embedded.build_pipeline(vae, text_encoder, tokenizer, unet)
+    curves = {name: loss_curve(work / f"{name}.jsonl") for name in ("vae", "decoder", "unet")}
     steps = sum(phase.steps for phase in settings.unet_phases)
     facts = {"settings": asdict(settings), "steps": steps, "curves": curves}
-    write_bytes(folder / "training.json", json.dumps(facts, indent=0).encode())
+    with atomic_folder(folder) as made:
+        embedded.save_pipeline(pipe, made)
+        write_bytes(made / "training.json", json.dumps(facts, indent=0).encode())
+
+
+def loss_curve(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training's log; none of a training too short to have one."""
+    if not path.stat().st_size:
+        return []
+    lines = read_text(path, "remove it and its checkpoint").splitlines()
+    return [parse_json(line, path, "remove it and its checkpoint", dict) for line in lines]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
+from ...store.manifest import read_manifest
 from .folder import DownloadFolder, FileJob
 from .hub import Repo
 from .progress import human
@@ -75,12 +75,7 @@ def refuse_computed(folder: Path) -> None:
     names.
     """
     path = folder / "manifest.json"
-    try:
-        layout = json.loads(path.read_text())["layout"] if path.exists() else "raw"
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read as a store manifest ({error}); remove it and run again"
-        ) from error
+    layout = read_manifest(folder)["layout"] if path.exists() else "raw"
     if layout != "raw":
         raise UserError(f"{folder} holds gradients computed here; set GRAD_ROOT to another folder")
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ...errors import UserError
 from ...files import disk_errors, sha256_file, write_bytes, write_json
+from ...reading import read_json, read_safetensors
 from .net import Judge, JudgeSettings
+
+AGAIN = "make the judge again with train-judge"
 
 
 def save_judge(judge: Judge, folder: str | Path, facts: dict[str, Any]) -> None:
@@ -35,16 +37,15 @@ def load_judge(folder: str | Path) -> Judge:
     for name in ("judge.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"no judge at {folder}: {name} is missing; make it with train-judge")
-    facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
-    path = folder / "model.safetensors"
-    if sha256_file(path) != facts["weights_sha256"]:
-        reason = "is not what judge.json describes; make the judge again with train-judge"
-        raise UserError(f"{path} {reason}")
-    weights = {k: _as(torch.float32, v) for k, v in load_file(path).items()}
+    facts, path = read_json(folder / "judge.json", AGAIN), folder / "model.safetensors"
+    if sha256_file(path) != facts.get("weights_sha256"):
+        raise UserError(f"{path} is not what judge.json describes; {AGAIN}")
+    weights = {k: _as(torch.float32, v) for k, v in read_safetensors(path, AGAIN).items()}
     try:
         judge = Judge(facts["objects"], facts["styles"], JudgeSettings(**facts["settings"]))
         judge.load_state_dict(weights)
-    except (TypeError, RuntimeError):  # a setting or a layer that this code does not have
+    # a setting or a layer that this code does not have, or a value that none can have
+    except (TypeError, RuntimeError, KeyError, ValueError, ArithmeticError):
         reason = "was made by another version of the code; make it again with train-judge"
         raise UserError(f"the judge at {folder} {reason}") from None
     return judge.eval()

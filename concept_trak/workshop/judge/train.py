@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ...datasets.folder import ImageCaptionDataset
 from ...errors import UserError
+from ...files import atomic_folder
 from ...models.text_to_image import TextToImage
 from ...settings import provenance
 from .augment import damage, warp
@@ -206,13 +207,14 @@ def train_and_save(
     if folds:
         metrics["cross_validation"] = cross_validate(versions, *names, settings, folds)
     judge = train_judge(versions, *names, settings)
-    facts = {"data_hash": dataset.content_hash(), "model": model.weight_hash()}
+    facts = {"data_hash": dataset.content_hash(), "model": model.identity()}
     facts["provenance"] = provenance()
-    save_judge(judge, out_folder, facts)
-    judge = load_judge(out_folder)  # measure what is on disk: float16 weights
-    metrics["train"] = {v: judge.measure(images, *names) for v, images in versions.items()}
-    metrics["train_damaged"] = judge.measure(damaged(real, settings), *names)
-    save_judge(judge, out_folder, facts | {"metrics": metrics})
+    with atomic_folder(Path(out_folder)) as made:
+        save_judge(judge, made, facts)
+        judge = load_judge(made)  # measure what is on disk: float16 weights
+        metrics["train"] = {v: judge.measure(images, *names) for v, images in versions.items()}
+        metrics["train_damaged"] = judge.measure(damaged(real, settings), *names)
+        save_judge(judge, made, facts | {"metrics": metrics})
     print(json.dumps(metrics))
     return metrics
 

@@ -84,10 +84,10 @@ def jobs_of_tasks(given: Settings) -> list[tuple[list[Path], Path, dict[str, str
     """(exemplars, folder, prompt and token) of each model among the tasks TASK_IDX, in the folders
     where tasks look for tokens.
     """
-    from ...datasets.abc import chosen_tasks, exemplars
+    from ...datasets.abc import chosen_tasks, exemplars, token_folder
 
     root, jobs = Path(given.data_dir), []
-    for path, task in {task.model_path: task for task in chosen_tasks(given).values()}.items():
-        folder = root / path.replace("models", "models-ti", 1)
+    for task in {task.model_path: task for task in chosen_tasks(given).values()}.values():
+        folder = token_folder(root, task)
         jobs.append((exemplars(root, task), folder, {"prompt": task.train_prompt, "token": TOKEN}))
     return jobs

@@ -12,7 +12,6 @@ change. Results are {token: [d]} as safetensors with a JSON record beside it.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from ...models.condition import Condition
 from ...models.schedule import NUM_TRAIN_TIMESTEPS
 from ...models.text_to_image import TextToImage
 from ...models.tokens import load_token
+from ...reading import read_json
 from ...settings import TOKEN, provenance
 from ..training import (
     MOMENTS,
@@ -189,9 +189,11 @@ def train_token(
     path, data = Path(out_dir) / f"{stem}.safetensors", pictures(images, prompt)
     start, start_token = initial_embedding(model, settings.init_word or init_word_of(prompt, token))
     made_from = {"token": token, "prompt": prompt, "init_token": start_token}
-    made_from |= {"pictures": data.content_hash(), "model": model.weight_hash()}
+    made_from |= {"pictures": data.content_hash(), "model": model.identity()}
     identity = asdict(settings) | made_from | {"dtype": str(model.dtype)}
+    checkpoint = path.with_name(f"{stem}.checkpoint.safetensors")
     if is_finished(path, identity):
+        checkpoint.unlink(missing_ok=True)
         load_token(model, path, token)
         return path
     with disk_errors(path):
@@ -199,7 +201,6 @@ def train_token(
     number = model.add_token(token, start)
     ids = prompt_ids(model, prompt, number)
     lesson = Lesson(model, encode(model, data, settings.random_flip), ids, settings)
-    checkpoint = path.with_name(f"{stem}.checkpoint.safetensors")
     row, loss = fit(lesson, number, start, checkpoint, identity)
     model.add_token(token, row)
     save_checkpoint(path, {token: row}, {"token": token, "prompt": prompt})
@@ -225,10 +226,11 @@ def is_finished(path: Path, identity: dict[str, Any]) -> bool:
     record = path.with_suffix(".json")
     if not (path.exists() and record.exists()):
         return False
-    facts = json.loads(record.read_text())
-    if facts["sha256"] != sha256_file(path):
+    facts = read_json(record, "remove it and train the token again")
+    if facts.get("sha256") != sha256_file(path):
         return False
-    refuse_other(identity, facts["identity"], path, REMEDY)
+    known = facts.get("identity")
+    refuse_other(identity, known if isinstance(known, dict) else {}, path, REMEDY)
     return True
 
 

@@ -245,9 +245,7 @@ def test_the_judge_is_trained_measured_and_saved_in_one_call(tmp_path, capsys):
     )
     dataset.__len__.return_value = len(images)
     model = SimpleNamespace(
-        image_size=16,
-        reconstruct=lambda pictures: pictures // 2 + 100,
-        weight_hash=lambda: "weights",
+        image_size=16, reconstruct=lambda pictures: pictures // 2 + 100, identity=lambda: "weights"
     )
     metrics = train_and_save(dataset, model, tmp_path / "judge", folds=2, settings=TINY)
     assert json.loads(capsys.readouterr().out) == metrics

@@ -1,0 +1,72 @@
+"""The trainings of the workshop at a size that takes a second: small networks, a few steps, a
+checkpoint at every other one, and their folders below `root` instead of the repository.
+"""
+
+import functools
+from pathlib import Path
+
+from conftest import tiny_text_encoder, tiny_unet, tiny_vae
+
+
+def train_model(root: Path) -> None:
+    """For `concept-trak train-model`."""
+    from concept_trak import cli
+    from concept_trak.workshop.embedded import autoencoder, pipeline, train
+    from concept_trak.workshop.training import Phase
+
+    cli.ROOT, pipeline.IMAGE_SIZE = root, 8
+    pipeline.build_vae, pipeline.build_text_encoder = tiny_vae, tiny_text_encoder
+    pipeline.build_unet = functools.partial(tiny_unet, None)
+    autoencoder.LOOP["save_every"] = 2
+    train.Run = functools.partial(often, train.Run)
+    few = (Phase(3, 3),)
+    phases = {"vae_phases": few, "decoder_phases": few, "unet_phases": few}
+    batches = {"vae_batch": 2, "decoder_batch": 2, "unet_batch": 2, "jitters": 1}
+    train.TrainSettings = functools.partial(train.TrainSettings, **phases, **batches)
+
+
+def often(make, *args, **options):
+    """A run that keeps a checkpoint at every other step."""
+    return make(*args, **options | {"save_every": 2})
+
+
+def train_judge(root: Path) -> None:
+    """For `concept-trak train-judge`; without cross-validation, whose folds need more pictures."""
+    from concept_trak import cli
+    from concept_trak.workshop.judge import train
+
+    small = {"size": 16, "inner_size": 16, "width": 4, "epochs": 1, "fold_epochs": 1, "batch": 8}
+    settings = train.JudgeSettings(**small, dropout=0.0)
+    cli.ROOT = root
+    train.train_and_save = functools.partial(train.train_and_save, folds=0, settings=settings)
+
+
+def judge_model(root: Path) -> None:
+    """For `concept-trak judge-model`, by the judge that `train_judge` left."""
+    from concept_trak.evaluation import model
+
+    model.JUDGE, model.SEEDS = root / "data/emoji/judge", 1
+
+
+def train_token(root: Path) -> None:
+    """For `concept-trak train-token`."""
+    from concept_trak.workshop.tokens import textual_inversion
+
+    textual_inversion.SAVE_EVERY = 1
+
+
+def download(root: Path) -> None:
+    """For the downloads: small pieces, and py7zr whatever the machine has."""
+    from concept_trak.workshop.fetch import archives, folder, hub
+
+    hub.CHUNK, archives.PROGRAMS, folder.SPARE = 500, (), 0
+
+
+SMALLER = {
+    "train-model": train_model,
+    "train-judge": train_judge,
+    "judge-model": judge_model,
+    "train-token": train_token,
+    "download-abc": download,
+    "download-train-grad": download,
+}
