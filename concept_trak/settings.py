@@ -137,7 +137,7 @@ class Rows:
 
     recipe: str = option("default", "default, or reference: the paper's", choices=tuple(RECIPES))
     layer: str = option("attn2", "part of the parameter names, '|' between alternatives")
-    f: str = option("contrast", "train objective", choices=OBJECTIVES)
+    f: str = option("contrast_llr", "train objective", choices=OBJECTIVES)
     nfe: int = option(10, "NFE - 1 states, at noise levels evenly from 100 to 900", low=2, high=500)
     ddim_inversion: bool = option(False, "states by DDIM inversion instead of noising")
     normalize: bool = option(True, "unit norm of each state's gradient, in each of the blocks")

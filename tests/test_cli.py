@@ -186,7 +186,7 @@ def test_a_store_of_another_model_is_refused_and_lives_beside_its_own(
     assert len([*computed["grad_dir"].glob("*/manifest.json")]) == 2
 
 
-@pytest.mark.parametrize("f", ["contrast", "das"])
+@pytest.mark.parametrize("f", ["contrast", "contrast_llr", "das"])
 def test_a_picture_added_costs_one_row_and_changes_no_other(f, flags, tmp_path, capfd):
     flags |= {"data_dir": save_tiny_data(tmp_path / "own"), "f": f}
     assert run("train-grad", flags) == 0

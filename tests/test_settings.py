@@ -115,7 +115,9 @@ def test_an_unknown_benchmark_is_refused():
 
 def test_choices_are_those_of_the_modules_that_use_them():
     assert option("f").allowed() == OBJECTIVES.names()
-    assert set(OBJECTIVES.names()) == {"contrast", "presence", "dps", "dsm", "dtrak", "das"}
+    assert set(OBJECTIVES.names()) == {
+        *("contrast", "contrast_llr", "presence", "dps", "dsm", "dtrak", "das")
+    }
     assert {"concept_trak", "trak", "d_trak", "das"} <= set(RANKERS.names())
     assert "emoji" in BENCHMARKS.names()
     assert set(option("dtype").choices) == {"auto", *DTYPES}
@@ -151,7 +153,7 @@ def test_a_setting_is_read_by_its_stage_and_by_its_own_name():
 def test_a_copy_has_the_changes_and_nothing_else():
     s = resolve("emoji", {"layer": "attn1"})
     changed = s.but(f="dsm", normalize=False)
-    assert (changed.f, changed.normalize, s.f, s.normalize) == ("dsm", False, "contrast", True)
+    assert (changed.f, changed.normalize, s.f, s.normalize) == ("dsm", False, "contrast_llr", True)
     differing = {k for k, v in as_dict(changed).items() if as_dict(s)[k] != v}
     assert differing == {"f", "normalize"} and changed.but(f=s.f, normalize=True) == s
     assert Settings.of(s.flat()) == s

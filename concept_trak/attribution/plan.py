@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..registry import OBJECTIVES
 from ..rows.states import (
     QueryStates,
     TrainStates,
@@ -40,6 +41,7 @@ def query_states(settings: Settings, scope: str = "") -> QueryStates:
 def row_settings(settings: Settings) -> dict[str, Any]:
     """The settings that decide what a train row is."""
     s, states = settings, train_states(settings)
+    beside = OBJECTIVES.get(s.f).description
     return {
         "layer": s.layer,
         "f": s.f,
@@ -49,6 +51,7 @@ def row_settings(settings: Settings) -> dict[str, Any]:
         "guidance_scale": states.guidance_scale if states.inversion else None,
         "noise_seed": None if states.inversion else states.noise_seed,
         "dtype": s.dtype,
+        **({} if beside is None else {"beside": beside}),
     }
 
 

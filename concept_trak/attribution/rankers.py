@@ -69,7 +69,10 @@ class GradientRanker:
     def row_weight(self) -> np.ndarray | None:
         """[N], where the objective weights its rows."""
         weight = OBJECTIVES.get(self.corpus.settings.f).row_weight
-        return None if weight is None else weight(self._train.losses())
+        if weight is None:
+            return None
+        beside = self._train.losses()
+        return weight(beside, beside)
 
     def rows(self, questions: Sequence[Question]) -> np.ndarray:
         """[Q, k] query rows."""

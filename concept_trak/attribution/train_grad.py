@@ -27,10 +27,15 @@ from .stores import find_store, new_folder
 
 
 def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition) -> Rows:
-    """Train rows [B, k] of pictures x0 [B, C, h, w] under their captions, as the settings ask."""
-    s, model = corpus.settings, corpus.model
+    """Train rows [B, k] of pictures x0 [B, C, h, w] under their captions, as the settings ask; with
+    what the objective keeps beside them as their losses.
+    """
+    s, model, objective = corpus.settings, corpus.model, OBJECTIVES.get(corpus.settings.f)
     states = train_states_of(model, x0, cond, corpus.cond_null, train_states(s))
-    return corpus.row_maker.rows(states, OBJECTIVES.get(s.f).cotangent, len(x0))
+    made = corpus.row_maker.rows(states, objective.cotangent, len(x0))
+    if objective.beside is None:
+        return made
+    return made._replace(losses=objective.beside(model, x0, cond, corpus.cond_null))
 
 
 def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:

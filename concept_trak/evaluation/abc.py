@@ -31,6 +31,7 @@ from ..datasets.folder import ImageCaptionDataset, pictures
 from ..errors import UserError
 from ..models.generation import initial_noise
 from ..models.tokens import load_token
+from ..registry import OBJECTIVES
 from ..report.results import write_results
 from ..report.shown import Shown
 from ..scoring import metrics
@@ -74,9 +75,12 @@ def exemplar_pictures(settings: Settings, task: Task) -> ImageCaptionDataset:
 
 
 def exemplar_rows(corpus: Corpus, number: int, task: Task) -> np.ndarray:
-    """[E, k] train rows of the exemplars, kept as task_grad-{number}.npy beside the train rows."""
+    """[E, k] train rows of the exemplars, kept as task_grad-{number}.npy beside the train rows; of
+    an objective that weights its rows [E, k + 1], what the weight is made from last.
+    """
     s, model, shown = corpus.settings, corpus.model, exemplar_pictures(corpus.settings, task)
     made_from = corpus.identity(pictures=shown.content_hash(), tokens=model.tokens)
+    weighted = OBJECTIVES.get(s.f).row_weight is not None
 
     def compute() -> np.ndarray:
         rows = []
@@ -84,7 +88,9 @@ def exemplar_rows(corpus: Corpus, number: int, task: Task) -> np.ndarray:
             part = range(start, min(start + s.batch_size, len(shown)))
             x0 = model.encode_images(shown.images(part, size=model.image_size))
             cond = model.encode_prompts([task.train_prompt] * len(part))
-            rows.append(make_rows(corpus, x0, cond).values.cpu().numpy())
+            made = make_rows(corpus, x0, cond)
+            parts = [made.values, made.losses[:, None]] if weighted else [made.values]
+            rows.append(torch.cat(parts, 1).cpu().numpy())
         return np.concatenate(rows)
 
     path = Path(s.grad_dir) / folder_name(s) / f"task_grad-{number}.npy"
@@ -186,13 +192,16 @@ def score_tasks(
     corpus: Corpus, store: Store, queries: np.ndarray, exemplar: list[np.ndarray]
 ) -> list[np.ndarray]:
     """Scores [D, N + E] of each task: the train pictures', then its own exemplars'."""
-    solver = corpus.preconditioner
-    solved = solver.solve(store, queries, DAMPINGS)
-    of_train = scores(store, solved, None, solver.budget.max_memory, solver.budget.device)
-    return [
-        np.concatenate([of_train[:, t], solved[:, t] @ rows.T], 1)
-        for t, rows in enumerate(exemplar)
-    ]
+    solver, weight = corpus.preconditioner, OBJECTIVES.get(corpus.settings.f).row_weight
+    solved, among = solver.solve(store, queries, DAMPINGS), store.losses() if weight else None
+    of_rows = None if weight is None else weight(among, among)
+    of_train = scores(store, solved, of_rows, solver.budget.max_memory, solver.budget.device)
+    found = []
+    for t, rows in enumerate(exemplar):
+        own = solved[:, t] @ rows[:, : store.dim].T
+        own = own if weight is None else own * weight(rows[:, -1], among)
+        found.append(np.concatenate([of_train[:, t], own], 1))
+    return found
 
 
 def summarise(results: list[dict]) -> dict:

@@ -16,6 +16,7 @@ are unit-normed or the score is linear in them.
               the concept slider of weight 1 (Gandikota et al. 2023); c- = "" asks how much the
               caption is present
     contrast  v as presence at c, -v at c-  grad of -1/2 ||eps(c) - eps(c-)||^2, nothing held fixed
+    contrast_llr  as contrast; rows weighted by how well the caption fits the picture (`fit`)
 
 dps points along +g because g raises log p(x0 | x_t) and eps-space is minus score-space: the target
 is eps_hat - g, for the train rows and for exemplars alike. A concept query is presence or, where
@@ -32,11 +33,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..registry import OBJECTIVES
+from . import fit
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ..models.condition import Condition
     from ..models.denoiser import Denoiser
     from .row import Cotangent
     from .state import State
@@ -46,12 +49,16 @@ if TYPE_CHECKING:
 class Objective:
     """cotangent: see `row.Cotangent`. two_sided: whether it differentiates c-, too.
 
-    row_weight: of each row, from its losses [N] -> [N]; None is 1.
+    row_weight: of rows [n], from the number kept beside each [n] and those of all train rows [N];
+    None is 1. beside: that number [B] of pictures (denoiser, x0, cond, cond_null); None: their
+    losses. description: JSON of it, part of the rows' identity.
     """
 
     cotangent: Cotangent
     two_sided: bool = False
-    row_weight: Callable[[np.ndarray], np.ndarray] | None = None
+    row_weight: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    beside: Callable[[Denoiser, torch.Tensor, Condition, Condition], torch.Tensor] | None = None
+    description: dict[str, Any] | None = None
 
 
 def objective(name: str, **options: Any) -> Callable[[Cotangent], Cotangent]:
@@ -81,6 +88,15 @@ def contrast(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tens
     eps_hat = denoiser.eps(torch.cat([state.x_t, state.x_t]), t, both)
     eps_pos, eps_neg = eps_hat.detach().chunk(2)
     return eps_hat, torch.cat([eps_neg - eps_pos, eps_pos - eps_neg])
+
+
+objective(
+    "contrast_llr",
+    two_sided=True,
+    row_weight=fit.fit_weight,
+    beside=fit.caption_llr,
+    description=fit.DESCRIPTION,
+)(contrast)
 
 
 @objective("presence")
@@ -128,7 +144,7 @@ def dtrak(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]
     return eps_hat, eps_hat.detach()
 
 
-@objective("das", row_weight=lambda losses: losses)
+@objective("das", row_weight=lambda losses, among: losses)
 def das(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
     """The sign of the prediction."""
     eps_hat = denoiser.eps(state.x_t, state.t, state.cond)

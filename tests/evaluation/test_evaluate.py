@@ -251,7 +251,7 @@ def test_a_new_objective_ranker_and_benchmark_are_served_without_touching_the_li
 ):
     own = {k: v for k, v in settings.items() if k != "num_queries"}
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in own.items()]
-    toy = Objective(doubled, row_weight=lambda losses: losses)
+    toy = Objective(doubled, row_weight=lambda losses, among: losses)
     with (
         OBJECTIVES.temporary("toy", toy),
         RANKERS.temporary("constant", Constant),

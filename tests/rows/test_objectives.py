@@ -110,9 +110,9 @@ def test_train_and_query_agree_in_sign(tiny_denoiser):
 
 def test_a_concept_query_is_two_sided_where_its_train_rows_are():
     sides = {name: of_concept(name) is contrast for name in OBJECTIVES.names()}
-    assert sides.pop("contrast") and not any(sides.values())
+    assert sides.pop("contrast") and sides.pop("contrast_llr") and not any(sides.values())
 
 
-def test_only_das_weights_its_rows():
+def test_rows_are_weighted_by_das_and_by_the_fit_of_the_caption():
     weighted = [name for name in OBJECTIVES.names() if OBJECTIVES.get(name).row_weight]
-    assert weighted == ["das"]
+    assert weighted == ["contrast_llr", "das"]

@@ -1,10 +1,10 @@
 """Concept-LDS: do summed scores predict how much a model knows that learned only a part?
 
 Over random subsets, the Spearman correlation of sum_{i kept} score_i with J_c (linear datamodeling
-score; Park et al. 2023), a mean over concepts. Captions name the concepts here, so counting labelled
-pictures predicts much of it: `partial` is what is left when that count is given. The ceiling is the
-correlation of the presences of two seeds on the same subsets: of what one training says about
-another.
+score; Park et al. 2023), a mean over concepts. Captions name the concepts here, so counting the
+labelled pictures predicts much of it: `partial` is what is left when that count is given. The
+ceiling is the correlation of the presences of two seeds on the same subsets: of what one training
+says about another.
 """
 
 from __future__ import annotations

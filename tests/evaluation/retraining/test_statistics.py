@@ -1,5 +1,5 @@
-"""Correlations with retraining: a ranker that knows the truth reaches it, one that counts labels has
-nothing left, and a swapped group is noticed.
+"""Correlations with retraining: a ranker that knows the truth reaches it, one that counts labels
+has nothing left, and a swapped group is noticed.
 """
 
 import numpy as np
