@@ -230,7 +230,10 @@ VERBS = {
 }
 # Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the
 # arguments.
-WITH_OWN_FLAGS = ("evaluation.bench.command", "workshop.tokens.command", "workshop.fetch.download")
+WITH_OWN_FLAGS = (
+    *("evaluation.bench.command", "evaluation.retraining.command"),
+    *("workshop.tokens.command", "workshop.fetch.download"),
+)
 
 
 def parser() -> argparse.ArgumentParser:

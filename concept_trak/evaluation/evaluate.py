@@ -29,10 +29,13 @@ def is_control(name: str) -> bool:
 
 
 def chosen_rankers(methods: str) -> list[str]:
-    """METHODS as names, empty being all, and the controls. UserError for one that there is not."""
+    """METHODS as names, and the controls. Empty is all but those that are there on request.
+    UserError for one that there is not.
+    """
     named = parse_methods(methods)
     controls = [name for name in RANKERS.names() if is_control(name)]
-    others = named or [name for name in RANKERS.names() if name not in controls]
+    by_itself = (n for n in RANKERS.names() if not getattr(RANKERS.get(n), "on_request", False))
+    others = named or [name for name in by_itself if name not in controls]
     return list(dict.fromkeys([*others, *controls]))
 
 

@@ -2,7 +2,9 @@
 
 | method | train cotangent | unit norm | row weight | query | source |
 |---|---|---|---|---|---|
-| concept_trak | the settings' F | NORMALIZE | 1 | one row a concept | Concept-TRAK (ICLR 2026) |
+| concept_trak | the settings' F | NORMALIZE | F's | one row a concept | Concept-TRAK (ICLR 2026) |
+| reference | dps, by inversion | yes | 1 | one row a concept | the same, as published |
+| contrast, presence, dps, dsm | of that name | yes | 1 | one row a concept | `rows.objectives` |
 | trak | dsm | no | 1 | whole picture | Park et al. 2023; Zheng et al. 2024, "TRAK" |
 | d_trak | dtrak | no | 1 | whole picture | Zheng et al. 2024 |
 | das | das | yes | loss | whole picture | Lin et al. 2025, in Concept-TRAK's L1 form |
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..registry import RANKERS
+from ..settings import RECIPES
 from . import controls  # noqa: F401  registers them
 
 if TYPE_CHECKING:
@@ -33,15 +36,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GradientMethod:
-    """What distinguishes a method by gradients; f = None keeps the settings' rows and concepts."""
+    """What distinguishes a method by gradients.
+
+    f: its objective; empty keeps the settings' rows. per_concept: a query row for each concept.
+    recipe: whose rows it has, before f. on_request: left out where METHODS is empty.
+    """
 
     name: str
-    f: str | None = None
+    f: str = ""
     normalize: bool = False
+    per_concept: bool = False
+    recipe: str = "default"
+    on_request: bool = False
 
     def settings_for(self, settings: Settings) -> Settings:
-        """Rivals keep model, layer, number of states and projection."""
-        if self.f is None:
+        """Rivals keep model, layer, projection and, but for a recipe of their own, the number of
+        states.
+        """
+        if self.recipe != "default":
+            own = {k: v for k, v in RECIPES[self.recipe].items() if k != "scope"}
+            return settings.but(**own, recipe=self.recipe)
+        if not self.f:
             return settings
         own = {"f": self.f, "normalize": self.normalize}
         return settings.but(**own, ddim_inversion=False, recipe="default")
@@ -51,7 +66,7 @@ class GradientMethod:
         from ..attribution.rankers import GradientRanker
 
         own = corpus.with_settings(self.settings_for(corpus.settings))
-        return GradientRanker(own, train_store(own), self.f is None, self._stored_rows)
+        return GradientRanker(own, train_store(own), self.per_concept, self._stored_rows)
 
     def _stored_rows(self, ranker: GradientRanker, questions: list[Question]) -> np.ndarray:
         """[Q, k] query rows in a store of their own: resumed when killed, reused if unchanged."""
@@ -87,9 +102,14 @@ def train_store(corpus: Corpus) -> Store:
 
 
 for method in (
-    GradientMethod("concept_trak"),
+    GradientMethod("concept_trak", per_concept=True),
     GradientMethod("trak", "dsm"),
     GradientMethod("d_trak", "dtrak"),
     GradientMethod("das", "das", normalize=True),
+    GradientMethod("reference", per_concept=True, recipe="reference", on_request=True),
+    GradientMethod("contrast", "contrast", True, True, on_request=True),
+    GradientMethod("presence", "presence", True, True, on_request=True),
+    GradientMethod("dps", "dps", True, True, on_request=True),
+    GradientMethod("dsm", "dsm", True, True, on_request=True),
 ):
     RANKERS.add(method.name, method)

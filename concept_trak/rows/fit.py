@@ -1,17 +1,19 @@
 """Does a caption fit its picture, in the eyes of the model? What a row of `contrast` is worth.
 
-    LLR_i = mean over levels t and noises eps of
-            || eps - eps(x_t, t, null) ||^2 - || eps - eps(x_t, t, c_i) ||^2        (x_t of picture i)
+    LLR_i = mean over levels t and noises eps of sigma_t / alpha_t *
+            (|| eps - eps(x_t, t, null) ||^2 - || eps - eps(x_t, t, c_i) ||^2)
 
     w_i   = tanh(4 (LLR_i / m - 1/2)),      m = median over the train pictures of |LLR_j|
 
-LLR is the log-likelihood ratio of a diffusion classifier (Li et al. 2023), up to its factor, over D
-values. A contrast row points where the caption points, whatever the picture shows; the true loss of
-a picture x_0, projected on that direction d = eps(c) - eps(null), has the coefficient
-(1 - LLR / ||d||^2) / 2: training on a picture that its caption does not explain pulls the other way.
-So w_i has a sign: 1 for a picture that is explained as well as most, 0 half-way between that and
-not at all, negative below. A picture that the model has learned under a wrong caption is explained
-in part, hence half-way and not zero; the levels are high, where the least is learned by heart.
+x_t shows picture i. LLR is the log-likelihood ratio of a diffusion classifier (Li et al. 2023),
+over D values; the factor makes the levels count about the same. A contrast row points where the
+caption points, whatever the picture shows; the gradient of a picture's true loss, along
+d = eps(c) - eps(null), has the coefficient (1 - LLR / ||d||^2) / 2: training on a picture that its
+caption does not explain pulls the other way. So w_i has a sign: near 1 for a picture that is
+explained as well as most, negative for one that is explained less than half as well. Half-way, not
+0: what was learned under a wrong caption is explained in part. The levels are high, where the least
+is learned by heart. Levels, noises, slope and middle were chosen on the "tune" concepts of the
+bench of truth (`evaluation.retraining`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ..models.condition import Condition
     from ..models.denoiser import Denoiser
 
-LEVELS, NOISES, SEED = (800, 900, 960), 2, 7  # noise levels, noises a level, their seed
+LEVELS, NOISES, SEED = (600, 800, 900, 960), 2, 7  # noise levels, noises a level, their seed
 STEEPNESS, MIDDLE = 4.0, 0.5
 DESCRIPTION = {"levels": list(LEVELS), "noises": NOISES, "seed": SEED}  # part of a row's identity
 
@@ -46,12 +48,13 @@ def caption_llr(
     found, cond_null = torch.zeros(len(x0), device=x0.device), cond_null.expand(len(x0))
     with torch.no_grad():
         for t in LEVELS:
+            level = denoiser.schedule.level(t)
             for noise in draw_noise(SEED, range(NOISES), t, x0.shape[1:]).to(x0):
                 eps = noise.expand_as(x0)
-                x_t = q_sample(x0, eps, denoiser.schedule.level(t))
+                x_t = q_sample(x0, eps, level)
                 for sign, c in ((1, cond_null), (-1, cond)):
                     error = (denoiser.eps(x_t, t, c) - eps).float().square().flatten(1).mean(1)
-                    found += sign * error
+                    found += sign * error * (level.sigma / level.alpha)
     return found / (len(LEVELS) * NOISES)
 
 

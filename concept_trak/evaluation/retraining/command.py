@@ -1,19 +1,19 @@
 """`concept-trak truth --test lies|lds`: rankings held against retraining.
 
-By default the table is made anew from the committed presences and from scores computed now on the
-committed small models; RETRAIN=1 first trains what has no presences yet.
+By default the tables are made anew from the committed presences and from scores computed now on the
+committed small models; RETRAIN=1 first trains what has no presences yet. The last line of output is
+one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
-from ...flags import add_setting_flags
-from ...settings import ROOT
+from ...flags import add_setting_flags, settings_of
 
-KEPT = ROOT / "experiments/truth"  # plans, presences and tables that are committed
-SEEDS = (0, 1, 2)
-LDS_SUBSETS, LDS_AGAIN = 48, 16
 TESTS = ("lies", "lds")
 # stages and fields of `Settings` that its help shows
 USES = ("truth", "methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
@@ -21,8 +21,22 @@ USES = ("truth", "methods", "rows", "projection", "query", "query_form", "scorin
 
 def add_parser(verbs: Any) -> None:
     """The sub-command `truth`: which test, and the flags of `Settings`."""
-    says = "Hold rankings against what retraining a small model without pictures really does."
+    says = "Hold rankings against what training a small model without pictures really does."
     sub = verbs.add_parser("truth", help=says, description=says)
     sub.add_argument("--test", choices=TESTS, required=True, help="which test (required)")
     add_setting_flags(sub, (*USES, "device", "gpu_id"))
     sub.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the test on the emoji data and their small models."""
+    given = settings_of(arguments)
+    from ...attribution.corpus import Corpus
+    from ...models.device import pick_device
+    from . import tables
+
+    device, work = pick_device(given.device, given.gpu_id), Path(given.truth_dir)
+    # rows and tables of small models, apart from all others
+    places = {"grad_dir": str(work / "grads"), "results_dir": str(work / "qual")}
+    corpus = Corpus(given.on(device).but(**places), device)
+    print(json.dumps(getattr(tables, f"{arguments.test}_table")(corpus)))

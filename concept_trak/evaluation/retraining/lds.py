@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...datasets.folder import ImageCaptionDataset
+from ...errors import UserError
 from ...scoring.metrics import bootstrap_interval
 from .asked import Asked
 from .plan import KINDS, Plan
@@ -63,6 +64,7 @@ def ceiling(
     names: list[str],
 ) -> np.ndarray:
     """[C] Spearman correlations of two seeds' presences over the subsets trained with both.
+    UserError for fewer than three of them.
 
     One seed's presences stand where summed scores do, each subset keeping a row of its own.
     """
@@ -71,6 +73,8 @@ def ceiling(
         values = found[s.name].of_concepts(kind, held_out, names)
         by_removed.setdefault(s.removed, []).append(values)
     pairs = [values for values in by_removed.values() if len(values) > 1]
+    if not pairs:
+        raise UserError("no subset was trained with two seeds; train more with RETRAIN=1")
     first, second = (np.stack([values[i] for values in pairs]) for i in (0, 1))
     return lds(second.T, first, np.eye(len(pairs), dtype=bool))
 

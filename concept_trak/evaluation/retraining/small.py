@@ -4,7 +4,7 @@ and tokenizer are kept, UNet and text encoder begin from scratch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +12,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ...files import atomic_folder
+from ...errors import UserError
 from ...models.text_to_image import TextToImage
 from ...workshop.embedded import pipeline as embedded
+from ...workshop.training import load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,41 @@ def as_model(
     return TextToImage(pipe, like.source)
 
 
-def save(model: TextToImage, folder: Path) -> None:
-    """As a pipeline in fp16, which SD_MODEL_PATH opens; the model itself becomes fp16."""
-    with atomic_folder(folder) as made:
-        embedded.save_pipeline(model.pipe, made)
+def save(model: TextToImage, path: Path, settings: SmallSettings) -> None:
+    """UNet and text encoder in fp16, as one safetensors file with their settings."""
+    tensors = {name: p.half() for name, p in parameters(model).items()}
+    save_checkpoint(path, tensors, {"settings": asdict(settings)})
+
+
+def load(like: TextToImage, path: Path) -> TextToImage:
+    """What `save` wrote, beside the other parts of `like`. UserError for a file that is none, or
+    whose weights do not fit its settings.
+    """
+    tensors, state = load_checkpoint(path)
+    try:
+        settings = SmallSettings(**state["settings"])
+        settings = replace(settings, channels=tuple(settings.channels))
+        model = build(like, settings, 0)
+        own = parameters(model)
+        if own.keys() != tensors.keys():
+            raise KeyError("other layers")
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(tensors[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is no small model ({reason}); restore the committed one") from None
+    return frozen(model)
+
+
+def parameters(model: TextToImage) -> dict[str, torch.nn.Parameter]:
+    """All that is trained, by name."""
+    nets = {"unet": model.network, "text": model.pipe.text_encoder}
+    return {f"{part}.{k}": p for part, net in nets.items() for k, p in net.named_parameters()}
+
+
+def frozen(model: TextToImage) -> TextToImage:
+    """The model, ready to be asked."""
+    for net in (model.network, model.pipe.text_encoder):
+        net.eval().requires_grad_(False)
+    return model

@@ -18,12 +18,21 @@ from typing import Any
 import torch
 
 from ...datasets.folder import ImageCaptionDataset
+from ...errors import UserError
+from ...files import make_folder
 from ...models.text_to_image import TextToImage
 from ...settings import digest
 from ...workshop.embedded.pipeline import build_scheduler
-from ...workshop.training import Phase, Run, fingerprint, run_training, step_generator
+from ...workshop.training import (
+    Phase,
+    Run,
+    fingerprint,
+    load_checkpoint,
+    run_training,
+    step_generator,
+)
 from .plan import Subset, texts_of
-from .small import SmallSettings, build
+from .small import SmallSettings, build, frozen, parameters
 
 ALPHA_BAR = build_scheduler().alphas_cumprod
 
@@ -99,6 +108,28 @@ def folder_of(work: Path, subset: Subset, made_from: dict[str, Any]) -> Path:
     return work / f"{subset.name}-{digest(made_from)}"
 
 
+def trained(
+    like: TextToImage,
+    data: ImageCaptionDataset,
+    subset: Subset,
+    settings: SmallSettings,
+    work: Path,
+) -> TextToImage:
+    """The finished model of a subset from its checkpoint. UserError when there is none."""
+    made_from = identity(like, data, subset, settings)
+    path = folder_of(work, subset, made_from) / "model.safetensors"
+    if not path.exists():
+        raise UserError(f"no model of {subset.name} in {work}; train it with RETRAIN=1")
+    tensors, state = load_checkpoint(path)
+    if state.get("step") != settings.steps:
+        raise UserError(f"{path} is not finished; go on with RETRAIN=1")
+    model = build(like, settings, subset.seed)
+    with torch.no_grad():
+        for name, p in parameters(model).items():
+            p.copy_(tensors[f"ema/{name}"])
+    return frozen(model)
+
+
 def train_subset(
     like: TextToImage,
     data: ImageCaptionDataset,
@@ -113,11 +144,9 @@ def train_subset(
     not finite.
     """
     made_from = identity(like, data, subset, settings)
-    folder = folder_of(work, subset, made_from)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder_of(work, subset, made_from))
     model = build(like, settings, subset.seed)
-    nets = {"unet": model.network, "text": model.pipe.text_encoder}
-    params = {f"{part}.{k}": p for part, net in nets.items() for k, p in net.named_parameters()}
+    params = parameters(model)
     run = Run(
         folder / "model.safetensors",
         (Phase(settings.steps, settings.steps),),
@@ -132,6 +161,4 @@ def train_subset(
     examples = examples_of(like, data, latents, subset)
     loss = functools.partial(loss_of_step, model, examples, settings, subset.seed)
     run_training(params, loss, run).copy_to(params)
-    for net in nets.values():
-        net.eval().requires_grad_(False)
-    return model
+    return frozen(model)
