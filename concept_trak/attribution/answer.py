@@ -16,8 +16,11 @@ import numpy as np
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
+from ..registry import OBJECTIVES
+from ..rows.fit import caption_llr, relative_fit
 from ..scoring.concept import ConceptResult
 from ..settings import DAMPINGS, as_dict, digest, provenance
+from ..store.shards import Store
 from . import prompts
 from .corpus import Corpus
 from .plan import folder_name
@@ -33,7 +36,8 @@ class Answer:
     picture: the query. questions, concepts: one a target, in the order asked. dataset: of the N
     scored images. settings, provenance: JSON that made it. unseen: True if the prompt is a held-out
     caption, False if a training one, None if neither. warnings: what a reader must know, one
-    sentence each.
+    sentence each. fit: [N], how well each caption fits its picture (`rows.fit.relative_fit`), where
+    the objective asks that.
     """
 
     picture: Picture
@@ -44,6 +48,7 @@ class Answer:
     provenance: dict[str, Any]
     unseen: bool | None
     warnings: list[str] = field(default_factory=list)
+    fit: np.ndarray | None = None
 
 
 def answer(
@@ -77,7 +82,18 @@ def answer(
         "settings_hash": digest(as_dict(s)),
     }
     made, seen = provenance(), _unseen(corpus, s.prompt)
-    return Answer(picture, questions, concepts, corpus.train, recorded, made, seen, warnings)
+    told, fit = (picture, questions, concepts, corpus.train), caption_fits(corpus, store)
+    return Answer(*told, recorded, made, seen, warnings, fit)
+
+
+def caption_fits(corpus: Corpus, store: Store) -> np.ndarray | None:
+    """[N] `rows.fit.relative_fit` of the train pictures; None where the store's rows are of an
+    objective that does not ask it.
+    """
+    if OBJECTIVES.get(corpus.settings.f).beside is not caption_llr:
+        return None
+    beside = store.losses()
+    return relative_fit(beside, beside)
 
 
 def _cut(corpus: Corpus, targets: list[str], contrasts: list[str]) -> list[str]:

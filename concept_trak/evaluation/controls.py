@@ -9,12 +9,12 @@ Captions name the truth in the emoji data, so the last is what text alone finds.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..datasets.words import overlap
 from ..registry import RANKERS
 
 if TYPE_CHECKING:
@@ -80,10 +80,3 @@ def distances(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Euclidean distances [Q, N] of [Q, D] and [N, D]."""
     square = (queries**2).sum(1)[:, None] + (rows**2).sum(1) - 2 * queries @ rows.T
     return np.sqrt(np.maximum(square, 0))
-
-
-def overlap(concept: str, captions: list[str]) -> np.ndarray:
-    """[N] share of the concept's words that each caption holds, "a" and "an" left out."""
-    words = [set(re.findall(r"\w+", c.lower())) for c in [concept, *captions]]
-    wanted = words[0] - {"a", "an", "the"}
-    return np.array([len(wanted & w) / len(wanted) for w in words[1:]], dtype=np.float32)

@@ -72,6 +72,7 @@ def write_answer(found: Answer, settings: Settings, rows: Sequence[Path] = ()) -
         s.damping,
         found.settings,
         found.provenance,
+        found.fit,
     )
     folder = question_folder(s, found.settings["store_checksum"])
     with atomic_folder(folder) as made:

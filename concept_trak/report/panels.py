@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from scipy.stats import rankdata
+
+from ..datasets.words import overlap
+from ..rows.fit import MIDDLE, in_words
 from ..scoring.concept import ConceptResult
 from .formats import damping_power, format_score, power_of_ten, score_unit
 from .histogram import Histogram, histogram
@@ -12,12 +17,20 @@ from .shown import Shown
 
 @dataclass(frozen=True)
 class Card:
-    """One training image in a ranking; `match` is None where truth is not known."""
+    """One training image in a ranking.
+
+    match: None where truth is not known. text_rank: its place when captions alone are compared with
+    the concept's words, equal ones sharing the best. fit: in words, "" where it is not known.
+    suspect: whether its caption does not fit.
+    """
 
     index: int
     score: str
     caption: str
     match: bool | None
+    text_rank: int
+    fit: str
+    suspect: bool
 
 
 @dataclass(frozen=True)
@@ -54,9 +67,20 @@ class Column:
         return [card.index for cards in ends for card in cards]
 
 
-def _panel(concept: ConceptResult, d: int, shown: Shown, quality: dict[str, float] | None) -> Panel:
+def text_ranks(concept: str, captions: list[str]) -> np.ndarray:
+    """[N] ranks from 1 on by the share of the concept's words in a caption; ties share the best."""
+    return rankdata(-overlap(concept, captions), method="min").astype(int)
+
+
+def _panel(
+    concept: ConceptResult,
+    d: int,
+    shown: Shown,
+    quality: dict[str, float] | None,
+    by_text: np.ndarray,
+) -> Panel:
     scores, relevant = concept.scores[d], concept.relevant if concept.has_truth else None
-    unit, captions = score_unit(scores), shown.dataset.captions
+    unit, captions, fit = score_unit(scores), shown.dataset.captions, shown.fit
 
     def cards(largest: bool) -> list[Card]:
         return [
@@ -65,6 +89,9 @@ def _panel(concept: ConceptResult, d: int, shown: Shown, quality: dict[str, floa
                 score=format_score(float(scores[index]), unit),
                 caption=captions[index],
                 match=None if relevant is None else bool(relevant[index]),
+                text_rank=int(by_text[index]),
+                fit="" if fit is None else in_words(float(fit[index])),
+                suspect=fit is not None and bool(fit[index] < MIDDLE),
             )
             for index in concept.ranked(d, shown.top_k, largest)
         ]
@@ -82,5 +109,6 @@ def _panel(concept: ConceptResult, d: int, shown: Shown, quality: dict[str, floa
 def column(concept: ConceptResult, shown: Shown) -> Column:
     """The content of one concept's column, one panel a damping of the sweep."""
     quality = concept.quality() or [None] * len(concept.dampings)
-    panels = [_panel(concept, d, shown, quality[d]) for d in range(len(concept.dampings))]
+    by_text = text_ranks(concept.target, shown.dataset.captions)
+    panels = [_panel(concept, d, shown, quality[d], by_text) for d in range(len(concept.dampings))]
     return Column(concept, panels, concept.chance(), concept.oracle_index())

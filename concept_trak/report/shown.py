@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from ..datasets import ImageCaptionDataset
@@ -20,6 +21,7 @@ class Shown:
     top_k:         pictures at each end of a ranking
     fixed_damping: one of the sweep, the damping chosen without looking at this query
     settings, provenance: told as they are, nested dicts allowed
+    fit:           [N], see `rows.fit.relative_fit`; None where it is not known
     """
 
     picture: Image.Image
@@ -28,6 +30,7 @@ class Shown:
     fixed_damping: float
     settings: dict
     provenance: dict
+    fit: np.ndarray | None = None
 
     def check(self, concept: ConceptResult) -> None:
         """UserError unless the scores are for this dataset's rows and top_k can be shown."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 LEVELS, NOISES, SEED = (600, 800, 900, 960), 2, 7  # noise levels, noises a level, their seed
 STEEPNESS, MIDDLE = 4.0, 0.5
+WELL = 0.75  # relative fit from which a caption is said to fit
 DESCRIPTION = {"levels": list(LEVELS), "noises": NOISES, "seed": SEED}  # part of a row's identity
 
 
@@ -58,12 +59,24 @@ def caption_llr(
     return found / (len(LEVELS) * NOISES)
 
 
-def fit_weight(llr: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """w of pictures with these LLR, `among` being those of all N train pictures.
+def relative_fit(llr: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """LLR in units of m: about 1 for most captions, less than 1/2 for one to be suspected.
 
     All 1 where captions change nothing at all.
     """
     typical = float(np.median(np.abs(among)))
-    if typical == 0:
+    return np.ones_like(llr) if typical == 0 else llr / typical
+
+
+def fit_weight(llr: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """w of pictures with these LLR, `among` being those of all N train pictures."""
+    if not among.any():
         return np.ones_like(llr)
-    return np.tanh(STEEPNESS * (llr / typical - MIDDLE))
+    return np.tanh(STEEPNESS * (relative_fit(llr, among) - MIDDLE))
+
+
+def in_words(fit: float) -> str:
+    """A `relative_fit` as a report says it."""
+    if fit < MIDDLE:
+        return "caption does not fit"
+    return "caption fits" if fit >= WELL else "caption fits in part"

@@ -11,6 +11,7 @@ seed differ by what was removed, and by little else.
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .plan import Subset, texts_of
 from .small import SmallSettings, build, frozen, parameters
 
 ALPHA_BAR = build_scheduler().alphas_cumprod
+SAVE_EVERY = 400  # steps
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def identity(
     """Everything that decides a subset's model, JSON."""
     taught = [subset.kept(len(data)).tolist(), texts_of(data, subset)]
     return {
-        "settings": asdict(settings),
+        "settings": json.loads(json.dumps(asdict(settings))),  # as a checkpoint gives it back
         "seed": subset.seed,
         "data": data.content_hash(),
         "taught": digest(taught),
@@ -153,7 +155,7 @@ def train_subset(
         settings.lr,
         settings.warmup,
         settings.ema_decay,
-        save_every=400,
+        SAVE_EVERY,
         weight_decay=settings.weight_decay,
         desc=subset.name,
         made_from=made_from,

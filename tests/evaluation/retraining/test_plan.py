@@ -1,4 +1,4 @@
-"""Subset plans: made again to the same bytes, balanced as promised, refused where they do not fit."""
+"""Subset plans: the same bytes every time, balanced as promised, refused where they do not fit."""
 
 import json
 from collections import Counter
