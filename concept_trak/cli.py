@@ -29,6 +29,14 @@ def run_attribute(settings: Settings, device: str) -> None:
     print(f"report: {os.path.relpath(attribute(Corpus(settings, device)))}")
 
 
+def run_suspects(settings: Settings, device: str) -> None:
+    """List the training pictures whose caption does not fit; prints where the list is."""
+    from .attribution.corpus import Corpus
+    from .report.suspects import suspects
+
+    print(f"suspects: {os.path.relpath(suspects(Corpus(settings, device)))}")
+
+
 def run_train_grad(settings: Settings, device: str) -> None:
     """Fill the store; prints its state."""
     from .attribution.corpus import Corpus
@@ -171,6 +179,12 @@ VERBS = {
         "Compute the rows of the training pictures, and keep them; goes on where it stopped.",
         "--nfe 5 --shards 0-1",
         ("store", "gpu_ids", *ROWS),
+    ),
+    "suspects": Verb(
+        run_suspects,
+        "List the training pictures whose caption the model contradicts.",
+        "--data-dir my_pictures",
+        ("results_dir", *ROWS),
     ),
     "evaluate": Verb(
         run_evaluate,

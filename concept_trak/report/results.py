@@ -26,7 +26,8 @@ from .shown import Shown
 HEADER = "rank\ttrain|exemplar\tidx\tcaption"
 
 
-def _image_bytes(picture: Image.Image, kind: str) -> bytes:
+def image_bytes(picture: Image.Image, kind: str) -> bytes:
+    """A picture as a file of `kind`, "PNG" or "JPEG"."""
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, kind, **({"quality": 92} if kind == "JPEG" else {}))
     return buffer.getvalue()
@@ -90,7 +91,7 @@ def write_results(
     }
     pictures = load_pictures(shown.dataset, [i for ranked in listings.values() for i in ranked])
     folder = files.make_folder(Path(folder))
-    files.write_bytes(folder / "query.png", _image_bytes(shown.picture, "PNG"))
+    files.write_bytes(folder / "query.png", image_bytes(shown.picture, "PNG"))
     for (end, d), indices in listings.items():
         label, scores = lambda_label(concept.dampings[d]), concept.scores[d, indices]
         # A tab or newline would break the table.
@@ -98,7 +99,7 @@ def write_results(
         notes = [f"{rank}   {score:+.3e}" for rank, score in enumerate(scores, start=1)]
         grid = picture_grid([pictures[i] for i in indices], captions, notes)
         table = _table(indices, captions, num_train)
-        files.write_bytes(folder / f"{end}-lambda_{label}.jpg", _image_bytes(grid, "JPEG"))
+        files.write_bytes(folder / f"{end}-lambda_{label}.jpg", image_bytes(grid, "JPEG"))
         files.write_bytes(folder / f"{end}-prompts-lambda_{label}.txt", table)
     content = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
     files.write_bytes(folder / "metrics.json", content.encode())

@@ -31,6 +31,7 @@ from ...reading import read_json
 GROUPS = ("tune", "report")
 GROUP_SEED = 2024
 KINDS = ("object", "style")
+WITHOUT = {"object": "style", "style": "object"}  # what a caption leaves without a concept
 KEEP_RATES = (0.0, 0.25, 0.5, 1.0)  # of a concept in a subset of the LDS
 LIES = 96
 MEND = "make it again with the script's RETRAIN=1, or restore the committed one"

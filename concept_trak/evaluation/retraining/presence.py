@@ -30,11 +30,10 @@ from ...models.text_to_image import TextToImage
 from ...reading import read_json
 from ...rows.states import draw_noise
 from ...workshop.judge.net import Judge, resized
-from .plan import KINDS, texts
+from .plan import KINDS, WITHOUT, texts
 
 LEVELS = (500, 600, 700, 800, 900)
 PROMPTS = ("full", "object", "style", "empty")
-WITHOUT = {"object": "style", "style": "object"}  # what the full caption leaves without a concept
 MEND = "measure it again with RETRAIN=1, or restore the committed one"
 
 

@@ -2,88 +2,46 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ...attribution.corpus import Corpus
 from ...errors import UserError
-from ...files import make_folder, write_bytes
 from ...models.text_to_image import TextToImage
-from ...registry import RANKERS
-from ...settings import DAMPINGS, ROOT
-from ..evaluate import chosen_rankers
-from ..results import results, write_metrics
-from . import lds, lies
+from . import counterfactual, lds, lies
 from .asked import Asked, ask, corpus_of
-from .fleet import Bench, presences_of, retrain
-from .plan import KINDS, Plan, Subset, base_plan, groups, lds_plan, lies_plan, read_plan
-from .small import load, save
-from .trainer import trained
+from .fleet import presences_of
+from .plan import (
+    KINDS,
+    Plan,
+    Subset,
+    base_plan,
+    counterfactual_plan,
+    groups,
+    lds_plan,
+    lies_plan,
+    read_plan,
+)
+from .presence import Presences
+from .shared import (
+    FIXED,
+    KEPT,
+    SEEDS,
+    bench_of,
+    cell,
+    damping_of,
+    measured_part,
+    model_of,
+    of_all_pictures,
+    plan_of,
+    rankings,
+    written,
+)
 
-KEPT = ROOT / "experiments/truth"  # plans, presences and tables that are committed
-MODELS = ROOT / "data/truth"  # small models that are committed
-SEEDS = (0, 1, 2)
 LDS_SUBSETS, LDS_AGAIN = 48, 16
-FIXED = "concept_trak"  # has one damping for all tests, that of the settings
-
-Scores = dict[str, np.ndarray]  # ranker -> [D, Q, N]
-
-
-def bench_of(corpus: Corpus) -> Bench:
-    """Where the models of this corpus are trained and measured."""
-    s = corpus.settings
-    return Bench(s.sd_model_path, s.data_dir, Path(s.truth_dir), KEPT / "presences")
-
-
-def plan_of(corpus: Corpus, name: str, make: Callable[[], Plan]) -> Plan:
-    """The committed plan; with RETRAIN=1 it is made anew, and what has no presences is trained."""
-    path = KEPT / "plans" / f"{name}.json"
-    if not corpus.settings.retrain:
-        return read_plan(path, corpus.train)
-    plan = make()
-    plan.write(path)
-    retrain(bench_of(corpus), plan)
-    return plan
-
-
-def model_of(corpus: Corpus, subset: Subset) -> TextToImage:
-    """The small model of a subset: the committed one, else the one trained in TRUTH_DIR.
-
-    UserError when there is none.
-    """
-    path = MODELS / f"{subset.name}.safetensors"
-    if path.exists():
-        return load(corpus.model, path)
-    bench = bench_of(corpus)
-    return trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
-
-
-def keep_model(corpus: Corpus, subset: Subset) -> Path:
-    """Write a model of TRUTH_DIR where it is committed."""
-    bench = bench_of(corpus)
-    model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
-    path = MODELS / f"{subset.name}.safetensors"
-    make_folder(path.parent)
-    save(model, path, bench.settings)
-    return path
-
-
-def rankings(corpus: Corpus, asked: Asked) -> Scores:
-    """Every ranker of METHODS, and the controls, on one model; empty METHODS is all there are."""
-    named = corpus.settings.methods or ",".join(RANKERS.names())
-    return {name: RANKERS.get(name)(corpus).rank(asked.questions) for name in chosen_rankers(named)}
-
-
-def _damping(name: str, corpus: Corpus, values: np.ndarray, choose: Callable[[], int]) -> int:
-    """Index of a ranker's damping: the settings' for ours, for the others the best on "tune"."""
-    if len(values) < len(DAMPINGS):
-        return 0
-    fixed = corpus.settings.damping
-    return int(np.argmin(np.abs(np.log(np.array(DAMPINGS) / fixed)))) if name == FIXED else choose()
 
 
 # ---- lies
@@ -111,7 +69,7 @@ def lies_table(corpus: Corpus) -> dict[str, Any]:
             for kind, rankers in each.items()
         }
     found["harm"] = _harm(corpus, plan)
-    return _written(corpus, "lies", found, _lies_markdown(found))
+    return written(corpus, "lies", found, _lies_markdown(found))
 
 
 def _there(corpus: Corpus, subsets: list[Subset]) -> list[tuple[Subset, TextToImage]]:
@@ -142,7 +100,7 @@ def _lies_of(
         wanted = ("auc", "auc_unrelated", "recall_at_10")
         return float(np.mean([t[figure].mean() for t in tuned for figure in wanted]))
 
-    d = _damping(name, corpus, values, lambda: int(np.argmax([quality(d) for d in range(9)])))
+    d = damping_of(name, corpus, values, lambda: int(np.argmax([quality(d) for d in range(9)])))
     return {kind: at("report", kind, d) for kind in KINDS}
 
 
@@ -170,13 +128,9 @@ def _lies_markdown(found: dict[str, Any]) -> str:
             lines += [f"\n**{state}, {kind}**\n", f"| method | {' | '.join(lies.FIGURES)} |"]
             lines.append("|---" * (1 + len(lies.FIGURES)) + "|")
             for name, told in found[state][kind].items():
-                cells = (_cell(told[f], told[f"{f}_ci95"]) for f in lies.FIGURES)
+                cells = (cell(told[f], told[f"{f}_ci95"]) for f in lies.FIGURES)
                 lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(value: float, interval: list[float]) -> str:
-    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 # ---- LDS
@@ -187,17 +141,12 @@ def lds_table(corpus: Corpus) -> dict[str, Any]:
     the "report" concepts, scores on the model of all pictures.
     """
     data, held_out = corpus.train, corpus.everything.split("held_out")
-    plan = plan_of(corpus, "lds", lambda: lds_plan(data, LDS_SUBSETS, LDS_AGAIN))
-    there = _measured_part(corpus, plan)
-    found = presences_of(bench_of(corpus), there, held_out)
-    truths = {kind: lds.measured(there, found, data, held_out, kind) for kind in KINDS}
-    subset = base_plan(data, SEEDS).subsets[0]
-    asking = corpus_of(corpus, model_of(corpus, subset), subset)
-    asked, grouped = ask(asking, held_out), groups(data)
-    table: dict[str, Any] = {}
+    plan_of(corpus, "lds", lambda: lds_plan(data, LDS_SUBSETS, LDS_AGAIN))
+    there, found, truths = _truths(corpus)
+    asking, asked = of_all_pictures(corpus)
+    grouped, table = groups(data), {}
     for name, values in {**rankings(asking, asked), "labels": _labels(asked, truths)}.items():
-        tuned = functools.partial(lds.best_damping, values, asked, truths, grouped["tune"])
-        d = _damping(name, corpus, values, tuned)
+        d = damping_of(name, corpus, values, _by_lds(asked, truths, grouped["tune"], values))
         told = {}
         for kind in KINDS:
             names = grouped["report"][kind]
@@ -206,17 +155,22 @@ def lds_table(corpus: Corpus) -> dict[str, Any]:
         table[name] = {**told["object"], "style": told["style"]}
     table["ceiling"] = _ceilings(there, found, held_out, grouped["report"])
     table["subsets"] = len(truths["object"].kept)
-    return _written(corpus, "lds", table, _lds_markdown(table))
+    return written(corpus, "lds", table, _lds_markdown(table))
 
 
-def _measured_part(corpus: Corpus, plan: Plan) -> Plan:
-    """The plan's subsets that have presences, in its order. UserError for fewer than three."""
-    bench = bench_of(corpus)
-    subsets = tuple(s for s in plan.subsets if bench.presences(plan.name, s).exists())
-    if len(subsets) < 3:
-        remedy = "train them with RETRAIN=1 (some six minutes each on one core)"
-        raise UserError(f"{len(subsets)} of {len(plan.subsets)} subsets have presences; {remedy}")
-    return Plan(plan.name, plan.data, subsets, plan.made_from)
+def _truths(corpus: Corpus) -> tuple[Plan, dict[str, Presences], dict[str, lds.Measured]]:
+    """(the part of the LDS plan that was measured, its presences, what they say of each kind)."""
+    data, held_out = corpus.train, corpus.everything.split("held_out")
+    there = measured_part(corpus, read_plan(KEPT / "plans/lds.json", data), 3)
+    found = presences_of(bench_of(corpus), there, held_out)
+    return there, found, {k: lds.measured(there, found, data, held_out, k) for k in KINDS}
+
+
+def _by_lds(
+    asked: Asked, truths: dict[str, lds.Measured], tune: dict[str, list[str]], values: np.ndarray
+) -> Callable[[], int]:
+    """`lds.best_damping`, when it is asked for."""
+    return lambda: lds.best_damping(values, asked, truths, tune)
 
 
 def _labels(asked: Asked, truths: dict[str, lds.Measured]) -> np.ndarray:
@@ -248,7 +202,7 @@ def _lds_markdown(table: dict[str, Any]) -> str:
     for name, told in table.items():
         if isinstance(told, dict) and "lds" in told:
             cells = [
-                _cell(part[figure], part[interval])
+                cell(part[figure], part[interval])
                 for part in (told, told["style"])
                 for figure, interval in (("lds", "ci95"), ("partial", "partial_ci95"))
             ]
@@ -256,10 +210,56 @@ def _lds_markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _written(corpus: Corpus, test: str, found: dict[str, Any], markdown: str) -> dict[str, Any]:
-    """Print the table, keep it below TRUTH_DIR/tables, and return what was found."""
-    print(markdown)
-    with results(corpus.settings, "tables", test, [test, corpus.train_identity()]) as folder:
-        write_metrics(folder, "metrics", found, corpus.settings)
-        write_bytes(folder / "table.md", f"{markdown}\n".encode())
-    return found
+# ---- counterfactual
+
+
+def counterfactual_table(corpus: Corpus) -> dict[str, Any]:
+    """{kind: {arm: drops}, "noise", "targets"}.
+
+    With RETRAIN=1 the plan is made from today's scores; else it is the committed one.
+    """
+    data, held_out = corpus.train, corpus.everything.split("held_out")
+    plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus))
+    bench = bench_of(corpus)
+    bases = measured_part(corpus, base_plan(data, SEEDS), 1)
+    found = presences_of(bench, bases, held_out)
+    whole = {s.seed: found[s.name] for s in bases.subsets}
+    there = measured_part(corpus, plan, 1)
+    there = replace(there, subsets=tuple(s for s in there.subsets if s.seed in whole))
+    arms = presences_of(bench, there, held_out)
+    told: dict[str, Any] = counterfactual.drops(there, arms, whole, data, held_out)
+    markdown = _counterfactual_markdown(told)
+    told["noise"] = counterfactual.noise(whole, data, held_out)
+    told["targets"] = {kind: counterfactual.targets(data, kind) for kind in KINDS}
+    return written(corpus, "counterfactual", told, markdown)
+
+
+def planned_counterfactual(corpus: Corpus) -> Plan:
+    """What every ranker of METHODS names on the model of all pictures."""
+    data = corpus.train
+    asking, asked = of_all_pictures(corpus)
+    *_, truths = _truths(corpus)
+    values, tune = rankings(asking, asked), groups(data)["tune"]
+    chosen = {
+        name: damping_of(name, corpus, of, _by_lds(asked, truths, tune, of))
+        for name, of in values.items()
+    }
+    arms: dict[str, list[int]] = {}
+    for kind in KINDS:
+        names = counterfactual.targets(data, kind)
+        scores = {n: asked.mean(of[[chosen[n]]], kind, names)[0] for n, of in values.items()}
+        arms |= counterfactual.arms(data, kind, scores, FIXED)
+    return counterfactual_plan(data, arms, SEEDS)
+
+
+def _counterfactual_markdown(found: dict[str, Any]) -> str:
+    figures = ("target_drop", "untouched_drop", "other_drop", "judge_drop")
+    lines = []
+    for kind in KINDS:
+        lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(figures)} |"]
+        lines.append("|---" * (3 + len(figures)) + "|")
+        for arm, told in found[kind].items():
+            cells = [cell(told[f], told[f"{f}_ci95"]) if f in told else "" for f in figures]
+            start = f"| {arm} | {told['removed']} | {told['seeds']} |"
+            lines.append(f"{start} {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The tables of the bench of truth: figures that can be counted by hand, and the commands on what
+is committed.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from concept_trak import cli
+from concept_trak.datasets.folder import load_folder
+from concept_trak.errors import UserError
+from concept_trak.evaluation.retraining import lds, lies, presence, shared
+from concept_trak.evaluation.retraining.fleet import presences_of
+from concept_trak.evaluation.retraining.plan import Plan, Subset, lies_plan
+from concept_trak.settings import ROOT
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_folder(ROOT / "data/emoji").split("train")
+
+
+@pytest.fixture(scope="module")
+def subset(data):
+    return lies_plan(data, (0,)).subsets[0]
+
+
+def scores_of(data, subset, kind, names, lie, honest, unrelated):
+    """[C, N]: one value for each of the three groups."""
+    said, shown = lies.claims(data, subset, kind), np.array(data.column(kind))
+    rng = np.random.default_rng(0)
+    out = np.full((len(names), len(data)), float(unrelated)) + 1e-3 * rng.random(len(data))
+    for row, name in zip(out, names, strict=True):
+        row[(shown == name) & (said == "")] += honest - unrelated
+        row[said == name] += lie - unrelated
+    return out
+
+
+@pytest.mark.parametrize(
+    "lie, honest, unrelated, wanted",
+    [
+        (-1, 1, 0, {"auc": 1, "auc_unrelated": 1, "lies_in_top10": 0, "recall_at_10": 1}),
+        (2, 1, 0, {"auc": 0, "auc_unrelated": 0, "lies_in_top10": 1}),
+        (0.5, 1, 0, {"auc": 1, "auc_unrelated": 0, "recall_at_10": 1}),
+    ],
+)
+def test_figures_of_lies_are_those_counted_by_hand(data, subset, lie, honest, unrelated, wanted):
+    names = lies.claimed(data, subset, "object", sorted(set(data.column("object"))))
+    scores = scores_of(data, subset, "object", names, lie, honest, unrelated)
+    found = lies.figures(scores, data, subset, "object", names)
+    assert {figure: found[figure].mean() for figure in wanted} == pytest.approx(wanted)
+
+
+def test_swapped_groups_are_noticed(data, subset):
+    names = lies.claimed(data, subset, "object", sorted(set(data.column("object"))))
+    scores = scores_of(data, subset, "object", names, -1, 1, 0)
+    found = lies.figures(np.roll(scores, 1, 0), data, subset, "object", names)
+    assert found["recall_at_10"].mean() < 0.2 and abs(found["auc"].mean() - 0.5) < 0.2
+
+
+def presences(held_out, **by_kind):
+    """Presences of these values for every held-out picture's concept."""
+    losses = np.zeros((len(held_out), len(presence.LEVELS), 4))
+    at = presence.PROMPTS.index
+    losses[:, :, at("style")], losses[:, :, at("object")] = by_kind["object"], by_kind["style"]
+    return presence.Presences(losses, {})
+
+
+def test_harm_is_what_claimed_concepts_lost(data, subset):
+    held_out = load_folder(ROOT / "data/emoji").split("held_out")
+    said = set(lies.claims(data, subset, "object"))
+    lost = np.array([-0.5 if name in said else 0.0 for name in held_out.column("object")])
+    without = presences(held_out, object=1.0, style=1.0)
+    told = presences(held_out, object=1 + lost[:, None], style=1.0)
+    found = lies.harm(told, without, held_out, data, subset)
+    assert found["object"]["claimed"]["mean"] == -0.5 and found["object"]["relative"] == -0.5
+    assert found["object"]["others"]["mean"] == 0 and found["style"]["claimed"]["mean"] == 0
+
+
+def test_the_ceiling_is_the_correlation_of_two_seeds(data):
+    held_out = load_folder(ROOT / "data/emoji").split("held_out")
+    rng, names = np.random.default_rng(0), ["cat", "dog"]
+    subsets = [Subset(f"lds-{i}-{seed}", seed, (i,)) for seed in (0, 1) for i in range(8)]
+    plan, found = Plan("lds", "", tuple(subsets)), {}
+    for i in range(8):
+        value = rng.random()
+        for seed in (0, 1):
+            found[f"lds-{i}-{seed}"] = presences(held_out, object=value + seed, style=0.0)
+    assert lds.ceiling(plan, found, held_out, "object", names) == pytest.approx([1, 1])
+    with pytest.raises(UserError, match="no subset was trained with two seeds"):
+        lds.ceiling(Plan("lds", "", tuple(subsets[:8])), found, held_out, "object", names)
+
+
+@pytest.mark.parametrize("test", ["lies", "lds"])
+def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, capsys):
+    """By text alone, which needs no rows: it believes every lie, and counts labels."""
+    place = f"--truth-dir={tmp_path}"
+    methods = "--methods=caption_similarity"
+    assert cli.main(["truth", "--test", test, "--device=cpu", place, methods]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    if test == "lies":
+        told = found["trained"]["object"]["caption_similarity"]
+        assert told["lies_in_top10"] > 0.9 and told["auc_unrelated"] < 0.1
+        assert {"untrained", "harm"} <= set(found)
+    else:
+        assert found["labels"]["partial"] == found["labels"]["style"]["partial"] == 0
+        assert found["labels"]["lds"] > 0.1 and found["subsets"] >= 3 and "ceiling" in found
+    (folder,) = (f for f in (tmp_path / "tables").iterdir() if not f.is_symlink())
+    assert {"metrics.json", "table.md"} == {p.name for p in folder.iterdir()}
+
+
+def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):
+    """A plan that changed after its models were measured."""
+    plan = lies_plan(data, (0,))
+    other = Plan("lies", plan.data, (Subset("lies-0", 0, (1, 2)),))
+    held_out = load_folder(ROOT / "data/emoji").split("held_out")
+    corpus = type("Corpus", (), {"settings": tables_settings(tmp_path)})
+    with pytest.raises(UserError, match="is of another subset or other settings"):
+        presences_of(shared.bench_of(corpus), other, held_out)
+    with pytest.raises(UserError, match="is missing"):
+        presences_of(shared.bench_of(corpus), Plan("lies", plan.data, (Subset("no", 0),)), held_out)
+
+
+def tables_settings(folder):
+    from concept_trak.settings import resolve
+
+    return resolve("emoji", {"truth_dir": str(folder)})
