@@ -1,4 +1,4 @@
-"""`concept-trak truth --test lies|lds|counterfactual`: rankings held against retraining.
+"""`concept-trak truth --test lies|hidden|counterfactual|lds`: rankings held against retraining.
 
 By default the tables are made anew from the committed presences and from scores computed now on the
 committed small models; RETRAIN=1 first trains what has no presences yet. The last line of output is
@@ -14,7 +14,7 @@ from typing import Any
 
 from ...flags import add_setting_flags, settings_of
 
-TESTS = ("lies", "lds", "counterfactual")
+TESTS = ("lies", "hidden", "counterfactual", "lds")
 # stages and fields of `Settings` that its help shows
 USES = ("truth", "methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from ...attribution.corpus import Corpus
 from ...errors import UserError
 from ...models.text_to_image import TextToImage
-from . import counterfactual, lds, lies
+from ...registry import RANKERS
+from . import counterfactual, hidden, lds, lies
 from .asked import Asked, ask, corpus_of
 from .fleet import presences_of
 from .plan import (
@@ -21,6 +24,7 @@ from .plan import (
     base_plan,
     counterfactual_plan,
     groups,
+    hidden_plan,
     lds_plan,
     lies_plan,
     read_plan,
@@ -122,30 +126,82 @@ def _harm(corpus: Corpus, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _lies_markdown(found: dict[str, Any]) -> str:
+    states = ("trained", "untrained")
+    tables = {f"{state}, {kind}": found[state][kind] for state in states for kind in KINDS}
+    return _figures_markdown(tables, lies.FIGURES)
+
+
+def _figures_markdown(tables: dict[str, Any], figures: tuple[str, ...]) -> str:
+    """A table for each heading, a row a ranker."""
     lines = []
-    for state in ("trained", "untrained"):
-        for kind in KINDS:
-            lines += [f"\n**{state}, {kind}**\n", f"| method | {' | '.join(lies.FIGURES)} |"]
-            lines.append("|---" * (1 + len(lies.FIGURES)) + "|")
-            for name, told in found[state][kind].items():
-                cells = (cell(told[f], told[f"{f}_ci95"]) for f in lies.FIGURES)
-                lines.append(f"| {name} | {' | '.join(cells)} |")
+    for heading, table in tables.items():
+        lines += [f"\n**{heading}**\n", f"| method | {' | '.join(figures)} |"]
+        lines.append("|---" * (1 + len(figures)) + "|")
+        for name, told in table.items():
+            cells = (cell(told[f], told[f"{f}_ci95"]) for f in figures)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# ---- hidden
+
+
+def hidden_table(corpus: Corpus) -> dict[str, Any]:
+    """{kind: {ranker: figures}, "taught"} over the "report" concepts and the seeds there are."""
+    data, held_out = corpus.train, corpus.everything.split("held_out")
+    plan = plan_of(corpus, "hidden", lambda: hidden_plan(data, SEEDS))
+    there = measured_part(corpus, plan, 2)
+    presences = presences_of(bench_of(corpus), there, held_out)
+    each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
+    effects: list[dict[str, Any]] = []
+    for learned, gone in zip(plan.subsets[::2], plan.subsets[1::2], strict=True):
+        if {learned.name, gone.name} <= presences.keys():
+            kind = hidden.kind_of(learned)
+            both = presences[learned.name], presences[gone.name]
+            told = hidden.taught(kind, *both, data, held_out)
+            effects.append({"kind": kind, "seed": learned.seed, **told})
+            for name, figures in _hidden_of(corpus, learned).items():
+                each[kind].setdefault(name, []).append(figures)
+    found: dict[str, Any] = {
+        kind: {name: lies.summary(_joined(parts)) for name, parts in rankers.items()}
+        for kind, rankers in each.items()
+    }
+    markdown = _figures_markdown(found, hidden.FIGURES)
+    return written(corpus, "hidden", found | {"taught": effects}, markdown)
+
+
+def _hidden_of(corpus: Corpus, subset: Subset) -> dict[str, dict[str, np.ndarray]]:
+    """{ranker: figures} of the "report" concepts on one model."""
+    kind, data = hidden.kind_of(subset), corpus.train
+    asking = corpus_of(corpus, model_of(corpus, subset), subset)
+    asked = ask(asking, corpus.everything.split("held_out"))
+
+    def at(group: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        names = groups(data)[group][kind]
+        return hidden.figures(asked.mean(values, kind, names)[0], data, subset, names)
+
+    found = {}
+    for name, values in rankings(asking, asked).items():
+        quality = [at("tune", values[[d]])["auc_hidden"].mean() for d in range(len(values))]
+        d = damping_of(name, corpus, values, functools.partial(int, np.argmax(quality)))
+        found[name] = at("report", values[[d]])
+    return found
 
 
 # ---- LDS
 
 
 def lds_table(corpus: Corpus) -> dict[str, Any]:
-    """{ranker: {"lds", "partial", intervals, "style": {...}}, "ceiling"}: objects at the top; over
-    the "report" concepts, scores on the model of all pictures.
+    """{ranker: {"lds", "partial", intervals, "style": {...}}, "ceiling", "agreement", "subsets"}:
+    objects at the top; over the "report" concepts, scores on the small model of all pictures.
     """
     data, held_out = corpus.train, corpus.everything.split("held_out")
     plan_of(corpus, "lds", lambda: lds_plan(data, LDS_SUBSETS, LDS_AGAIN))
     there, found, truths = _truths(corpus)
     asking, asked = of_all_pictures(corpus)
     grouped, table = groups(data), {}
-    for name, values in {**rankings(asking, asked), "labels": _labels(asked, truths)}.items():
+    scored = rankings(asking, asked)
+    for name, values in {**scored, "labels": _labels(asked, truths)}.items():
         d = damping_of(name, corpus, values, _by_lds(asked, truths, grouped["tune"], values))
         told = {}
         for kind in KINDS:
@@ -155,7 +211,24 @@ def lds_table(corpus: Corpus) -> dict[str, Any]:
         table[name] = {**told["object"], "style": told["style"]}
     table["ceiling"] = _ceilings(there, found, held_out, grouped["report"])
     table["subsets"] = len(truths["object"].kept)
+    if FIXED in scored:
+        table["agreement"] = _agreement(corpus, asked, scored[FIXED])
     return written(corpus, "lds", table, _lds_markdown(table))
+
+
+def _agreement(corpus: Corpus, asked: Asked, small: np.ndarray) -> dict[str, float]:
+    """{kind: mean Spearman correlation of our scores on the small and on the embedded model}."""
+    whole = ask(corpus, corpus.everything.split("held_out"))
+    large = RANKERS.get(FIXED)(corpus).rank(whole.questions)
+    d = damping_of(FIXED, corpus, large, lambda: 0)
+    told = {}
+    for kind in KINDS:
+        names = groups(corpus.train)["report"][kind]
+        pairs = zip(
+            asked.mean(small, kind, names)[d], whole.mean(large, kind, names)[d], strict=True
+        )
+        told[kind] = round(float(np.mean([spearmanr(a, b).statistic for a, b in pairs])), 4)
+    return told
 
 
 def _truths(corpus: Corpus) -> tuple[Plan, dict[str, Presences], dict[str, lds.Measured]]:

@@ -10,9 +10,16 @@ import pytest
 from concept_trak import cli
 from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
-from concept_trak.evaluation.retraining import lds, lies, presence, shared
+from concept_trak.evaluation.retraining import counterfactual, hidden, lds, lies, presence, shared
 from concept_trak.evaluation.retraining.fleet import presences_of
-from concept_trak.evaluation.retraining.plan import Plan, Subset, lies_plan
+from concept_trak.evaluation.retraining.plan import (
+    Plan,
+    Subset,
+    counterfactual_plan,
+    groups,
+    hidden_plan,
+    lies_plan,
+)
 from concept_trak.settings import ROOT
 
 
@@ -76,6 +83,51 @@ def test_harm_is_what_claimed_concepts_lost(data, subset):
     found = lies.harm(told, without, held_out, data, subset)
     assert found["object"]["claimed"]["mean"] == -0.5 and found["object"]["relative"] == -0.5
     assert found["object"]["others"]["mean"] == 0 and found["style"]["claimed"]["mean"] == 0
+
+
+def test_a_hidden_concept_is_found_by_what_pictures_show_or_not_at_all(data):
+    subset = hidden_plan(data, (0,)).subsets[2]  # of the style
+    names = sorted(set(data.column("style")))
+    shown = np.stack([np.array(data.column("style")) == name for name in names]).astype(float)
+    told = shown.copy()
+    told[:, list(subset.captions)] = 0  # a ranking that only reads
+    told += 1e-3 * np.random.default_rng(0).random(told.shape)
+    looking, reading = (hidden.figures(s, data, subset, names) for s in (shown, told))
+    assert all(looking[figure].min() > 0.999 for figure in hidden.FIGURES)
+    assert reading["auc_told"].mean() == pytest.approx(1)
+    assert abs(reading["auc_hidden"].mean() - 0.5) < 0.05
+
+
+def test_what_hidden_pictures_taught_is_what_the_model_without_them_lacks(data):
+    held_out = load_folder(ROOT / "data/emoji").split("held_out")
+    gone_names = groups(data)["report"]["style"]
+    lost = np.array([0.4 if name in gone_names else 0.0 for name in held_out.column("style")])
+    learned = presences(held_out, object=0.0, style=1.0)
+    gone = presences(held_out, object=0.0, style=1 - lost[:, None])
+    found = hidden.taught("style", learned, gone, data, held_out)
+    assert found == {"tune": 0.0, "report": 0.4}
+
+
+def test_removing_what_taught_a_concept_is_a_drop_and_nothing_else_is(data):
+    held_out = load_folder(ROOT / "data/emoji").split("held_out")
+    names = counterfactual.targets(data, "object")
+    shown = np.array(data.column("object"))
+    scores = {"concept_trak": np.stack([shown == name for name in names]).astype(float)}
+    arms = counterfactual.arms(data, "object", scores, "concept_trak")
+    labels = [i for i, name in enumerate(shown) if name in names]
+    assert arms["object-concept_trak"] == arms["object-labels"] == labels
+    assert not set(arms["object-least"]) & set(labels[:7])
+    lost = np.array([0.8 if name in names else 0.0 for name in held_out.column("object")])
+    whole = {0: presences(held_out, object=1.0, style=1.0)}
+    after = presences(held_out, object=1 - lost[:, None], style=1.0)
+    plan = counterfactual_plan(data, arms, (0,))
+    for p in (*whole.values(), after):
+        p.judged.update({kind: np.ones(len(held_out)) for kind in ("object", "style")})
+    found = counterfactual.drops(
+        plan, {s.name: after for s in plan.subsets}, whole, data, held_out
+    )["object"]["labels"]
+    assert (found["target_drop"], found["untouched_drop"], found["other_drop"]) == (0.8, 0, 0)
+    assert found["judge_drop"] == 0 and found["removed"] == len(labels)
 
 
 def test_the_ceiling_is_the_correlation_of_two_seeds(data):
