@@ -13,8 +13,9 @@ from ..errors import UserError
 from ..models.condition import Condition
 from ..parsing import parse_shards
 from ..registry import OBJECTIVES
+from ..rows.objectives import train_rows
 from ..rows.row import Rows
-from ..rows.states import train_states_of
+from ..rows.states import TrainPictures
 from ..store.checks import still_to_make
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
@@ -30,12 +31,8 @@ def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition) -> Rows:
     """Train rows [B, k] of pictures x0 [B, C, h, w] under their captions, as the settings ask; with
     what the objective keeps beside them as their losses.
     """
-    s, model, objective = corpus.settings, corpus.model, OBJECTIVES.get(corpus.settings.f)
-    states = train_states_of(model, x0, cond, corpus.cond_null, train_states(s))
-    made = corpus.row_maker.rows(states, objective.cotangent, len(x0))
-    if objective.beside is None:
-        return made
-    return made._replace(losses=objective.beside(model, x0, cond, corpus.cond_null))
+    shown = TrainPictures(x0, cond, corpus.cond_null, train_states(corpus.settings))
+    return train_rows(corpus.row_maker, corpus.settings.f, shown)
 
 
 def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
     from ..models.condition import Condition
     from ..models.denoiser import Denoiser
-    from .row import Cotangent
+    from .row import Cotangent, RowMaker, Rows
     from .state import State
+    from .states import TrainPictures
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,19 @@ def objective(name: str, **options: Any) -> Callable[[Cotangent], Cotangent]:
         return cotangent
 
     return add
+
+
+def train_rows(maker: RowMaker, name: str, shown: TrainPictures) -> Rows:
+    """Rows of train pictures by objective `name`; as their losses what it keeps beside them."""
+    from .states import train_states_of
+
+    objective, denoiser = OBJECTIVES.get(name), maker.denoiser
+    x0, cond, cond_null = shown.x0, shown.cond, shown.cond_null
+    seen = train_states_of(denoiser, x0, cond, cond_null, shown.states)
+    made = maker.rows(seen, objective.cotangent, len(x0))
+    if objective.beside is None:
+        return made
+    return made._replace(losses=objective.beside(denoiser, x0, cond, cond_null))
 
 
 def of_concept(name: str) -> Cotangent:

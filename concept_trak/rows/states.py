@@ -157,6 +157,16 @@ def train_states_of(
         yield State(t, x_t, cond, cond_null, eps, x0, known)
 
 
+@dataclass(frozen=True)
+class TrainPictures:
+    """Train pictures x0 [B, ...] under their captions, and how they are seen."""
+
+    x0: torch.Tensor
+    cond: Condition
+    cond_null: Condition
+    states: TrainStates
+
+
 # ---- queries
 
 

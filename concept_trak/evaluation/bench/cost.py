@@ -17,12 +17,11 @@ from ...attribution.plan import query_states, train_states
 from ...models.condition import Condition
 from ...models.denoiser import NetworkDenoiser
 from ...models.schedule import VariancePreserving
-from ...registry import OBJECTIVES
-from ...rows.objectives import of_concept
+from ...rows.objectives import of_concept, train_rows
 from ...rows.projection import make_projection
 from ...rows.row import RowMaker
 from ...rows.state import regrouped
-from ...rows.states import Start, query_states_of, train_states_of
+from ...rows.states import Start, TrainPictures, query_states_of
 from ...rows.vjp import PerSampleVjp
 from ...settings import Settings
 from ...workshop.embedded import pipeline as embedded
@@ -102,8 +101,7 @@ def count_train(settings: Settings) -> int:
     maker, x0, (cond, cond_null, _) = small_inputs(settings)
     counter, denoiser = Counter(), maker.denoiser
     with counter.counting(denoiser.network):
-        states = train_states_of(denoiser, x0, cond, cond_null, train_states(settings))
-        maker.rows(states, OBJECTIVES.get(settings.f).cotangent, 1)
+        train_rows(maker, settings.f, TrainPictures(x0, cond, cond_null, train_states(settings)))
     return counter.total
 
 

@@ -18,12 +18,11 @@ from ...datasets.folder import load_folder
 from ...models.condition import Condition
 from ...models.generation import initial_noise
 from ...models.text_to_image import TextToImage, load_pipeline
-from ...registry import OBJECTIVES
-from ...rows.objectives import of_concept
+from ...rows.objectives import of_concept, train_rows
 from ...rows.projection import projection_for
 from ...rows.row import RowMaker
 from ...rows.state import regrouped
-from ...rows.states import Start, query_states_of, train_states_of
+from ...rows.states import Start, TrainPictures, query_states_of
 from ...rows.vjp import PerSampleVjp
 from ...settings import Settings
 from .literal_reference import BATCH_SIZE, DRAWS, Literal
@@ -75,14 +74,14 @@ def row_maker(inputs: Inputs) -> RowMaker:
 def engine_rows(inputs: Inputs) -> Work:
     """() -> train rows [B, k] by the engine, with the settings' recipe."""
     s, maker = inputs.settings, row_maker(inputs)
-    states, cotangent = train_states(s), OBJECTIVES.get(s.f).cotangent
+    states = train_states(s)
     batches = [*zip(inputs.x0.split(s.batch_size), inputs.cond.split(s.batch_size), strict=True)]
 
     def run() -> torch.Tensor:
         rows = []
         for x0, cond in batches:
-            seen = train_states_of(inputs.model, x0, cond, inputs.cond_null, states)
-            rows.append(maker.rows(seen, cotangent, len(x0)).values)
+            shown = TrainPictures(x0, cond, inputs.cond_null, states)
+            rows.append(train_rows(maker, s.f, shown).values)
         return torch.cat(rows)
 
     return run
