@@ -19,6 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ...errors import UserError
+from ...files import make_folder
+from ...reading import read_json
 from ...settings import ROOT, digest, provenance
 from .plan import Plan, Subset
 from .presence import MEND, Measure, Presences, read_presences, write_presences
@@ -52,13 +54,15 @@ def retrain(bench: Bench, plan: Plan) -> None:
     UserError at the end if some died, naming them; the others are finished.
     """
     todo = [s for s in plan.subsets if not is_measured(bench, plan, s)]
-    cores = max(1, min(len(os.sched_getaffinity(0)), len(todo)))
+    known = hasattr(os, "sched_getaffinity")  # not everywhere
+    there = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    cores = max(1, min(there, len(todo)))
     needs = f"{cores * MODEL_GB:.1f} GB of memory, {len(todo) * CHECKPOINT_MB} MB in {bench.work}"
     told = f"{len(todo)} of {len(plan.subsets)} models to train, {cores} at a time ({needs})"
     print(f"{plan.name}: {told}", flush=True)
     if not todo:
         return
-    bench.work.mkdir(parents=True, exist_ok=True)
+    make_folder(bench.work)
     died: list[str] = []
     context = multiprocessing.get_context("spawn")
     with (
@@ -143,7 +147,9 @@ def is_measured(bench: Bench, plan: Plan, subset: Subset) -> bool:
     path = bench.presences(plan.name, subset)
     if not path.exists():
         return False
-    known = json.loads(path.read_text())["made_from"]
+    known = read_json(path, MEND).get("made_from")
+    if not isinstance(known, dict):
+        raise UserError(f"{path} holds no presences; {MEND}")
     return known.get("subset") == subset_digest(subset) and known.get("bench") == how(bench)
 
 

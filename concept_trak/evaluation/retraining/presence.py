@@ -172,5 +172,11 @@ def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Pres
     return Presences(losses, judged)
 
 
+def weights_of(path: Path) -> str:
+    """Hash of the weights that the presences of a file were measured on."""
+    made_from = read_json(path, MEND).get("made_from")
+    return str(made_from.get("weights")) if isinstance(made_from, dict) else ""
+
+
 def _rounded(values: np.ndarray) -> np.ndarray:
     return np.array([float(f"{v:.5g}") for v in values.ravel()]).reshape(values.shape)

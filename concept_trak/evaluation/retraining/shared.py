@@ -22,6 +22,7 @@ from ..results import results, write_metrics
 from .asked import Asked, ask, corpus_of
 from .fleet import Bench, retrain
 from .plan import Plan, Subset, base_plan, read_plan
+from .presence import MEND, weights_of
 from .small import load, save
 from .trainer import trained
 
@@ -40,36 +41,45 @@ def bench_of(corpus: Corpus) -> Bench:
 
 
 def plan_of(corpus: Corpus, name: str, make: Callable[[], Plan]) -> Plan:
-    """The committed plan; with RETRAIN=1 it is made anew, and what has no presences is trained."""
-    path = KEPT / "plans" / f"{name}.json"
-    if not corpus.settings.retrain:
-        return read_plan(path, corpus.train)
-    plan = make()
-    plan.write(path)
-    retrain(bench_of(corpus), plan)
-    return plan
-
-
-def model_of(corpus: Corpus, subset: Subset) -> TextToImage:
-    """The small model of a subset: the committed one, else the one trained in TRUTH_DIR.
-
-    UserError when there is none.
+    """The committed plan. With RETRAIN=1 it is made where there is none, and its subsets without
+    presences are trained.
     """
-    path = MODELS / f"{subset.name}.safetensors"
+    path = KEPT / "plans" / f"{name}.json"
+    if corpus.settings.retrain:
+        if not path.exists():
+            make().write(path)
+        retrain(bench_of(corpus), read_plan(path, corpus.train))
+    return read_plan(path, corpus.train)
+
+
+def base_of(corpus: Corpus) -> Plan:
+    """The plan of all pictures; see `plan_of`."""
+    return plan_of(corpus, "base", lambda: base_plan(corpus.train, SEEDS))
+
+
+def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
+    """The small model of a plan's subset: the committed one, else the one trained in TRUTH_DIR.
+
+    UserError when there is none, or it is not the one whose presences are known.
+    """
+    bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"
     if path.exists():
-        return load(corpus.model, path)
-    bench = bench_of(corpus)
-    return trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
+        model = load(corpus.model, path)
+    else:
+        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
+    measured = bench.presences(plan, subset)
+    if measured.exists() and weights_of(measured) != model.weight_hash():
+        raise UserError(f"{measured} was measured on another model of {subset.name}; {MEND}")
+    return model
 
 
-def keep_model(corpus: Corpus, subset: Subset) -> Path:
-    """Write a model of TRUTH_DIR where it is committed."""
-    bench = bench_of(corpus)
-    model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
-    path = MODELS / f"{subset.name}.safetensors"
-    make_folder(path.parent)
-    save(model, path, bench.settings)
-    return path
+def keep_model(corpus: Corpus, subset: Subset) -> None:
+    """Write a model of TRUTH_DIR where it is committed, unless one is there."""
+    bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"
+    if not path.exists():
+        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
+        make_folder(path.parent)
+        save(model, path, bench.settings)
 
 
 def rankings(corpus: Corpus, asked: Asked) -> Scores:
@@ -88,8 +98,9 @@ def damping_of(name: str, corpus: Corpus, values: np.ndarray, choose: Callable[[
 
 def of_all_pictures(corpus: Corpus) -> tuple[Corpus, Asked]:
     """The small model that learned all pictures, and the questions it is asked."""
-    subset = base_plan(corpus.train, SEEDS).subsets[0]
-    asking = corpus_of(corpus, model_of(corpus, subset), subset)
+    base = base_of(corpus)
+    subset = base.subsets[0]
+    asking = corpus_of(corpus, model_of(corpus, base.name, subset), subset)
     return asking, ask(asking, corpus.everything.split("held_out"))
 
 

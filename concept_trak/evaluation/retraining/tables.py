@@ -21,7 +21,6 @@ from .plan import (
     KINDS,
     Plan,
     Subset,
-    base_plan,
     counterfactual_plan,
     groups,
     hidden_plan,
@@ -34,9 +33,11 @@ from .shared import (
     FIXED,
     KEPT,
     SEEDS,
+    base_of,
     bench_of,
     cell,
     damping_of,
+    keep_model,
     measured_part,
     model_of,
     of_all_pictures,
@@ -57,11 +58,13 @@ def lies_table(corpus: Corpus) -> dict[str, Any]:
     """
     plan = plan_of(corpus, "lies", lambda: lies_plan(corpus.train, SEEDS))
     told = [s for s in plan.subsets if s.captions]
-    base = base_plan(corpus.train, SEEDS).subsets
-    found: dict[str, Any] = {}
-    for state, of in (("untrained", base), ("trained", told)):
+    base, found = base_of(corpus), {}
+    if corpus.settings.retrain:
+        keep_model(corpus, base.subsets[0])
+        keep_model(corpus, told[0])
+    for state, of in (("untrained", base), ("trained", replace(plan, subsets=tuple(told)))):
         each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
-        for subset, model in _there(corpus, list(of)):
+        for subset, model in _there(corpus, of):
             lying = told[[s.seed for s in told].index(subset.seed)]
             asking = corpus_of(corpus, model, lying)
             asked = ask(asking, corpus.everything.split("held_out"))
@@ -76,12 +79,12 @@ def lies_table(corpus: Corpus) -> dict[str, Any]:
     return written(corpus, "lies", found, _lies_markdown(found))
 
 
-def _there(corpus: Corpus, subsets: list[Subset]) -> list[tuple[Subset, TextToImage]]:
+def _there(corpus: Corpus, plan: Plan) -> list[tuple[Subset, TextToImage]]:
     """The subsets whose models can be had; UserError if not even the first can."""
-    found = []
-    for subset in subsets:
+    found: list[tuple[Subset, TextToImage]] = []
+    for subset in plan.subsets:
         try:
-            found.append((subset, model_of(corpus, subset)))
+            found.append((subset, model_of(corpus, plan.name, subset)))
         except UserError:
             if not found:
                 raise
@@ -173,7 +176,7 @@ def hidden_table(corpus: Corpus) -> dict[str, Any]:
 def _hidden_of(corpus: Corpus, subset: Subset) -> dict[str, dict[str, np.ndarray]]:
     """{ranker: figures} of the "report" concepts on one model."""
     kind, data = hidden.kind_of(subset), corpus.train
-    asking = corpus_of(corpus, model_of(corpus, subset), subset)
+    asking = corpus_of(corpus, model_of(corpus, "hidden", subset), subset)
     asked = ask(asking, corpus.everything.split("held_out"))
 
     def at(group: str, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -294,7 +297,7 @@ def counterfactual_table(corpus: Corpus) -> dict[str, Any]:
     data, held_out = corpus.train, corpus.everything.split("held_out")
     plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus))
     bench = bench_of(corpus)
-    bases = measured_part(corpus, base_plan(data, SEEDS), 1)
+    bases = measured_part(corpus, base_of(corpus), 1)
     found = presences_of(bench, bases, held_out)
     whole = {s.seed: found[s.name] for s in bases.subsets}
     there = measured_part(corpus, plan, 1)

@@ -174,6 +174,20 @@ def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):
         presences_of(shared.bench_of(corpus), Plan("lies", plan.data, (Subset("no", 0),)), held_out)
 
 
+def test_a_model_that_its_presences_were_not_measured_on_is_refused(tmp_path, monkeypatch):
+    from concept_trak.attribution.corpus import Corpus
+
+    corpus = Corpus(tables_settings(tmp_path), "cpu")
+    base = shared.base_of(corpus)
+    assert shared.model_of(corpus, "base", base.subsets[0]).weight_hash()
+    monkeypatch.setattr(shared, "KEPT", tmp_path)
+    path = shared.bench_of(corpus).presences("base", base.subsets[0])
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"made_from": {"weights": "of another"}}))
+    with pytest.raises(UserError, match="was measured on another model of base-0"):
+        shared.model_of(corpus, "base", base.subsets[0])
+
+
 def tables_settings(folder):
     from concept_trak.settings import resolve
 
