@@ -48,7 +48,7 @@ def test_a_store_without_losses_is_byte_for_byte_that_of_version_one(tmp_path, d
 
 def test_the_committed_store_opens():
     (folder,) = (REPOSITORY / "data/emoji/grads").iterdir()
-    store = Store.open(folder, {"dim": 4032, "losses": False})
+    store = Store.open(folder, {"dim": 4032, "losses": True})
     assert store.num_rows == 896 and np.isfinite(store.rows([0, 895])).all()
 
 
