@@ -118,6 +118,10 @@ def export(bench):
     return [train_grad(bench)[1]], call("export", bench.flags(), out, "--kind=dattri")
 
 
+def suspects(bench):
+    return [train_grad(bench)[1]], call("suspects", bench.flags())
+
+
 def make_tasks(bench):
     return [], call(
         "make-tasks", {k: bench.abc()[k] for k in ("data_dir", "task_json")}, "--benchmark=abc"
@@ -189,7 +193,7 @@ test_grad.__test__ = False
 QUICK = (train_grad, attribute, prepare, train_judge)
 VERBS = (train_grad, attribute, attribute_again, evaluate, prepare, prepare_more, export)
 VERBS += (make_tasks, task_grad, test_grad, evaluate_tasks, train_model, train_judge, judge_model)
-VERBS += (train_token, download_abc, download_train_grad)
+VERBS += (train_token, download_abc, download_train_grad, suspects)
 
 
 def part_of(content, folder):
