@@ -121,9 +121,13 @@ def cell(value: float, interval: list[float]) -> str:
 
 
 def written(corpus: Corpus, test: str, found: dict[str, Any], markdown: str) -> dict[str, Any]:
-    """Print the table, keep it below TRUTH_DIR/tables, and return what was found."""
+    """Print the table, keep it below TRUTH_DIR/tables, and return what was found.
+
+    More presences make another table, so what was found is part of its folder's name.
+    """
     print(markdown)
-    with results(corpus.settings, "tables", test, [test, corpus.train_identity()]) as folder:
+    made_from = [corpus.train_identity(), found]
+    with results(corpus.settings, "tables", test, made_from) as folder:
         write_metrics(folder, "metrics", found, corpus.settings)
         write_bytes(folder / "table.md", f"{markdown}\n".encode())
     return found

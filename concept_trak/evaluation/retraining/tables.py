@@ -107,7 +107,9 @@ def _lies_of(
         wanted = ("auc", "auc_unrelated", "recall_at_10")
         return float(np.mean([t[figure].mean() for t in tuned for figure in wanted]))
 
-    d = damping_of(name, corpus, values, lambda: int(np.argmax([quality(d) for d in range(9)])))
+    d = damping_of(
+        name, corpus, values, lambda: int(np.argmax([quality(d) for d in range(len(values))]))
+    )
     return {kind: at("report", kind, d) for kind in KINDS}
 
 
@@ -292,7 +294,7 @@ def _lds_markdown(table: dict[str, Any]) -> str:
 def counterfactual_table(corpus: Corpus) -> dict[str, Any]:
     """{kind: {arm: drops}, "noise", "targets"}.
 
-    With RETRAIN=1 the plan is made from today's scores; else it is the committed one.
+    The plan is the committed one; with RETRAIN=1 one that is not there is made from today's scores.
     """
     data, held_out = corpus.train, corpus.everything.split("held_out")
     plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus))
