@@ -13,7 +13,8 @@ from ..datasets import encoded
 from ..datasets.folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
 from ..models.condition import Condition
-from ..models.text_to_image import TextToImage, load_pipeline
+from ..models.loading import load_model
+from ..models.text_to_image import TextToImage
 from ..parsing import parse_memory
 from ..rows.projection import Projection, projection_for
 from ..rows.row import RowMaker
@@ -80,7 +81,7 @@ class Corpus:
     def __init__(self, settings: Settings, device: str) -> None:
         s, self.device = settings, device
         self.settings = settings
-        self.model = load_pipeline(s.sd_model_path, device, s.dtype, s.lora_path)
+        self.model = load_model(s.sd_model_path, device, s.dtype, s.lora_path)
         if (Path(s.data_dir) / encoded.LATENTS).exists():
             self.data = encoded.EncodedData(s.data_dir, self.model, s.num_train)
         else:

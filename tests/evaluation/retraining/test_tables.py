@@ -155,7 +155,9 @@ def test_presence_falls_with_the_pictures_that_taught_it_and_not_with_others():
     rng = np.random.default_rng(0)
     kept, relevant = rng.random((40, 60)) < 0.5, np.zeros((6, 60), dtype=bool)
     relevant[:, :7] = True
-    presences_ = (kept @ relevant.T.astype(float)) / 3.5  # all that is known of a concept is its seven pictures
+    presences_ = (
+        kept @ relevant.T.astype(float)
+    ) / 3.5  # all that is known of a concept is its seven pictures
     truth = measured(presences_, kept, relevant)
     knows = lds.against_removed(relevant.astype(float), truth, 7, 2.0)
     assert knows.mean == pytest.approx(1 - knows.removed / 7) and knows.top == 7
