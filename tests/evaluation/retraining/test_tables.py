@@ -155,7 +155,9 @@ def test_presence_falls_with_the_pictures_that_taught_it_and_not_with_others():
     rng = np.random.default_rng(0)
     kept, relevant = rng.random((40, 60)) < 0.5, np.zeros((6, 60), dtype=bool)
     relevant[:, :7] = True
-    presences_ = (kept @ relevant.T.astype(float)) / 3.5  # all that is known of a concept is its seven pictures
+    presences_ = (
+        kept @ relevant.T.astype(float)
+    ) / 3.5  # all that is known of a concept is its seven pictures
     truth = measured(presences_, kept, relevant)
     knows = lds.against_removed(relevant.astype(float), truth, 7, 2.0)
     assert knows.mean == pytest.approx(1 - knows.removed / 7) and knows.top == 7
@@ -205,6 +207,17 @@ def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, caps
     for picture in folder.glob("*.png"):
         with Image.open(picture) as shown:
             assert min(shown.size) > 300 and np.ptp(np.asarray(shown.convert("L"))) > 200
+
+
+def test_the_fit_of_pictures_is_the_one_beside_their_rows(tmp_path):
+    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.evaluation.rankers import train_store
+    from concept_trak.evaluation.retraining.tables.lies import llr_of
+
+    corpus = Corpus(tables_settings(tmp_path), "cpu")
+    rows = range(30, 34)
+    beside = train_store(corpus).losses()[rows.start : rows.stop]
+    assert llr_of(corpus, rows) == pytest.approx(beside, rel=1e-3, abs=1e-6)
 
 
 def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):

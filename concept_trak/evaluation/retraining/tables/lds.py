@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SUBSETS, AGAIN = 48, 16
 SCATTERED = ("concept_trak", "das", "labels")  # whose predictions are drawn point by point
+CURVES = (*SCATTERED, "reference", "d_trak", "latent_neighbours")  # more would hide one another
 
 
 def table(corpus: Corpus) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def _plots(
         curves[kind] = {
             name: lds.against_removed(scores[kind], truth, TOP[kind], unit)
             for name, scores in chosen.items()
+            if name in CURVES
         }
     points = {
         name: lds.predictions(scores["object"], truths["object"])
