@@ -34,7 +34,7 @@ from ..shared import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUBSETS, AGAIN = 48, 16
+SUBSETS, AGAIN = 32, 8
 SCATTERED = ("concept_trak", "das", "labels")  # whose predictions are drawn point by point
 CURVES = (*SCATTERED, "reference", "d_trak", "latent_neighbours")  # more would hide one another
 
