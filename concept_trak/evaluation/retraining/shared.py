@@ -83,8 +83,11 @@ def keep_model(corpus: Corpus, subset: Subset) -> None:
 
 
 def rankings(corpus: Corpus, asked: Asked) -> Scores:
-    """Every ranker of METHODS, and the controls, on one model; empty METHODS is all there are."""
-    named = corpus.settings.methods or ",".join(RANKERS.names())
+    """Every ranker of METHODS, and the controls, on one model; empty METHODS is all but those that
+    must be named.
+    """
+    every = (n for n in RANKERS.names() if not getattr(RANKERS.get(n), "named_only", False))
+    named = corpus.settings.methods or ",".join(every)
     return {name: RANKERS.get(name)(corpus).rank(asked.questions) for name in chosen_rankers(named)}
 
 
