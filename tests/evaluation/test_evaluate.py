@@ -156,6 +156,8 @@ def test_methods_can_be_chosen_and_unknown_ones_are_named(settings, capsys):
         "pixel_neighbours",
         "latent_neighbours",
         "caption_similarity",
+        "judge_features",
+        "random",
         "chance",
     }
     assert cli.main([*flags, "--methods=concept_trak,tracin"]) == 2

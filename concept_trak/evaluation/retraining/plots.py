@@ -42,9 +42,9 @@ def presence_against_removed(curves: Mapping[str, Mapping[str, Curve]]) -> Figur
                 axis.fill_between(
                     curve.removed, curve.low, curve.high, alpha=0.15, color=style["color"], lw=0
                 )
-        axis.set_xlabel(f"of a ranker's top {curve.top}, pictures that the model did not learn")
-        axis.set_ylabel(f"presence of the {kind}, 1: model of all pictures")
-        axis.legend(fontsize=7, frameon=False)
+        axis.set_xlabel(f"how many of a ranker's top {curve.top} were not learned")
+        axis.set_ylabel(f"presence of the {kind} (1: all learned)")
+    axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -53,7 +53,7 @@ def predicted_against_measured(points: Mapping[str, Predicted]) -> Figure:
     titles = [f"{n}: Spearman {p.lds:.2f}, partial {p.partial:.2f}" for n, p in points.items()]
     figure, axes = panels(titles)
     for axis, p in zip(axes, points.values(), strict=True):
-        axis.scatter(p.predicted, p.measured, s=4, alpha=0.35, lw=0, color="C0")
+        axis.scatter(p.predicted, p.measured, s=9, alpha=0.4, lw=0, color="C0")
         _trend(axis, p.predicted, p.measured)
         axis.set_xlabel("predicted: summed scores of what is kept (z)")
         axis.set_ylabel("measured presence (z)")

@@ -209,6 +209,17 @@ def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, caps
             assert min(shown.size) > 300 and np.ptp(np.asarray(shown.convert("L"))) > 200
 
 
+def test_the_fit_of_pictures_is_the_one_beside_their_rows(tmp_path):
+    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.evaluation.rankers import train_store
+    from concept_trak.evaluation.retraining.tables.lies import llr_of
+
+    corpus = Corpus(tables_settings(tmp_path), "cpu")
+    rows = range(30, 34)
+    beside = train_store(corpus).losses()[rows.start : rows.stop]
+    assert llr_of(corpus, rows) == pytest.approx(beside, rel=1e-3, abs=1e-6)
+
+
 def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):
     """A plan that changed after its models were measured."""
     plan = lies_plan(data, (0,))

@@ -79,7 +79,7 @@ FIGURES = (
 
 def _markdown(drops: dict[str, Any], noise: dict[str, Any]) -> str:
     lines = []
-    for kind in KINDS:
+    for kind in filter(drops.get, KINDS):
         lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(FIGURES)} |"]
         lines.append("|---" * (3 + len(FIGURES)) + "|")
         for arm, told in drops[kind].items():

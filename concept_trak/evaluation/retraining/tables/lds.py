@@ -34,8 +34,9 @@ from ..shared import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUBSETS, AGAIN = 48, 16
+SUBSETS, AGAIN = 32, 8
 SCATTERED = ("concept_trak", "das", "labels")  # whose predictions are drawn point by point
+CURVES = (*SCATTERED, "reference", "d_trak", "latent_neighbours")  # more would hide one another
 
 
 def table(corpus: Corpus) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def _plots(
         curves[kind] = {
             name: lds.against_removed(scores[kind], truth, TOP[kind], unit)
             for name, scores in chosen.items()
+            if name in CURVES
         }
     points = {
         name: lds.predictions(scores["object"], truths["object"])

@@ -12,11 +12,13 @@ import numpy as np
 from ....attribution.corpus import Corpus
 from ....errors import UserError
 from ....models.text_to_image import TextToImage
+from ....rows.fit import caption_llr, fit_weight
 from .. import lies
 from ..asked import Asked, ask, corpus_of
 from ..fleet import presences_of
 from ..plan import KINDS, Plan, Subset, groups, lies_plan
 from ..shared import (
+    FIXED,
     SEEDS,
     base_of,
     bench_of,
@@ -30,10 +32,16 @@ from ..shared import (
     written,
 )
 
+UNWEIGHTED = "contrast"  # ours without its weight
+OUTSIDE = "outside_fit"
+
 
 def table(corpus: Corpus) -> dict[str, Any]:
     """{"trained", "untrained": {kind: {ranker: figures}}, "harm"} over the "report" concepts and
     the seeds whose models are there.
+
+    `outside_fit`, where `contrast` is compared, is ours with another judge of how well captions
+    fit: the model that has not learned the lies. What is then still fooled is not the judge.
     """
     plan = plan_of(corpus, "lies", lambda: lies_plan(corpus.train, SEEDS))
     told = [s for s in plan.subsets if s.captions]
@@ -47,8 +55,14 @@ def table(corpus: Corpus) -> dict[str, Any]:
             lying = told[[s.seed for s in told].index(subset.seed)]
             asking = corpus_of(corpus, model, lying)
             asked = ask(asking, corpus.everything.split("held_out"))
-            for name, values in rankings(asking, asked).items():
-                for kind, figures in _lies_of(asking, lying, asked, name, values).items():
+            scored = rankings(asking, asked)
+            if state == "trained" and UNWEIGHTED in scored:
+                judge = model_of(corpus, base.name, base.subsets[0])
+                fit = _fit_of(corpus_of(corpus, judge, lying))
+                scored[OUTSIDE] = scored[UNWEIGHTED] * fit
+            for name, values in scored.items():
+                of = FIXED if name == OUTSIDE else name
+                for kind, figures in _lies_of(asking, lying, asked, of, values).items():
                     each[kind].setdefault(name, []).append(figures)
         found[state] = {
             kind: {name: lies.summary(joined(parts)) for name, parts in rankers.items()}
@@ -56,6 +70,20 @@ def table(corpus: Corpus) -> dict[str, Any]:
         }
     found["harm"] = _harm(corpus, plan)
     return written(corpus, "lies", found, _lies_markdown(found))
+
+
+def llr_of(corpus: Corpus, rows: range) -> np.ndarray:
+    """`caption_llr` of consecutive train pictures under their captions."""
+    x0, cond = corpus.data.batch(rows)
+    return caption_llr(corpus.model, x0, cond, corpus.cond_null).float().cpu().numpy()
+
+
+def _fit_of(corpus: Corpus) -> np.ndarray:
+    """[N]: `fit_weight` of all of them."""
+    size, count = corpus.settings.batch_size, len(corpus.train)
+    parts = [range(i, min(i + size, count)) for i in range(0, count, size)]
+    llr = np.concatenate([llr_of(corpus, rows) for rows in parts])
+    return fit_weight(llr, llr)
 
 
 def _there(corpus: Corpus, plan: Plan) -> list[tuple[Subset, TextToImage]]:
