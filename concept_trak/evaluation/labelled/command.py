@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 USES = ("truth", "methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
 OWN = {
     "seeds": "of the trainings, e.g. 0-2",
+    "reference_seeds": "of the trainings that recipe reference is asked of, most of the cost",
     "networks": "unet, dit or both",
     "samples": "drawings of a combination that are asked about",
     "count": "train pictures; 0: all there are (celeba_hq)",

@@ -61,7 +61,7 @@ def attribute(bench: Bench) -> Iterator[tuple[Model, str, str, Found]]:
     for model in bench.models:
         corpus = bench.corpus(model)
         benchmark = bench.benchmark(corpus)
-        for name in tqdm(bench.rankers, desc=f"attributing {model.name}"):
+        for name in tqdm(bench.rankers_of(model), desc=f"attributing {model.name}"):
             for scope in scopes_of(name):
                 own = corpus.with_settings(corpus.settings.but(scope=scope))
                 yield model, scope, name, kept(bench, own, benchmark, name)

@@ -24,16 +24,18 @@ class LabelledSettings:
     """What a bench is. UserError for a number out of range.
 
     data: which pictures: synthetic, faces or celeba. networks: trained and asked. seeds: of
-    trainings. samples, tune: drawings of a combination that are asked about, that choose dampings.
-    source: folder of CelebAMask-HQ. shapes, colors: of synthetic pictures. attributes: of faces,
-    empty: all. most: combinations asked about at most, the held-out ones among them. truth_*: of
-    the models that are trained again and again.
+    trainings. reference_seeds: of those that recipe reference is asked of, most of the cost.
+    samples, tune: drawings of a combination that are asked about, that choose dampings. source:
+    folder of CelebAMask-HQ. shapes, colors: of synthetic pictures. attributes: of faces, empty:
+    all. most: combinations asked about at most, the held-out ones among them. truth_*: of the
+    models that are trained again and again.
     """
 
     bench: str = "synthetic"
     data: str = "synthetic"
     networks: str = "unet,dit"
     seeds: str = "0-2"
+    reference_seeds: str = "0-2"
     samples: int = 16
     tune: int = 4
     most: int = 16
@@ -70,6 +72,7 @@ class LabelledSettings:
                 value = getattr(self, name)
                 raise UserError(f"{name.upper()}={value} is out of range; give at least {least}")
         parse_numbers("SEEDS", self.seeds, 1000, "seeds")
+        parse_numbers("REFERENCE_SEEDS", self.reference_seeds, 1000, "seeds")
 
     @property
     def folder(self) -> Path:
@@ -89,6 +92,10 @@ class LabelledSettings:
     def seed_list(self) -> list[int]:
         """Of trainings."""
         return parse_numbers("SEEDS", self.seeds, 1000, "seeds")
+
+    def has_reference(self, seed: int) -> bool:
+        """Whether recipe reference is asked of models of this seed."""
+        return seed in parse_numbers("REFERENCE_SEEDS", self.reference_seeds, 1000, "seeds")
 
 
 BENCHES: dict[str, dict[str, Any]] = {
@@ -111,7 +118,7 @@ BENCHES: dict[str, dict[str, Any]] = {
         "samples": 4,
         "tune": 1,
         "held_out": "hat beard|glasses bald|long green_top",
-        "steps": 800,
+        "steps": 700,
     },
     "celeba_hq": {
         "bench": "celeba_hq",

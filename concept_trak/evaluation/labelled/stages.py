@@ -158,7 +158,7 @@ class Bench:
         """The train rows of every ranker that has some."""
         for model in self.models:
             corpus = self.corpus(model)
-            for name in self.rankers:
+            for name in self.rankers_of(model):
                 RANKERS.get(name)(corpus)
 
     # ---- what stages share
@@ -170,6 +170,11 @@ class Bench:
 
         named = chosen_rankers(self.settings.methods)
         return named if self.settings.methods else ["reference", *named]
+
+    def rankers_of(self, model: Model) -> list[str]:
+        """Those asked of one model; see `LabelledSettings.reference_seeds`."""
+        asked = self.own.has_reference(model.seed)
+        return [name for name in self.rankers if asked or name != "reference"]
 
     def corpus(self, model: Model, scope: str = "local") -> Corpus:
         """A model and the pictures. UserError while it is not trained."""

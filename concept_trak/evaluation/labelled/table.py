@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from ...files import write_bytes, write_json
+from ...registry import RANKERS
 from ...scoring.metrics import bootstrap_interval
 from ...settings import DAMPINGS, as_dict, provenance
 from ..benchmark import TUNE
+from ..evaluate import is_control
 from . import plots
 from .questions import SPLITS
 from .scored import Found, attribute
@@ -25,7 +27,6 @@ from .settings import SCOPES
 from .stages import Bench, Model
 
 OURS, CONTROL = ("concept_trak", "reference"), "caption_similarity"
-GRADIENT_RIVALS = ("trak", "d_trak", "das")  # what the paper's figures are beside
 TOP = 10
 PAPER = {  # precision@10 (it says Recall@10): Concept-TRAK, DAS, D-TRAK, TRAK
     "synthetic": {"id": (1.0, 1.0, 1.0, 0.8), "ood": (0.85, 0.5, 0.5, 0.45)},
@@ -92,6 +93,7 @@ def summarised(found: ByModel) -> dict[str, dict[str, dict[str, Any]]]:
             sweep = len(next(iter(models.values())).top)
             entry["damping"] = DAMPINGS[d] if sweep == len(DAMPINGS) else None
             seconds = [one.seconds / max(1, len(one.split)) for one in models.values()]
+            entry["models"] = len(models)
             entry["seconds"] = round(float(np.mean(seconds)), 4)
             told[scope][name] = entry
     return told
@@ -143,14 +145,17 @@ def figures(models: Mapping[Model, Found], split: str, d: int) -> dict[str, Any]
 
 
 def margin(rankers: Mapping[str, dict[Model, Found]]) -> dict[str, Any]:
-    """{ours: precision above the best gradient rival on "ood", with an interval over pairs}."""
-    there = {n: rankers[n] for n in GRADIENT_RIVALS if n in rankers and has(rankers[n], "ood")}
+    """{ours: precision above the best rival on "ood", with an interval over pairs}. Rivals are all
+    that ask about a whole picture and are no control.
+    """
+    there = {n: rankers[n] for n in rankers if is_rival(n) and has(rankers[n], "ood")}
     told: dict[str, Any] = {}
-    values = {n: _at_damping(models) for n, models in there.items()}
     for name in OURS:
-        if values and name in rankers:
+        if there and name in rankers:
+            own = rankers[name]
+            values = {n: _at_damping(models, own) for n, models in there.items()}
             best = max(values, key=lambda n: values[n].mean())
-            difference = _at_damping(rankers[name]) - values[best]
+            difference = _at_damping(own, own) - values[best]
             low, high = bootstrap_interval(difference)
             told[name] = {
                 "over": best,
@@ -160,9 +165,16 @@ def margin(rankers: Mapping[str, dict[Model, Found]]) -> dict[str, Any]:
     return told
 
 
-def _at_damping(models: Mapping[Model, Found]) -> np.ndarray:
+def is_rival(name: str) -> bool:
+    """Whether a ranker is of another kind than ours and knows the model."""
+    per_concept = getattr(RANKERS.get(name), "per_concept", False)
+    return name not in OURS and not is_control(name) and not per_concept
+
+
+def _at_damping(models: Mapping[Model, Found], among: Mapping[Model, Any]) -> np.ndarray:
+    """Precision on "ood" of the combinations of those models that are `among` others."""
     d = damping_of(models)
-    return np.concatenate([_groups(one, "ood", TOP)[d] for one in models.values()])
+    return np.concatenate([_groups(models[m], "ood", TOP)[d] for m in among if m in models])
 
 
 def curves(found: ByModel, told: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -194,7 +206,16 @@ def markdown_of(bench: str, told: Any) -> str:
         for i, name in enumerate(PAPER_NAMES)
         if bench in PAPER
     }
-    heads = ("method", "scope", "ID", "OOD", "OOD, oracle damping", "OOD, least ten", "paper ID")
+    heads = (
+        "method",
+        "scope",
+        "models",
+        "ID",
+        "OOD",
+        "OOD, oracle damping",
+        "OOD, least ten",
+        "paper ID",
+    )
     heads = (*heads, "paper OOD", "seconds a question")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for scope, rankers in told.items():
@@ -204,13 +225,13 @@ def markdown_of(bench: str, told: Any) -> str:
             ood = e.get("ood")
             rest = [f"{ood[k]:.2f}" if ood else "" for k in ("oracle", "least_10")]
             published = [f"{known[s]:.2f}" if s in known else "" for s in reversed(SPLITS)]
-            row = [name, scope, *whole, *rest, *published, f"{e['seconds']:.3f}"]
+            row = [name, scope, str(e["models"]), *whole, *rest, *published, f"{e['seconds']:.3f}"]
             lines.append(f"| {' | '.join(row)} |")
     chances = [
         next((f"{e[s]['chance']:.2f}" for e in told["local"].values() if s in e), "")
         for s in reversed(SPLITS)
     ]
-    lines.append(f"| chance |  | {' | '.join(chances)} |" + "  |" * (len(heads) - 4))
+    lines.append(f"| chance |  |  | {' | '.join(chances)} |" + "  |" * (len(heads) - 5))
     return "\n".join(lines)
 
 

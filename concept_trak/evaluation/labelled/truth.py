@@ -44,7 +44,7 @@ from .questions import questions_of
 from .stages import Bench
 
 SEEDS = (0, 1)
-WORK = Work(train_and_measure, a_process=32, model_gb=0.9, checkpoint_mb=6)
+WORK = Work(train_and_measure, a_process=None, model_gb=0.9, checkpoint_mb=6)
 
 
 class Truth:

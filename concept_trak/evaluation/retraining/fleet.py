@@ -32,12 +32,13 @@ JUDGE = ROOT / "data/emoji/judge"
 @dataclass(frozen=True)
 class Work:
     """What is done for one subset. make: trains and measures its model, called in a process of its
-    own. a_process: models that a process makes before another takes its place. model_gb: memory of
+    own. a_process: models that a process makes before another takes its place, None: all of its
+    models. model_gb: memory of
     one. checkpoint_mb: of one on the disk.
     """
 
     make: Callable[[Any, Plan, Subset], None]
-    a_process: int = 1
+    a_process: int | None = 1
     model_gb: float = 1.2
     checkpoint_mb: float = 70
 

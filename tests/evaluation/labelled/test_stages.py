@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from celeba_standin import stand_in
 
 from concept_trak.cli import main
 from concept_trak.errors import UserError
@@ -132,6 +133,23 @@ def test_shares_of_open_labels_are_those_of_the_settings(made):
     opened = training.draw(examples, model.vocabulary, how, 0, 0)[1] == torch.tensor([2, 2])
     assert opened.all(1).float().mean() == pytest.approx(how.open_share, abs=0.02)
     assert (opened.sum(1) == 1).float().mean() == pytest.approx(how.partial_share, abs=0.03)
+
+
+def test_celeba_hq_runs_from_its_download_to_its_table(tmp_path):
+    source = stand_in(tmp_path / "source", count=200)
+    changes = {"source": str(source), "attributes": "Smiling,Eyeglasses", "size": 16, "count": 0}
+    changes |= {"held_out": "Smiling Eyeglasses", "most": 4}
+    found = command.result_of(bench_at(tmp_path / "c-quick", "celeba_hq", **changes), "all")
+    assert found["ood"]["caption_similarity"] == found["id"]["caption_similarity"] == 1.0
+    assert {"concept_trak", "trak"} <= found["ood"].keys()
+
+
+def test_faces_run_from_nothing_to_their_table(tmp_path):
+    for name in ("dicebear", "dicebear_styles", "resvg_py"):
+        pytest.importorskip(name, reason="needs the extra faces")
+    changes = {"attributes": "hat,beard", "held_out": "hat beard", "count": 48}
+    found = command.result_of(bench_at(tmp_path / "f-quick", "faces", **changes), "all")
+    assert found["ood"]["caption_similarity"] == 1.0 and found["control"] == 1.0
 
 
 # ---- questions
