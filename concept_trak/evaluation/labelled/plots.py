@@ -57,7 +57,8 @@ def lds_bars(told: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
         ends = np.array([told[n][interval] for n in names]).T
         places = np.arange(len(names)) + offset
         bars.barh(places, values, 0.34, xerr=np.abs(ends - values), error_kw={"lw": 0.8}, label=key)
-    bars.axvline(told["ceiling"], color="0.3", ls="--", lw=1, label="another seed")
+    if told["ceiling"] is not None:
+        bars.axvline(told["ceiling"], color="0.3", ls="--", lw=1, label="another seed")
     bars.set_yticks(range(len(names)), names, fontsize=7)
     bars.legend(fontsize=7, frameon=False)
     bars.set_xlabel("LDS")

@@ -279,7 +279,8 @@ def lds_markdown(told: Mapping[str, Any]) -> str:
                 for f, i in (("lds", "ci95"), ("partial", "partial_ci95"))
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"| ceiling: another seed | {told['ceiling']:.2f} |  |")
+    if told["ceiling"] is not None:
+        lines.append(f"| ceiling: another seed | {told['ceiling']:.2f} |  |")
     return "\n".join(lines)
 
 

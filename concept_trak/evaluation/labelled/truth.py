@@ -184,13 +184,23 @@ class Truth:
                 parts.append(lds.scored(scores, truths[kind].of(names)))
             joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
             table[name] = lds.summary(joined)
-        ceilings = [
-            lds.ceiling(part, found, self.held_out, kind, names) for kind, names in report.items()
-        ]
-        table["ceiling"] = round(float(np.concatenate(ceilings).mean()), 4)
+        table["ceiling"] = self.ceiling(part, found)
         table["subsets"] = len(next(iter(truths.values())).kept)
         table["models"] = len(part.subsets)
         return table
+
+    def ceiling(self, part: Plan, found: dict[str, Any]) -> float | None:
+        """Mean correlation of two seeds over the "report" concepts; None while fewer than three
+        subsets have both.
+        """
+        report = groups(self.data)["report"]
+        try:
+            each = [
+                lds.ceiling(part, found, self.held_out, k, names) for k, names in report.items()
+            ]
+        except UserError:
+            return None
+        return round(float(np.concatenate(each).mean()), 4)
 
     # ---- counterfactual
 
