@@ -214,6 +214,11 @@ class Model:
         "folder or hub id of a Stable Diffusion 1.x or 2.x pipeline",
     )
     lora_path: str = option("", "a LoRA on top of the model (safetensors)")
+    fit_model_path: str = option(
+        "",
+        "pipeline of the same latents that judges in the model's place how well captions fit "
+        "(F=contrast_llr), best one that has not learned the pictures; empty: the model itself",
+    )
     dtype: str = option(
         "auto",
         "of the model; auto: fp16 on a GPU, fp32 on the CPU",

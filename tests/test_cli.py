@@ -213,6 +213,33 @@ def test_a_picture_added_costs_one_row_and_changes_no_other(f, flags, tmp_path, 
     assert run("attribute", flags) == 0
 
 
+def test_another_model_judges_the_fit_and_changes_nothing_else(flags, other_pipeline, tmp_path):
+    """The judge's own numbers beside the attributed model's rows; itself as judge is the same."""
+    stores, other = {}, shutil.copytree(other_pipeline, tmp_path / "other model")
+    shutil.rmtree(other / "vae")
+    shutil.copytree(flags["sd_model_path"] / "vae", other / "vae")
+    for name, path in (("own", ""), ("itself", flags["sd_model_path"]), ("other", other)):
+        given = {**flags, "grad_dir": tmp_path / name, "fit_model_path": path}
+        assert run("train-grad", given) == 0
+        stores[name] = Store.open(store_folder(given))
+    judge = {**flags, "grad_dir": tmp_path / "judge", "sd_model_path": other}
+    assert run("train-grad", judge) == 0
+    wanted, rows = Store.open(store_folder(judge)), range(11)
+    for name in ("itself", "other"):
+        np.testing.assert_array_equal(stores[name].rows(rows), stores["own"].rows(rows))
+    np.testing.assert_array_equal(stores["itself"].losses(), stores["own"].losses())
+    np.testing.assert_array_equal(stores["other"].losses(), wanted.losses())
+    assert not np.allclose(stores["other"].losses(), stores["own"].losses())
+    assert not np.array_equal(stores["other"].rows(rows), wanted.rows(rows))
+
+
+def test_a_judge_of_other_latents_is_refused(flags, other_pipeline, tmp_path, capfd):
+    line = refused(capfd, "train-grad", flags, fit_model_path=other_pipeline)
+    assert "FIT_MODEL_PATH" in line and "another autoencoder or noise schedule" in line
+    missing = refused(capfd, "train-grad", flags, fit_model_path=tmp_path / "none")
+    assert str(tmp_path / "none") in missing
+
+
 def test_a_missing_verb_is_refused(capsys):
     assert cli.main([]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -13,8 +13,10 @@ from ..datasets import encoded
 from ..datasets.folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
 from ..models.condition import Condition
+from ..models.identity import hash_of_weights
 from ..models.text_to_image import TextToImage, load_pipeline
 from ..parsing import parse_memory
+from ..registry import OBJECTIVES
 from ..rows.projection import Projection, projection_for
 from ..rows.row import RowMaker
 from ..rows.vjp import PerSampleVjp
@@ -106,6 +108,29 @@ class Corpus:
         """Of the empty prompt, whose encoding no learned word changes."""
         return self.model.encode_prompts([""])
 
+    @property
+    def fit_judge(self) -> TextToImage | None:
+        """The model of FIT_MODEL_PATH; None where it is empty, or F asks for none.
+
+        UserError for one of another autoencoder or schedule.
+        """
+        asked = self.settings.fit_model_path and OBJECTIVES.get(self.settings.f).beside
+        return self._fit_model if asked else None
+
+    @cached_property
+    def _fit_model(self) -> TextToImage:
+        s = self.settings
+        judge = load_pipeline(s.fit_model_path, self.device, s.dtype)
+        both = (self.model, judge)
+        encoders = {hash_of_weights((model.pipe.vae.encoder,)) for model in both}
+        levels = {tuple(model.schedule.level(t) for t in (100, 500, 900)) for model in both}
+        if len(encoders) > 1 or len(levels) > 1:
+            raise UserError(
+                f"FIT_MODEL_PATH={s.fit_model_path} has another autoencoder or noise schedule than "
+                f"{s.sd_model_path}, so it cannot judge its latents; give a pipeline of its family"
+            )
+        return judge
+
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The selected parameters, in coordinate order."""
@@ -148,7 +173,9 @@ class Corpus:
 
     def _origin(self) -> dict[str, Any]:
         """What a row depends on beside its projection."""
-        return {"rows": row_settings(self.settings), "model": self.model.identity()}
+        judge = self.fit_judge
+        own = {"rows": row_settings(self.settings), "model": self.model.identity()}
+        return own | ({} if judge is None else {"fit_judge": judge.identity()})
 
     def with_settings(self, settings: Settings) -> Corpus:
         """The same model, pictures and latents under other settings."""

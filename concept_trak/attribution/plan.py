@@ -74,6 +74,7 @@ def folder_name(settings: Settings) -> str:
 # what changes where, when and how fast a question is answered, but not the answer
 NOT_DECIDING = {
     *("results_dir", "grad_dir", "data_dir", "source_dir", "sd_model_path", "lora_path", "device"),
+    "fit_model_path",
     *("gpu_id", "gpu_ids", "batch_size", "max_memory", "num_split", "shards", "num_queries"),
     *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
     *("force_recompute_concept_grad", "repair", "retrain", "truth_dir"),

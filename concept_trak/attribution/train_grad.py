@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..parsing import parse_shards
 from ..registry import OBJECTIVES
 from ..rows.objectives import train_rows
 from ..rows.row import Rows
-from ..rows.states import TrainPictures
+from ..rows.states import Judge, TrainPictures
 from ..store.checks import still_to_make
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
@@ -27,11 +28,13 @@ from .plan import folder_name, train_states
 from .stores import find_store, new_folder
 
 
-def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition) -> Rows:
+def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition, captions: Sequence[str]) -> Rows:
     """Train rows [B, k] of pictures x0 [B, C, h, w] under their captions, as the settings ask; with
     what the objective keeps beside them as their losses.
     """
-    shown = TrainPictures(x0, cond, corpus.cond_null, train_states(corpus.settings))
+    judge = corpus.fit_judge
+    asked = judge and Judge(judge, *judge.encode_prompts([*captions, ""]).split(len(captions)))
+    shown = TrainPictures(x0, cond, corpus.cond_null, train_states(corpus.settings), asked)
     return train_rows(corpus.row_maker, corpus.settings.f, shown)
 
 
@@ -121,5 +124,6 @@ def fill(corpus: Corpus, store: Store, shard: int, known: KnownRows, bar: tqdm) 
 
 def computed(corpus: Corpus, rows: range) -> tuple[np.ndarray, np.ndarray]:
     """(values [b, k], losses [b]) of consecutive train pictures."""
-    made = make_rows(corpus, *corpus.data.batch(rows))
+    captions = [corpus.train.captions[i] for i in rows] if corpus.fit_judge else []
+    made = make_rows(corpus, *corpus.data.batch(rows), captions)
     return made.values.cpu().numpy(), made.losses.cpu().numpy()

@@ -89,7 +89,7 @@ def exemplar_rows(corpus: Corpus, number: int, task: Task) -> np.ndarray:
             part = range(start, min(start + s.batch_size, len(shown)))
             x0 = model.encode_images(shown.images(part, size=model.image_size))
             cond = model.encode_prompts([task.train_prompt] * len(part))
-            made = make_rows(corpus, x0, cond)
+            made = make_rows(corpus, x0, cond, [task.train_prompt] * len(part))
             parts = [made.values, made.losses[:, None]] if weighted else [made.values]
             rows.append(torch.cat(parts, 1).cpu().numpy())
         return np.concatenate(rows)

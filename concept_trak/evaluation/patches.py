@@ -35,7 +35,7 @@ LEVELS = (300, 500, 700)
 class Nda:
     """See the module docstring."""
 
-    on_request = named_only = True
+    on_request = True
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus

@@ -47,8 +47,7 @@ class GradientMethod:
 
     f: its objective; empty keeps the settings' rows. per_concept: a query row for each concept.
     recipe: whose rows it has, before f. on_request: left out where METHODS is empty. by: the class
-    of `attribution.rankers` or `attribution.variants` that ranks by these rows. named_only: asked
-    nowhere unless METHODS names it, not even where "all" is the default.
+    of `attribution.rankers` or `attribution.variants` that ranks by these rows.
     """
 
     name: str
@@ -58,7 +57,6 @@ class GradientMethod:
     recipe: str = "default"
     on_request: bool = False
     by: str = "GradientRanker"
-    named_only: bool = False
 
     def settings_for(self, settings: Settings) -> Settings:
         """Rivals keep model, layer, projection and, but for a recipe of their own, the number of
@@ -109,7 +107,6 @@ class WholeModel:
     module: str
     by: str
     on_request: bool = True
-    named_only: bool = True
 
     def __call__(self, corpus: Corpus) -> Ranker:
         """The ranker; losses and gradients are those of TRAK's rows: dsm, noised states."""
@@ -131,7 +128,6 @@ def train_store(corpus: Corpus) -> Store:
         return train_grad(corpus)
 
 
-NAMED = {"on_request": True, "named_only": True}
 for method in (
     GradientMethod("concept_trak", per_concept=True),
     GradientMethod("trak", "dsm"),
@@ -142,11 +138,11 @@ for method in (
     GradientMethod("presence", "presence", True, True, on_request=True),
     GradientMethod("dps", "dps", True, True, on_request=True),
     GradientMethod("dsm", "dsm", True, True, on_request=True),
-    GradientMethod("das_paper", "das_mean", True, by="Leverage", **NAMED),
-    GradientMethod("journey_trak", "dsm", by="Journey", **NAMED),
-    GradientMethod("grad_dot", "dsm", by="DotProduct", **NAMED),
-    GradientMethod("grad_cos", "dsm", by="Cosine", **NAMED),
-    GradientMethod("relative_influence", "dsm", by="Relative", **NAMED),
+    GradientMethod("das_paper", "das_mean", True, by="Leverage", on_request=True),
+    GradientMethod("journey_trak", "dsm", by="Journey", on_request=True),
+    GradientMethod("grad_dot", "dsm", by="DotProduct", on_request=True),
+    GradientMethod("grad_cos", "dsm", by="Cosine", on_request=True),
+    GradientMethod("relative_influence", "dsm", by="Relative", on_request=True),
 ):
     RANKERS.add(method.name, method)
 RANKERS.add("ekfac", WholeModel("curvature", "EkfacRanker"))

@@ -77,7 +77,7 @@ def objective(name: str, **options: Any) -> Callable[[Cotangent], Cotangent]:
 
 def train_rows(maker: RowMaker, name: str, shown: TrainPictures) -> Rows:
     """Rows of train pictures by objective `name`; as their losses what it keeps beside them."""
-    from .states import train_states_of
+    from .states import Judge, train_states_of
 
     objective, denoiser = OBJECTIVES.get(name), maker.denoiser
     x0, cond, cond_null = shown.x0, shown.cond, shown.cond_null
@@ -85,7 +85,9 @@ def train_rows(maker: RowMaker, name: str, shown: TrainPictures) -> Rows:
     made = maker.rows(seen, objective.cotangent, len(x0))
     if objective.beside is None:
         return made
-    return made._replace(losses=objective.beside(denoiser, x0, cond, cond_null))
+    judge = shown.judge or Judge(denoiser, cond, cond_null)
+    beside = objective.beside(judge.denoiser, x0, judge.cond, judge.cond_null)
+    return made._replace(losses=beside)
 
 
 def of_concept(name: str) -> Cotangent:

@@ -165,6 +165,16 @@ class TrainPictures:
     cond: Condition
     cond_null: Condition
     states: TrainStates
+    judge: Judge | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Another model to ask how well captions fit, and its own encodings of the same captions."""
+
+    denoiser: Denoiser
+    cond: Condition
+    cond_null: Condition
 
 
 # ---- queries

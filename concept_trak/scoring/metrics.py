@@ -115,6 +115,15 @@ def _check_counts(num_items: int, num_relevant: int) -> None:
         )
 
 
+def resampled_means(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarray:
+    """[..., n]: means of `values` [..., Q] over n resamples of the Q; one seed, one set of them."""
+    # How often each query is drawn is all a mean needs: [n, Q] counts in place of [n, Q] indices
+    # and their gather.
+    size = values.shape[-1]
+    counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
+    return values @ counts.T / size
+
+
 def bootstrap_interval(
     values: np.ndarray, seed: int = 0, n: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
@@ -133,10 +142,6 @@ def bootstrap_interval(
         )
     if not 0 < level < 1 or n < 1:
         raise UserError(f"bootstrap needs 0 < level < 1 and n >= 1, got level {level} and n {n}")
-    # How often each query is drawn is all a mean needs: [n, Q] counts in place of [n, Q] indices
-    # and their gather.
-    counts = np.random.default_rng(seed).multinomial(
-        values.size, np.full(values.size, 1 / values.size), size=n
-    )
-    low, high = np.quantile(counts @ values / values.size, [(1 - level) / 2, (1 + level) / 2])
+    means = resampled_means(values, seed, n)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -181,7 +181,7 @@ def test_missing_pictures_matter_only_when_they_are_shown(tmp_path, corpus, rele
 
 def test_recipe_reference_on_the_standin_equals_a_literal_computation(corpus):
     x0, cond = corpus.data.batch(range(2))
-    got = make_rows(corpus, x0, cond).values
+    got = make_rows(corpus, x0, cond, []).values
     want = Literal(corpus.model, corpus.cond_null, "attn2", 300, 0).train_rows(x0, cond, 7.5)
     assert float(want.abs().max()) > 0
     assert bench_engine.row_error(got.numpy(), want.numpy()) < 1e-3

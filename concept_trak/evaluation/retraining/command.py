@@ -8,6 +8,7 @@ one JSON object.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
     given = settings_of(arguments)
     from ...attribution.corpus import Corpus
     from ...models.device import pick_device
-    from . import tables
 
     device, work = pick_device(given.device, given.gpu_id), Path(given.truth_dir)
     # rows and tables of small models, apart from all others
     places = {"grad_dir": str(work / "grads"), "results_dir": str(work / "qual")}
     corpus = Corpus(given.on(device).but(**places), device)
-    print(json.dumps(getattr(tables, f"{arguments.test}_table")(corpus)))
+    test = importlib.import_module(f".tables.{arguments.test}", __package__)
+    print(json.dumps(test.table(corpus)))

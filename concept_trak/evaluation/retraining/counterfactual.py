@@ -8,10 +8,12 @@ trained again without the union of them (one training answers for all targets; M
     untouched_drop   the same for the other "report" concepts of the kind
     other_drop       the same for the concepts of the other kind, which these pictures show, too
     judge_drop       of the judge's rate of the targets in pictures drawn
+    share_of_oracle  target_drop as a part of what removing as many labelled pictures takes
+    behind_ours      by how much ours takes more, target by target
 
 Arms beside the rankers: `labels` removes as many labelled pictures (the oracle), `random` as many
 at random, `least` the lowest of ours. `noise` is the standard deviation, between seeds of the model
-of all pictures, of such a mean over targets: what chance does.
+of all pictures, of such a mean: what chance does.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from typing import Any
 import numpy as np
 
 from ...datasets.folder import ImageCaptionDataset
-from ...scoring.metrics import bootstrap_interval
+from ...scoring.metrics import bootstrap_interval, resampled_means
 from ...scoring.ranking import ranking
-from .plan import GROUP_SEED, KINDS, WITHOUT, Plan, groups
+from .plan import GROUP_SEED, KINDS, WITHOUT, Plan, Subset, groups
 from .presence import Presences
 
 TARGETS = {"object": 16, "style": 4}
 TOP = {"object": 7, "style": 56}  # of 7 and 112 labelled pictures
 LABELS, RANDOM, LEAST = "labels", "random", "least"
+
+Lost = Mapping[int, Mapping[str, np.ndarray]]  # of one arm: seed -> figure -> [its concepts]
 
 
 def targets(data: ImageCaptionDataset, kind: str) -> list[str]:
@@ -61,39 +65,61 @@ def drops(
     whole: Mapping[int, Presences],
     data: ImageCaptionDataset,
     held_out: ImageCaptionDataset,
+    ours: str,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """{kind: {arm: figures}} over the seeds of each arm; whole: presences of the models of all
     pictures, by seed.
     """
     told: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
     for kind in KINDS:
-        names = targets(data, kind)
-        others = [n for n in groups(data)["report"][kind] if n not in names]
-        other = sorted(set(data.column(WITHOUT[kind])))
-        asked = {
-            "target_drop": (kind, names),
-            "untouched_drop": (kind, others),
-            "other_drop": (WITHOUT[kind], other),
+        lost = {
+            arm.removeprefix(f"{kind}-"): {
+                s.seed: _lost(whole[s.seed], found[s.name], kind, data, held_out) for s in subsets
+            }
+            for arm, subsets in _arms_of(plan, kind).items()
         }
-        for arm in _arms_of(plan, kind):
-            subsets = [s for s in plan.subsets if s.name.rsplit("-", 1)[0] == arm]
-            each: dict[str, list[np.ndarray]] = {figure: [] for figure in (*asked, "judge_drop")}
-            for s in subsets:
-                before, after = whole[s.seed], found[s.name]
-                for figure, (of, which) in asked.items():
-                    if which:
-                        each[figure].append(_drop(before, after, of, held_out, which))
-                rates = [p.judged_of(kind, held_out, names) for p in (before, after)]
-                each["judge_drop"].append(rates[0] - rates[1])
-            removed = len(subsets[0].removed)
-            about = {"removed": removed, "seeds": len(subsets)}
-            told[kind][arm.removeprefix(f"{kind}-")] = about | _summary(each)
+        for arm, by_seed in lost.items():
+            removed = len(_arms_of(plan, kind)[f"{kind}-{arm}"][0].removed)
+            about = {"removed": removed, "seeds": len(by_seed)}
+            told[kind][arm] = about | _summary(by_seed) | _beside(by_seed, lost, ours)
     return told
 
 
-def _arms_of(plan: Plan, kind: str) -> list[str]:
-    names = (s.name.rsplit("-", 1)[0] for s in plan.subsets)
-    return [name for name in dict.fromkeys(names) if name.startswith(f"{kind}-")]
+def _lost(
+    before: Presences,
+    after: Presences,
+    kind: str,
+    data: ImageCaptionDataset,
+    held_out: ImageCaptionDataset,
+) -> dict[str, np.ndarray]:
+    """{figure: [its concepts]} of one model."""
+    lost = {
+        figure: _drop(before, after, of, held_out, which)
+        for figure, (of, which) in asked(data, kind).items()
+        if which
+    }
+    rates = [p.judged_of(kind, held_out, targets(data, kind)) for p in (before, after)]
+    return lost | {"judge_drop": rates[0] - rates[1]}
+
+
+def asked(data: ImageCaptionDataset, kind: str) -> dict[str, tuple[str, list[str]]]:
+    """{figure: (kind, concepts)}: whose presences each drop is about."""
+    names = targets(data, kind)
+    return {
+        "target_drop": (kind, names),
+        "untouched_drop": (kind, [n for n in groups(data)["report"][kind] if n not in names]),
+        "other_drop": (WITHOUT[kind], sorted(set(data.column(WITHOUT[kind])))),
+    }
+
+
+def _arms_of(plan: Plan, kind: str) -> dict[str, list[Subset]]:
+    """{"{kind}-{arm}": its subsets}, one a seed."""
+    found: dict[str, list[Subset]] = {}
+    for s in plan.subsets:
+        arm = s.name.rsplit("-", 1)[0]
+        if arm.startswith(f"{kind}-"):
+            found.setdefault(arm, []).append(s)
+    return found
 
 
 def _drop(
@@ -104,25 +130,51 @@ def _drop(
     return (first - second) / first.mean()
 
 
-def _summary(each: Mapping[str, list[np.ndarray]]) -> dict[str, Any]:
+def _summary(by_seed: Lost) -> dict[str, Any]:
     told: dict[str, Any] = {}
-    for figure, parts in each.items():
-        if parts:
-            values = np.concatenate(parts)
-            low, high = bootstrap_interval(values)
-            told[figure] = round(float(values.mean()), 4)
-            told[f"{figure}_ci95"] = [round(low, 4), round(high, 4)]
+    for figure in next(iter(by_seed.values())):
+        values = np.concatenate([lost[figure] for lost in by_seed.values()])
+        told |= _told(figure, float(values.mean()), bootstrap_interval(values))
     return told
+
+
+def _beside(by_seed: Lost, lost: Mapping[str, Lost], ours: str) -> dict[str, Any]:
+    """An arm's drop of the targets beside the oracle's and ours, over the seeds that both have."""
+    told: dict[str, Any] = {}
+    if LABELS in lost and (both := sorted(by_seed.keys() & lost[LABELS].keys())):
+        own, oracle = _targets(by_seed, both), _targets(lost[LABELS], both)
+        ratios = resampled_means(np.stack([own, oracle]))
+        share = own.mean() / oracle.mean()
+        low, high = np.quantile(ratios[0] / ratios[1], (0.025, 0.975))
+        told["oracle_drop"] = round(float(oracle.mean()), 4)
+        told |= _told("share_of_oracle", float(share), (float(low), float(high)))
+    if ours in lost and (both := sorted(by_seed.keys() & lost[ours].keys())):
+        behind = _targets(lost[ours], both) - _targets(by_seed, both)
+        told |= _told("behind_ours", float(behind.mean()), bootstrap_interval(behind))
+    return told
+
+
+def _targets(by_seed: Lost, seeds: list[int]) -> np.ndarray:
+    return np.concatenate([by_seed[seed]["target_drop"] for seed in seeds])
+
+
+def _told(figure: str, value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    return {
+        figure: round(value, 4),
+        f"{figure}_ci95": [round(interval[0], 4), round(interval[1], 4)],
+    }
 
 
 def noise(
     whole: Mapping[int, Presences], data: ImageCaptionDataset, held_out: ImageCaptionDataset
-) -> dict[str, float | None]:
-    """{kind: standard deviation between seeds of a mean drop over targets}; None for one seed."""
-    told: dict[str, float | None] = {}
+) -> dict[str, dict[str, float] | None]:
+    """{kind: {figure: standard deviation between seeds of such a mean drop}}; None for one seed."""
+    told: dict[str, dict[str, float] | None] = {}
     for kind in KINDS:
-        names = targets(data, kind)
-        means = [p.of_concepts(kind, held_out, names).mean() for p in whole.values()]
-        spread = np.std(means, ddof=1) * 2**0.5 / np.mean(means) if len(means) > 1 else None
-        told[kind] = None if spread is None else round(float(spread), 4)
+        spread = {}
+        for figure, (of, which) in asked(data, kind).items():
+            if which and len(whole) > 1:
+                means = [p.of_concepts(of, held_out, which).mean() for p in whole.values()]
+                spread[figure] = round(float(np.std(means, ddof=1) * 2**0.5 / np.mean(means)), 4)
+        told[kind] = spread or None
     return told

@@ -18,10 +18,13 @@ import numpy as np
 from ...datasets.folder import ImageCaptionDataset
 from ...errors import UserError
 from ...scoring.metrics import bootstrap_interval
+from ...scoring.ranking import ranking
 from .asked import Asked
 from .plan import KINDS, Plan
 from .presence import Presences
 from .statistics import lds, partial_lds
+
+MOST_POINTS, LEAST_POINTS = 8, 5  # of a curve; concepts and subsets behind each
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,29 @@ class Measured:
         """Of some of the concepts only."""
         at = [self.names.index(name) for name in names]
         return Measured(names, self.kept, self.presences[:, at], self.relevant[at])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean presence [R] (with 95 % intervals), where `removed` [R] of a ranker's `top` pictures
+    were not learned.
+    """
+
+    top: int
+    removed: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Of each concept in each subset's model [C * S], in standard deviations over the subsets."""
+
+    predicted: np.ndarray
+    measured: np.ndarray
+    lds: float
+    partial: float
 
 
 def measured(
@@ -86,6 +112,34 @@ def scored(values: np.ndarray, truth: Measured) -> dict[str, np.ndarray]:
         "lds": whole,
         "partial": partial_lds(values, truth.presences, truth.kept, truth.relevant),
     }
+
+
+def against_removed(values: np.ndarray, truth: Measured, top: int, unit: float) -> Curve:
+    """Presence, in units of `unit`, against how many of each concept's `top` highest scores [C, N]
+    are missing from a subset; numbers that fewer than five concepts and subsets show are left out.
+    """
+    highest = np.stack([ranking(row)[:top] for row in values])
+    missing = (~truth.kept[:, highest]).sum(2).ravel()  # [S * C]
+    step = max(1, top // MOST_POINTS)
+    places, presences = missing // step, truth.presences.ravel() / unit
+    groups = [(p, presences[places == p]) for p in np.unique(places)]
+    shown = [(p, found) for p, found in groups if len(found) >= LEAST_POINTS]
+    low, high = np.array([bootstrap_interval(found) for _, found in shown]).T
+    removed = np.array([missing[places == p].mean() for p, _ in shown])
+    return Curve(top, removed, np.array([found.mean() for _, found in shown]), low, high)
+
+
+def predictions(values: np.ndarray, truth: Measured) -> Predicted:
+    """What scores [C, N] say of every subset, beside what was measured."""
+    found = scored(values, truth)
+    predicted, presences = (_standard(v) for v in (truth.kept @ values.T, truth.presences))
+    lds_, partial = (float(found[figure].mean()) for figure in ("lds", "partial"))
+    return Predicted(predicted.ravel(), presences.ravel(), lds_, partial)
+
+
+def _standard(values: np.ndarray) -> np.ndarray:
+    spread = values.std(0)
+    return (values - values.mean(0)) / np.where(spread == 0, 1, spread)
 
 
 def best_damping(

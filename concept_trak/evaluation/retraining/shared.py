@@ -4,10 +4,11 @@ ranker's scores on a small model, and how a table is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,9 +27,14 @@ from .presence import MEND, weights_of
 from .small import load, save
 from .trainer import trained
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 KEPT = ROOT / "experiments/truth"  # plans, presences and tables that are committed
 MODELS = ROOT / "data/truth"  # small models that are committed
 SEEDS = (0, 1, 2)
+# what METHODS compares where it is empty: minutes; every other ranker joins by its name
+COMPARED = ("concept_trak", "reference", "contrast", "dps", "trak", "d_trak", "das")
 FIXED = "concept_trak"  # has one damping for all tests, that of the settings
 
 Scores = dict[str, np.ndarray]  # ranker -> [D, Q, N]
@@ -83,11 +89,8 @@ def keep_model(corpus: Corpus, subset: Subset) -> None:
 
 
 def rankings(corpus: Corpus, asked: Asked) -> Scores:
-    """Every ranker of METHODS, and the controls, on one model; empty METHODS is all but those that
-    must be named.
-    """
-    every = (n for n in RANKERS.names() if not getattr(RANKERS.get(n), "named_only", False))
-    named = corpus.settings.methods or ",".join(every)
+    """Every ranker of METHODS, and the controls, on one model; empty METHODS is `COMPARED`."""
+    named = corpus.settings.methods or ",".join(COMPARED)
     return {name: RANKERS.get(name)(corpus).rank(asked.questions) for name in chosen_rankers(named)}
 
 
@@ -123,8 +126,31 @@ def cell(value: float, interval: list[float]) -> str:
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
-def written(corpus: Corpus, test: str, found: dict[str, Any], markdown: str) -> dict[str, Any]:
-    """Print the table, keep it below TRUTH_DIR/tables, and return what was found.
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Figures of several models as if of one, concepts after concepts."""
+    return {figure: np.concatenate([part[figure] for part in parts]) for figure in parts[0]}
+
+
+def figures_markdown(tables: dict[str, Any], figures: tuple[str, ...]) -> str:
+    """A table for each heading, a row a ranker."""
+    lines = []
+    for heading, table in tables.items():
+        lines += [f"\n**{heading}**\n", f"| method | {' | '.join(figures)} |"]
+        lines.append("|---" * (1 + len(figures)) + "|")
+        for name, told in table.items():
+            cells = (cell(told[f], told[f"{f}_ci95"]) for f in figures)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def written(
+    corpus: Corpus,
+    test: str,
+    found: dict[str, Any],
+    markdown: str,
+    drawn: Mapping[str, Figure] | None = None,
+) -> dict[str, Any]:
+    """Print the table, keep it below TRUTH_DIR/tables with its plots, and return what was found.
 
     More presences make another table, so what was found is part of its folder's name.
     """
@@ -133,4 +159,8 @@ def written(corpus: Corpus, test: str, found: dict[str, Any], markdown: str) -> 
     with results(corpus.settings, "tables", test, made_from) as folder:
         write_metrics(folder, "metrics", found, corpus.settings)
         write_bytes(folder / "table.md", f"{markdown}\n".encode())
+        for name, figure in (drawn or {}).items():
+            png = io.BytesIO()
+            figure.savefig(png, format="png")
+            write_bytes(folder / f"{name}.png", png.getvalue())
     return found

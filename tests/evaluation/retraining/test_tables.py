@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from concept_trak import cli
 from concept_trak.datasets.folder import load_folder
@@ -123,11 +124,49 @@ def test_removing_what_taught_a_concept_is_a_drop_and_nothing_else_is(data):
     plan = counterfactual_plan(data, arms, (0,))
     for p in (*whole.values(), after):
         p.judged.update({kind: np.ones(len(held_out)) for kind in ("object", "style")})
-    found = counterfactual.drops(
-        plan, {s.name: after for s in plan.subsets}, whole, data, held_out
-    )["object"]["labels"]
+    nothing = presences(held_out, object=1.0, style=1.0)
+    nothing.judged.update(after.judged)
+    models = {s.name: nothing if "random" in s.name else after for s in plan.subsets}
+    ours = "concept_trak"
+    arms = counterfactual.drops(plan, models, whole, data, held_out, ours)["object"]
+    found = arms["labels"]
     assert (found["target_drop"], found["untouched_drop"], found["other_drop"]) == (0.8, 0, 0)
     assert found["judge_drop"] == 0 and found["removed"] == len(labels)
+    assert arms[ours]["share_of_oracle"] == 1 and arms[ours]["behind_ours"] == 0
+    assert arms["random"]["share_of_oracle"] == 0 and arms["random"]["oracle_drop"] == 0.8
+    assert arms["random"]["behind_ours"] == 0.8 == arms["random"]["behind_ours_ci95"][0]
+
+
+def test_the_noise_of_a_drop_is_that_of_a_difference_of_two_seeds(data):
+    held_out = load_folder(ROOT / "data/emoji").split("held_out")
+    whole = {seed: presences(held_out, object=1 + 0.1 * seed, style=1.0) for seed in (0, 1)}
+    found = counterfactual.noise(whole, data, held_out)
+    assert found["object"]["target_drop"] == pytest.approx(0.1 / 1.05, abs=1e-4)
+    assert found["object"]["other_drop"] == 0  # of styles, which did not change
+    assert counterfactual.noise({0: whole[0]}, data, held_out) == {"object": None, "style": None}
+
+
+def measured(values, kept, relevant):
+    names = [str(i) for i in range(len(relevant))]
+    return lds.Measured(names, kept, values, relevant)
+
+
+def test_presence_falls_with_the_pictures_that_taught_it_and_not_with_others():
+    rng = np.random.default_rng(0)
+    kept, relevant = rng.random((40, 60)) < 0.5, np.zeros((6, 60), dtype=bool)
+    relevant[:, :7] = True
+    presences_ = (
+        kept @ relevant.T.astype(float)
+    ) / 3.5  # all that is known of a concept is its seven pictures
+    truth = measured(presences_, kept, relevant)
+    knows = lds.against_removed(relevant.astype(float), truth, 7, 2.0)
+    assert knows.mean == pytest.approx(1 - knows.removed / 7) and knows.top == 7
+    others = np.roll(relevant, 20, 1).astype(float)
+    blind = lds.against_removed(others, truth, 7, 2.0)
+    assert np.ptp(blind.mean[1:-1]) < 0.15 < np.ptp(knows.mean)
+    whole = lds.predictions(relevant.astype(float), truth)
+    assert whole.predicted == pytest.approx(whole.measured) and whole.lds == pytest.approx(1)
+    assert whole.partial == 0  # counting explains all of it
 
 
 def test_the_ceiling_is_the_correlation_of_two_seeds(data):
@@ -144,7 +183,7 @@ def test_the_ceiling_is_the_correlation_of_two_seeds(data):
         lds.ceiling(Plan("lds", "", tuple(subsets[:8])), found, held_out, "object", names)
 
 
-@pytest.mark.parametrize("test", ["lies", "lds"])
+@pytest.mark.parametrize("test", ["lies", "lds", "counterfactual"])
 def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, capsys):
     """By text alone, which needs no rows: it believes every lie, and counts labels."""
     place = f"--truth-dir={tmp_path}"
@@ -155,11 +194,30 @@ def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, caps
         told = found["trained"]["object"]["caption_similarity"]
         assert told["lies_in_top10"] > 0.9 and told["auc_unrelated"] < 0.1
         assert {"untrained", "harm"} <= set(found)
+    elif test == "counterfactual":
+        assert found["labels"]["target_drop"] > 5 * abs(found["random"]["target_drop"])
+        assert {"concept_trak", "least", "targets"} <= set(found)
     else:
         assert found["labels"]["partial"] == found["labels"]["style"]["partial"] == 0
         assert found["labels"]["lds"] > 0.1 and found["subsets"] >= 3 and "ceiling" in found
     (folder,) = (f for f in (tmp_path / "tables").iterdir() if not f.is_symlink())
-    assert {"metrics.json", "table.md"} == {p.name for p in folder.iterdir()}
+    plots = {"lds": {"predicted.png", "removed.png"}, "counterfactual": {"drops.png"}}
+    wanted = {"metrics.json", "table.md"} | plots.get(test, set())
+    assert wanted == {p.name for p in folder.iterdir()}
+    for picture in folder.glob("*.png"):
+        with Image.open(picture) as shown:
+            assert min(shown.size) > 300 and np.ptp(np.asarray(shown.convert("L"))) > 200
+
+
+def test_the_fit_of_pictures_is_the_one_beside_their_rows(tmp_path):
+    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.evaluation.rankers import train_store
+    from concept_trak.evaluation.retraining.tables.lies import llr_of
+
+    corpus = Corpus(tables_settings(tmp_path), "cpu")
+    rows = range(30, 34)
+    beside = train_store(corpus).losses()[rows.start : rows.stop]
+    assert llr_of(corpus, rows) == pytest.approx(beside, rel=1e-3, abs=1e-6)
 
 
 def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):

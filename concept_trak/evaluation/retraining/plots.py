@@ -1,0 +1,113 @@
+"""What the tables of truth say, as pictures: matplotlib figures, drawn without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .lds import Curve, Predicted
+
+OURS, KNOWN = "concept_trak", "labels"  # drawn strongest; what knows the truth, dashed
+INCHES, DPI = 4.2, 110  # of one panel
+
+
+def panels(titles: Sequence[str], height: float = INCHES) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel a title, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((INCHES * len(titles), height), dpi=DPI, layout="constrained")
+    axes = [figure.add_subplot(1, len(titles), i + 1) for i in range(len(titles))]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def presence_against_removed(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """{kind: {ranker: curve}}: how much of a concept is left when some of the pictures that a
+    ranker puts on top were not learned. The lower a line falls, the more they had taught.
+    """
+    figure, axes = panels([f"{kind}s" for kind in curves])
+    for axis, (kind, of_kind) in zip(axes, curves.items(), strict=True):
+        for place, (name, curve) in enumerate(of_kind.items()):
+            style = _style(name, place)
+            axis.plot(curve.removed, curve.mean, label=name, **style)
+            if name in (OURS, KNOWN):
+                axis.fill_between(
+                    curve.removed, curve.low, curve.high, alpha=0.15, color=style["color"], lw=0
+                )
+        axis.set_xlabel(f"how many of a ranker's top {curve.top} were not learned")
+        axis.set_ylabel(f"presence of the {kind} (1: all learned)")
+    axes[0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def predicted_against_measured(points: Mapping[str, Predicted]) -> Figure:
+    """{ranker: its predictions of the objects}: a point is a concept in a subset's model."""
+    titles = [f"{n}: Spearman {p.lds:.2f}, partial {p.partial:.2f}" for n, p in points.items()]
+    figure, axes = panels(titles)
+    for axis, p in zip(axes, points.values(), strict=True):
+        axis.scatter(p.predicted, p.measured, s=9, alpha=0.4, lw=0, color="C0")
+        _trend(axis, p.predicted, p.measured)
+        axis.set_xlabel("predicted: summed scores of what is kept (z)")
+        axis.set_ylabel("measured presence (z)")
+    return figure
+
+
+def drops(told: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Any]) -> Figure:
+    """{kind: {arm: figures}} of `counterfactual.drops`: what was lost without these pictures."""
+    there = {kind: arms for kind, arms in told.items() if arms}
+    tallest = max(len(arms) for arms in there.values())
+    figure, axes = panels([f"{kind}s" for kind in there], 1.2 + 0.34 * tallest)
+    for axis, (kind, arms) in zip(axes, there.items(), strict=True):
+        names = sorted(arms, key=lambda name: arms[name]["target_drop"])
+        for offset, figure_name, label in (
+            (0.18, "target_drop", f"the {kind}s whose pictures were removed"),
+            (-0.18, "untouched_drop", f"other {kind}s"),
+        ):
+            _bars(axis, names, arms, figure_name, offset, label)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.axvline(0, color="0.3", lw=0.8)
+        if noise.get(kind):
+            spread = noise[kind]["target_drop"]
+            axis.axvspan(-spread, spread, color="0.85", zorder=0, label="between seeds")
+        axis.set_xlabel("drop of presence, in units of its mean")
+        axis.legend(fontsize=7, frameon=False, loc="lower right")
+    return figure
+
+
+def _bars(
+    axis: Axes, names: list[str], arms: Mapping[str, Any], which: str, offset: float, label: str
+) -> None:
+    shown = [(place, arms[name]) for place, name in enumerate(names) if which in arms[name]]
+    if shown:
+        values = np.array([told[which] for _, told in shown])
+        ends = np.array([told[f"{which}_ci95"] for _, told in shown]).T
+        axis.barh(
+            [place + offset for place, _ in shown],
+            values,
+            0.34,
+            xerr=np.abs(ends - values),
+            error_kw={"lw": 0.8},
+            label=label,
+        )
+
+
+def _trend(axis: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Means of y in tenths of x, as a line."""
+    parts = np.array_split(np.argsort(x), 10)
+    axis.plot([x[p].mean() for p in parts], [y[p].mean() for p in parts], color="C3", lw=2)
+
+
+def _style(name: str, place: int) -> dict[str, Any]:
+    if name == OURS:
+        return {"color": "C3", "lw": 2.4, "zorder": 3}
+    if name == KNOWN:
+        return {"color": "0.1", "lw": 1.6, "ls": "--", "zorder": 2}
+    return {"color": f"C{(place % 9 + 4) % 10}", "lw": 1}

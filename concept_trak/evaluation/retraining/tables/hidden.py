@@ -1,0 +1,68 @@
+"""Hidden concepts: are pictures found whose caption leaves the concept out?"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from ....attribution.corpus import Corpus
+from .. import hidden, lies
+from ..asked import ask, corpus_of
+from ..fleet import presences_of
+from ..plan import KINDS, Subset, groups, hidden_plan
+from ..shared import (
+    SEEDS,
+    bench_of,
+    damping_of,
+    figures_markdown,
+    joined,
+    measured_part,
+    model_of,
+    plan_of,
+    rankings,
+    written,
+)
+
+
+def table(corpus: Corpus) -> dict[str, Any]:
+    """{kind: {ranker: figures}, "taught"} over the "report" concepts and the seeds there are."""
+    data, held_out = corpus.train, corpus.everything.split("held_out")
+    plan = plan_of(corpus, "hidden", lambda: hidden_plan(data, SEEDS))
+    there = measured_part(corpus, plan, 2)
+    presences = presences_of(bench_of(corpus), there, held_out)
+    each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
+    effects: list[dict[str, Any]] = []
+    for learned, gone in zip(plan.subsets[::2], plan.subsets[1::2], strict=True):
+        if {learned.name, gone.name} <= presences.keys():
+            kind = hidden.kind_of(learned)
+            both = presences[learned.name], presences[gone.name]
+            told = hidden.taught(kind, *both, data, held_out)
+            effects.append({"kind": kind, "seed": learned.seed, **told})
+            for name, figures in _hidden_of(corpus, learned).items():
+                each[kind].setdefault(name, []).append(figures)
+    found: dict[str, Any] = {
+        kind: {name: lies.summary(joined(parts)) for name, parts in rankers.items()}
+        for kind, rankers in each.items()
+    }
+    markdown = figures_markdown(found, hidden.FIGURES)
+    return written(corpus, "hidden", found | {"taught": effects}, markdown)
+
+
+def _hidden_of(corpus: Corpus, subset: Subset) -> dict[str, dict[str, np.ndarray]]:
+    """{ranker: figures} of the "report" concepts on one model."""
+    kind, data = hidden.kind_of(subset), corpus.train
+    asking = corpus_of(corpus, model_of(corpus, "hidden", subset), subset)
+    asked = ask(asking, corpus.everything.split("held_out"))
+
+    def at(group: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        names = groups(data)[group][kind]
+        return hidden.figures(asked.mean(values, kind, names)[0], data, subset, names)
+
+    found = {}
+    for name, values in rankings(asking, asked).items():
+        quality = [at("tune", values[[d]])["auc_hidden"].mean() for d in range(len(values))]
+        d = damping_of(name, corpus, values, functools.partial(int, np.argmax(quality)))
+        found[name] = at("report", values[[d]])
+    return found
