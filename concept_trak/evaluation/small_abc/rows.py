@@ -103,7 +103,8 @@ def exemplar_rows(corpus: Corpus, token: Token, caption: str, folder: Path) -> n
             for p in token.pictures
         ]
         x0 = model.encode_images(np.stack(small))
-        made = make_rows(corpus, x0, model.encode_prompts([caption] * len(x0)))
+        captions = [caption] * len(x0)
+        made = make_rows(corpus, x0, model.encode_prompts(captions), captions)
         return torch.cat([made.values, made.losses[:, None]], 1).cpu().numpy()
 
     kind = "captioned" if TOKEN in caption else "blind"

@@ -65,7 +65,8 @@ def scores_of(asked: Asked, name: str) -> Scores:
     """One method by gradients, at every damping."""
     method, ranker = METHODS[name], METHODS[name].ranker(asked.corpus)
     weighted = method.weighted and OBJECTIVES.get(ranker.corpus.settings.f).row_weight is not None
-    store, folder = ranker._train, folder_of(ranker.corpus, ranker._train) / name
+    store = ranker._train
+    folder = folder_of(ranker.corpus, store) / ("concept" if ranker.per_concept else "whole")
     queries, captioned = [], {}
     for token in asked.asked():
         learned(ranker.corpus, token, asked.work)
