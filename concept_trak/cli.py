@@ -246,6 +246,7 @@ VERBS = {
 # arguments.
 WITH_OWN_FLAGS = (
     *("evaluation.bench.command", "evaluation.retraining.command", "evaluation.labelled.command"),
+    *("evaluation.small_abc.command", "evaluation.overview"),
     *("workshop.tokens.command", "workshop.fetch.download"),
 )
 
