@@ -115,3 +115,16 @@ run_verb() {
     # An empty array counts as unset for `set -u` in bash before 4.4 (macOS has 3.2), hence the ${...+...} form.
     run_cli "$1" ${FLAGS[@]+"${FLAGS[@]}"} "${@:2}"
 }
+
+# Variables of the benchmarks of labelled pictures alone.
+LABELLED_VARIABLES=(
+    STAGE QUICK SEEDS REFERENCE_SEEDS NETWORKS SAMPLES COUNT STEPS SIZE SHAPES COLORS HELD_OUT ATTRIBUTES SOURCE LDS_SUBSETS
+    TRUTH_STEPS WORK
+)
+
+# labelled BENCHES ARGUMENT...: set-up, then the verb of that name with the caller's variables.
+labelled() {
+    ensure_env
+    flags_from_env "${SETTING_VARIABLES[@]}" "${LABELLED_VARIABLES[@]}"
+    run_cli labelled --benches "$1" ${FLAGS[@]+"${FLAGS[@]}"} "${@:2}"
+}

@@ -584,7 +584,15 @@ def sub_commands():
 def test_every_setting_is_a_flag_of_every_verb_that_computes():
     downloads = {"download-abc", "download-train-grad"}  # no setting bears on what computes nothing
     verbs = sub_commands()
-    assert set(verbs) == {*cli.VERBS, "bench", "train-token", "truth", "export", *downloads}
+    assert set(verbs) == {
+        *cli.VERBS,
+        "bench",
+        "labelled",
+        "train-token",
+        "truth",
+        "export",
+        *downloads,
+    }
     flags = {f"--{name.replace('_', '-')}" for name in names()}
     for verb in set(verbs) - downloads:
         assert flags <= set(verbs[verb]._option_string_actions)

@@ -84,8 +84,13 @@ def generated(
     else:
         noise, how = x_T.expand(len(prompts), -1, -1, -1), generation(settings)
         drawn = sample(model, list(prompts), noise, how, settings.batch_size)
-    keys = ("gen_guidance_scale", "gen_num_inference_steps", "negative_prompt", "dtype")
-    source = {"generated": {"seed": seed, **{k: getattr(settings, k) for k in keys}}}
+    source = source_of(settings, seed)
     pixels = [np.asarray(picture) for x0 in drawn.split(64) for picture in model.decode(x0)]
     parts = zip(prompts, drawn.split(1), pixels, strict=True)
     return [Picture(prompt, x0, x_T, shown, source) for prompt, x0, shown in parts]
+
+
+def source_of(settings: Settings, seed: int) -> dict[str, Any]:
+    """`Picture.source` of a sample."""
+    keys = ("gen_guidance_scale", "gen_num_inference_steps", "negative_prompt", "dtype")
+    return {"generated": {"seed": seed, **{k: getattr(settings, k) for k in keys}}}
