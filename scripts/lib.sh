@@ -106,7 +106,7 @@ ensure_env() {
 
 # run_cli VERB ARGUMENT...: the command line, with this checkout's code from any working folder.
 run_cli() {
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 "$PYTHON" -m concept_trak "$@"
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CONCEPT_TRAK_FROM_ENV=1 "$PYTHON" -m concept_trak "$@"
 }
 
 # run_verb VERB ARGUMENT...: set-up, then the verb with the caller's variables. Arguments come last and so win over variables.
