@@ -299,7 +299,8 @@ VERBS = {
 # arguments.
 WITH_OWN_FLAGS = (
     *("evaluation.bench.command", "evaluation.retraining.command", "evaluation.labelled.command"),
-    *("evaluation.small_abc.command", "evaluation.overview"),
+    *("evaluation.small_abc.command", "evaluation.overview", "evaluation.cad.command"),
+    "report.weights_command",
     *("workshop.tokens.command", "workshop.fetch.download"),
 )
 

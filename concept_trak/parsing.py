@@ -25,6 +25,16 @@ UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+# Roles of weights (`components.roles`); PAPER is the published choice, with its rule.
+KINDS = ("self_attention", "cross_attention")
+PARTS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "out"}
+ROLES = (
+    "feed_forward",
+    *(f"{kind}.{part}" for kind in KINDS for part in PARTS.values()),
+    *("convolution", "time", "projection"),
+)
+PAPER = "paper"
+SELECTIONS = (PAPER, "all", *KINDS, *ROLES)
 
 
 @dataclass(frozen=True)
@@ -169,3 +179,13 @@ def parse_methods(text: str) -> list[str]:
     if bad := [name for name in names if name not in known]:
         raise UserError(f"METHODS names {bad[0]!r}; choose among {', '.join(known)}")
     return names
+
+
+def refuse_selection(text: str) -> None:
+    """UserError for a SELECTION that names no role of weights."""
+    for part in (part.strip() for part in text.split("|")):
+        if part not in SELECTIONS:
+            known = ", ".join(SELECTIONS)
+            raise UserError(
+                f"SELECTION names {part!r}; give one of, or several with '|' between, {known}"
+            )

@@ -79,6 +79,9 @@ NOT_DECIDING = {
     *("gpu_id", "gpu_ids", "batch_size", "max_memory", "num_split", "shards", "num_queries"),
     *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
     *("force_recompute_concept_grad", "repair", "retrain", "truth_dir"),
+    # what is asked of the weights decides no ranking of pictures
+    *("concept", "base_prompt", "ratio", "selection", "granularity", "operator", "strength"),
+    *("score_seeds", "spare", "edits", "export", "judged"),
 }
 
 
