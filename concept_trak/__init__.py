@@ -16,6 +16,7 @@ ROOMS = (
     "store",
     "scoring",
     "attribution",
+    "components",
     "report",
     "workshop",
     "evaluation",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,16 @@ UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+# Roles of weights (`components.roles`); PAPER is the published choice, with its rule.
+KINDS = ("self_attention", "cross_attention")
+PARTS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "out"}
+ROLES = (
+    "feed_forward",
+    *(f"{kind}.{part}" for kind in KINDS for part in PARTS.values()),
+    *("convolution", "time", "projection"),
+)
+PAPER = "paper"
+SELECTIONS = (PAPER, "all", *KINDS, *ROLES)
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,30 @@ def refuse_no_text(variable: str, value: str) -> None:
 def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:
     """A dataclass field with its `Option`: option(50, "of the picture", "DDIM steps", low=2)."""
     return dataclasses.field(default=default, metadata={"option": Option(help, unit, **about)})
+
+
+def edits(one: str, other: str) -> int:
+    """How many letters must be changed, added, removed or swapped with their neighbour (optimal
+    string alignment).
+    """
+    rows = [list(range(len(other) + 1))]
+    for i, a in enumerate(one, 1):
+        rows.append([i])
+        for j, b in enumerate(other, 1):
+            least = min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (a != b))
+            if i > 1 and j > 1 and (a, one[i - 2]) == (other[j - 2], b):
+                least = min(least, rows[i - 2][j - 2] + 1)
+            rows[i].append(least)
+    return rows[-1][-1]
+
+
+def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The words that `word` may be a slip of the keyboard for, the nearest first: one edit in five
+    letters, and one at least.
+    """
+    room = max(1, len(word) // 5)
+    near = [(edits(word, k), k) for k in known if abs(len(k) - len(word)) <= room]
+    return [k for distance, k in sorted(near) if distance <= room][:most]
 
 
 def parse_numbers(variable: str, text: str, count: int, what: str) -> list[int]:
@@ -145,3 +179,13 @@ def parse_methods(text: str) -> list[str]:
     if bad := [name for name in names if name not in known]:
         raise UserError(f"METHODS names {bad[0]!r}; choose among {', '.join(known)}")
     return names
+
+
+def refuse_selection(text: str) -> None:
+    """UserError for a SELECTION that names no role of weights."""
+    for part in (part.strip() for part in text.split("|")):
+        if part not in SELECTIONS:
+            known = ", ".join(SELECTIONS)
+            raise UserError(
+                f"SELECTION names {part!r}; give one of, or several with '|' between, {known}"
+            )

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .parsing import number_ranges, option, parse_gpu_ids, parse_memory, parse_methods, parse_shards
+from .parsing import (
+    number_ranges,
+    option,
+    parse_gpu_ids,
+    parse_memory,
+    parse_methods,
+    parse_shards,
+    refuse_selection,
+)
 from .registry import BENCHMARKS as REGISTERED
 from .registry import OBJECTIVES, unknown
 
@@ -269,7 +277,9 @@ class Evaluation:
 
     num_queries: int = option(0, "at most so many of a kind; 0: all", "queries", low=0)
     methods: str = option(
-        "", "what is compared, e.g. concept_trak,das; empty: all", parse=parse_methods
+        "",
+        "what is compared, e.g. concept_trak,das; empty: all, and for one prompt ours alone",
+        parse=parse_methods,
     )
 
 
@@ -298,6 +308,38 @@ class Truth:
 
 
 @dataclass(frozen=True)
+class Components:
+    """Which weights carry a concept, and what becomes of them."""
+
+    concept: str = option(
+        "", "the words to score; empty: the first of TARGET_CONCEPTS in PROMPT, or PROMPT"
+    )
+    base_prompt: str = option("", "what the concept is held against")
+    ratio: float = option(0.02, "share of the selected weights to edit", high=1, low=1e-9)
+    selection: str = option(
+        "cross_attention",
+        "which weights, '|' between alternatives; paper: the published choice and rule",
+        parse=refuse_selection,
+    )
+    granularity: str = option(
+        "scalar",
+        "what is edited as one: scalar, row, column, head, module",
+        choices=("scalar", "row", "column", "head", "module"),
+    )
+    operator: str = option(
+        "zero",
+        "what becomes of the weights: zero, scale, mean (of their row), gradient (steps)",
+        choices=("zero", "scale", "mean", "gradient"),
+    )
+    strength: float = option(1.0, "of the operators scale and gradient", low=0, high=100)
+    score_seeds: int = option(4, "trajectories over which scores are averaged", "seeds", low=1)
+    spare: str = option("", "concepts whose weights to leave alone, separated by '|'")
+    edits: str = option("", "edits to apply before, files separated by '|'")
+    export: str = option("", "folder for the edited pipeline, for diffusers to load")
+    judged: int = option(200, "of the target, a headline cell of the evaluation", "pictures", low=4)
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run depends on, by stage; each field can be read by its own name, too.
 
@@ -318,6 +360,7 @@ class Settings:
     evaluation: Evaluation = Evaluation()
     tasks: Tasks = Tasks()
     truth: Truth = Truth()
+    components: Components = Components()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
@@ -412,6 +455,16 @@ def digest(value: Any) -> str:
     import json
 
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def version() -> str:
+    """Of this package."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("concept-trak")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "of a checkout"
 
 
 def provenance() -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""An edit of a model's weights as a file: safetensors of positions, old and new values.
+
+    {name}/index [n] int64, {name}/old [n], {name}/new [n]        and what made it as metadata
+
+An edit belongs to one model: it is refused where the network's shapes or its fp32 weights are
+others than those it was made for. Edits of one model stack in any order; where two touch the same
+weight, the later finds there what the earlier wrote, and undoing it, last first, puts that back. So
+apply and undo are exact to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ..errors import UserError
+from ..files import write_bytes
+from ..reading import read_safetensors
+from .operators import put
+
+MEND = "make the edit again with run_erase.sh or run_amplify.sh"
+FIELDS = ("index", "old", "new")
+
+
+def network_hash(network: nn.Module) -> str:
+    """sha256 over names, shapes and exact values of a network's weights: what an edit is bound to.
+
+    Unlike `models.identity` it tells fp16 and fp32 weights apart, since an edit holds values.
+    """
+    whole = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        whole.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        whole.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Values at flat positions. changes {name: (index [n], old [n], new [n])}. model: see
+    `network_hash`, of the network before any edit. about: what made it (JSON).
+    """
+
+    model: str
+    changes: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Scalars that it touches."""
+        return sum(len(index) for index, _, _ in self.changes.values())
+
+    def digest(self) -> str:
+        """sha256 of what it does, whatever made it."""
+        whole = hashlib.sha256(self.model.encode())
+        for name, values in sorted(self.changes.items()):
+            whole.update(name.encode())
+            for part in values:
+                whole.update(part.cpu().contiguous().numpy().tobytes())
+        return whole.hexdigest()
+
+
+def make_edit(
+    network: nn.Module,
+    new: Mapping[str, torch.Tensor],
+    picked: Mapping[str, torch.Tensor],
+    base: str = "",
+) -> Edit:
+    """The edit that writes `new` [n] at the positions `picked` [n] of a network.
+
+    base: hash of the network without edits, where it has some or the hash is known.
+    """
+    weights, changes = dict(network.named_parameters()), {}
+    for name, index in picked.items():
+        old = weights[name].detach().flatten()[index.to(weights[name].device)].cpu()
+        changes[name] = (index.cpu(), old, new[name].detach().cpu().to(old.dtype))
+    return Edit(base or network_hash(network), changes)
+
+
+def save_edit(path: Path, edit: Edit) -> None:
+    """Write it. UserError for a disk that does not take it."""
+    tensors = {
+        f"{name}/{part}": value.contiguous()
+        for name, values in edit.changes.items()
+        for part, value in zip(FIELDS, values, strict=True)
+    }
+    told = {"model": edit.model, "digest": edit.digest(), "about": json.dumps(edit.about)}
+    write_bytes(path, save(tensors, metadata=told))
+
+
+def load_edit(path: str | Path) -> Edit:
+    """Read what `save_edit` wrote. UserError for a file that is missing, cut off or no edit."""
+    path = Path(path)
+    tensors = read_safetensors(path, MEND)
+    with safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+    names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+    try:
+        changes = {n: tuple(tensors[f"{n}/{part}"] for part in FIELDS) for n in names}
+        edit = Edit(told["model"], changes, json.loads(told["about"]))
+    except (KeyError, ValueError):
+        raise UserError(f"{path} is no edit of a model's weights; {MEND}") from None
+    if edit.digest() != told.get("digest"):
+        raise UserError(f"{path} is not what was written; {MEND}")
+    return edit
+
+
+class EditedNetwork:
+    """A network with a stack of edits on it. Attributes: network; base, its hash without edits;
+    stack, the edits in the order they were applied.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.base = network, network_hash(network)
+        self.stack: list[Edit] = []
+        self._kept: list[dict[str, torch.Tensor]] = []  # what stood where each edit wrote
+
+    def apply(self, edit: Edit) -> None:
+        """Write the edit's new values. UserError for an edit of another model."""
+        if edit.model != self.base:
+            made_for = edit.about.get("model_path", edit.model[:10])
+            raise UserError(
+                f"this edit was made for another model ({made_for}); load that one with "
+                "SD_MODEL_PATH and DTYPE, or make the edit again"
+            )
+        weights, kept = dict(self.network.named_parameters()), {}
+        for name, (index, _, new) in edit.changes.items():
+            weight = weights[name]
+            kept[name] = weight.detach().flatten()[index.to(weight.device)].clone()
+            put(weight, index.to(weight.device), new)
+        self.stack.append(edit)
+        self._kept.append(kept)
+
+    def undo(self) -> Edit:
+        """Take the last edit back, to the bit, and return it. UserError where there is none."""
+        if not self.stack:
+            raise UserError("there is no edit to undo; apply one first")
+        weights, edit = dict(self.network.named_parameters()), self.stack.pop()
+        for name, values in self._kept.pop().items():
+            put(weights[name], edit.changes[name][0].to(values.device), values)
+        return edit
+
+    def __enter__(self) -> EditedNetwork:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self.stack:
+            self.undo()

@@ -1,0 +1,8 @@
+"""Does an edit of the weights that component attribution names erase a concept, and only that?
+
+bed.py           models, prompts and pictures; the judge's rates before and after an edit
+controls.py      other weights, as many and of the same layers
+faithfulness.py  predicted against true effect of random knock-outs
+tuning.py        ratio, selection, granularity and operator, on objects that are not reported
+table.py         the table
+"""

@@ -1,0 +1,62 @@
+"""Measured cells on the disk: one JSON file a (target, edit), so that a run goes on where it ended.
+
+A cell is known by everything that decides it: the model, the judge, the target, the edit's plan and
+the numbers of pictures. A finished one is never made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...files import make_folder, write_json
+from ...reading import read_json
+from ...scoring.metrics import bootstrap_interval
+from ...settings import digest
+from .bed import DRAW_STEPS, Bed, Target
+
+MEND = "delete it, and it is measured again"
+
+
+class Cells:
+    """The folder RESULTS_DIR/../cad/cells of a bed."""
+
+    def __init__(self, bed: Bed) -> None:
+        self.bed = bed
+        s = bed.corpus.settings
+        self.folder = make_folder(Path(s.results_dir).parent / "cad/cells")
+        self.origin = [bed.model.identity(), bed.corpus.data.content_hash(), DRAW_STEPS]
+        self.origin += [bed.guidance, bed.num_seeds]
+
+    def cell(self, target: Target, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured before, or what `make` measures now. what: of the target (JSON)."""
+        name = f"{target.kind}-{target.name}".replace(" ", "_")
+        path = self.folder / f"{name}-{digest([*self.origin, name, what])}.json"
+        if not path.exists():
+            write_json(path, make() | {"what": what})
+        return read_json(path, MEND)
+
+
+def rate(hits: list[int] | np.ndarray) -> dict[str, Any]:
+    """{"value", "ci95"}: a share with its bootstrap interval over pictures."""
+    values = np.asarray(hits, dtype=np.float64)
+    low, high = bootstrap_interval(values)
+    return {"value": float(values.mean()), "ci95": [float(low), float(high)]}
+
+
+def figures(target: Target, cell: dict[str, Any], bare: dict[str, Any]) -> dict[str, Any]:
+    """UA, IRA and CRA of a cell beside the unedited model's cell of the same target."""
+    other = "style" if target.kind == "object" else "object"
+    ua = rate(1 - np.asarray(cell["shown"]))
+    found = {"ua": ua["value"], "ua_ci95": ua["ci95"]}
+    for name, kind in (("ira", target.kind), ("cra", other)):
+        n = len(cell[kind])
+        after, before = np.asarray(cell[kind]), np.asarray(bare[kind])[:n]
+        interval = rate(after)["ci95"]
+        share = 1 / max(before.mean(), 1e-9)
+        found[name] = float(after.mean() * share)
+        found[f"{name}_ci95"] = [float(end * share) for end in interval]
+    return found | {"became": cell["became"], "pictures": [len(cell["shown"]), n]}

@@ -1,0 +1,55 @@
+"""`concept-trak cad-eval` and `cad-bench-sd14`: the table of component attribution on the embedded
+model, and what scores cost on the architecture of Stable Diffusion.
+
+The last line of output is one JSON object; experiments/cad/README.md explains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ...flags import add_setting_flags, settings_of
+
+
+def add_parser(verbs: Any) -> None:
+    """The sub-commands `cad-eval` and `cad-bench-sd14`."""
+    says = "Erase concepts from the weights, and let the judge say what is gone and what is kept."
+    sub = verbs.add_parser("cad-eval", help=says, description=says)
+    uses = ("judged", "num_queries", "score_seeds", "gen_guidance_scale", "results_dir", "model")
+    add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run)
+    says = "Time component scores on the architecture of Stable Diffusion, with random weights."
+    sub = verbs.add_parser("cad-bench-sd14", help=says, description=says)
+    add_setting_flags(sub, ("selection", "device", "gpu_id"))
+    sub.set_defaults(run=run_bench)
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    """See `sd14.bench`."""
+    given = settings_of(arguments)
+    from ...models.device import pick_device
+    from .sd14 import bench
+
+    bench(given, pick_device(given.device, given.gpu_id))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print the table and its line."""
+    given = settings_of(arguments)
+    from ...attribution.corpus import Corpus
+    from ...models.device import pick_device
+    from ..results import results, write_metrics
+    from .bed import Bed
+    from .table import Size, evaluate, line
+
+    device = pick_device(given.device, given.gpu_id)
+    corpus = Corpus(given.on(device), device)
+    size = Size.of(given.judged, given.num_queries)
+    found = line(evaluate(Bed(corpus), size))
+    model, data = corpus.model.identity(), corpus.data.content_hash()
+    made_from = [model, data, given.score_seeds, given.judged]
+    with results(corpus.settings, "cad", "table", made_from) as folder:
+        write_metrics(folder, "metrics", found, corpus.settings)
+    print(json.dumps(found))

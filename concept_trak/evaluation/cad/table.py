@@ -1,0 +1,200 @@
+"""The table of `run_eval.sh`: does an edit erase, and only that? See the module docstrings of
+`bed`, `tuning`, `controls` and `faithfulness` for each part.
+
+Parts are measured in the order of their worth, cell by cell; a run that ends goes on there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...components.concept import edit_of, edited_values, scores_of
+from ...components.edits import EditedNetwork, make_edit
+from ...components.objective import AIMS
+from ...components.roles import select
+from ...components.selection import Chosen
+from ...scoring.metrics import bootstrap_interval
+from . import faithfulness
+from .bed import Bed, Target
+from .cells import Cells, rate
+from .controls import CONTROLS, ranked_by, same_counts
+from .tuning import COUNTS, Key, Measured, plan_from, tune
+
+GOALS = {"object": (0.95, 0.97, 0.95), "style": (0.90, 0.92, 0.97)}  # UA, IRA, CRA
+CONTROLLED = 8  # objects under every control
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of a run. headline: pictures of the target and of what is kept. controls: the same
+    for each control. targets: at most so many of a kind, 0: all. masks, judged: of faithfulness.
+    """
+
+    headline: tuple[int, int]
+    controls: tuple[int, int]
+    targets: int = 0
+    masks: int = 500
+    judged: int = 64
+
+    @staticmethod
+    def of(judged: int, targets: int) -> Size:
+        """From JUDGED and NUM_QUERIES; few masks where that bounds the targets."""
+        few, masks = max(4, judged // 4), (6, 2) if targets else (500, 48)
+        return Size((judged, judged), (few, few), targets, *masks)
+
+
+def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
+    """Measure everything there is to measure; see the module docstring."""
+    measured = Measured(bed, Cells(bed))
+    few = size.controls if size.targets else COUNTS
+    chosen = tune(measured, few)
+    targets = {k: bed.targets[k][: size.targets or None] for k in ("object", "style")}
+    found: dict[str, Any] = {"chosen": chosen, "pictures": list(size.headline)}
+    for name in ("best", "paper"):
+        found[name] = {
+            kind: {t.name: measured.figures(t, chosen[name], size.headline) for t in each}
+            for kind, each in targets.items()
+        }
+    found["controls"] = _controls(measured, targets["object"][:CONTROLLED], size, chosen["best"])
+    found["faithfulness"] = _faithful(measured, targets["object"][:2], size, chosen["best"])
+    found["amplify"] = _amplified(measured, targets["object"][:CONTROLLED], size, chosen["best"])
+    return found
+
+
+def _controls(measured: Measured, targets: list[Target], size: Size, key: Key) -> dict[str, Any]:
+    """{control: UA over targets with its interval, and CAD's own on the same pictures}."""
+    hits: dict[str, list[np.ndarray]] = {name: [] for name in ("cad", *CONTROLS)}
+    for i, target in enumerate(targets):
+        other = targets[i - 1] if len(targets) > 1 else measured.bed.targets["tune"][0]
+        hits["cad"].append(measured.cell(target, key, size.controls)["shown"])
+        for name in CONTROLS:
+            cell = _control(measured, (target, other), name, key, size.controls)
+            hits[name].append(cell["shown"])
+    return {n: rate(1 - np.concatenate([np.asarray(h) for h in each])) for n, each in hits.items()}
+
+
+def _control(
+    measured: Measured, pair: tuple[Target, Target], name: str, key: Key, counts: tuple[int, int]
+) -> dict[str, Any]:
+    """Of a pair (target, another concept), as many weights in the same tensors by a control."""
+    bed, plan, target = measured.bed, plan_from(key), pair[0]
+
+    def make() -> dict[str, Any]:
+        model, asked = bed.model, bed.asked(target)
+        among = select(model.network, plan.selection)
+        elsewhere = measured.scores(pair[1]) if name == "other_concept" else None
+        scores = measured.spared(target, key)
+        edit, _ = edit_of(model, scores, plan, asked)
+        values = ranked_by(name, model, among, scores, (asked, elsewhere))
+        picked = same_counts(values, {k: index for k, (index, _, _) in edit.changes.items()})
+        new = {k: edit.changes[k][2] for k in picked}
+        if plan.operator.name != "zero":  # else what the edit writes there is right as it is
+            aim = AIMS["erase"]
+            new = edited_values(model, Chosen(picked, (), 0), plan, asked, aim)
+        return bed.measure(target, make_edit(model.network, new, picked, edit.model), counts)
+
+    return measured.cells.cell(target, ["control", name, pair[1].name, *key, *counts], make)
+
+
+def _faithful(measured: Measured, targets: list[Target], size: Size, key: Key) -> dict[str, Any]:
+    """Pearson of predicted and true changes under the plan's selection, mean over targets."""
+    values: dict[str, list[float]] = {"fixed": [], "anew": [], "judge": []}
+    each, judged = size.masks // len(targets), size.judged // len(targets)
+    for target in targets:
+        args = measured.bed, target, key[0], each, judged
+        what = ["faithfulness", key[0], each, judged]
+        cell = measured.cells.cell(target, what, lambda a=args: faithfulness.measure(*a))
+        for name, found in values.items():
+            r = faithfulness.correlation(cell["predicted"], cell[name])
+            found += [] if r is None else [r]
+    return {n: float(np.mean(v)) if v else None for n, v in values.items()} | {
+        "masks": each * len(targets),
+        "masks_judged": judged * len(targets),
+    }
+
+
+def _amplified(measured: Measured, targets: list[Target], size: Size, key: Key) -> dict[str, Any]:
+    """Concepts that were erased, then amplified: the judge's rate before and after."""
+    gains, kept = [], []
+    for target in targets:
+        cell = measured.cells.cell(
+            target,
+            ["amplify", *key, *size.controls],
+            lambda t=target: _recalled(measured, t, size.controls, key),
+        )
+        erased = measured.cell(target, key, size.controls)
+        gains.append(np.mean(cell["shown"]) - np.mean(erased["shown"]))
+        kept.append(np.mean(cell["object"]) / max(np.mean(erased["object"]), 1e-9))
+    low, high = bootstrap_interval(np.array(gains))
+    return {
+        "gain": float(np.mean(gains)),
+        "gain_ci95": [float(low), float(high)],
+        "kept": float(np.mean(kept)),
+    }
+
+
+AMPLIFIED = 0.005  # share of the weights that amplifying removes; higher ratios hurt the rest
+
+
+def _recalled(
+    measured: Measured, target: Target, counts: tuple[int, int], key: Key
+) -> dict[str, Any]:
+    """The judge's view after an erasing edit and an amplifying one, from real pictures, on top."""
+    bed, plan = measured.bed, plan_from(key)
+    model, corpus = bed.model, bed.corpus
+    asked = bed.asked(target)
+    edit, _ = edit_of(model, measured.spared(target, key), plan, asked)
+    rows = [i for i, r in enumerate(corpus.train.records) if r[target.kind] == target.name]
+    real = replace(asked, real=corpus.latents[rows], num_seeds=len(rows))
+    with EditedNetwork(model.network) as edited:
+        edited.apply(edit)
+        among = select(model.network, plan.selection)
+        scores = scores_of(model, real, AIMS["amplify"], among)
+        on_top = plan_from((key[0], AMPLIFIED, "scalar", "zero", 0.0))
+        again, _ = edit_of(model, scores, on_top, real, edited.base)
+        bed.mirror(edit)
+        try:
+            before = {k: (i, _at(model, k, i), n) for k, (i, _, n) in again.changes.items()}
+            return bed.measure(target, replace(again, changes=before), counts)
+        finally:
+            bed.mirror(edit, undo=True)
+
+
+def _at(model: Any, name: str, index: Any) -> Any:
+    """What stands at positions of a weight."""
+    return model.network.get_parameter(name).detach().flatten()[index].clone()
+
+
+def line(found: dict[str, Any]) -> dict[str, Any]:
+    """The one line of JSON: the best plan's cells, and what became of the goals."""
+    best, meeting = found["best"], {}
+    for kind, goals in GOALS.items():
+        each = best[kind].values()
+        ok = (
+            all(f[n] >= g for n, g in zip(("ua", "ira", "cra"), goals, strict=True)) for f in each
+        )
+        meeting[kind] = sum(ok)
+    controls = dict(found["controls"])
+    cad = controls.pop("cad")
+    pearson = found["faithfulness"]
+    return {
+        "objects": best["object"],
+        "styles": best["style"],
+        "paper": found["paper"],
+        "chosen": {k: found["chosen"][k] for k in ("best", "paper")},
+        "tried": found["chosen"]["tried"],
+        "pictures": found["pictures"],
+        "objects_meeting": meeting["object"],
+        "styles_meeting": meeting["style"],
+        "controls": found["controls"],
+        "controls_beaten": all(cad["ci95"][0] > c["ci95"][1] for c in controls.values()),
+        "faithfulness": found["faithfulness"],
+        "pearson_j": pearson["fixed"],
+        "pearson_judge": pearson["judge"],
+        "amplify_gain": found["amplify"]["gain"],
+        "amplify_gain_ci95": found["amplify"]["gain_ci95"],
+        "amplify_kept": found["amplify"]["kept"],
+    }

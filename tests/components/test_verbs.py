@@ -1,0 +1,92 @@
+"""The verbs: scores and edits as files and a page; an exported pipeline; one line for bad input."""
+
+import json
+
+import pytest
+import torch
+
+from concept_trak import cli
+from concept_trak.components.edits import EditedNetwork, load_edit
+from concept_trak.components.keep import load_scores
+from concept_trak.errors import UserError
+from concept_trak.models.text_to_image import load_pipeline
+
+
+@pytest.fixture
+def flags(tiny_pipeline, tiny_data, tmp_path):
+    given = {"sd_model_path": tiny_pipeline, "data_dir": tiny_data, "concept": "cat"}
+    given |= {"gen_num_inference_steps": 3, "score_seeds": 2, "ratio": 0.1, "device": "cpu"}
+    given |= {"results_dir": tmp_path / "results/qual"}
+    return [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
+
+
+def latest(tmp_path):
+    return tmp_path / "results/cad/latest"
+
+
+def test_scores_are_files_and_a_page(flags, tmp_path, capsys):
+    assert cli.main(["cad", *flags]) == 0
+    folder = latest(tmp_path)
+    found, facts = load_scores(folder), json.loads((folder / "scores.json").read_text())
+    assert facts["prompt"] == "a cat" and len(facts["layers"]) == len(found.mean)
+    assert sum(row["share"] for row in facts["layers"]) == pytest.approx(1)
+    assert (folder / "layers.png").stat().st_size > 5000
+    page = (folder / "report.html").read_text()
+    assert "Where “cat” lives" in page and "http" not in page.replace("http-equiv", "")
+    tensors = (folder / "scores.safetensors").read_bytes()
+    (folder / "scores.safetensors").write_bytes(tensors[:-4])
+    with pytest.raises(UserError):
+        load_scores(folder)
+    assert capsys.readouterr().out.strip().endswith("report.html")
+
+
+@pytest.mark.parametrize("verb", ["cad-erase", "cad-amplify"])
+def test_an_edit_is_a_file_a_page_and_a_pipeline_that_diffusers_loads(verb, flags, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "edited"
+    assert cli.main([verb, *flags, f"--export={out}"]) == 0
+    edit = load_edit(latest(tmp_path) / "edit.safetensors")
+    model = load_pipeline(flags[0].partition("=")[2])
+    exported = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    with EditedNetwork(model.network) as edited:
+        edited.apply(edit)
+        for name, weight in exported.unet.named_parameters():
+            assert torch.equal(weight, model.network.get_parameter(name))
+    page = (latest(tmp_path) / "report.html").read_text()
+    assert page.count('alt="before:') == page.count('alt="after:') > 4
+    # on top of it, another one
+    stacked = [*flags, "--concept=dog", f"--edits={latest(tmp_path) / 'edit.safetensors'}"]
+    assert cli.main(["cad-erase", *stacked]) == 0
+    second = load_edit(latest(tmp_path) / "edit.safetensors")
+    assert second.model == edit.model and second.digest() != edit.digest()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--concept=unicorn"], "unknown concept 'unicorn'"),
+        (["--ratio=0"], "RATIO=0.0 is out of range"),
+        (["--ratio=1.5"], "RATIO=1.5 is out of range"),
+        (["--ratio=nan"], "RATIO=nan"),
+        (["--selection=ff"], "SELECTION names 'ff'"),
+        (["--selection=paper", "--ratio=0.001"], "the published rule rounds down"),
+        (["--edits=/nowhere/edit.safetensors"], "/nowhere/edit.safetensors"),
+        (["--granularity=head", "--selection=feed_forward"], "no attention head"),
+        (["--concept=", "--prompt= ", "--target-concepts="], "CONCEPT and PROMPT are empty"),
+        (["--spare=unicorn"], "unknown concept 'unicorn'"),
+    ],
+)
+def test_bad_input_gives_one_line(changes, words, flags, tmp_path, capsys):
+    assert cli.main(["cad-erase", *flags, *changes]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: ") and words in told
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_an_edit_of_another_model_is_refused_in_one_line(flags, other_pipeline, tmp_path, capsys):
+    assert cli.main(["cad-erase", *flags]) == 0
+    path = latest(tmp_path) / "edit.safetensors"
+    others = [f"--sd-model-path={other_pipeline}", f"--edits={path}"]
+    assert cli.main(["cad-erase", *flags, *others]) == 2
+    assert "was made for another model" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,0 +1,129 @@
+"""The table of component attribution: disjoint splits, equal counts, resumed cells, exact twins."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import OBJECTS, STYLES
+
+from concept_trak import cli
+from concept_trak.attribution.corpus import Corpus
+from concept_trak.components.concept import edit_of
+from concept_trak.components.roles import select
+from concept_trak.evaluation.cad import bed as beds
+from concept_trak.evaluation.cad import cells, controls, table, tuning
+from concept_trak.settings import resolve
+from concept_trak.workshop.judge.net import Judge, JudgeSettings
+
+
+@pytest.fixture
+def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    judge = Judge(OBJECTS, STYLES, JudgeSettings(size=8, inner_size=16, width=4)).eval()
+    monkeypatch.setattr(beds, "load_judge", lambda _: judge)
+    monkeypatch.setattr(tuning, "VARIANTS", (("scalar", "gradient", 1.0),))
+    monkeypatch.setattr(tuning, "SELECTIONS", ("cross_attention",))
+    monkeypatch.setattr(tuning, "PAPER_RATIOS", (0.2,))
+    monkeypatch.setattr(tuning, "RATIOS", (0.1,))
+    monkeypatch.setattr(table, "CONTROLS", ("random", "wanda"))
+    monkeypatch.setattr(beds, "DRAW_STEPS", 2)
+    given = {"sd_model_path": tiny_pipeline, "data_dir": tiny_data, "score_seeds": 1}
+    given |= {"judged": 4, "num_queries": 1, "results_dir": tmp_path / "results/qual"}
+    return {k: str(v) if k.endswith(("dir", "path")) else v for k, v in given.items()}
+
+
+@pytest.fixture
+def bed(asked):
+    return beds.Bed(Corpus(resolve("emoji", asked), "cpu"))
+
+
+def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys, monkeypatch):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in asked.items()]
+    assert cli.main(["cad-eval", *flags]) == 0
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    wanted = {"objects", "styles", "objects_meeting", "styles_meeting", "controls_beaten"}
+    wanted |= {"pearson_j", "pearson_judge", "amplify_gain", "amplify_kept"}
+    assert wanted <= set(line)
+    for cell in [*line["objects"].values(), *line["styles"].values()]:
+        assert 0 <= cell["ua"] <= 1 and cell["ua_ci95"][0] <= cell["ua"] <= cell["ua_ci95"][1]
+
+    def never(*_):
+        raise AssertionError("a finished cell was measured again")
+
+    monkeypatch.setattr(beds.Bed, "measure", never)
+    assert cli.main(["cad-eval", *flags]) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line
+
+
+def test_what_is_tuned_is_never_reported_nor_kept(bed):
+    tuned = {t.name for t in bed.targets["tune"]}
+    assert tuned and not tuned & {t.name for t in bed.targets["object"]}
+    assert not tuned & {r["object"] for r in bed.pool}
+    for target in (*bed.targets["object"], *bed.targets["style"]):
+        places = bed.kept(target, 5)
+        assert places and all(bed.pool[i][target.kind] != target.name for i in places)
+
+
+def test_the_twin_that_draws_is_as_it_was_after_an_edit(bed):
+    before = {k: v.clone() for k, v in bed.drawer.network.state_dict().items()}
+    measured = tuning.Measured(bed, cells.Cells(bed))
+    target = bed.targets["object"][0]
+    plan = tuning.plan_from(("cross_attention", 0.5, "scalar", "zero", 0.0))
+    edit, _ = edit_of(bed.model, measured.scores(target), plan, bed.asked(target))
+    bed.measure(target, edit, (2, 2))
+    assert all(torch.equal(v, before[k]) for k, v in bed.drawer.network.state_dict().items())
+    bed.mirror(edit)
+    for name, (index, _, _) in edit.changes.items():
+        assert not bed.drawer.network.get_parameter(name).flatten()[index].any()
+
+
+def test_a_control_takes_as_many_weights_of_the_same_tensors(bed):
+    measured = tuning.Measured(bed, cells.Cells(bed))
+    target, other = bed.targets["object"][0], bed.targets["tune"][0]
+    asked, among = bed.asked(target), select(bed.model.network, "cross_attention")
+    elsewhere = measured.scores(other)
+    scores = measured.scores(target)
+    plan = tuning.plan_from(("cross_attention", 0.2, "scalar", "zero", 0.0))
+    edit, _ = edit_of(bed.model, scores, plan, asked)
+    picked = {k: index for k, (index, _, _) in edit.changes.items()}
+    for name in controls.CONTROLS:
+        values = controls.ranked_by(name, bed.model, among, scores, (asked, elsewhere))
+        got = controls.same_counts(values, picked)
+        assert {k: len(v) for k, v in got.items()} == {k: len(v) for k, v in picked.items()}
+        assert any(not torch.equal(got[k], picked[k]) for k in picked)
+        for key, index in got.items():
+            chosen = torch.zeros(values[key].numel(), dtype=torch.bool)
+            chosen[index] = True
+            flat = values[key].flatten()
+            assert chosen.all() or flat[chosen].min() >= flat[~chosen].max()
+
+
+def test_wanda_norms_are_those_of_the_inputs_on_the_states(bed):
+    asked = bed.asked(bed.targets["object"][0])
+    among = select(bed.model.network, "cross_attention.k")
+    norms = controls.input_norms(bed.model, asked, among)
+    cond, _ = asked.conditions(bed.model)  # keys see the prompt's tokens, ten states of them
+    for c in among:
+        wanted = (10 * cond.embeddings[0].square().sum(0)).sqrt()
+        torch.testing.assert_close(norms[c.name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_figures_are_those_of_unlearncanvas_as_a_share_of_the_unedited_model():
+    target = beds.Target("object", "cat", "a cat")
+    bare = {"object": [1, 1, 1, 0], "style": [1, 1, 0, 0]}
+    cell = {"shown": [1, 0, 0, 0], "object": [1, 1, 0, 0], "style": [1, 0, 0, 0], "became": {}}
+    found = cells.figures(target, cell, bare)
+    assert found["ua"] == 0.75
+    assert found["ira"] == pytest.approx(2 / 3) and found["cra"] == pytest.approx(1 / 2)
+
+
+def test_masks_are_uniform_over_all_scalars(bed):
+    among = select(bed.model.network, "cross_attention")
+    total = sum(c.weight.numel() for c in among)
+    rng = np.random.default_rng(0)
+    drawn = [controls.random_mask(among, 0.1, rng) for _ in range(200)]
+    assert {sum(map(len, d.values())) for d in drawn} == {round(0.1 * total)}
+    for c in among:
+        share = np.mean([len(d.get(c.name, ())) / c.weight.numel() for d in drawn])
+        assert share == pytest.approx(0.1, abs=0.02)
