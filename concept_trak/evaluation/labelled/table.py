@@ -270,16 +270,19 @@ def truth_table(bench: Bench, test: str) -> dict[str, Any]:
 
 
 def lds_markdown(told: Mapping[str, Any]) -> str:
-    """A row a ranker."""
-    lines = ["| method | LDS | partial |", "|---|---|---|"]
+    """A row a ranker: against presences, and against what is drawn."""
+    lines = ["| method | presence: LDS | partial | drawn: LDS | partial |", "|---" * 5 + "|"]
     for name, e in told.items():
         if isinstance(e, dict) and "lds" in e:
             cells = [
-                f"{e[f]:.2f} [{e[i][0]:.2f}, {e[i][1]:.2f}]"
+                f"{part[f]:.2f} [{part[i][0]:.2f}, {part[i][1]:.2f}]"
+                for part in (e, e["drawn"])
                 for f, i in (("lds", "ci95"), ("partial", "partial_ci95"))
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"| ceiling: another seed | {told['ceiling']:.2f} |  |")
+    if told["ceiling"] is not None:
+        both = f"{told['ceiling']:.2f} |  | {told['ceiling_drawn']:.2f}"
+        lines.append(f"| ceiling: another seed | {both} |  |")
     return "\n".join(lines)
 
 
