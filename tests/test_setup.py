@@ -425,8 +425,11 @@ def test_full_disk_is_told_before_anything_is_made(sandbox):
 
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# where the name of the import is another
-DISTRIBUTIONS = {"PIL": "pillow", "trak": "traker", "dicebear": "dicebear-core"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "trak": "traker",
+    "dicebear": "dicebear-core",
+}  # where the name of the import is another
 # declared for the user, or for what another package imports by itself
 NOT_IMPORTED = {"accelerate", "traker"}
 
