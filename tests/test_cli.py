@@ -475,7 +475,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
     downloads = {"download-abc", "download-train-grad"}  # no setting bears on what computes nothing
     verbs = sub_commands()
     own = {"bench", "train-token", "truth", "export", "cad", "cad-erase", "cad-amplify"}
-    own |= {"cad-eval", "cad-bench-sd14"}
+    own |= {"cad-images", "cad-eval", "cad-bench-sd14"}
     assert set(verbs) == {*cli.VERBS, *own, *downloads}
     flags = {f"--{name.replace('_', '-')}" for name in names()}
     for verb in set(verbs) - downloads:
