@@ -10,15 +10,16 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .flags import Parser, add_setting_flags, settings_of
-from .settings import ROOT, Settings
-from .system import ended_by_sigterm
+from .flags import FROM_ENV, Parser, add_setting_flags, refuse_misspelt, settings_of
+from .settings import ROOT, Settings, version
+from .system import VERBOSITY, ended_by_sigterm, say, speak
 
 
 def run_attribute(settings: Settings, device: str) -> None:
@@ -27,6 +28,28 @@ def run_attribute(settings: Settings, device: str) -> None:
     from .report.answer import attribute
 
     print(f"report: {os.path.relpath(attribute(Corpus(settings, device)))}")
+
+
+def run_concepts(settings: Settings, device: str) -> None:
+    """List what the data names."""
+    from .attribution.early import train_split
+    from .datasets.listing import listing
+
+    print(listing(train_split(settings.data_dir)))
+
+
+def run_estimate(settings: Settings, device: str) -> None:
+    """Say what run_own_data.sh will take."""
+    from .attribution.early import own_estimate
+
+    print(own_estimate(settings))
+
+
+def run_explore(settings: Settings, device: str) -> None:
+    """Make the page of all answers; prints where it is."""
+    from .report.explorer import explore
+
+    print(f"explorer: {os.path.relpath(explore(settings))}")
 
 
 def run_suspects(settings: Settings, device: str) -> None:
@@ -152,13 +175,17 @@ LINE = 1000  # characters of a message, whatever it quotes
 class Verb:
     """A sub-command: what it runs, one sentence on it, its flags after the verb in an example.
 
-    uses: stages and fields of `Settings` that bear on it; its help shows no others.
+    uses: stages and fields of `Settings` that bear on it; its help shows no others. check: a
+    function of `attribution.early` that refuses what can be refused before anything is loaded.
+    light: it needs no model and no torch.
     """
 
     run: Callable[[Settings, str], None]
     says: str
     example: str
     uses: tuple[str, ...]
+    check: str = ""
+    light: bool = False
 
 
 PLACE = ("device", "gpu_id")
@@ -172,19 +199,44 @@ VERBS = {
         run_attribute,
         "Generate a picture, and rank the training pictures that taught the model each concept.",
         "--prompt 'an owl in the style of openmoji line' --target-concepts 'owl|openmoji line'",
-        ("question", "generation", "query", "scoring", "report", "results_dir", *ROWS),
+        ("question", "generation", "query", "scoring", "report", "methods", "results_dir", *ROWS),
+        check="check_question",
+    ),
+    "concepts": Verb(
+        run_concepts,
+        "List the concepts that the labels of the pictures name, or else the words of captions.",
+        "--data-dir my_pictures",
+        ("data_dir",),
+        light=True,
+    ),
+    "estimate": Verb(
+        run_estimate,
+        "Say what pictures of one's own will take, in time and disk; nothing is loaded or written.",
+        "--benchmark own --source-dir data/emoji --sd-model-path data/emoji/pipeline"
+        " --prompt 'a cat' --target-concepts cat",
+        ("question", "source_dir", "nfe", "proj_dim", "store_dtype", "grad_dir", "sd_model_path"),
+        light=True,
+    ),
+    "explore": Verb(
+        run_explore,
+        "Make one page of all answers there are, to filter, sort and compare; needs no server.",
+        "--results-dir experiments/emoji/results/qual",
+        ("results_dir",),
+        light=True,
     ),
     "train-grad": Verb(
         run_train_grad,
         "Compute the rows of the training pictures, and keep them; goes on where it stopped.",
         "--nfe 5 --shards 0-1",
         ("store", "gpu_ids", *ROWS),
+        check="check_model",
     ),
     "suspects": Verb(
         run_suspects,
         "List the training pictures whose caption the model contradicts.",
         "--data-dir my_pictures",
         ("results_dir", *ROWS),
+        check="check_rows",
     ),
     "evaluate": Verb(
         run_evaluate,
@@ -228,6 +280,7 @@ VERBS = {
         "List the tasks of AbC from its files.",
         "--task-json tasks.json",
         ("data_dir", "task_json"),
+        light=True,
     ),
     "prepare": Verb(
         run_prepare,
@@ -245,7 +298,8 @@ VERBS = {
 # Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the
 # arguments.
 WITH_OWN_FLAGS = (
-    *("evaluation.bench.command", "evaluation.retraining.command", "evaluation.cad.command"),
+    *("evaluation.bench.command", "evaluation.retraining.command", "evaluation.labelled.command"),
+    *("evaluation.small_abc.command", "evaluation.overview", "evaluation.cad.command"),
     "report.weights_command",
     *("workshop.tokens.command", "workshop.fetch.download"),
 )
@@ -261,13 +315,14 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s VERB [--FLAG VALUE ...]",
         epilog="concept-trak VERB --help shows the flags of a verb, grouped, with their defaults.",
     )
+    top.add_argument("--version", action="version", version=f"concept-trak {version()}")
     verbs = top.add_subparsers(
         dest="verb", required=True, title="verbs", metavar="VERB", prog=top.prog
     )
     for name, verb in VERBS.items():
         sub = add_verb(verbs, name, verb.says, verb.example)
         add_setting_flags(sub, verb.uses)
-        sub.set_defaults(run=functools.partial(run_with_settings, verb.run))
+        sub.set_defaults(run=functools.partial(run_with_settings, verb.run, verb))
     add_export(verbs)
     for module in WITH_OWN_FLAGS:
         importlib.import_module(f".{module}", __package__).add_parser(verbs)
@@ -291,14 +346,21 @@ def add_export(verbs: Any) -> None:
 
     def run(arguments: argparse.Namespace) -> None:
         of_store = functools.partial(run_export, arguments.out_dir, arguments.kind)
-        run_with_settings(of_store, arguments)
+        run_with_settings(of_store, None, arguments)
 
     sub.set_defaults(run=run)
 
 
-def run_with_settings(run: Callable[[Settings, str], None], arguments: argparse.Namespace) -> None:
+def run_with_settings(
+    run: Callable[[Settings, str], None], verb: Verb | None, arguments: argparse.Namespace
+) -> None:
     """Call `run` of VERBS with the settings and the device that the flags ask for."""
     settings = settings_of(arguments)
+    if verb and verb.light:
+        return run(settings, "cpu")
+    if verb and verb.check:
+        getattr(importlib.import_module(".attribution.early", __package__), verb.check)(settings)
+    say(f"loading the model {settings.sd_model_path.removeprefix(f'{ROOT}/')} ...")
     # the other verbs have no use for GPU_IDS; the processes pick their own devices
     if settings.gpu_ids and run is run_train_grad:
         from .attribution.launch import launch_shards
@@ -321,9 +383,15 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with ended_by_sigterm():
-            arguments = parser().parse_args(argv)
+            top = parser()
+            arguments = top.parse_args(argv)
+            speak(getattr(arguments, "level", 0))
+            if os.environ.get(FROM_ENV):
+                refuse_misspelt(os.environ, top.flags_of(arguments.verb))
             arguments.run(arguments)
     except (UserError, OSError, MemoryError, UnicodeError) as error:
+        if VERBOSITY["level"] > 0:
+            traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # torch has no class of its own for the CPU's

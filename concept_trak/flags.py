@@ -7,13 +7,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import os
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .errors import UserError
-from .parsing import Option
-from .settings import PRESETS, STAGES, Settings, as_dict, names, resolve
+from .parsing import Option, nearest
+from .settings import (
+    IN_CHECKOUT,
+    PRESETS,
+    ROOT,
+    STAGE_OF,
+    STAGES,
+    Settings,
+    as_dict,
+    flat_fields,
+    names,
+    resolve,
+)
 
+FROM_ENV = "CONCEPT_TRAK_FROM_ENV"  # set by the scripts, which make flags of variables
+# variables of the scripts that are no settings
+OF_SCRIPTS = (
+    "PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split()
+)
+SHORTEST = 5  # letters of a variable whose neighbours are looked at: ETA is near to too much
 SHOWN_AS = {"bool": "0|1", "int": "N", "float": "X", "str": "TEXT"}
 
 
@@ -52,6 +71,10 @@ class Parser(argparse.ArgumentParser):
         self.later: Callable[[], None] | None = None
         self.settings: dict[argparse.Action, dataclasses.Field] = {}
         self.add_argument("-h", "--help", action=Help, nargs=0, help="show this and end")
+        how = {"action": "store_const", "dest": "level", "default": argparse.SUPPRESS}
+        self.add_argument("-q", "--quiet", const=-1, help="say only results and errors", **how)
+        says = "say when what is done, and where an error comes from"
+        self.add_argument("-v", "--verbose", const=1, help=says, **how)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -63,15 +86,18 @@ class Parser(argparse.ArgumentParser):
             add()
         return self
 
+    def flags_of(self, verb: str) -> list[str]:
+        """The flags of a sub-command."""
+        (verbs,) = self._subparsers._group_actions
+        return [*verbs.choices[verb]._option_string_actions]
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Nothing is left over: what is not known is refused, with the nearest flag there is."""
         self.complete()
         parsed, left = super().parse_known_args(args, namespace)
         if left:
-            import difflib  # here: no other start needs it
-
             flag = left[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            near = nearest(flag, self._option_string_actions, 1)
             meant = f" (did you mean {near[0]}?)" if near else ""
             self.error(f"unrecognized arguments: {' '.join(left)}{meant}")
         return parsed, left
@@ -138,3 +164,64 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """Settings from the parsed flags. UserError for a value that does not exist."""
     given = {k: v for k, v in vars(arguments).items() if k in names() and v is not None}
     return resolve(arguments.benchmark, given)
+
+
+def refuse_misspelt(environment: Mapping[str, str], flags: Collection[str]) -> None:
+    """UserError for a variable that is none of the known ones, but near to one: it would be passed
+    over without a word. flags: of the verb, e.g. "--steps", whose variables are known, too.
+    """
+    known = {*(name.upper() for name in names()), *OF_SCRIPTS}
+    known |= {flag.lstrip("-").replace("-", "_").upper() for flag in flags}
+    aims = [name for name in known if len(name) >= SHORTEST]
+    for variable in sorted(environment.keys() - known):
+        same = [name for name in aims if name.replace("_", "") == variable.replace("_", "")]
+        if near := same or (len(variable) >= SHORTEST and nearest(variable, aims, 1)):
+            raise UserError(
+                f"the variable {variable} is set, but no setting has that name; did you mean "
+                f"{near[0]}? Rename it, or leave it out: unset {variable}"
+            )
+
+
+def command(verb: str, settings: Settings, uses: Sequence[str], **also: str) -> str:
+    """The command line that runs a verb under these settings: a script with variables where the
+    checkout has one for the verb, else the program with flags.
+
+    uses: stages and fields that bear on the verb; others are left out, as is what is the default of
+    the benchmark, of those there are the one with the fewest differences. also: further variables.
+    """
+    shown = [f.name for f in flat_fields() if f.name in uses or STAGE_OF[f.name] in uses]
+
+    def differences(benchmark: str) -> dict[str, Any]:
+        base = resolve(benchmark, {"recipe": settings.recipe})
+        own = {"recipe": PRESETS[benchmark].get("recipe", "default")}
+        usual = [x.flat() | own for x in (base, base.on("cpu"), base.on("cuda"))]
+        return {
+            name: getattr(settings, name)
+            for name in shown
+            if getattr(settings, name) not in [x[name] for x in usual]
+        }
+
+    benchmark, changed = min(
+        ((name, differences(name)) for name in PRESETS), key=lambda pair: len(pair[1])
+    )
+    given = {k: str(int(v) if isinstance(v, bool) else v) for k, v in changed.items()} | also
+    return line_of(verb, benchmark, given)
+
+
+def line_of(verb: str, benchmark: str, given: Mapping[str, str]) -> str:
+    """The command line that runs a verb for a benchmark with these {setting: value}."""
+    if script := script_of(verb, benchmark):
+        told = [f"{name.upper()}={shlex.quote(value)}" for name, value in given.items()]
+        return " ".join([*told, "bash", script])
+    told = [f"--{name.replace('_', '-')}={shlex.quote(value)}" for name, value in given.items()]
+    return " ".join(["concept-trak", verb, "--benchmark", benchmark, *told])
+
+
+def script_of(verb: str, benchmark: str) -> str | None:
+    """The script that does no more than to run the verb for the benchmark, as one calls it from
+    here; None where there is no checkout.
+    """
+    line = f'\nrun_verb {verb} --benchmark {benchmark} "$@"\n'
+    scripts = (ROOT / "scripts").rglob("*.sh") if IN_CHECKOUT else ()
+    found = sorted((len(path.name), path) for path in scripts if path.read_text().endswith(line))
+    return os.path.relpath(found[0][1]) if found else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,30 @@ def refuse_no_text(variable: str, value: str) -> None:
 def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:
     """A dataclass field with its `Option`: option(50, "of the picture", "DDIM steps", low=2)."""
     return dataclasses.field(default=default, metadata={"option": Option(help, unit, **about)})
+
+
+def edits(one: str, other: str) -> int:
+    """How many letters must be changed, added, removed or swapped with their neighbour (optimal
+    string alignment).
+    """
+    rows = [list(range(len(other) + 1))]
+    for i, a in enumerate(one, 1):
+        rows.append([i])
+        for j, b in enumerate(other, 1):
+            least = min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (a != b))
+            if i > 1 and j > 1 and (a, one[i - 2]) == (other[j - 2], b):
+                least = min(least, rows[i - 2][j - 2] + 1)
+            rows[i].append(least)
+    return rows[-1][-1]
+
+
+def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The words that `word` may be a slip of the keyboard for, the nearest first: one edit in five
+    letters, and one at least.
+    """
+    room = max(1, len(word) // 5)
+    near = [(edits(word, k), k) for k in known if abs(len(k) - len(word)) <= room]
+    return [k for distance, k in sorted(near) if distance <= room][:most]
 
 
 def parse_numbers(variable: str, text: str, count: int, what: str) -> list[int]:

@@ -277,7 +277,9 @@ class Evaluation:
 
     num_queries: int = option(0, "at most so many of a kind; 0: all", "queries", low=0)
     methods: str = option(
-        "", "what is compared, e.g. concept_trak,das; empty: all", parse=parse_methods
+        "",
+        "what is compared, e.g. concept_trak,das; empty: all, and for one prompt ours alone",
+        parse=parse_methods,
     )
 
 
@@ -453,6 +455,16 @@ def digest(value: Any) -> str:
     import json
 
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def version() -> str:
+    """Of this package."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("concept-trak")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "of a checkout"
 
 
 def provenance() -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""A process that is ended: it unwinds, and takes those that it started with it."""
+"""A process as its user meets it: what it says meanwhile, and that it takes with it what it started
+when it is ended.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,29 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
+
+VERBOSITY = {"level": 0}  # -1: results and errors alone; 1: times, and where an error came from
+START = time.monotonic()
+
+
+def speak(level: int) -> None:
+    """Set how much is said. Progress bars are for someone who looks: not for a file or a pipe,
+    where each step would be a line more.
+    """
+    VERBOSITY["level"] = level
+    if level < 0 or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read by tqdm when it is imported
+
+
+def say(text: str) -> None:
+    """Tell on the standard output what is being done, unless -q was given; with -v, when."""
+    if VERBOSITY["level"] > 0:
+        text = f"{time.monotonic() - START:7.1f} s  {text}"
+    if VERBOSITY["level"] >= 0:
+        print(text, flush=True)
+
 
 WATCH_STDIN = "CONCEPT_TRAK_WATCH_STDIN"  # set for a process that is to end with its parent
 

@@ -106,7 +106,7 @@ ensure_env() {
 
 # run_cli VERB ARGUMENT...: the command line, with this checkout's code from any working folder.
 run_cli() {
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 "$PYTHON" -m concept_trak "$@"
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CONCEPT_TRAK_FROM_ENV=1 "$PYTHON" -m concept_trak "$@"
 }
 
 # run_verb VERB ARGUMENT...: set-up, then the verb with the caller's variables. Arguments come last and so win over variables.
@@ -115,4 +115,17 @@ run_verb() {
     flags_from_env "${SETTING_VARIABLES[@]}"
     # An empty array counts as unset for `set -u` in bash before 4.4 (macOS has 3.2), hence the ${...+...} form.
     run_cli "$1" ${FLAGS[@]+"${FLAGS[@]}"} "${@:2}"
+}
+
+# Variables of the benchmarks of labelled pictures alone.
+LABELLED_VARIABLES=(
+    STAGE QUICK SEEDS REFERENCE_SEEDS NETWORKS SAMPLES COUNT STEPS SIZE SHAPES COLORS HELD_OUT ATTRIBUTES SOURCE LDS_SUBSETS
+    TRUTH_STEPS WORK
+)
+
+# labelled BENCHES ARGUMENT...: set-up, then the verb of that name with the caller's variables.
+labelled() {
+    ensure_env
+    flags_from_env "${SETTING_VARIABLES[@]}" "${LABELLED_VARIABLES[@]}"
+    run_cli labelled --benches "$1" ${FLAGS[@]+"${FLAGS[@]}"} "${@:2}"
 }

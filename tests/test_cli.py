@@ -5,12 +5,14 @@ all on a tiny pipeline.
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import fields
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from conftest import save_tiny_data
 from PIL import Image
 
 from concept_trak import cli
+from concept_trak.flags import FROM_ENV
 from concept_trak.parsing import parse_shards
 from concept_trak.settings import ROOT, STAGES, Settings, names, resolve
 from concept_trak.store.shards import Store
@@ -124,6 +127,113 @@ def refused(capfd, verb, flags, **changes):
 )
 def test_a_users_mistake_gives_one_line_and_exit_code_2(verb, changes, words, flags, capfd):
     assert words in refused(capfd, verb, flags, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"target_concepts": "blb"}, "did you mean TARGET_CONCEPTS=blob?"),
+        ({"prompt": "a zebra in the style of blob", "target_concepts": "zebra"}, "cat, dog, tree"),
+        ({"prompt": "a cat in the style of rococo", "target_concepts": "cat"}, "line, flat, soft"),
+        ({"data_dir": "/no/such/folder"}, "/no/such/folder"),
+        ({"sd_model_path": "/no/such/model"}, "/no/such/model"),
+        ({}, "/scripts/emoji/run_train_grad.sh"),
+    ],
+)
+def test_words_and_files_are_refused_before_torch_is_loaded(changes, words, flags):
+    asked = as_given(flags | changes)
+    done = start("attribute", *(f"--{k.replace('_', '-')}={v}" for k, v in asked.items()))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert words.removeprefix("/") in done.stderr and not done.stdout
+
+
+def test_a_refusal_ends_in_the_command_that_mends_it(flags, capfd):
+    """It is run as it stands, in a shell, and the question has its answer then."""
+    line = refused(capfd, "attribute", flags)
+    *variables, bash, script = shlex.split(line.split(": ")[-1])
+    assert bash == "bash" and os.path.samefile(script, ROOT / "scripts/emoji/run_train_grad.sh")
+    given = dict(word.split("=", 1) for word in variables)
+    assert given["NUM_SPLIT"] == "3" if "NUM_SPLIT" in given else given["PROJ_DIM"] == "32"
+    assert run("train-grad", {k.lower(): v for k, v in given.items()}) == 0
+    assert run("attribute", flags) == 0
+
+
+def test_the_picture_is_drawn_once_and_a_damaged_one_again(computed, capfd):
+    assert run("attribute", computed) == 0
+    (path,) = computed["results_dir"].glob("free_query/.rows/picture-*.npy")
+    good, when = path.read_bytes(), path.stat().st_mtime_ns
+    assert run("attribute", computed, damping=0.1) == 0 and path.stat().st_mtime_ns == when
+    path.write_bytes(good[:-4] + b"\0\0\0\0")
+    assert run("attribute", computed) == 0 and path.read_bytes() == good
+    assert run("attribute", computed, seed=1, negative_prompt="a dog") == 0
+    assert len([*path.parent.glob("picture-*.npy")]) == 2
+
+
+@pytest.mark.parametrize(
+    "variable,near",
+    [
+        ("TARGET_CONCEPT", "TARGET_CONCEPTS"),
+        ("TOPK", "TOP_K"),
+        ("TARGET_CONCPETS", "TARGET_CONCEPTS"),
+    ]
+    + [("DAMPNG", "DAMPING"), ("EPOCH", "EPOCHS"), ("PROMPTS", "PROMPT")],
+)
+def test_a_misspelt_variable_is_noticed_when_a_script_runs(variable, near, monkeypatch, capfd):
+    monkeypatch.setenv(variable, "x")
+    monkeypatch.setenv(FROM_ENV, "1")
+    line = refused(capfd, "concepts", {})
+    assert variable in line and f"did you mean {near}?" in line
+    monkeypatch.delenv(FROM_ENV)  # without a script variables mean nothing
+    assert run("concepts", {}) == 0
+
+
+@pytest.mark.parametrize("variable", ["PROMPT_COMMAND", "PS1", "LAYER_CACHE", "HOST", "DEVICES_X"])
+def test_other_variables_are_no_misspellings(variable, monkeypatch):
+    monkeypatch.setenv(variable, "x")
+    monkeypatch.setenv(FROM_ENV, "1")
+    assert run("concepts", {}) == 0
+
+
+def test_concepts_lists_labels_by_kind_and_else_the_words_of_captions(tiny_data, tmp_path):
+    done = start("concepts", f"--data-dir={tiny_data}")
+    told = done.stdout
+    assert "object: 3, each in 3 to 4 of 11 pictures\n  cat, dog, tree" in told.replace(
+        "dog, tree, cat", "cat, dog, tree"
+    )
+    assert "style: 4, each in 2 to 3" in told and "TARGET_CONCEPTS=" in told
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "captions.txt").write_text("a corgi in a park\n")
+    assert "corgi (1), park (1)" in start("concepts", f"--data-dir={tmp_path}").stdout
+
+
+def test_an_unlabelled_word_that_nothing_knows_is_warned_of(flags, tmp_path, capfd):
+    own = {"data_dir": tmp_path / "own", "prompt": "a zorblax, a cat"}
+    save_tiny_data(own["data_dir"])
+    for path in own["data_dir"].glob("metadata.jsonl"):
+        captions = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{k: row[k] for k in ("file_name", "text")} for row in captions]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own["target_concepts"] = "zorblax"
+    assert run("train-grad", flags, **own) == run("attribute", flags, **own) == 0
+    assert "no caption holds 'zorblax', and the model hardly knows" in capfd.readouterr().err
+    assert run("attribute", flags, **own | {"target_concepts": "cat"}) == 0
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_version_quiet_and_verbose(computed, capfd):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capfd.readouterr().out.startswith("concept-trak ")
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in computed.items()]
+    said = {}
+    for flag in ("-q", "-v", ""):
+        assert cli.main(["attribute", *arguments, *([flag] if flag else [])]) == 0
+        said[flag] = capfd.readouterr()
+    assert said["-q"].out.startswith("report: ") and len(said["-q"].out.splitlines()) == 1
+    assert said[""].out.startswith("loading the model ") and " s  loading the" in said["-v"].out
+    assert not any(told.err for told in said.values())
+    assert cli.main(["attribute", "-v", "--damping=0.5"]) == 2
+    assert "Traceback" in capfd.readouterr().err
 
 
 TYPOS = {
@@ -472,13 +582,21 @@ def sub_commands():
 
 
 def test_every_setting_is_a_flag_of_every_verb_that_computes():
-    downloads = {"download-abc", "download-train-grad"}  # no setting bears on what computes nothing
+    computing_nothing = {"download-abc", "download-train-grad", "tables"}  # no setting bears on it
     verbs = sub_commands()
-    own = {"bench", "train-token", "truth", "export", "cad", "cad-erase", "cad-amplify"}
-    own |= {"cad-images", "cad-eval", "cad-bench-sd14"}
-    assert set(verbs) == {*cli.VERBS, *own, *downloads}
+    own = {"bench", "labelled", "train-token", "truth", "export"}
+    own |= {
+        "small-abc",
+        "cad-images",
+        "cad",
+        "cad-erase",
+        "cad-amplify",
+        "cad-eval",
+        "cad-bench-sd14",
+    }
+    assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}
     flags = {f"--{name.replace('_', '-')}" for name in names()}
-    for verb in set(verbs) - downloads:
+    for verb in set(verbs) - computing_nothing:
         assert flags <= set(verbs[verb]._option_string_actions)
 
 
@@ -503,7 +621,7 @@ def test_the_help_of_a_verb_shows_its_own_settings_with_unit_choices_bounds_and_
     assert "--gen-num-inference-steps N" in shown and "(DDIM steps; 2 to 999; default: 50)" in shown
     assert "bf16; default: fp32)" in shown and "default: data/emoji/pipeline)" in shown
     assert shown.endswith(cli.VERBS["attribute"].example)
-    for hidden in ("--task-idx", "--source-dir", "--methods", "--num-split", "SUPPRESS"):
+    for hidden in ("--task-idx", "--source-dir", "--num-queries", "--num-split", "SUPPRESS"):
         assert hidden not in shown
     assert "--task-idx" in helped(capsys, "task-grad")
 
@@ -581,7 +699,9 @@ def test_gpu_ids_left_in_the_environment_concern_the_train_gradients_alone(compu
 LONG = "a cat with " + "very " * 12 + "in the style of blob"
 
 
-def test_a_target_that_the_text_encoder_does_not_read_is_refused(flags, capfd):
+def test_a_target_that_the_text_encoder_does_not_read_is_refused(computed, capfd):
+    flags = computed
+    capfd.readouterr()
     assert run("attribute", flags, prompt=LONG) == 2
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1 and "'blob' is cut off" in told[0] and "in the style of blob" in told[0]
@@ -631,3 +751,21 @@ def test_a_finished_shard_that_is_damaged_is_told_instead_of_nothing_to_compute(
         assert run("train-grad", computed, shards="1", repair="1") == 0
         assert path.read_bytes() == good
         assert path.with_name(f"{path.name}.damaged").read_bytes() == content
+
+
+def test_other_methods_stand_beside_ours_for_one_prompt(computed):
+    assert run("attribute", computed) == 0
+    alone = target_folder(computed)
+    assert run("attribute", computed, methods="concept_trak,das,caption_similarity") == 0
+    folder = target_folder(computed)
+    assert folder.parent != alone.parent  # neither takes the place of the other
+    ours, das = np.load(folder / "scores.npy"), np.load(folder / "scores-das.npy")
+    np.testing.assert_array_equal(ours, np.load(alone / "scores.npy"))
+    assert das.shape == ours.shape == (9, 11) and not np.allclose(das, ours)
+    assert np.load(folder / "scores-caption_similarity.npy").shape == (1, 11)
+    asked = json.loads((folder.parent / "question.json").read_text())
+    assert asked["methods"] == ["das", "caption_similarity"]
+    page = (folder.parent / "report.html").read_text()
+    assert "target_cat/scores-das.npy" in page and "target_blob/scores.csv" in page
+    pictures = re.findall(r'<a href="([^"]+\.png)"', page)
+    assert pictures and all((folder.parent / unquote(name)).is_file() for name in pictures)

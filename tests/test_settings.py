@@ -116,7 +116,7 @@ def test_an_unknown_benchmark_is_refused():
 def test_choices_are_those_of_the_modules_that_use_them():
     assert option("f").allowed() == OBJECTIVES.names()
     assert set(OBJECTIVES.names()) == {
-        *("contrast", "contrast_llr", "presence", "dps", "dsm", "dtrak", "das")
+        *("contrast", "contrast_llr", "presence", "dps", "dsm", "dtrak", "das", "das_mean")
     }
     assert {"concept_trak", "trak", "d_trak", "das"} <= set(RANKERS.names())
     assert "emoji" in BENCHMARKS.names()

@@ -12,21 +12,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
-from ..registry import OBJECTIVES
+from ..parsing import parse_methods
+from ..registry import OBJECTIVES, RANKERS
 from ..rows.fit import caption_llr, relative_fit
 from ..scoring.concept import ConceptResult
 from ..settings import DAMPINGS, as_dict, digest, provenance
 from ..store.shards import Store
+from ..system import say
 from . import prompts
 from .corpus import Corpus
 from .plan import folder_name
 from .question import Picture, Question, generated
 from .rankers import GradientRanker
 from .train_grad import open_store
+
+OURS = "concept_trak"  # the method of the settings themselves, which every answer has
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Answer:
     scored images. settings, provenance: JSON that made it. unseen: True if the prompt is a held-out
     caption, False if a training one, None if neither. warnings: what a reader must know, one
     sentence each. fit: [N], how well each caption fits its picture (`rows.fit.relative_fit`), where
-    the objective asks that.
+    the objective asks that. others: {method: [D, Q, N], or [1, Q, N] of one that knows no damping},
+    those of METHODS beside ours.
     """
 
     picture: Picture
@@ -49,12 +55,16 @@ class Answer:
     unseen: bool | None
     warnings: list[str] = field(default_factory=list)
     fit: np.ndarray | None = None
+    others: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def answer(
-    corpus: Corpus, keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None
+    corpus: Corpus,
+    keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None,
+    draw: Callable[[Corpus], Picture] | None = None,
 ) -> Answer:
-    """Answer PROMPT and TARGET_CONCEPTS. keep: see `GradientRanker`.
+    """Answer PROMPT and TARGET_CONCEPTS. keep: see `GradientRanker`. draw: the picture, which may
+    be known from before; default: drawn.
 
     UserError for words that do not fit, before anything is computed.
     """
@@ -63,14 +73,15 @@ def answer(
     contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
     emoji.refuse_unknown(corpus.everything, s.prompt, targets)
     warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
+    warnings += _unfamiliar(corpus, targets)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     store = open_store(corpus)
-    (picture,) = generated(corpus.model, s, [s.prompt], s.seed)
+    picture = (draw or drawn)(corpus)
     asked = zip(targets, contrasts, strict=True)
     questions = [Question(picture, target, plus, minus) for target, (plus, minus) in asked]
     for question in questions:
-        print(f"{question.words!r}: {question.plus!r} against {question.minus!r}")
+        say(f"{question.words!r}: {question.plus!r} against {question.minus!r}")
     values = GradientRanker(corpus, store, keep=keep).rank(questions)
     concepts = [
         ConceptResult(q.words, q.minus, values[:, i], DAMPINGS, emoji.truth(corpus.train, q.words))
@@ -83,7 +94,24 @@ def answer(
     }
     made, seen = provenance(), _unseen(corpus, s.prompt)
     told, fit = (picture, questions, concepts, corpus.train), caption_fits(corpus, store)
-    return Answer(*told, recorded, made, seen, warnings, fit)
+    return Answer(*told, recorded, made, seen, warnings, fit, _others(corpus, questions))
+
+
+def _others(corpus: Corpus, questions: list[Question]) -> dict[str, np.ndarray]:
+    """Scores by the other methods of METHODS; makes their train rows where there are none yet."""
+    found = {}
+    for name in parse_methods(corpus.settings.methods):
+        if name != OURS:
+            say(f"ranking by {name} ...")
+            found[name] = RANKERS.get(name)(corpus).rank(questions)
+    return found
+
+
+def drawn(corpus: Corpus, known: torch.Tensor | None = None) -> Picture:
+    """The picture of PROMPT. known: its latents [1, C, h, w], if they were kept."""
+    s = corpus.settings
+    (picture,) = generated(corpus.model, s, [s.prompt], s.seed, known)
+    return picture
 
 
 def caption_fits(corpus: Corpus, store: Store) -> np.ndarray | None:
@@ -114,6 +142,26 @@ def _cut(corpus: Corpus, targets: list[str], contrasts: list[str]) -> list[str]:
                 )
     lost = {text: model.lost_words(text) for text in (s.prompt, *contrasts, s.negative_prompt)}
     return [f"{words!r} of {text!r} is not read: {limit}" for text, words in lost.items() if words]
+
+
+def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
+    """A sentence for each target that no caption holds and whose words the tokenizer spells instead
+    of reading them: the model hardly knows it. Labelled data refuse such words.
+    """
+    if emoji.has_labels(corpus.everything):
+        return []
+    tokenizer, told = corpus.model.pipe.tokenizer, []
+    for target in targets:
+        if any(prompts.is_in(caption, target) for caption in corpus.train.captions):
+            continue
+        pieces = {word: tokenizer.tokenize(word) for word in target.split()}
+        if spelt := [w for w, p in pieces.items() if len(p) > 2 or tokenizer.unk_token in p]:
+            letters = " ".join(pieces[spelt[0]]).replace("</w>", "")
+            told.append(
+                f"no caption holds {target!r}, and the model hardly knows {spelt[0]!r} (its "
+                f"tokenizer spells it {letters}): the scores may mean nothing"
+            )
+    return told
 
 
 def _unseen(corpus: Corpus, prompt: str) -> bool | None:

@@ -14,6 +14,7 @@ from ..datasets.folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
 from ..models.condition import Condition
 from ..models.identity import hash_of_weights
+from ..models.loading import load_model
 from ..models.text_to_image import TextToImage, load_pipeline
 from ..parsing import parse_memory
 from ..registry import OBJECTIVES
@@ -82,7 +83,7 @@ class Corpus:
     def __init__(self, settings: Settings, device: str) -> None:
         s, self.device = settings, device
         self.settings = settings
-        self.model = load_pipeline(s.sd_model_path, device, s.dtype, s.lora_path)
+        self.model = load_model(s.sd_model_path, device, s.dtype, s.lora_path)
         if (Path(s.data_dir) / encoded.LATENTS).exists():
             self.data = encoded.EncodedData(s.data_dir, self.model, s.num_train)
         else:

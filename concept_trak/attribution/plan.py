@@ -1,26 +1,25 @@
-"""What the settings ask for, in the words of other rooms: states, what decides a row, folders."""
+"""What the settings ask for, in the words of other rooms: states, what decides a row, folders.
+
+Names and folders are told without loading torch.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..registry import OBJECTIVES
-from ..rows.states import (
-    QueryStates,
-    TrainStates,
-    inverted_states,
-    noise_levels,
-    noised_states,
-    reference_states,
-    trajectory_timesteps,
-)
 from ..settings import Settings, as_dict, digest
 from . import prompts
+
+if TYPE_CHECKING:
+    from ..rows.states import QueryStates, TrainStates
 
 
 def train_states(settings: Settings) -> TrainStates:
     """The reference's inversion (recipe reference), our own grid, or noisings."""
+    from ..rows.states import inverted_states, noised_states, reference_states
+
     s = settings
     if not s.ddim_inversion:
         return noised_states(s.nfe)
@@ -33,6 +32,8 @@ def query_states(settings: Settings, scope: str = "") -> QueryStates:
 
     Noisings at the levels of the train rows, trajectories at those of their own grid.
     """
+    from ..rows.states import QueryStates, noise_levels, trajectory_timesteps
+
     s, scope, steps = settings, scope or settings.scope, settings.gen_num_inference_steps
     levels = noise_levels(s.nfe) if scope == "local" else trajectory_timesteps(s.nfe, steps)
     return QueryStates(scope, s.epochs, levels, steps, s.concept_guidance_scale, s.eta)
@@ -99,4 +100,5 @@ def question_folder(settings: Settings, *made_from: Any) -> Path:
     tail += f"-test_gs_{s.concept_guidance_scale}-eta_{s.eta}-seed_{s.seed}"
     tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")
     name = f"{prompts.query_slug(s.prompt)}-{tail}"[:200]
-    return Path(s.results_dir) / "free_query" / f"{name}-{deciding(s, *made_from)}"
+    asked = [s.methods] if s.methods else []  # beside ours in one answer, which is another then
+    return Path(s.results_dir) / "free_query" / f"{name}-{deciding(s, *made_from, *asked)}"

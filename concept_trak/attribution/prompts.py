@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 
 from ..errors import UserError
+from ..parsing import nearest
 
 QUERY_FORMS = ("slider", "cfg", "concept")
 
@@ -32,9 +34,13 @@ def find_target(prompt: str, target: str) -> re.Match:
         )
     match = _search(prompt, target)
     if match is None:
+        words, length = prompt.split(), len(target.split())
+        runs = [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]
+        near = nearest(target.strip(), dict.fromkeys(runs), 1)
+        meant = f"did you mean TARGET_CONCEPTS={shlex.quote(near[0])}? " if near else ""
         raise UserError(
-            f"target concept {target!r} is not in the prompt {prompt!r}; TARGET_CONCEPTS must "
-            "name words of PROMPT"
+            f"target concept {target!r} is not in the prompt {prompt!r}; {meant}TARGET_CONCEPTS "
+            "must name words of PROMPT"
         )
     return match
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,20 +52,45 @@ def generation(settings: Settings) -> Generation:
     return Generation(s.gen_guidance_scale, s.gen_num_inference_steps, s.negative_prompt)
 
 
+def picture_identity(model: TextToImage, settings: Settings) -> dict[str, Any]:
+    """JSON that decides the latents of the picture of PROMPT and SEED."""
+    s = settings
+    return {
+        "prompt": s.prompt,
+        "seed": s.seed,
+        "generation": asdict(generation(s)),
+        "model": model.identity(),
+        "tokens": model.tokens,
+        "dtype": s.dtype,
+        "device": str(model.device),
+        "torch": torch.__version__,
+    }
+
+
 def generated(
-    model: TextToImage, settings: Settings, prompts: Sequence[str], seed: int
+    model: TextToImage,
+    settings: Settings,
+    prompts: Sequence[str],
+    seed: int,
+    known: torch.Tensor | None = None,
 ) -> list[Picture]:
-    """DDIM samples of the prompts, all from the noise of one seed, drawn on the CPU."""
+    """DDIM samples of the prompts, all from the noise of one seed, drawn on the CPU.
+
+    known: their latents [n, C, h, w] where they were drawn before.
+    """
     x_T = initial_noise(model.latent_shape, seed).to(model.device, model.dtype)
-    drawn = sample(
-        model,
-        list(prompts),
-        x_T.expand(len(prompts), -1, -1, -1),
-        generation(settings),
-        settings.batch_size,
-    )
-    keys = ("gen_guidance_scale", "gen_num_inference_steps", "negative_prompt", "dtype")
-    source = {"generated": {"seed": seed, **{k: getattr(settings, k) for k in keys}}}
+    if known is not None:
+        drawn = known.to(model.device, model.dtype)
+    else:
+        noise, how = x_T.expand(len(prompts), -1, -1, -1), generation(settings)
+        drawn = sample(model, list(prompts), noise, how, settings.batch_size)
+    source = source_of(settings, seed)
     pixels = [np.asarray(picture) for x0 in drawn.split(64) for picture in model.decode(x0)]
     parts = zip(prompts, drawn.split(1), pixels, strict=True)
     return [Picture(prompt, x0, x_T, shown, source) for prompt, x0, shown in parts]
+
+
+def source_of(settings: Settings, seed: int) -> dict[str, Any]:
+    """`Picture.source` of a sample."""
+    keys = ("gen_guidance_scale", "gen_num_inference_steps", "negative_prompt", "dtype")
+    return {"generated": {"seed": seed, **{k: getattr(settings, k) for k in keys}}}

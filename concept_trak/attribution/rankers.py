@@ -60,6 +60,14 @@ class GradientRanker:
         values = solve_and_score(self._train, rows, DAMPINGS, solver, self.row_weight())
         return values[:, place]
 
+    def prepare(self) -> None:
+        """Make what all questions share; forget the states of the last one."""
+        self._read = None, []
+
+    def ask(self, question: Question) -> None:
+        """Do what one question needs beyond what is shared, for `evaluation.cost`."""
+        self.row(question)
+
     @property
     def _train(self) -> Store:
         if self.store is None:

@@ -33,8 +33,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from ..errors import UserError
 from ..rows.gpu_mask import BLOCK, GPUS, can_rebuild, draw_masks, launch_threads
@@ -158,6 +156,9 @@ def column_scores(store: Store, max_rows: int = SAMPLED_ROWS) -> np.ndarray:
             f"{store.folder}: column {column} ({count} in all) is zero in every sampled row: it "
             "is damaged or not a masked gradient"
         )
+    from scipy.special import ndtri  # here: half a second of every start, of which few come here
+    from scipy.stats import rankdata
+
     return ndtri((rankdata(squares) - 0.5) / store.dim)
 
 

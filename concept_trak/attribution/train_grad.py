@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,10 +19,12 @@ from ..store.checks import still_to_make
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
 from ..store.shards import Store
+from ..system import say
 from .corpus import Corpus
+from .early import rows_missing
 from .executor import Executor, InProcess
 from .known_rows import KnownRows, keep_digests, known_rows, refuse_other_pictures
-from .plan import folder_name, train_states
+from .plan import train_states
 from .stores import find_store, new_folder
 
 
@@ -52,7 +52,7 @@ def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:
     todo = sum(map(len, rows)) - taken
     size = store.num_rows * store.dim * STORED_TYPES[store.dtype].itemsize / 1e6
     progress = f"{todo} of {store.num_rows} rows to compute, {size:.0f} MB on disk when complete"
-    print(f"{store.folder}: {progress}" + (f", {taken} known from before" if taken else ""))
+    say(f"{store.folder}: {progress}" + (f", {taken} known from before" if taken else ""))
     with tqdm(total=todo, desc="train gradients", unit="image") as bar:
         (executor or InProcess()).run(lambda i: fill(corpus, store, i, known, bar), pending)
     return store
@@ -86,10 +86,7 @@ def _open(corpus: Corpus) -> Store:
     s, wanted = corpus.settings, corpus.train_identity()
     found = find_store(s, wanted)
     if found is None:
-        where = os.path.relpath(Path(s.grad_dir) / folder_name(s))
-        raise UserError(
-            f"no train gradients in {where}; compute them with run_train_grad.sh (same variables)"
-        )
+        raise UserError(rows_missing(s))
     made_with = {"projection": corpus.projection.describe()}  # adopts shards of the release
     if "adopted" not in Store.read_manifest(found).identity:
         return Store.open(found, expect=wanted)

@@ -7,15 +7,20 @@ line"; its concepts are the object ("cat" or "a cat") and the style ("openmoji l
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
 
 import numpy as np
 
 from ..errors import UserError
+from ..flags import line_of
+from ..parsing import nearest
+from ..settings import EMOJI
 from .folder import ImageCaptionDataset
 
 STYLE_JOINT = " in the style of "
+COLUMNS = ("object", "style")
+FEW = 6  # words that stand for all where none is near
 
 
 def caption(object_phrase: str, style_phrase: str) -> str:
@@ -30,7 +35,7 @@ def concepts(dataset: ImageCaptionDataset) -> dict[str, tuple[str, str]]:
     """
     vocabulary: dict[str, tuple[str, str]] = {}
     for record in dataset.records:
-        for column in ("object", "style"):
+        for column in COLUMNS:
             if (value := record.get(column)) is None:
                 continue
             phrase = record.get(f"{column}_phrase") or value
@@ -40,19 +45,39 @@ def concepts(dataset: ImageCaptionDataset) -> dict[str, tuple[str, str]]:
     return vocabulary
 
 
-def concept(dataset: ImageCaptionDataset, target: str) -> tuple[str, str]:
+def values(dataset: ImageCaptionDataset, column: str) -> dict[str, int]:
+    """{what the pictures show, as captions say it without an article: how many pictures}."""
+    counts: dict[str, int] = {}
+    for record in dataset.records:
+        if (value := record.get(column)) is not None:
+            phrase = record.get(f"{column}_phrase") or value
+            word = value if column == "object" else phrase
+            counts[word] = counts.get(word, 0) + 1
+    return counts
+
+
+def concept(dataset: ImageCaptionDataset, target: str, column: str = "object") -> tuple[str, str]:
     """(column, value) of one concept word; letter case and outer blanks do not matter.
 
-    Raises UserError, naming close matches, if the dataset does not know the word.
+    column: of which kind the word seems to be. Raises UserError, naming words that are near or else
+    some of that kind, if the dataset does not know it.
     """
     vocabulary = {name.casefold(): value for name, value in concepts(dataset).items()}
     word = target.strip().casefold()
     if word in vocabulary:
         return vocabulary[word]
-    close = difflib.get_close_matches(word, vocabulary, n=3)
-    meant = f"did you mean {' or '.join(map(repr, close))}?"
-    remedy = meant if close else "use an object or a style of its metadata"
-    raise UserError(f"unknown concept {target!r} in {dataset.root}; {remedy}")
+    close = nearest(word, vocabulary)
+    if close:
+        remedy = f"did you mean {' or '.join(map(repr, close))}?"
+    else:
+        there = list(values(dataset, column)) or list(vocabulary)
+        some = there[:: max(1, len(there) // FEW)][:FEW]
+        remedy = f"it knows {len(there)} of that kind ({column}), such as {', '.join(some)};"
+    embedded = str(dataset.root) == EMOJI["data_dir"]
+    every = line_of("concepts", "emoji", {} if embedded else {"data_dir": str(dataset.root)})
+    raise UserError(
+        f"unknown concept {target!r} in {os.path.relpath(dataset.root)}; {remedy} all: {every}"
+    )
 
 
 def relevant(dataset: ImageCaptionDataset, target: str) -> np.ndarray:
@@ -78,5 +103,8 @@ def refuse_unknown(dataset: ImageCaptionDataset, prompt: str, targets: list[str]
     """UserError for a target, or a style of the prompt, that labelled data does not know."""
     if has_labels(dataset):
         style = re.search(r"\bin the style of (.+)$", prompt, re.IGNORECASE)
-        for word in [*([style[1]] if style else []), *targets]:
-            concept(dataset, word)
+        if style:
+            concept(dataset, style[1], "style")
+        for word in targets:
+            is_style = style and word.strip().casefold() in style[0].casefold()
+            concept(dataset, word, "style" if is_style else "object")

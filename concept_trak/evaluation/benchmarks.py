@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..registry import BENCHMARKS
+from ..settings import ROOT
 
 if TYPE_CHECKING:
     from ..attribution.corpus import Corpus
@@ -100,3 +101,48 @@ class Emoji:
             Picture(data.captions[row], x0, None, shown, {"real": [content, row]})
             for x0, shown, row in zip(latents, pixels, self._rows, strict=True)
         ]
+
+
+LABELLED = {  # models of evaluation/labelled: small, on pixels
+    "layer": "weight",  # all weights, as the paper's; no rule for tables and biases is needed
+    "gen_guidance_scale": 2.0,
+    "gen_num_inference_steps": 25,
+    "scope": "local",
+    "nfe": 5,
+    "epochs": 4,
+    "num_split": 2,
+    "batch_size": 32,
+}
+
+
+def labelled(bench: str, home: str, network: str = "unet") -> type:
+    """A benchmark of `evaluation.labelled` by its name; its models are made by its scripts.
+
+    It is asked here on one model, `SD_MODEL_PATH`; `concept-trak labelled` asks on all.
+    """
+    folder = ROOT / "experiments" / home / "results" / bench
+
+    class Labelled:
+        settings: ClassVar[dict[str, Any]] = LABELLED | {
+            "data_dir": str(folder / "data"),
+            "sd_model_path": str(folder / "models" / f"{network}-0"),
+            "grad_dir": str(folder / "grads" / f"{network}-0"),
+            "results_dir": str(folder / "qual"),
+            "truth_dir": str(folder / "retrainings"),
+        }
+
+        def __new__(cls, corpus: Corpus) -> Any:
+            from .labelled.questions import LabelledBenchmark
+
+            return LabelledBenchmark(corpus)
+
+    return Labelled
+
+
+for name, home in (
+    ("synthetic", "synthetic"),
+    ("synthetic_4x4", "synthetic"),
+    ("faces", "faces"),
+    ("celeba_hq", "celeba_hq"),
+):
+    BENCHMARKS.add(name, labelled(name, home))

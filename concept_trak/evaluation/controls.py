@@ -3,6 +3,8 @@
     pixel_neighbours    -||x_i - x_q||_2 on RGB pictures at the model's size
     latent_neighbours   -||z_i - z_q||_2 on VAE latents
     caption_similarity  share of the concept's words in the caption
+    judge_features      cosine of what the judge of the emoji data makes of the pictures
+    random              a fixed random order for each question
 
 Captions name the truth in the emoji data, so the last is what text alone finds.
 """
@@ -16,10 +18,13 @@ import numpy as np
 
 from ..datasets.words import overlap
 from ..registry import RANKERS
+from ..settings import ROOT
 
 if TYPE_CHECKING:
     from ..attribution.corpus import Corpus
     from ..attribution.question import Question
+
+JUDGE = ROOT / "data/emoji/judge"
 
 
 class Control:
@@ -70,6 +75,42 @@ class CaptionSimilarity(Control):
         for words in {q.words for q in questions}:
             known[words] = overlap(words, captions)
         return np.stack([known[q.words] for q in questions])
+
+
+@RANKERS.register("judge_features")
+class JudgeFeatures(Control):
+    """A network that was trained to name objects and styles of the emoji data, held-out pairs
+    included: what a good outside model of these pictures sees. Of other pictures it knows nothing.
+    """
+
+    @staticmethod
+    def available() -> bool:
+        """Whether the judge is there: it belongs to a checkout, not to an installed package."""
+        return (JUDGE / "judge.json").is_file()
+
+    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+        """Cosine of the centred logits of both heads, of equal weight."""
+        from ..workshop.judge.net import resized
+        from ..workshop.judge.saved import load_judge
+
+        judge, train = load_judge(JUDGE), self.corpus.train
+        size = self.corpus.model.image_size
+        shown = np.stack([q.picture.pixels for q in questions])
+        asked, rows = (
+            judge.features(resized(pixels, judge.settings.size))
+            for pixels in (shown, train.images(range(len(train)), size=size))
+        )
+        return asked @ rows.T
+
+
+@RANKERS.register("random")
+class Random(Control):
+    """Chance, with its spread."""
+
+    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+        """Uniform numbers from a seed: the question's place."""
+        count = len(self.corpus.train)
+        return np.stack([np.random.default_rng(i).random(count) for i in range(len(questions))])
 
 
 def _flat(x: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ used for everything; the best one of a table is named oracle.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..registry import BENCHMARKS, RANKERS
 from ..scoring import metrics
 from ..settings import DAMPINGS
 from .benchmark import TUNE, Benchmark
+from .cost import forwards_of
 from .results import results, write_metrics
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # split -> concept -> ranker -> figures
@@ -28,15 +30,21 @@ def is_control(name: str) -> bool:
     return getattr(RANKERS.get(name), "control", False)
 
 
+def is_available(name: str) -> bool:
+    """Whether what a ranker stands on is there."""
+    return getattr(RANKERS.get(name), "available", lambda: True)()
+
+
 def chosen_rankers(methods: str) -> list[str]:
     """METHODS as names, and the controls. Empty is all but those that are there on request.
     UserError for one that there is not.
     """
     named = parse_methods(methods)
     controls = [name for name in RANKERS.names() if is_control(name)]
+    there = [name for name in controls if is_available(name)]
     by_itself = (n for n in RANKERS.names() if not getattr(RANKERS.get(n), "on_request", False))
     others = named or [name for name in by_itself if name not in controls]
-    return list(dict.fromkeys([*others, *controls]))
+    return list(dict.fromkeys([*others, *there]))
 
 
 def summary(values: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
@@ -83,32 +91,71 @@ class Questions:
         """Places of the questions of a split and concept."""
         return np.flatnonzero((self._split == split) & (self._concept == concept))
 
+    def reported(self) -> np.ndarray:
+        """Places of the questions of all splits but the one that chooses."""
+        return np.flatnonzero(self._split != TUNE)
+
+    def choosing(self) -> np.ndarray:
+        """Places [pictures, concepts] of the questions of the split that chooses."""
+        return np.stack([self.of(TUNE, concept) for concept in self.concepts], 1)
+
     def damping(self, values: np.ndarray) -> int:
         """`choose_damping` on the split that is there for it; values [D, Q, N]."""
-        places = np.stack([self.of(TUNE, concept) for concept in self.concepts], 1)
+        places = self.choosing()
         return choose_damping(values[:, places], self.relevant[places])
 
 
-def tables(
-    corpus: Corpus, benchmark: Benchmark, asked: dict[str, Questions]
-) -> tuple[dict[str, Table], dict[str, float]]:
-    """{kind: table} of the questions asked, and the damping of each ranker that has one."""
-    found: dict[str, Table] = {
-        kind: {split: {c: {} for c in benchmark.concepts} for split in benchmark.splits}
-        for kind in asked
-    }
-    dampings: dict[str, float] = {}
+@dataclass
+class Found:
+    """What the rankers found. tables {kind: table}; dampings, steps: what was chosen for a ranker
+    that has one; cost: forward equivalents of one question (`cost`).
+    """
+
+    tables: dict[str, Table]
+    dampings: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, int] = field(default_factory=dict)
+
+
+def tables(corpus: Corpus, benchmark: Benchmark, asked: dict[str, Questions]) -> Found:
+    """Every ranker's figures for the questions asked."""
+    splits, concepts = benchmark.splits, benchmark.concepts
+    found = Found({kind: {s: {c: {} for c in concepts} for s in splits} for kind in asked})
     for name in chosen_rankers(corpus.settings.methods):
-        ranker, chosen = RANKERS.get(name)(corpus), 0
+        ranker, chosen, first = RANKERS.get(name)(corpus), 0, next(iter(asked.values()))
+        if hasattr(ranker, "candidates"):
+            step = choose_step(ranker, first)
+            ranker, found.steps[name] = ranker.at(step), ranker.candidates[step]
         for kind, questions in asked.items():
-            values = ranker.rank(questions.asked)
-            if len(values) == len(DAMPINGS) and name not in dampings:
+            values = answers(ranker, questions)
+            if len(values) == len(DAMPINGS) and name not in found.dampings:
                 chosen = questions.damping(values)
-                dampings[name] = DAMPINGS[chosen]
-            fill(found[kind], name, questions, values, chosen)
+                found.dampings[name] = DAMPINGS[chosen]
+            fill(found.tables[kind], name, questions, values, chosen)
+        found.cost[name] = forwards_of(ranker, first.asked[0])
     for kind, questions in asked.items():
-        chance_of(found[kind], questions)
-    return found, dampings
+        chance_of(found.tables[kind], questions)
+    return found
+
+
+def answers(ranker: Any, questions: Questions) -> np.ndarray:
+    """[D, Q, N]. A ranker whose step is chosen already is not asked what only chooses."""
+    if not hasattr(ranker, "candidates"):
+        return ranker.rank(questions.asked)
+    places = questions.reported()
+    part = ranker.rank([questions.asked[i] for i in places])
+    values = np.zeros((len(part), len(questions.asked), part.shape[-1]), part.dtype)
+    values[:, places] = part
+    return values
+
+
+def choose_step(ranker: Any, questions: Questions) -> int:
+    """Index among a ranker's candidates, by the rule of `choose_damping`, on the tune split."""
+    places = questions.choosing()
+    asked = [questions.asked[i] for i in places.ravel()]
+    values = np.concatenate([ranker.at(i).rank(asked) for i in range(len(ranker.candidates))])
+    values = values.reshape(len(values), *places.shape, -1)
+    return choose_damping(values, questions.relevant[places])
 
 
 def fill(table: Table, name: str, questions: Questions, values: np.ndarray, damping: int) -> None:
@@ -133,18 +180,18 @@ def chance_of(table: Table, questions: Questions) -> None:
             entries["chance"] = {"recall_at_10": round(float(np.mean(chance)), 4)}
 
 
-def markdown(found: dict[str, Table]) -> str:
+def markdown(found: Found) -> str:
     """A table a kind of picture, one row a ranker."""
     lines: list[str] = []
-    for kind, table in found.items():
+    for kind, table in found.tables.items():
         columns = [(split, concept) for split, concepts in table.items() for concept in concepts]
         heads = [f"{split.upper()} {concept}" for split, concept in columns]
-        lines += [f"\n**{kind} queries**", "", f"| method | {' | '.join(heads)} |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
+        lines += [f"\n**{kind} queries**", "", f"| method | {' | '.join(heads)} | forwards |"]
+        lines.append("|---" * (len(columns) + 2) + "|")
         first = table[columns[0][0]][columns[0][1]]
         for name in first:
             row = [_entry(table[split][concept][name]) for split, concept in columns]
-            lines.append(f"| {name} | {' | '.join(row)} |")
+            lines.append(f"| {name} | {' | '.join(row)} | {found.cost.get(name, 0):,} |")
     return "\n".join(lines)
 
 
@@ -165,13 +212,15 @@ def evaluate(corpus: Corpus, name: str = "emoji") -> dict[str, Any]:
     """
     benchmark = BENCHMARKS.get(name)(corpus)
     asked = {kind: Questions(benchmark, kind) for kind in benchmark.kinds}
-    found, dampings = tables(corpus, benchmark, asked)
+    found = tables(corpus, benchmark, asked)
     first, *others = benchmark.kinds
     result = {
-        **found[first],
-        "damping": dampings.get("concept_trak"),
-        "dampings": dampings,
-        **{kind: found[kind] for kind in others},
+        **found.tables[first],
+        "damping": found.dampings.get("concept_trak"),
+        "dampings": found.dampings,
+        "steps": found.steps,
+        "forwards_per_query": found.cost,
+        **{kind: found.tables[kind] for kind in others},
         "queries": asked[first].pictures,
     }
     table = markdown(found)

@@ -8,9 +8,16 @@
 | trak | dsm | no | 1 | whole picture | Park et al. 2023; Zheng et al. 2024, "TRAK" |
 | d_trak | dtrak | no | 1 | whole picture | Zheng et al. 2024 |
 | das | das | yes | loss | whole picture | Lin et al. 2025, in Concept-TRAK's L1 form |
+| das_paper | das_mean | yes | residual | whole picture | Lin et al. 2025, squared, leave-one-out |
+| journey_trak | dsm | no | 1 | its sampling path | Georgiev et al. 2023 |
+| grad_dot, grad_cos | dsm | no | 1, 1/norm | whole picture | TracIn, at the one checkpoint |
+| relative_influence | dsm | no | 1/norm of z | whole picture | Barshan et al. 2020 |
 
-All read the same projection of the same parameters at the same states q(x_t | x0), unless the
-settings ask for an inversion. Beside them the controls of `controls`. To add one, see
+and, without rows: ekfac (`attribution.curvature`), abu, abu_plus, mucs (`attribution.unlearning`),
+nda (`patches`). Beyond the first four a method is compared where METHODS names it.
+
+All with rows read the same projection of the same parameters at the same states q(x_t | x0),
+unless the settings ask for an inversion. Beside them the controls of `controls`. To add one, see
 `attribution.rankers`.
 """
 
@@ -22,14 +29,14 @@ from typing import TYPE_CHECKING
 
 from ..registry import RANKERS
 from ..settings import RECIPES
-from . import controls  # noqa: F401  registers them
+from . import controls, patches  # noqa: F401  registers them
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..attribution.corpus import Corpus
     from ..attribution.question import Question
-    from ..attribution.rankers import GradientRanker
+    from ..attribution.rankers import GradientRanker, Ranker
     from ..settings import Settings
     from ..store.shards import Store
 
@@ -39,7 +46,8 @@ class GradientMethod:
     """What distinguishes a method by gradients.
 
     f: its objective; empty keeps the settings' rows. per_concept: a query row for each concept.
-    recipe: whose rows it has, before f. on_request: left out where METHODS is empty.
+    recipe: whose rows it has, before f. on_request: left out where METHODS is empty. by: the class
+    of `attribution.rankers` or `attribution.variants` that ranks by these rows.
     """
 
     name: str
@@ -48,6 +56,7 @@ class GradientMethod:
     per_concept: bool = False
     recipe: str = "default"
     on_request: bool = False
+    by: str = "GradientRanker"
 
     def settings_for(self, settings: Settings) -> Settings:
         """Rivals keep model, layer, projection and, but for a recipe of their own, the number of
@@ -63,10 +72,11 @@ class GradientMethod:
 
     def __call__(self, corpus: Corpus) -> GradientRanker:
         """The ranker; computes train rows that are not there yet."""
-        from ..attribution.rankers import GradientRanker
+        from ..attribution import variants
 
         own = corpus.with_settings(self.settings_for(corpus.settings))
-        return GradientRanker(own, train_store(own), self.per_concept, self._stored_rows)
+        made: type[GradientRanker] = getattr(variants, self.by)
+        return made(own, train_store(own), self.per_concept, self._stored_rows)
 
     def _stored_rows(self, ranker: GradientRanker, questions: list[Question]) -> np.ndarray:
         """[Q, k] query rows in a store of their own: resumed when killed, reused if unchanged."""
@@ -90,6 +100,23 @@ class GradientMethod:
         return store.rows(range(store.num_rows))
 
 
+@dataclass(frozen=True)
+class WholeModel:
+    """A ranker of `attribution` that keeps no rows: its module there, and its class."""
+
+    module: str
+    by: str
+    on_request: bool = True
+
+    def __call__(self, corpus: Corpus) -> Ranker:
+        """The ranker; losses and gradients are those of TRAK's rows: dsm, noised states."""
+        from importlib import import_module
+
+        module = import_module(f"..attribution.{self.module}", __package__)
+        settings = corpus.settings.but(f="dsm", ddim_inversion=False, recipe="default")
+        return getattr(module, self.by)(corpus.with_settings(settings))
+
+
 def train_store(corpus: Corpus) -> Store:
     """The train rows of the settings: the committed or an earlier store, else computed now."""
     from ..attribution.train_grad import open_store, train_grad
@@ -111,5 +138,14 @@ for method in (
     GradientMethod("presence", "presence", True, True, on_request=True),
     GradientMethod("dps", "dps", True, True, on_request=True),
     GradientMethod("dsm", "dsm", True, True, on_request=True),
+    GradientMethod("das_paper", "das_mean", True, by="Leverage", on_request=True),
+    GradientMethod("journey_trak", "dsm", by="Journey", on_request=True),
+    GradientMethod("grad_dot", "dsm", by="DotProduct", on_request=True),
+    GradientMethod("grad_cos", "dsm", by="Cosine", on_request=True),
+    GradientMethod("relative_influence", "dsm", by="Relative", on_request=True),
 ):
     RANKERS.add(method.name, method)
+RANKERS.add("ekfac", WholeModel("curvature", "EkfacRanker"))
+RANKERS.add("abu", WholeModel("unlearning", "Abu"))
+RANKERS.add("abu_plus", WholeModel("unlearning", "AbuPlus"))
+RANKERS.add("mucs", WholeModel("unlearning", "Mucs"))

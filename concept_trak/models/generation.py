@@ -44,7 +44,7 @@ def sample(
     n, drawn = len(prompts), []
     x_T = x_T.to(model.device, model.dtype).expand(n, -1, -1, -1)
     batches = range(0, n, batch_size)
-    for start in tqdm(batches, desc="generating", disable=len(batches) < 2):
+    for start in tqdm(batches, desc="generating") if len(batches) > 1 else batches:
         part = prompts[start : start + batch_size]
         encoded = model.encode_prompts([*part, generation.negative_prompt])
         cond, cond_null = encoded[: len(part)], encoded[len(part) :].expand(len(part))

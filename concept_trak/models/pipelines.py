@@ -7,7 +7,6 @@ here reads a pickle or runs code of a model's author.
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import UserError
-from ..reading import read_json
+from .folder import is_local, refuse_endless, refuse_other_folder
 from .schedule import NUM_TRAIN_TIMESTEPS
 
 FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
@@ -43,15 +42,7 @@ CONDITIONS = (
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
-MOST_LAYERS, MOST = 1000, 2**24  # in a network's configuration: of layers, of anything
 REMEDY = "give SD_MODEL_PATH a StableDiffusionPipeline (SD 1.x, 2.x or a fine-tune)"
-
-
-def is_local(source: str) -> bool:
-    """Whether a folder is meant; "owner/name" that does not exist here is a hub id."""
-    if Path(source).exists() or source.startswith("."):
-        return True
-    return os.sep in source and (source.count("/") != 1 or source.startswith("/"))
 
 
 def open_pipeline(source: str, dtype: torch.dtype) -> Any:
@@ -91,32 +82,6 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
         reason = f"has no noise schedule of 1000 steps ({type(pipe.scheduler).__name__})"
         raise UserError(f"{source} {reason}; {REMEDY}")
     return pipe
-
-
-def refuse_other_folder(folder: Path) -> None:
-    """UserError for a folder that is no pipeline, or holds what is neither file nor folder: a pipe
-    would keep the run waiting, a device would never end.
-    """
-    if not (folder / "model_index.json").exists():
-        reason = "is not a diffusers pipeline folder (no model_index.json)"
-        raise UserError(f"{folder} {reason}; give SD_MODEL_PATH a folder or a hub id")
-    for path in (*folder.glob("*"), *folder.glob("*/*")):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is not a regular file; copy the model again")
-    for path in folder.glob("*/config.json"):
-        refuse_endless(read_json(path, "copy the model again"), str(path))
-
-
-def refuse_endless(config: Any, where: str, key: str = "") -> None:
-    """UserError for a size in a network's configuration that none has: to build it would take
-    forever.
-    """
-    items = config.items() if isinstance(config, dict) else ()
-    items = [(key, value) for value in config] if isinstance(config, list) else items
-    for inner, value in items:
-        refuse_endless(value, where, str(inner))
-    if isinstance(config, int) and config > (MOST_LAYERS if "layers" in key else MOST):
-        raise UserError(f"{where}: {key}={str(config)[:40]} is too large; copy the model again")
 
 
 def refuse_missing_weights(pipe: Any) -> None:

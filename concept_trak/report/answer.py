@@ -3,33 +3,38 @@ page on all targets, question.json, and a folder a target with the files of the 
 
 query_noise.safetensors, query_xT.safetensors, query_meta.json    the picture's noise and latents
 concept_grad.npy, concept_grad.json                               the kept query row
-and what `results` and `page` write
+and what `results`, `scores` and `page` write
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import save
 
-from ..attribution.answer import Answer, answer
+from ..attribution.answer import Answer, answer, drawn
 from ..attribution.corpus import Corpus
 from ..attribution.plan import question_folder
 from ..attribution.prompts import target_slug
-from ..attribution.question import Picture, Question
+from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
 from ..files import atomic_folder, make_folder, write_bytes, write_json
-from ..settings import Settings, as_dict, digest
+from ..settings import ROOT, Settings, as_dict, digest
 from ..store.cached import cached_array
 from .index import PAGE, QUESTION, write_index
 from .page import write_report
 from .results import write_results
-from .shown import Shown
+from .scores import CSV, NPY, npy_of, write_scores
+from .shown import Links, Shown
 
 ROWS = ".rows"  # folder of the query rows, beside the answers
 
@@ -37,8 +42,8 @@ ROWS = ".rows"  # folder of the query rows, beside the answers
 def attribute(corpus: Corpus) -> Path:
     """Answer the settings of `corpus` and write it; returns the path of report.html.
 
-    Query rows are kept beside the answers by what they were made from, so that another damping, or
-    another number of pictures, does not make them again.
+    Query rows and the picture are kept beside the answers by what they were made from, so that
+    another damping, or another number of pictures, does not make them again.
     """
     s, kept = corpus.settings, []
 
@@ -55,7 +60,21 @@ def attribute(corpus: Corpus) -> Path:
             rows.append(row)
         return np.concatenate(rows)
 
-    return write_answer(answer(corpus, kept_rows), s, kept)
+    def kept_picture(corpus: Corpus) -> Picture:
+        made_from, drawings = picture_identity(corpus.model, s), []
+        name = f"picture-{digest(json.loads(json.dumps(made_from)))}.npy"
+
+        def draw() -> np.ndarray:
+            drawings.append(drawn(corpus))
+            return drawings[0].x0.float().cpu().numpy()
+
+        path = Path(s.results_dir) / "free_query" / ROWS / name
+        x0 = cached_array(path, made_from, draw, s.force_recompute_concept_grad)
+        if x0.shape != (1, *corpus.model.latent_shape):  # a file that lies about itself
+            x0 = cached_array(path, made_from, draw, force=True)
+        return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
+
+    return write_answer(answer(corpus, kept_rows, kept_picture), s, kept)
 
 
 def write_answer(found: Answer, settings: Settings, rows: Sequence[Path] = ()) -> Path:
@@ -65,6 +84,7 @@ def write_answer(found: Answer, settings: Settings, rows: Sequence[Path] = ()) -
     rows: files of the query rows, one a question, of which copies are kept with it.
     """
     s = settings
+    folder = question_folder(s, found.settings["store_checksum"])
     shown = Shown(
         Image.fromarray(found.picture.pixels),
         found.dataset,
@@ -73,23 +93,58 @@ def write_answer(found: Answer, settings: Settings, rows: Sequence[Path] = ()) -
         found.settings,
         found.provenance,
         found.fit,
+        _links(found, folder),
     )
-    folder = question_folder(s, found.settings["store_checksum"])
     with atomic_folder(folder) as made:
         for i, (question, concept) in enumerate(zip(found.questions, found.concepts, strict=True)):
-            target = make_folder(made / f"target_{target_slug(question.words)}")
+            target = make_folder(made / target_folder(question))
             meta = {"prompt": s.prompt, "target": question.words, "plus": question.plus}
             meta |= {"negative": question.minus, "settings": as_dict(s)}
             save_query(target, found.picture, meta | {"provenance": found.provenance})
             for path in (rows[i], rows[i].with_suffix(".json")) if rows else ():
                 write_bytes(target / f"concept_grad{path.suffix}", path.read_bytes())
             write_results(target, concept, shown, render_leastk=s.render_leastk)
+            write_scores(target, concept, shown, {k: v[:, i] for k, v in found.others.items()})
         about = {"unseen": found.unseen, "warnings": found.warnings}
         write_report(made / PAGE, s.prompt, found.concepts, shown, **about)
-        asked = {"prompt": s.prompt, "targets": [q.words for q in found.questions]}
-        write_json(made / QUESTION, asked | {"settings": as_dict(s)})
+        write_json(made / QUESTION, _asked(found) | {"prompt": s.prompt, "settings": as_dict(s)})
     write_index(folder)
     return folder / PAGE
+
+
+def target_folder(question: Question) -> str:
+    """Of the files of one concept, inside the folder of an answer."""
+    return f"target_{target_slug(question.words)}"
+
+
+def _links(found: Answer, folder: Path) -> Links:
+    """From the page in `folder`."""
+    named = {NPY: "scores.npy (every damping)", CSV: "scores.csv (the fixed damping)"}
+    named |= {npy_of(name): f"{name}, every damping" for name in found.others}
+    files = {
+        q.words: {what: f"{quote(target_folder(q))}/{quote(file)}" for file, what in named.items()}
+        for q in found.questions
+    }
+    return Links(lambda i: quote(os.path.relpath(found.dataset.path(i), folder)), files)
+
+
+def _asked(found: Answer) -> dict[str, Any]:
+    """What the explorer and the index read of an answer."""
+    data = found.dataset
+    names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
+    return {
+        "targets": [q.words for q in found.questions],
+        "negatives": [q.minus for q in found.questions],
+        "folders": [target_folder(q) for q in found.questions],
+        "methods": list(found.others),
+        "dampings": list(found.concepts[0].dampings),
+        "unseen": found.unseen,
+        "warnings": found.warnings,
+        "pictures": {
+            "root": str(data.root.resolve()).removeprefix(f"{ROOT}/"),
+            "digest": digest([names, data.captions]),
+        },
+    }
 
 
 def save_query(folder: Path, asked: Picture, meta: dict) -> None:

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 
-from ..scoring.concept import lambda_label
-
 SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -15,11 +13,9 @@ def power_of_ten(exponent: int) -> str:
     return "10" + str(exponent).translate(SUPERSCRIPT)
 
 
-def damping_power(damping: float) -> str:
-    """A damping in units of 0.1 x mean eigenvalue: 10⁻⁴, or 3.0e-04 when it is no power of ten."""
-    label = lambda_label(damping)
-    mantissa, exponent = label.split("e")
-    return power_of_ten(int(exponent)) if mantissa == "1.0" else label
+def damping_name(damping: float) -> str:
+    """A damping as DAMPING has it, in mean eigenvalues: 1, 0.001, 1e-05."""
+    return f"{damping:g}"
 
 
 def score_unit(scores: np.ndarray) -> int:

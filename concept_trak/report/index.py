@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..attribution.plan import NOT_DECIDING
 from ..errors import UserError
 from ..files import link, locked, write_bytes
 from ..reading import read_json
@@ -15,7 +16,8 @@ from ..settings import EMOJI, Settings
 from .page import environment
 
 PAGE, QUESTION = "report.html", "question.json"
-TOLD = {"prompt", "target_concepts", "seed"}  # in columns of their own
+# in columns of their own, or without effect on the answer
+TOLD = {"prompt", "target_concepts", "seed", "top_k", "render_leastk", *NOT_DECIDING} - {"methods"}
 
 
 def write_index(newest: Path) -> None:
@@ -39,18 +41,18 @@ def _row(folder: Path) -> dict[str, Any]:
     except UserError:
         asked = {}
     settings = asked.get("settings") or {}
-    usual = Settings().flat() | EMOJI
-    changed = [f"{k.upper()}={v}" for k, v in settings.items() if k in usual and v != usual[k]]
-    paths = ("_DIR=", "_PATH=", "_JSON=")
     return {
         "page": f"{folder.name}/{PAGE}",
         "prompt": asked.get("prompt", folder.name),
         "targets": asked.get("targets", []),
         "seed": settings.get("seed", ""),
-        "settings": [
-            c
-            for c in changed
-            if c.split("=")[0].lower() not in TOLD and not any(p in c for p in paths)
-        ],
+        "settings": changed_settings(settings),
         "made": datetime.fromtimestamp(_made(folder)).strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def changed_settings(settings: dict[str, Any]) -> list[str]:
+    """NAME=value of what differs from the emoji benchmark's defaults, places and words left out."""
+    usual = Settings().flat() | EMOJI
+    changed = {k: v for k, v in settings.items() if k in usual and v != usual[k] and k not in TOLD}
+    return [f"{name.upper()}={value}" for name, value in changed.items()]

@@ -1,5 +1,5 @@
 """report.html: one self-contained page, no script and no request, that works from a file://
-address.
+address. Its links lead to files beside it and to the pictures' own.
 
 Every damping's cards, metrics and histogram stand in the page as panels of class `p{d}`; the
 damping switch is a radio group and CSS hides the other panels. Pictures are embedded once, as SVG
@@ -93,6 +93,7 @@ def write_report(
             warnings=warnings,
             columns=columns,
             fixed=fixed,
+            links=shown.links,
             num_images=concepts[0].num_images,
             query=shrunk(shown.picture.convert("RGB"), QUERY_SIDE),
             pictures=load_pictures(shown.dataset, indices),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from ..datasets.words import overlap
 from ..rows.fit import MIDDLE, in_words
 from ..scoring.concept import ConceptResult
-from .formats import damping_power, format_score, power_of_ten, score_unit
+from .formats import damping_name, format_score, power_of_ten, score_unit
 from .histogram import Histogram, histogram
 from .shown import Shown
 
@@ -19,9 +18,9 @@ from .shown import Shown
 class Card:
     """One training image in a ranking.
 
-    match: None where truth is not known. text_rank: its place when captions alone are compared with
-    the concept's words, equal ones sharing the best. fit: in words, "" where it is not known.
-    suspect: whether its caption does not fit.
+    link: to its file, "" where there is none. match: None where truth is not known. text_rank: its
+    place when captions alone are compared with the concept's words, equal ones sharing the best.
+    fit: in words, "" where it is not known. suspect: whether its caption does not fit.
     """
 
     index: int
@@ -31,19 +30,20 @@ class Card:
     text_rank: int
     fit: str
     suspect: bool
+    link: str
 
 
 @dataclass(frozen=True)
 class Panel:
     """What the damping switch changes in a column.
 
-    power:      the damping in units of 0.1 x mean eigenvalue
+    damping:    as DAMPING has it, in mean eigenvalues
     unit:       the power of ten that scores are told in, "" for plain scores
     top, least: cards from the highest (lowest) score on
     quality:    see `ConceptResult.quality`
     """
 
-    power: str
+    damping: str
     unit: str
     top: list[Card]
     least: list[Card]
@@ -69,7 +69,9 @@ class Column:
 
 def text_ranks(concept: str, captions: list[str]) -> np.ndarray:
     """[N] ranks from 1 on by the share of the concept's words in a caption; ties share the best."""
-    return rankdata(-overlap(concept, captions), method="min").astype(int)
+    shares = -overlap(concept, captions)
+    # not rankdata: SciPy's statistics take half a second to load, of a page that takes one
+    return np.searchsorted(np.sort(shares), shares) + 1
 
 
 def _panel(
@@ -92,12 +94,13 @@ def _panel(
                 text_rank=int(by_text[index]),
                 fit="" if fit is None else in_words(float(fit[index])),
                 suspect=fit is not None and bool(fit[index] < MIDDLE),
+                link=shown.links.pictures(index) if shown.links else "",
             )
             for index in concept.ranked(d, shown.top_k, largest)
         ]
 
     return Panel(
-        power=damping_power(concept.dampings[d]),
+        damping=damping_name(concept.dampings[d]),
         unit=power_of_ten(unit) if unit else "",
         top=cards(largest=True),
         least=cards(largest=False),

@@ -2,7 +2,7 @@
 
     query.png                           the picture that is explained
     topk-lambda_{l}.jpg                 picture grid with rank, score and caption
-    topk-prompts-lambda_{l}.txt         TSV with header: rank, train|exemplar, idx, caption
+    topk-prompts-lambda_{l}.txt         TSV with header: rank, train|exemplar, idx, caption, score
     leastk-lambda_{l}.jpg, leastk-prompts-lambda_{l}.txt    the same of the other end
     metrics.json                        settings, provenance, and at each damping the metrics that
                                         truth allows
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -23,7 +24,7 @@ from ..scoring.concept import ConceptResult, lambda_label
 from .pictures import load_pictures, picture_grid
 from .shown import Shown
 
-HEADER = "rank\ttrain|exemplar\tidx\tcaption"
+HEADER = "rank\ttrain|exemplar\tidx\tcaption\tscore"
 
 
 def image_bytes(picture: Image.Image, kind: str) -> bytes:
@@ -33,12 +34,14 @@ def image_bytes(picture: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _table(indices: list[int], captions: list[str], num_train: int) -> bytes:
+def _table(
+    indices: list[int], captions: list[str], scores: Sequence[float], num_train: int
+) -> bytes:
     """TSV of a ranking; rows of the store from `num_train` on are exemplars, counted from 0."""
-    lines = [HEADER]
-    for rank, (i, caption) in enumerate(zip(indices, captions, strict=True), start=1):
+    lines, rows = [HEADER], zip(indices, captions, scores, strict=True)
+    for rank, (i, caption, score) in enumerate(rows, start=1):
         place = f"train\t{i}" if i < num_train else f"exemplar\t{i - num_train}"
-        lines.append(f"{rank}\t{place}\t{caption}")
+        lines.append(f"{rank}\t{place}\t{caption}\t{score:.6e}")
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -98,7 +101,7 @@ def write_results(
         captions = [" ".join(shown.dataset.captions[i].split()) for i in indices]
         notes = [f"{rank}   {score:+.3e}" for rank, score in enumerate(scores, start=1)]
         grid = picture_grid([pictures[i] for i in indices], captions, notes)
-        table = _table(indices, captions, num_train)
+        table = _table(indices, captions, scores, num_train)
         files.write_bytes(folder / f"{end}-lambda_{label}.jpg", image_bytes(grid, "JPEG"))
         files.write_bytes(folder / f"{end}-prompts-lambda_{label}.txt", table)
     content = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,17 @@ from PIL import Image
 from ..datasets import ImageCaptionDataset
 from ..errors import UserError
 from ..scoring.concept import ConceptResult
+
+
+@dataclass(frozen=True)
+class Links:
+    """Where the page's links lead, as URLs relative to it.
+
+    pictures: of a training picture's file, by its row. files: {target: {what it is: URL}}.
+    """
+
+    pictures: Callable[[int], str]
+    files: Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,7 @@ class Shown:
     fixed_damping: one of the sweep, the damping chosen without looking at this query
     settings, provenance: told as they are, nested dicts allowed
     fit:           [N], see `rows.fit.relative_fit`; None where it is not known
+    links:         None for a page that stands alone
     """
 
     picture: Image.Image
@@ -31,6 +44,7 @@ class Shown:
     settings: dict
     provenance: dict
     fit: np.ndarray | None = None
+    links: Links | None = None
 
     def check(self, concept: ConceptResult) -> None:
         """UserError unless the scores are for this dataset's rows and top_k can be shown."""

@@ -10,6 +10,8 @@ are unit-normed or the score is linear in them.
               D-TRAK (Zheng et al. 2024)
     das       v = sign(eps_hat)             grad of ||eps_hat||_1
               DAS (Lin et al. 2025), in the form Concept-TRAK uses; rows weighted by their losses
+    das_mean  v = 1                         grad of the sum of eps_hat
+              DAS as its paper has it; rows weighted by their residuals (`residual`)
     dps       v = g                         grad of 1/2 ||sg[eps_hat - g] - eps_hat||^2
               g = -d/dx_t mean((x0_hat - x0)^2)    (Concept-TRAK, D_train; Chung et al. 2023)
     presence  v = -(eps(c) - eps(c-))       grad of 1/2 ||sg[2 eps(c) - eps(c-)] - eps(c)||^2
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..registry import OBJECTIVES
 from . import fit
+from . import residual as residuals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,3 +168,17 @@ def das(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
     """The sign of the prediction."""
     eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
     return eps_hat, eps_hat.detach().sign()
+
+
+@objective(
+    "das_mean",
+    row_weight=lambda residuals, among: residuals,
+    beside=residuals.residual,
+    description=residuals.DESCRIPTION,
+)
+def das_mean(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """One everywhere."""
+    import torch
+
+    eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
+    return eps_hat, torch.ones_like(eps_hat)

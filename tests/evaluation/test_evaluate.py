@@ -13,6 +13,7 @@ from concept_trak import cli
 from concept_trak.attribution.corpus import Corpus
 from concept_trak.attribution.question import Question, generated
 from concept_trak.attribution.rankers import GradientRanker
+from concept_trak.attribution.unlearning import Abu
 from concept_trak.evaluation import controls, evaluate
 from concept_trak.evaluation.benchmarks import Emoji
 from concept_trak.evaluation.rankers import GradientMethod
@@ -156,10 +157,60 @@ def test_methods_can_be_chosen_and_unknown_ones_are_named(settings, capsys):
         "pixel_neighbours",
         "latent_neighbours",
         "caption_similarity",
+        "judge_features",
+        "random",
         "chance",
     }
     assert cli.main([*flags, "--methods=concept_trak,tracin"]) == 2
     assert "METHODS names 'tracin'" in capsys.readouterr().err
+
+
+def test_a_step_is_chosen_on_tune_questions_and_costs_are_counted(settings, capsys):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+    methods = "--methods=abu,grad_dot,ekfac"
+    assert cli.main(["evaluate", "--device=cpu", methods, *flags]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["steps"].keys() == {"abu"} and found["steps"]["abu"] in Abu.candidates
+    assert found["dampings"].keys() == {"ekfac"}
+    cost = found["forwards_per_query"]
+    assert cost["grad_dot"] == cost["ekfac"] == 2 * 2  # one draw, two levels, there and back
+    assert cost["abu"] == 2 * 2 + 2 * 11 and cost["random"] == 0
+
+
+class Stepped:
+    """Finds what is asked at its second candidate only, and notes what it is asked."""
+
+    candidates = (0.1, 1.0, 10.0)
+
+    def __init__(self, relevant, step=0):
+        self.relevant, self.step, self.asked = relevant, step, []
+
+    def at(self, candidate):
+        other = Stepped(self.relevant, candidate)
+        other.asked = self.asked
+        return other
+
+    def rank(self, questions):
+        self.asked.append((self.step, list(questions)))
+        right = np.stack([self.relevant[q] for q in questions]).astype(np.float32)
+        return (right if self.step == 1 else -right)[None]
+
+
+def test_a_step_is_chosen_on_tune_alone_and_only_it_is_asked_what_is_reported():
+    questions = evaluate.Questions.__new__(evaluate.Questions)
+    questions.asked, questions.concepts = list(range(6)), ("object",)
+    questions._split = np.array(["ood", "tune", "tune", "ood", "tune", "ood"])
+    questions._concept = np.array(["object"] * 6)
+    questions.relevant = np.random.default_rng(0).permuted(
+        np.arange(40)[None].repeat(6, 0) < 10, axis=1
+    )
+    ranker = Stepped(questions.relevant)
+    step = evaluate.choose_step(ranker, questions)
+    assert step == 1 and all(asked == [1, 2, 4] for _, asked in ranker.asked)
+    ranker.asked.clear()
+    values = evaluate.answers(ranker.at(step), questions)
+    assert ranker.asked == [(1, [0, 3, 5])] and values.shape == (1, 6, 40)
+    assert (values[0, [0, 3, 5]] == questions.relevant[[0, 3, 5]]).all()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ and honest numbers.
 """
 
 import base64
+import csv
 import json
 import re
 from dataclasses import replace
@@ -17,7 +18,9 @@ from PIL import Image
 
 from concept_trak.errors import UserError
 from concept_trak.report import ConceptResult, Shown, write_report, write_results
-from concept_trak.report.formats import damping_power, format_score, rate, score_unit
+from concept_trak.report.formats import damping_name, format_score, rate, score_unit
+from concept_trak.report.scores import write_scores
+from concept_trak.report.shown import Links
 from concept_trak.scoring import metrics
 
 NUM, SIDE = 40, 16
@@ -134,7 +137,9 @@ def test_every_caption_score_and_damping_is_shown(tmp_path):
     dataset, concepts = TinyDataset(), pair()
     html = report(tmp_path / "report.html", concepts, dataset=dataset)
     texts = Page(html).texts
-    for d, power in enumerate(["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "10⁰", "10¹", "10²", "10³", "10⁴"]):
+    for d, power in enumerate(
+        ["1e-05", "0.0001", "0.001", "0.01", "0.1", "1", "10", "100", "1000"]
+    ):
         assert re.search(rf'<input type="radio" name="damping" id="d{d}"( checked)?>{power}', html)
     for result in concepts:
         for d in range(len(DAMPINGS)):
@@ -244,7 +249,7 @@ def test_fixed_damping_is_the_one_shown_first_and_oracle_is_named(tmp_path):
     result = concept("elephant", 0)
     html = report(tmp_path / "report.html", [result])
     assert re.findall(r'id="d(\d)" checked', html) == ["2"]
-    assert re.search(r'id="d2" checked>10⁻²<small>fixed', html)
+    assert re.search(r'id="d2" checked>0.001<small>fixed', html)
     assert re.search(rf'id="d{result.oracle_index()}"[^<]*(<small>)(fixed<br>)?oracle', html)
 
 
@@ -312,10 +317,11 @@ def test_listings_are_tsv_of_the_ranking(tmp_path):
         for d, label in enumerate(LAMBDAS):
             table = (tmp_path / f"{end}-prompts-lambda_{label}.txt").read_text()
             header, *rows = [line.split("\t") for line in table.splitlines()]
-            assert header == ["rank", "train|exemplar", "idx", "caption"]
+            assert header == ["rank", "train|exemplar", "idx", "caption", "score"]
             captions = [" ".join(caption.split()) for caption in dataset.captions]
             ranked = enumerate(result.ranked(d, 5, largest), start=1)
-            assert rows == [[str(rank), "train", str(i), captions[i]] for rank, i in ranked]
+            scored = [(rank, i, f"{result.scores[d, i]:.6e}") for rank, i in ranked]
+            assert rows == [[str(r), "train", str(i), captions[i], score] for r, i, score in scored]
 
 
 def test_rows_after_the_train_rows_are_exemplars_counted_from_zero(tmp_path):
@@ -369,7 +375,7 @@ def test_score_units_keep_scores_readable():
 
 def test_small_rates_and_odd_dampings_keep_their_digits():
     assert [rate(x) for x in (0, 0.5, 0.005, 0.0004)] == ["0.00", "0.50", "0.01", "0.0004"]
-    assert [damping_power(x) for x in (1e-5, 0.1, 3e-5)] == ["10⁻⁴", "10⁰", "3.0e-04"]
+    assert [damping_name(x) for x in DAMPINGS[:5]] == ["1e-05", "0.0001", "0.001", "0.01", "0.1"]
 
 
 def test_bad_arguments_are_one_clear_line_and_leave_nothing(tmp_path):
@@ -403,3 +409,47 @@ def test_bad_arguments_are_one_clear_line_and_leave_nothing(tmp_path):
 def test_malformed_results_are_refused(scores, dampings, relevant, message):
     with pytest.raises(UserError, match=message):
         ConceptResult("cat", "", scores, dampings, relevant)
+
+
+# --- results as data
+
+
+class Labelled(TinyDataset):
+    """With records, as a folder on disk has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = [
+            {"file_name": f"pictures/{i} #.png", "object": "cat" if i % 2 else "dog"}
+            for i in range(NUM)
+        ]
+
+
+def test_scores_csv_and_npy_hold_every_picture_in_the_order_of_the_ranking(tmp_path):
+    result, data = concept(), Labelled()
+    rival = np.arange(NUM, dtype=np.float32)[None]
+    write_scores(tmp_path, result, shown(dataset=data), {"das": rival})
+    np.testing.assert_array_equal(np.load(tmp_path / "scores.npy"), result.scores)
+    np.testing.assert_array_equal(np.load(tmp_path / "scores-das.npy"), rival)
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == result.ranked(2, NUM)
+    assert [int(row["rank"]) for row in rows] == list(range(1, NUM + 1))
+    for row in rows:
+        i = int(row["index"])
+        assert float(row["score"]) == pytest.approx(result.scores[2, i], rel=1e-6)
+        lower = (result.scores[2] < result.scores[2, i]).mean() * 100
+        assert float(row["percentile"]) == pytest.approx(lower, abs=0.01)
+        assert row["caption"] == data.captions[i] and row["object"] == data.records[i]["object"]
+        assert row["file_name"] == data.records[i]["file_name"]
+        assert row["match"] == str(int(result.relevant[i]))
+    assert "style" not in rows[0] and "fit" not in rows[0]
+
+
+def test_cards_and_scores_are_linked_where_files_are_known(tmp_path):
+    links = Links(lambda i: f"../own/{i}%20a.png", {"elephant": {"scores.csv": "t/scores.csv"}})
+    page = Page(report(tmp_path / "report.html", [concept()], links=links))
+    hrefs = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert {f"../own/{i}%20a.png" for i in concept().ranked(2, 5)} <= set(hrefs)
+    assert "t/scores.csv" in hrefs and page.open == []
+    assert "<a " not in report(tmp_path / "alone.html", [concept()])

@@ -115,4 +115,4 @@ def test_a_concept_query_is_two_sided_where_its_train_rows_are():
 
 def test_rows_are_weighted_by_das_and_by_the_fit_of_the_caption():
     weighted = [name for name in OBJECTIVES.names() if OBJECTIVES.get(name).row_weight]
-    assert weighted == ["contrast_llr", "das"]
+    assert weighted == ["contrast_llr", "das", "das_mean"]

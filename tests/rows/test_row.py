@@ -23,7 +23,7 @@ from concept_trak.store.manifest import Layout
 from concept_trak.store.shards import Store
 
 STATES = {"noised": row_states.noised_states(4), "inverted": row_states.inverted_states(4, 2.0)}
-NAMES = ("contrast", "presence", "dps", "dsm", "dtrak", "das")
+NAMES = ("contrast", "presence", "dps", "dsm", "dtrak", "das", "das_mean")
 
 
 def batch(n=5, seed=0):
@@ -208,6 +208,7 @@ LOSSES = {  # the literal losses of `rows.objectives`, of one sample
     "dsm": of_prediction(lambda e, state: squared(e - state.eps)),
     "dtrak": of_prediction(lambda e, state: squared(e)),
     "das": of_prediction(lambda e, state: e.abs().sum()),
+    "das_mean": of_prediction(lambda e, state: e.sum()),
     "dps": dps_loss,
     "presence": slider_loss,
     "contrast": lambda d, s: -squared(d.eps(s.x_t, s.t, s.cond) - d.eps(s.x_t, s.t, s.cond_neg)),

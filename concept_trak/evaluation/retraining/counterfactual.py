@@ -26,7 +26,7 @@ import numpy as np
 from ...datasets.folder import ImageCaptionDataset
 from ...scoring.metrics import bootstrap_interval, resampled_means
 from ...scoring.ranking import ranking
-from .plan import GROUP_SEED, KINDS, WITHOUT, Plan, Subset, groups
+from .plan import GROUP_SEED, Plan, Subset, groups, kinds_of, other_kind
 from .presence import Presences
 
 TARGETS = {"object": 16, "style": 4}
@@ -39,15 +39,23 @@ Lost = Mapping[int, Mapping[str, np.ndarray]]  # of one arm: seed -> figure -> [
 def targets(data: ImageCaptionDataset, kind: str) -> list[str]:
     """The "report" concepts that are removed, drawn once."""
     names = groups(data)["report"][kind]
-    rng = np.random.default_rng([GROUP_SEED, 17, KINDS.index(kind)])
-    return sorted(names[i] for i in rng.permutation(len(names))[: TARGETS[kind]])
+    rng = np.random.default_rng([GROUP_SEED, 17, kinds_of(data).index(kind)])
+    return sorted(names[i] for i in rng.permutation(len(names))[: TARGETS.get(kind)])
+
+
+def top_of(data: ImageCaptionDataset, kind: str) -> int:
+    """How many pictures a ranker names for each target: `TOP`, else half of what is labelled with
+    the rarest.
+    """
+    shown = np.array(data.column(kind))
+    return TOP.get(kind) or min((shown == name).sum() for name in targets(data, kind)) // 2
 
 
 def arms(
     data: ImageCaptionDataset, kind: str, scores: Mapping[str, np.ndarray], ours: str
 ) -> dict[str, list[int]]:
     """{"{kind}-{arm}": rows to remove}; scores {ranker: [C, N]} of the `targets` in their order."""
-    names, k, count = targets(data, kind), TOP[kind], len(data)
+    names, k, count = targets(data, kind), top_of(data, kind), len(data)
     shown, rng = np.array(data.column(kind)), np.random.default_rng([GROUP_SEED, 19])
     found = {name: [ranking(row)[:k] for row in values] for name, values in scores.items()}
     found[LEAST] = [ranking(row, largest=False)[:k] for row in scores[ours]]
@@ -70,8 +78,8 @@ def drops(
     """{kind: {arm: figures}} over the seeds of each arm; whole: presences of the models of all
     pictures, by seed.
     """
-    told: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
-    for kind in KINDS:
+    told: dict[str, dict[str, dict[str, Any]]] = {k: {} for k in kinds_of(data)}
+    for kind in told:
         lost = {
             arm.removeprefix(f"{kind}-"): {
                 s.seed: _lost(whole[s.seed], found[s.name], kind, data, held_out) for s in subsets
@@ -104,11 +112,11 @@ def _lost(
 
 def asked(data: ImageCaptionDataset, kind: str) -> dict[str, tuple[str, list[str]]]:
     """{figure: (kind, concepts)}: whose presences each drop is about."""
-    names = targets(data, kind)
+    names, other = targets(data, kind), other_kind(data, kind)
     return {
         "target_drop": (kind, names),
         "untouched_drop": (kind, [n for n in groups(data)["report"][kind] if n not in names]),
-        "other_drop": (WITHOUT[kind], sorted(set(data.column(WITHOUT[kind])))),
+        "other_drop": (other, sorted(set(data.column(other)))),
     }
 
 
@@ -170,7 +178,7 @@ def noise(
 ) -> dict[str, dict[str, float] | None]:
     """{kind: {figure: standard deviation between seeds of such a mean drop}}; None for one seed."""
     told: dict[str, dict[str, float] | None] = {}
-    for kind in KINDS:
+    for kind in kinds_of(data):
         spread = {}
         for figure, (of, which) in asked(data, kind).items():
             if which and len(whole) > 1:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +23,24 @@ from ...files import make_folder
 from ...reading import read_json
 from ...settings import ROOT, digest, provenance
 from .plan import Plan, Subset
-from .presence import MEND, Measure, Presences, read_presences, write_presences
+from .presence import MEND, Measure, read_presences, write_presences
 from .small import SmallSettings
 
 JUDGE = ROOT / "data/emoji/judge"
-MODEL_GB, CHECKPOINT_MB = 1.2, 70  # of one process, and of one subset's checkpoint on the disk
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done for one subset. make: trains and measures its model, called in a process of its
+    own. a_process: models that a process makes before another takes its place, None: all of its
+    models. model_gb: memory of
+    one. checkpoint_mb: of one on the disk.
+    """
+
+    make: Callable[[Any, Plan, Subset], None]
+    a_process: int | None = 1
+    model_gb: float = 1.2
+    checkpoint_mb: float = 70
 
 
 @dataclass(frozen=True)
@@ -48,16 +61,20 @@ class Bench:
         return self.kept / plan / f"{subset.name}.json"
 
 
-def retrain(bench: Bench, plan: Plan) -> None:
+def retrain(bench: Any, plan: Plan, work: Work | None = None) -> None:
     """Train and measure every subset that is not, with a bar over the steps of all models.
 
+    bench: a `Bench`, or what has its `presences`, `settings`, `measure` and `work` for other
+    models; work: how one is trained and measured, by default `train_and_measure`.
     UserError at the end if some died, naming them; the others are finished.
     """
     todo = [s for s in plan.subsets if not is_measured(bench, plan, s)]
     known = hasattr(os, "sched_getaffinity")  # not everywhere
     there = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     cores = max(1, min(there, len(todo)))
-    needs = f"{cores * MODEL_GB:.1f} GB of memory, {len(todo) * CHECKPOINT_MB} MB in {bench.work}"
+    work = work or Work(train_and_measure)
+    disk = len(todo) * work.checkpoint_mb
+    needs = f"{cores * work.model_gb:.1f} GB of memory, {disk:.0f} MB in {bench.work}"
     told = f"{len(todo)} of {len(plan.subsets)} models to train, {cores} at a time ({needs})"
     print(f"{plan.name}: {told}", flush=True)
     if not todo:
@@ -67,10 +84,12 @@ def retrain(bench: Bench, plan: Plan) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         _environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1"),
-        ProcessPoolExecutor(cores, context, end_with_parent, max_tasks_per_child=1) as pool,
+        ProcessPoolExecutor(
+            cores, context, end_with_parent, max_tasks_per_child=work.a_process
+        ) as pool,
         _bar(todo, bench) as bar,
     ):
-        running = {pool.submit(train_and_measure, bench, plan, s): s.name for s in todo}
+        running = {pool.submit(work.make, bench, plan, s): s.name for s in todo}
         try:
             _watch(running, bar, bench, todo, died)
         except BaseException:
@@ -108,18 +127,14 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _bar(todo: Sequence[Subset], bench: Bench) -> tqdm:
+def _bar(todo: Sequence[Subset], bench: Any) -> tqdm:
     bar = tqdm(total=len(todo) * bench.settings.steps, desc="retraining", unit="step")
     bar.initial = bar.n = steps_done(todo, bench)  # does not count for the ETA
     return bar
 
 
 def _watch(
-    running: dict[Future[None], str],
-    bar: tqdm,
-    bench: Bench,
-    todo: Sequence[Subset],
-    died: list[str],
+    running: dict[Future[None], str], bar: tqdm, bench: Any, todo: Sequence[Subset], died: list[str]
 ) -> None:
     left = set(running)
     while left:
@@ -128,7 +143,7 @@ def _watch(
         bar.update(max(0, steps_done(todo, bench) - bar.n))
 
 
-def steps_done(subsets: Sequence[Subset], bench: Bench) -> int:
+def steps_done(subsets: Sequence[Subset], bench: Any) -> int:
     """Steps that the logs of these subsets tell of."""
     logs = (path for s in subsets for path in bench.work.glob(f"{s.name}-*/model.jsonl"))
     return sum(_last_step(path) for path in logs)
@@ -142,7 +157,7 @@ def _last_step(log: Path) -> int:
         return 0
 
 
-def is_measured(bench: Bench, plan: Plan, subset: Subset) -> bool:
+def is_measured(bench: Any, plan: Plan, subset: Subset) -> bool:
     """Whether the presences of exactly this subset are there."""
     path = bench.presences(plan.name, subset)
     if not path.exists():
@@ -158,7 +173,7 @@ def subset_digest(subset: Subset) -> str:
     return digest(json.loads(json.dumps(asdict(subset))))
 
 
-def how(bench: Bench) -> str:
+def how(bench: Any) -> str:
     """Of all settings of training and measuring."""
     return digest([asdict(bench.settings), asdict(bench.measure)])
 
@@ -196,14 +211,16 @@ def train_and_measure(bench: Bench, plan: Plan, subset: Subset) -> None:
     write_presences(bench.presences(plan.name, subset), found, made_from)
 
 
-def presences_of(bench: Bench, plan: Plan, held_out: Any) -> dict[str, Presences]:
+def presences_of(
+    bench: Any, plan: Plan, held_out: Any, read: Callable[..., Any] = read_presences
+) -> dict[str, Any]:
     """{subset: presences} of all models of a plan. UserError for one that is missing, made from
     another subset, or of other pictures.
     """
     found = {}
     for subset in plan.subsets:
         path = bench.presences(plan.name, subset)
-        found[subset.name] = read_presences(path, held_out, plan.data)
+        found[subset.name] = read(path, held_out, plan.data)
         if not is_measured(bench, plan, subset):
             raise UserError(
                 f"{path} is of another subset or other settings than the plan's; {MEND}"

@@ -20,7 +20,7 @@ from ...errors import UserError
 from ...scoring.metrics import bootstrap_interval
 from ...scoring.ranking import ranking
 from .asked import Asked
-from .plan import KINDS, Plan
+from .plan import Plan
 from .presence import Presences
 from .statistics import lds, partial_lds
 
@@ -149,7 +149,7 @@ def best_damping(
     mean over their kinds; values [D, Q, N].
     """
     totals = np.zeros(len(values))
-    for kind in KINDS:
+    for kind in tune:
         of_concepts = asked.mean(values, kind, tune[kind])
         for d, scores in enumerate(of_concepts):
             found = scored(scores, truths[kind].of(tune[kind]))

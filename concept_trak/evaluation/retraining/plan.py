@@ -32,6 +32,7 @@ GROUPS = ("tune", "report")
 GROUP_SEED = 2024
 KINDS = ("object", "style")
 WITHOUT = {"object": "style", "style": "object"}  # what a caption leaves without a concept
+NOT_LABELS = {"file_name", "text", "caption", "split"}  # columns of other data that name no concept
 KEEP_RATES = (0.0, 0.25, 0.5, 1.0)  # of a concept in a subset of the LDS
 LIES = 96
 MEND = "make it again with the script's RETRAIN=1, or restore the committed one"
@@ -116,12 +117,26 @@ def relabelled(data: ImageCaptionDataset, subset: Subset) -> ImageCaptionDataset
     return ImageCaptionDataset(data.root, data.records, captions)
 
 
+def kinds_of(data: ImageCaptionDataset) -> tuple[str, ...]:
+    """The kinds of concept that pictures are labelled with: object and style, or whatever columns
+    other data have (`datasets.attributes`).
+    """
+    columns = data.records[0].keys()
+    return KINDS if set(KINDS) <= columns else tuple(k for k in columns if k not in NOT_LABELS)
+
+
+def other_kind(data: ImageCaptionDataset, kind: str) -> str:
+    """Another kind, which pictures of a concept show, too."""
+    kinds = kinds_of(data)
+    return kinds[(kinds.index(kind) + 1) % len(kinds)]
+
+
 def groups(data: ImageCaptionDataset) -> dict[str, dict[str, list[str]]]:
     """{group: {kind: concepts}}: each kind's concepts halved at random, the same every time."""
     found: dict[str, dict[str, list[str]]] = {group: {} for group in GROUPS}
-    for kind in KINDS:
+    for number, kind in enumerate(kinds_of(data)):
         names = sorted(set(data.column(kind)))
-        order = np.random.default_rng([GROUP_SEED, KINDS.index(kind)]).permutation(len(names))
+        order = np.random.default_rng([GROUP_SEED, number]).permutation(len(names))
         for group, part in zip(GROUPS, np.array_split(order, len(GROUPS)), strict=True):
             found[group][kind] = sorted(names[i] for i in part)
     return found
@@ -197,7 +212,8 @@ def lds_plan(data: ImageCaptionDataset, count: int, again: int) -> Plan:
     """`count` random subsets with seed 0, and the first `again` of them with seed 1.
 
     In each, half of the concepts at random have a keep rate of their own, of `KEEP_RATES`, the
-    others 1/2; a picture is kept with probability min(1, 2 r_object r_style).
+    others 1/2; a picture is kept with probability min(1, 2 r_object r_style), of K kinds with
+    min(1, 2^(K - 1) times the product of theirs).
     """
     draws = [(i, seed) for seed, n in ((0, count), (1, again)) for i in range(n)]
     subsets = [Subset(f"lds-{i}-{seed}", seed, random_removal(data, i)) for i, seed in draws]
@@ -208,8 +224,9 @@ def lds_plan(data: ImageCaptionDataset, count: int, again: int) -> Plan:
 def random_removal(data: ImageCaptionDataset, number: int) -> tuple[int, ...]:
     """What subset `number` of the LDS leaves out; see `lds_plan`."""
     rng = np.random.default_rng([GROUP_SEED, 13, number])
-    keep = np.full(len(data), 2.0)
-    for kind in KINDS:
+    kinds = kinds_of(data)
+    keep = np.full(len(data), 2.0 ** (len(kinds) - 1))
+    for kind in kinds:
         names, which = np.unique(data.column(kind), return_inverse=True)
         own = rng.choice(KEEP_RATES, len(names))
         keep *= np.where(rng.random(len(names)) < 0.5, own, 0.5)[which]

@@ -122,6 +122,15 @@ class Judge(nn.Module):
         both = [torch.cat(logits).softmax(1).numpy() for logits in zip(*outputs, strict=True)]
         return both[0].argmax(1), both[1].argmax(1), {"object": both[0], "style": both[1]}
 
+    @torch.no_grad()
+    def features(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
+        """float32 [n, objects + styles]: each head's logits, centred and of unit norm, side by
+        side. images as in `predict`.
+        """
+        outputs = [self(chunk) for chunk in to_input(images, self.settings).split(batch)]
+        both = [torch.cat(logits) for logits in zip(*outputs, strict=True)]
+        return torch.cat([F.normalize(x - x.mean(1, True)) for x in both], 1).numpy()
+
     def measure(
         self, pictures: np.ndarray, true_objects: Sequence[str], true_styles: Sequence[str]
     ) -> dict[str, dict[str, Any]]:

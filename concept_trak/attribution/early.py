@@ -1,0 +1,147 @@
+"""What can be refused before the model is loaded: words, files, values. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from ..datasets import emoji
+from ..datasets.folder import ImageCaptionDataset, load_folder
+from ..errors import UserError
+from ..flags import command
+from ..models.folder import is_local, refuse_other_folder, unet_size
+from ..settings import Settings
+from . import prompts
+from .plan import folder_name
+
+LATENTS = "laion_latents.npy"  # of encoded pictures, see `datasets.encoded`
+ROW_STAGES = ("rows", "projection", "model", "data_dir", "num_train", "grad_dir")
+# Two CPU cores: a row of the default recipe, 28 forward passes' worth, of the embedded model took
+# 0.063 s (scripts/bench.sh); a pass of Stable Diffusion 1.4 9.5 s (scripts/abc/bench_sd14.sh). Time
+# goes with parameters x pixels of the latents to the power that joins the two.
+SECONDS, PARAMETERS, SIDE, PASSES, POWER = 0.063, 8_900_000, 8, 28, 0.956
+STABLE_DIFFUSION = (859_520_964, 64)  # what a hub id is taken for before it is there
+LATENT_CHANNELS, TEXT_VALUES = 4, 77 * 1024  # at most, of encoded pictures and captions
+
+
+def check_question(settings: Settings) -> None:
+    """UserError for words, pictures or a model that `attribution.answer` could not use, and for
+    rows that are not there.
+    """
+    s = settings
+    targets = prompts.split_list(s.target_concepts)
+    prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
+    if not (Path(s.data_dir) / LATENTS).exists():
+        emoji.refuse_unknown(load_folder(s.data_dir), s.prompt, targets)
+    check_rows(s)
+
+
+def check_rows(settings: Settings) -> None:
+    """UserError for a model or pictures that are not there, or rows that nobody made yet."""
+    check_model(settings)
+    if not there_are_rows(settings):
+        raise UserError(rows_missing(settings))
+
+
+def check_model(settings: Settings) -> None:
+    """UserError for pictures or a model that are not there."""
+    if not (Path(settings.data_dir) / LATENTS).exists():
+        load_folder(settings.data_dir)
+    for source in filter(None, (settings.sd_model_path, settings.fit_model_path)):
+        if is_local(source):
+            refuse_other_folder(Path(source))
+
+
+def there_are_rows(settings: Settings) -> bool:
+    """Whether there is anything under the name of the settings' store."""
+    name = folder_name(settings)
+    bases = Path(settings.grad_dir), Path(settings.data_dir) / "grads"
+    return any(f.name.startswith(name) for base in bases if base.is_dir() for f in base.iterdir())
+
+
+def rows_missing(settings: Settings) -> str:
+    """What to run for rows that are not there, and how long it takes."""
+    s, where = settings, os.path.relpath(Path(settings.grad_dir) / folder_name(settings))
+    takes = estimate(s, number_of_pictures(s))
+    told = f" ({takes})" if takes else ""
+    return f"no train gradients in {where}; make them{told}: {command('train-grad', s, ROW_STAGES)}"
+
+
+def number_of_pictures(settings: Settings) -> int:
+    """Of the train split; 0 where that is not told without the model."""
+    if (Path(settings.data_dir) / LATENTS).exists():
+        return settings.num_train
+    return len(train_split(settings.data_dir))
+
+
+def train_split(folder: str) -> ImageCaptionDataset:
+    """The train pictures of a folder."""
+    return load_folder(folder).split("train")
+
+
+def seconds_a_row(settings: Settings) -> float | None:
+    """On two CPU cores, from the size of the network; None where that is not known beforehand."""
+    size = network_size(settings)
+    if size is None:
+        return None
+    passes = 16 + 6 * (settings.nfe - 1)  # of the caption's fit, and of the states
+    scale = size[0] / PARAMETERS * (size[1] / SIDE) ** 2
+    return SECONDS * scale**POWER * passes / PASSES
+
+
+def network_size(settings: Settings) -> tuple[int, int] | None:
+    """(parameters, side of a latent) of the UNet."""
+    source = settings.sd_model_path
+    return unet_size(Path(source)) if is_local(source) else STABLE_DIFFUSION
+
+
+def check_own(settings: Settings) -> None:
+    """UserError for what would stop `run_own_data.sh` after hours: words, pictures, model."""
+    s = settings
+    targets = prompts.split_list(s.target_concepts)
+    prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
+    emoji.refuse_unknown(load_folder(s.source_dir), s.prompt, targets)
+    if is_local(s.sd_model_path):
+        refuse_other_folder(Path(s.sd_model_path))
+
+
+def own_estimate(settings: Settings) -> str:
+    """What encoding SOURCE_DIR and making its rows takes, in a line. UserError for a disk that is
+    too small, and as `check_own`.
+    """
+    check_own(settings)
+    s, data = settings, load_folder(settings.source_dir)
+    count, size = len(data.split("train")), network_size(settings)
+    side = size[1] if size else STABLE_DIFFUSION[1]
+    values = 2 * LATENT_CHANNELS * side**2 + TEXT_VALUES
+    wide = 4 if s.store_dtype == "float32" else 2
+    needed = count * (2 * values + wide * s.proj_dim)
+    place = Path(s.grad_dir)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    told = f"at most {needed / 1e6:,.0f} MB on disk ({free / 1e6:,.0f} MB free)"
+    if free < needed:
+        raise UserError(
+            f"{place}: {count} pictures take {told}; free some or set DATA_DIR, GRAD_DIR"
+        )
+    time = estimate(s, count) or "how long cannot be told beforehand"
+    return (
+        f"{count} pictures: {time}, {told}; what was made before is kept, and a stop loses nothing"
+    )
+
+
+def estimate(settings: Settings, count: int) -> str:
+    """ "about 2 min on two CPU cores" for `count` rows; "" where it is not known beforehand."""
+    seconds = seconds_a_row(settings)
+    return f"about {duration(seconds * count)} on two CPU cores" if seconds and count else ""
+
+
+def duration(seconds: float) -> str:
+    """40 s, 5 min, 2.5 h, 3 days."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"

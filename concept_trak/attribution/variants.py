@@ -1,0 +1,125 @@
+"""Rankers by gradients that differ from `GradientRanker` in what they do with rows.
+
+    DotProduct   x_i . q                              GradDot (TracIn, Pruthi et al. 2020)
+    Cosine       x_i . q / (|x_i| |q|)                GradCos (Charpiat et al. 2019)
+    Relative     x_i . z_q / |z_i|                    relative influence (Barshan et al. 2020)
+    Leverage     (e_i x_i . z_q / (1 - x_i . z_i))^2  DAS (Lin et al. 2025, its LOO form)
+    Journey      x_i . z_q at the query's own path    journey-TRAK (Georgiev et al. 2023)
+
+with z = (K + lambda I)^-1 x. TracIn sums over the checkpoints of a training; a model here comes as
+one, its last, so the sum has one term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ..models.ddim import predict_x0, q_sample
+from ..rows.state import State, regrouped
+from ..rows.states import QueryStates, Start, draw_noise, query_states_of
+from ..scoring.scores import scores
+from ..settings import DAMPINGS
+from .plan import query_states
+from .question import Picture, Question
+from .rankers import GradientRanker
+
+ROWS_AT_ONCE = 128  # train rows that are preconditioned at a time: 9 * 128 * 8 k bytes
+
+
+class DotProduct(GradientRanker):
+    """GradDot: no preconditioner, so no damping."""
+
+    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+        """[1, Q, N]; see `Ranker`."""
+        asked, place = self._asked(questions)
+        rows, budget = self._keep(self, asked), self.corpus.preconditioner.budget
+        weight = self._weight()
+        found = scores(self._train, rows[None], weight, budget.max_memory, budget.device)
+        return found[:, place]
+
+    def _weight(self) -> np.ndarray | None:
+        return None
+
+
+class Cosine(DotProduct):
+    """GradCos: |q| is the same for all pictures and left out."""
+
+    def _weight(self) -> np.ndarray | None:
+        return 1 / np.maximum(norms(self._train.tensor_blocks(ROWS_AT_ONCE, "cpu")), 1e-30)
+
+
+def norms(blocks: Iterator[tuple[int, torch.Tensor]]) -> np.ndarray:
+    """[N] Euclidean norms of the rows."""
+    return np.concatenate([block.double().norm(dim=1).numpy() for _, block in blocks])
+
+
+class SelfPreconditioned(GradientRanker):
+    """Scores changed by what the preconditioner makes of each train row itself.
+
+    Every row is solved for, ROWS_AT_ONCE at a time; each time the curvature is formed again, so the
+    cost grows with N^2: for some ten thousand pictures, not for millions.
+    """
+
+    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+        """See `Ranker`."""
+        values, store, solver = super().rank(questions), self._train, self.corpus.preconditioner
+        for start, block in store.tensor_blocks(ROWS_AT_ONCE, "cpu"):
+            rows = block.double().numpy()
+            solved = solver.solve(store, rows, DAMPINGS)  # [D, n, k]
+            part = slice(start, start + len(rows))
+            values[:, :, part] = self._changed(values[:, :, part], rows, solved)
+        return values
+
+    def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
+        """[D, Q, n] scores of n pictures with rows x [n, k] and z [D, n, k]."""
+        raise NotImplementedError
+
+
+class Relative(SelfPreconditioned):
+    """Influence for a unit of change of the parameters: outliers do not rule."""
+
+    def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
+        return values / np.maximum(np.linalg.norm(solved, axis=2), 1e-30)[:, None]
+
+
+class Leverage(SelfPreconditioned):
+    """The squared change of the output when a picture is left out; its sign is lost in squaring."""
+
+    def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
+        leverage = np.einsum("nk,dnk->dn", rows, solved)
+        return np.square(values / np.maximum(1 - leverage, 1e-6)[:, None])
+
+
+class Journey(GradientRanker):
+    """The query at its own sampling path: the picture that the model predicts at each level of the
+    trajectory, noised again to that level.
+
+    A picture without an x_T has no path; its predictions are made at noisings of it.
+    """
+
+    def query_states(self, picture: Picture) -> QueryStates:
+        """Trajectories from the picture's x_T, else noisings."""
+        return query_states(self.corpus.settings, "local" if picture.x_T is None else "seed")
+
+    def _states(self, picture: Picture) -> list[State]:
+        if self._read[0] is not picture:
+            size = self.corpus.settings.batch_size
+            read = regrouped(self._renoised(picture, size), size)
+            self._read = picture, list(read)
+        return self._read[1]
+
+    @torch.no_grad()
+    def _renoised(self, picture: Picture, batch_size: int) -> Iterator[State]:
+        model, states = self.corpus.model, self.query_states(picture)
+        cond, null = model.encode_prompts([picture.prompt, ""]).split()
+        start, done = Start(picture.x_T, picture.x0), dict.fromkeys(states.timesteps, 0)
+        for state in query_states_of(model, states, start, cond, null, batch_size):
+            t = int(state.t)
+            level, draws = model.schedule.level(t), range(done[t], done[t] + len(state))
+            eps = draw_noise(states.seed + 1, draws, t, model.latent_shape).to(state.x_t)
+            x0 = predict_x0(state.x_t, model.eps(state.x_t, t, state.cond), level)
+            done[t] += len(state)
+            yield State(t, q_sample(x0, eps, level), state.cond, state.cond_neg, eps, x0)

@@ -1,0 +1,115 @@
+"""`concept-trak labelled --benches synthetic`: from nothing to the table, stage by stage.
+
+Each stage is there to be killed: what is finished is kept. The last line of output is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UserError
+from ...flags import add_setting_flags, boolean, settings_of
+from .settings import BENCHES, STAGES, TRUTHS, LabelledSettings, of_bench
+
+if TYPE_CHECKING:
+    from .stages import Bench
+
+# stages and fields of `Settings` that its help shows
+USES = ("truth", "methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
+OWN = {
+    "seeds": "of the trainings, e.g. 0-2",
+    "reference_seeds": "of the trainings that recipe reference is asked of, most of the cost",
+    "networks": "unet, dit or both",
+    "samples": "drawings of a combination that are asked about",
+    "count": "train pictures; 0: all there are (celeba_hq)",
+    "steps": "of a training",
+    "size": "side of a picture, pixels",
+    "shapes": "of synthetic pictures",
+    "colors": "of synthetic pictures",
+    "held_out": "combinations that are never trained on, e.g. 'triangle red|circle blue'",
+    "attributes": "of faces; empty: all",
+    "source": "folder of CelebAMask-HQ",
+    "lds_subsets": "subsets of the LDS",
+    "truth_steps": "of a training of --stage lds and counterfactual",
+    "work": "folder of pictures, models and scores",
+}
+
+
+def add_parser(verbs: Any) -> None:
+    """The sub-command `labelled`: which benches, which stage, and the flags of both settings."""
+    says = "Tables of the paper on labelled pictures: synthetic shapes, drawn faces, CelebA-HQ."
+    sub = verbs.add_parser("labelled", help=says, description=says)
+    known = ", ".join(BENCHES)
+    sub.add_argument(
+        "--benches", required=True, metavar="NAMES", help=f"one after the other, of {known}"
+    )
+    stages = ("all", *STAGES, *TRUTHS)
+    sub.add_argument("--stage", choices=stages, default="all", help="all ends with the table")
+    sub.add_argument(
+        "--quick", type=boolean, default=False, metavar="BOOL", help="seconds, and no result"
+    )
+    types = {f.name: f.type for f in dataclasses.fields(LabelledSettings)}
+    for name, told in OWN.items():
+        kind = int if types[name] == "int" else str
+        flag = f"--{name.replace('_', '-')}"
+        shown = "TEXT" if kind is str else "N"
+        sub.add_argument(flag, type=kind, default=None, metavar=shown, help=told)
+    add_setting_flags(sub, (*USES, "device", "gpu_id"))
+    sub.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Every bench up to the stage asked for; the first one's result at the top, the others' under
+    their names.
+    """
+    names = [name.strip() for name in arguments.benches.split(",") if name.strip()]
+    benches = {name: bench_of(arguments, name) for name in names}
+    if not benches:
+        raise UserError(f"BENCHES is empty; name {', '.join(BENCHES)}")
+    found = {name: result_of(bench, arguments.stage) for name, bench in benches.items()}
+    first, *others = found
+    print(json.dumps(found[first] | {name: found[name] for name in others}))
+
+
+def bench_of(arguments: argparse.Namespace, name: str) -> Bench:
+    """From the flags; nothing is computed yet."""
+    given = {k: v for k in OWN if (v := getattr(arguments, k)) is not None}
+    own = of_bench(name, given, arguments.quick)
+    arguments.benchmark = name
+    settings = settings_of(arguments)
+    from ...models.device import pick_device
+    from .stages import Bench
+
+    device = pick_device(settings.device, settings.gpu_id)
+    return Bench(own, settings.on(device), device)
+
+
+def result_of(bench: Bench, stage: str) -> dict[str, Any]:
+    """What the stage found; those before it run, or are found finished."""
+    if stage in TRUTHS:
+        from .table import truth_table
+
+        bench.generate()
+        return truth_table(bench, stage)
+    last = STAGES.index("table" if stage == "all" else stage)
+    found: dict[str, Any] = {}
+    for name in STAGES[: last + 1]:
+        found = run_stage(bench, name) or {}
+    return found or {"stage": stage, "folder": str(bench.own.folder)}
+
+
+def run_stage(bench: Bench, name: str) -> dict[str, Any] | None:
+    """One stage; those that find something return it."""
+    if name == "attribute":
+        from .scored import attribute
+
+        return {"found": sum(1 for _ in attribute(bench))}
+    if name == "table":
+        from .table import table_of
+
+        return table_of(bench)
+    return getattr(bench, name)()

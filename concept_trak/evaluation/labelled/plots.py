@@ -1,0 +1,72 @@
+"""What the tables of labelled pictures say, as pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..retraining.plots import panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STRONG = {"concept_trak": "C3", "reference": "C1"}  # ours
+TITLES = {"ood": "combinations never seen", "id": "combinations seen"}
+
+
+def png(figure: Figure) -> bytes:
+    """A figure's file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def precision_against_k(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """{split: {label: precision at 1, 2, ...}}."""
+    figure, axes = panels([TITLES[split] for split in curves])
+    for axis, of_split in zip(axes, curves.values(), strict=True):
+        others = 0
+        for label, values in of_split.items():
+            name, *scope = label.split(", ")
+            style: dict[str, Any] = {"lw": 1, "ls": ":" if scope else "-"}
+            if name in STRONG:
+                style |= {"color": STRONG[name], "lw": 2.2}
+            elif name == "chance":
+                style |= {"color": "0.6", "ls": "--"}
+            else:
+                style |= {"color": f"C{(4 + others) % 10}"}
+                others += 1
+            axis.plot(np.arange(1, len(values) + 1), values, label=label, **style)
+        axis.set_xlabel("k, pictures ranked highest")
+        axis.set_ylabel("precision at k")
+        axis.set_ylim(0, 1.03)
+        axis.legend(fontsize=6, frameon=False, loc="lower left", ncol=2)
+    return figure
+
+
+def lds_bars(told: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
+    """LDS of every ranker, and the same against what a question costs."""
+    names = [n for n, e in told.items() if isinstance(e, dict) and "lds" in e]
+    names.sort(key=lambda n: told[n]["lds"])
+    figure, (bars, cost) = panels(["over subsets", "against compute"], 1.4 + 0.28 * len(names))
+    for offset, key, interval in ((0.18, "lds", "ci95"), (-0.18, "partial", "partial_ci95")):
+        values = np.array([told[n][key] for n in names])
+        ends = np.array([told[n][interval] for n in names]).T
+        places = np.arange(len(names)) + offset
+        bars.barh(places, values, 0.34, xerr=np.abs(ends - values), error_kw={"lw": 0.8}, label=key)
+    bars.axvline(told["ceiling"], color="0.3", ls="--", lw=1, label="another seed")
+    bars.set_yticks(range(len(names)), names, fontsize=7)
+    bars.legend(fontsize=7, frameon=False)
+    bars.set_xlabel("LDS")
+    for place, name in enumerate(names):
+        cost.scatter(
+            max(seconds.get(name, 0), 1e-5), told[name]["lds"], s=14, color=f"C{place % 10}"
+        )
+        cost.annotate(name, (max(seconds.get(name, 0), 1e-5), told[name]["lds"]), fontsize=6)
+    cost.set_xscale("log")
+    cost.set_xlabel("seconds of one core a question, train rows included")
+    cost.set_ylabel("LDS")
+    return figure

@@ -1,0 +1,299 @@
+"""The table of a bench: precision@10 of every ranker, by split and scope.
+
+A figure is the mean over models (networks x seeds), combinations, attributes and drawings; the
+interval is over models and combinations, whose drawings belong together. Each ranker has one
+damping for all models and scopes, chosen on drawings of other noises by the rule of
+`evaluation.evaluate`: the largest within one standard error of the best. What the best damping of
+the table itself would give is named oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...files import write_bytes, write_json
+from ...registry import RANKERS
+from ...scoring.metrics import bootstrap_interval
+from ...settings import DAMPINGS, as_dict, provenance
+from ..benchmark import TUNE
+from ..evaluate import is_control
+from . import plots
+from .questions import SPLITS
+from .scored import Found, attribute
+from .settings import SCOPES
+from .stages import Bench, Model
+
+OURS, CONTROL = ("concept_trak", "reference"), "caption_similarity"
+TOP = 10
+PAPER = {  # precision@10 (it says Recall@10): Concept-TRAK, DAS, D-TRAK, TRAK
+    "synthetic": {"id": (1.0, 1.0, 1.0, 0.8), "ood": (0.85, 0.5, 0.5, 0.45)},
+    "celeba_hq": {"id": (0.92, 0.96, 0.5, 0.84), "ood": (0.97, 0.67, 0.3, 0.6)},
+}
+PAPER_NAMES = ("reference", "das", "d_trak", "trak")
+
+ByModel = dict[str, dict[str, dict[Model, Found]]]  # scope -> ranker -> model
+
+
+def table_of(bench: Bench) -> dict[str, Any]:
+    """Print the table, keep it with its plots and all details below the bench's folder, and return
+    what is committed as table.json.
+    """
+    found: ByModel = {scope: {} for scope in SCOPES}
+    for model, scope, name, one in attribute(bench):
+        found[scope].setdefault(name, {})[model] = one
+    told = summarised(found)
+    result = {
+        split: {n: f[split]["precision"] for n, f in told["local"].items() if split in f}
+        for split in reversed(SPLITS)
+    }
+    result |= {
+        "control": told["local"].get(CONTROL, {}).get("ood", {}).get("precision"),
+        "margin_ood": margin(found["local"]),
+        "classified": bench.classify(),
+    }
+    networks = dict.fromkeys(model.network for model in bench.models)
+    detail = {
+        "scopes": told,
+        "networks": {
+            network: summarised({s: of_network(r, network) for s, r in found.items()})
+            for network in networks
+        },
+        "models": [model.name for model in bench.models],
+    }
+    markdown = markdown_of(bench.own.bench, told)
+    print(markdown)
+    made = {"settings": as_dict(bench.settings), "bench": vars(bench.own)}
+    folder = bench.own.folder / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "table.json", result | detail | made | {"provenance": provenance()})
+    write_bytes(folder / "table.md", f"{markdown}\n".encode())
+    figure = plots.precision_against_k(curves(found, told))
+    write_bytes(folder / "precision.png", plots.png(figure))
+    return result
+
+
+def of_network(rankers: Mapping[str, dict[Model, Found]], network: str) -> Any:
+    """The models of one network."""
+    return {
+        name: {model: found for model, found in models.items() if model.network == network}
+        for name, models in rankers.items()
+    }
+
+
+def summarised(found: ByModel) -> dict[str, dict[str, dict[str, Any]]]:
+    """{scope: {ranker: {split: figures, "damping", "seconds"}}}."""
+    told: dict[str, dict[str, dict[str, Any]]] = {scope: {} for scope in found}
+    for scope, rankers in found.items():
+        for name, models in rankers.items():
+            d = damping_of(found["local"].get(name, models))
+            entry: dict[str, Any] = {s: figures(models, s, d) for s in SPLITS if has(models, s)}
+            sweep = len(next(iter(models.values())).top)
+            entry["damping"] = DAMPINGS[d] if sweep == len(DAMPINGS) else None
+            seconds = [one.seconds / max(1, len(one.split)) for one in models.values()]
+            entry["models"] = len(models)
+            entry["seconds"] = round(float(np.mean(seconds)), 4)
+            told[scope][name] = entry
+    return told
+
+
+def has(models: Mapping[Model, Found], split: str) -> bool:
+    """Whether a split was asked about."""
+    return any((one.split == split).any() for one in models.values())
+
+
+def damping_of(models: Mapping[Model, Found]) -> int:
+    """Index of a ranker's damping, for all its models, from the split that is there for it."""
+    values = np.concatenate([_groups(one, TUNE, TOP) for one in models.values()], 1)  # [D, groups]
+    best = values[values.mean(1).argmax()]
+    error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else 0.0
+    return int(np.flatnonzero(values.mean(1) >= best.mean() - error).max())
+
+
+def _groups(one: Found, split: str, k: int, concept: str = "") -> np.ndarray:
+    """[D, combinations] means over the drawings of each combination."""
+    at = (one.split == split) & ((one.concept == concept) | (not concept))
+    values, groups = one.at(k)[:, at], one.group[at]
+    if not values.shape[1]:
+        return values
+    return np.stack([values[:, groups == g].mean(1) for g in np.unique(groups)], 1)
+
+
+def figures(models: Mapping[Model, Found], split: str, d: int) -> dict[str, Any]:
+    """Precision@10 at a damping, its interval, by attribute, oracle, least ten, chance."""
+    groups = np.concatenate([_groups(one, split, TOP) for one in models.values()], 1)
+    low, high = bootstrap_interval(groups[d])
+    first = next(iter(models.values()))
+    concepts = {
+        c: _rounded(
+            np.concatenate([_groups(one, split, TOP, c)[d] for one in models.values()]).mean()
+        )
+        for c in dict.fromkeys(first.concept.tolist())
+    }
+    at = [one.split == split for one in models.values()]
+    pairs = list(zip(models.values(), at, strict=True))
+    return {
+        "precision": _rounded(groups[d].mean()),
+        "ci95": [_rounded(low), _rounded(high)],
+        "by_attribute": concepts,
+        "oracle": _rounded(groups.mean(1).max()),
+        "least_10": _rounded(np.concatenate([one.least[d, a] for one, a in pairs]).mean()),
+        "chance": _rounded(np.concatenate([one.chance[a] for one, a in pairs]).mean()),
+    }
+
+
+def margin(rankers: Mapping[str, dict[Model, Found]]) -> dict[str, Any]:
+    """{ours: precision above the best rival on "ood", with an interval over pairs}. Rivals are all
+    that ask about a whole picture and are no control.
+    """
+    there = {n: rankers[n] for n in rankers if is_rival(n) and has(rankers[n], "ood")}
+    told: dict[str, Any] = {}
+    for name in OURS:
+        if there and name in rankers:
+            own = rankers[name]
+            values = {n: _at_damping(models, own) for n, models in there.items()}
+            best = max(values, key=lambda n: values[n].mean())
+            difference = _at_damping(own, own) - values[best]
+            low, high = bootstrap_interval(difference)
+            told[name] = {
+                "over": best,
+                "margin": _rounded(difference.mean()),
+                "ci95": [_rounded(low), _rounded(high)],
+            }
+    return told
+
+
+def is_rival(name: str) -> bool:
+    """Whether a ranker is of another kind than ours and knows the model."""
+    per_concept = getattr(RANKERS.get(name), "per_concept", False)
+    return name not in OURS and not is_control(name) and not per_concept
+
+
+def _at_damping(models: Mapping[Model, Found], among: Mapping[Model, Any]) -> np.ndarray:
+    """Precision on "ood" of the combinations of those models that are `among` others."""
+    d = damping_of(models)
+    return np.concatenate([_groups(models[m], "ood", TOP)[d] for m in among if m in models])
+
+
+def curves(found: ByModel, told: Any) -> dict[str, dict[str, np.ndarray]]:
+    """{split: {label: precision at 1, 2, ...}}, chance among them."""
+    out: dict[str, dict[str, np.ndarray]] = {}
+    for split in SPLITS:
+        for scope, rankers in found.items():
+            for name, models in rankers.items():
+                if not has(models, split):
+                    continue
+                d = damping_of(found["local"].get(name, models))
+                label = name if scope == "local" else f"{name}, {scope}"
+                rows = [one.top[d][one.split == split] for one in models.values()]
+                hits = np.concatenate(rows).cumsum(1) / np.arange(1, rows[0].shape[1] + 1)
+                out.setdefault(split, {})[label] = hits.mean(0)
+                chance = told["local"][name][split]["chance"]
+                out[split]["chance"] = np.full(hits.shape[1], chance)
+    return out
+
+
+def _rounded(value: Any) -> float:
+    return round(float(value), 4)
+
+
+def markdown_of(bench: str, told: Any) -> str:
+    """A row a ranker and scope; the paper's figures where it has some."""
+    paper = {
+        name: {split: PAPER[bench][split][i] for split in PAPER[bench]}
+        for i, name in enumerate(PAPER_NAMES)
+        if bench in PAPER
+    }
+    heads = (
+        "method",
+        "scope",
+        "models",
+        "ID",
+        "OOD",
+        "OOD, oracle damping",
+        "OOD, least ten",
+        "paper ID",
+    )
+    heads = (*heads, "paper OOD", "seconds a question")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for scope, rankers in told.items():
+        for name, e in rankers.items():
+            known = paper.get(name, {}) if scope == "local" else {}
+            whole = [_cell(e.get(split)) for split in reversed(SPLITS)]
+            ood = e.get("ood")
+            rest = [f"{ood[k]:.2f}" if ood else "" for k in ("oracle", "least_10")]
+            published = [f"{known[s]:.2f}" if s in known else "" for s in reversed(SPLITS)]
+            row = [name, scope, str(e["models"]), *whole, *rest, *published, f"{e['seconds']:.3f}"]
+            lines.append(f"| {' | '.join(row)} |")
+    chances = [
+        next((f"{e[s]['chance']:.2f}" for e in told["local"].values() if s in e), "")
+        for s in reversed(SPLITS)
+    ]
+    lines.append(f"| chance |  |  | {' | '.join(chances)} |" + "  |" * (len(heads) - 5))
+    return "\n".join(lines)
+
+
+def _cell(e: Any) -> str:
+    if not e:
+        return ""
+    low, high = e["ci95"]
+    return f"{e['precision']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+# ---- retraining
+
+
+def truth_table(bench: Bench, test: str) -> dict[str, Any]:
+    """The LDS or the counterfactual of a bench, printed, kept and drawn."""
+    from ..retraining.plots import drops
+    from .truth import Truth
+
+    truth = Truth(bench)
+    folder = bench.own.folder / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    if test == "lds":
+        told = truth.lds_table()
+        markdown, drawn = lds_markdown(told), plots.lds_bars(told, truth.seconds())
+    else:
+        told = truth.counterfactual_table()
+        kinds = {k: v for k, v in told.items() if k not in ("noise", "targets")}
+        markdown, drawn = counterfactual_markdown(kinds), drops(kinds, told["noise"])
+    print(markdown)
+    told = {"bench": bench.own.bench, "test": test, "network": truth.network, **told}
+    made = {"settings": as_dict(bench.settings), "own": vars(bench.own)}
+    write_json(folder / f"{test}.json", told | made | {"provenance": provenance()})
+    write_bytes(folder / f"{test}.md", f"{markdown}\n".encode())
+    write_bytes(folder / f"{test}.png", plots.png(drawn))
+    return told
+
+
+def lds_markdown(told: Mapping[str, Any]) -> str:
+    """A row a ranker."""
+    lines = ["| method | LDS | partial |", "|---|---|---|"]
+    for name, e in told.items():
+        if isinstance(e, dict) and "lds" in e:
+            cells = [
+                f"{e[f]:.2f} [{e[i][0]:.2f}, {e[i][1]:.2f}]"
+                for f, i in (("lds", "ci95"), ("partial", "partial_ci95"))
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(f"| ceiling: another seed | {told['ceiling']:.2f} |  |")
+    return "\n".join(lines)
+
+
+def counterfactual_markdown(kinds: Mapping[str, Any]) -> str:
+    """A table a kind, a row an arm."""
+    wanted = ("target_drop", "untouched_drop", "other_drop", "judge_drop", "share_of_oracle")
+    lines = []
+    for kind, arms in kinds.items():
+        lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(wanted)} |"]
+        lines.append("|---" * (3 + len(wanted)) + "|")
+        for arm, e in arms.items():
+            cells = [
+                f"{e[f]:.2f} [{e[f + '_ci95'][0]:.2f}, {e[f + '_ci95'][1]:.2f}]" if f in e else ""
+                for f in wanted
+            ]
+            lines.append(f"| {arm} | {e['removed']} | {e['seeds']} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""`concept-trak small-abc`: learn the tokens, draw the queries, rank, print the table; the last
+line of output is one JSON object.
+
+Everything is kept below `experiments/emoji/results/abc` and GRAD_DIR and found again: a killed run
+goes on. Some 25 minutes of one core for the tokens, 15 for the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ...flags import add_setting_flags, settings_of
+from ...settings import Settings
+
+USES = ("methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
+
+
+def add_parser(verbs: Any) -> None:
+    """The sub-command `small-abc`, with the flags of `Settings` that bear on it."""
+    says = "Find exemplars that taught a token among the embedded model's training pictures."
+    sub = verbs.add_parser("small-abc", help=says, description=says)
+    sub.add_argument("--tokens", type=int, default=0, help="only so many of a split; 0: all")
+    add_setting_flags(sub, (*USES, "grad_dir", "results_dir", "data_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run it as the flags say. UserError for a method that there is not."""
+    from ...errors import UserError
+    from ...models.device import pick_device
+    from ...registry import unknown
+
+    asked, arguments.methods = arguments.methods or "", None  # names of `methods`, not of RANKERS
+    given = settings_of(arguments)
+    from .methods import METHODS
+
+    names = [name.strip() for name in asked.split(",") if name.strip()] or list(METHODS)
+    if bad := [name for name in names if name not in METHODS]:
+        raise UserError(unknown("METHODS", bad[0], tuple(METHODS)))
+    device = pick_device(given.device, given.gpu_id)
+    print(json.dumps(small_abc(given.on(device), device, names, arguments.tokens)))
+
+
+def small_abc(settings: Settings, device: str, names: list[str], first: int = 0) -> dict[str, Any]:
+    """{"published", "blind", "crowd": {method: Recall@10}, "ablation": [five of them], "steps"}."""
+    from ...attribution.corpus import Corpus
+    from ...files import write_bytes
+    from ..results import results, write_metrics
+    from . import tables
+    from .methods import ABLATION
+    from .tasks import read_tokens, tasks_of
+
+    corpus = Corpus(settings, device)
+    tokens = read_tokens(Path(settings.data_dir))
+    tasks = tasks_of(tokens, corpus.train)
+    if first:
+        chosen = [t for s in ("tune", "report") for t in _of(tokens, s)[:first]]
+        tasks = [task for task in tasks if task.token in chosen]
+    asked = tables.Asked(corpus, tokens, tasks, Path(settings.results_dir).parent / "abc")
+    told = {name: tables.figures(asked, tables.scores_of(asked, name)) for name in names}
+    for name, found in tables.controls_of(asked).items():
+        told[name] = tables.figures(asked, found)
+    at_random = tables.chance(asked)
+    table = tables.markdown(told, at_random)
+    made: dict[str, Any] = {
+        protocol: {name: entry[protocol]["recall_at_10"] for name, entry in told.items()}
+        | {"chance": at_random[protocol]}
+        for protocol in tables.PROTOCOLS
+    }
+    if set(ABLATION) <= set(names):
+        made["ablation"] = [told[name]["published"]["recall_at_10"] for name in ABLATION]
+        made["steps"] = tables.steps(told, ABLATION)
+    made |= {"queries": len(asked.split("report")), "figures": told}
+    with results(settings, "abc_tables", "small", [corpus.train_identity(), made]) as folder:
+        write_metrics(folder, "metrics", made, settings)
+        write_bytes(folder / "table.md", f"{table}\n".encode())
+    print(table)
+    return made
+
+
+def _of(tokens: list[Any], split: str) -> list[Any]:
+    return [token for token in tokens if token.split == split]

@@ -1,0 +1,116 @@
+"""Tokens, query pictures and rows of the small AbC, each kept where a second run finds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...attribution.corpus import Corpus
+from ...attribution.question import Picture, Question, generated
+from ...attribution.rankers import GradientRanker
+from ...attribution.train_grad import make_rows
+from ...files import make_folder
+from ...models.generation import initial_noise
+from ...models.tokens import load_token
+from ...settings import TOKEN
+from ...store.cached import cached_array
+from ...store.shards import Store
+from ...workshop.tokens.settings import TokenSettings
+from ...workshop.tokens.textual_inversion import train_token
+from .tasks import Task, Token
+
+# Two minutes a token on one core; the rate by the loss of two tokens after 150 steps.
+TRAINING = TokenSettings(steps=1000, lr=5e-3)
+
+
+def learned(corpus: Corpus, token: Token, work: Path) -> Path:
+    """Learn the token, or find it learned, and leave it in the model. Two minutes on one core."""
+    folder = work / "exemplars" / token.name
+    make_folder(folder)
+    paths: list[str | Path] = []
+    for number, pixels in enumerate(token.pictures):
+        paths.append(folder / f"{number}.png")
+        if not Path(paths[-1]).exists():
+            Image.fromarray(pixels).save(paths[-1])
+    own = replace(TRAINING, init_word=token.init_word)
+    options = {"prompt": token.train_prompt, "token": TOKEN, "settings": own}
+    path = train_token(corpus.model, paths, work / "tokens" / token.name, **options)
+    load_token(corpus.model, path, TOKEN)
+    return path
+
+
+def drawn(corpus: Corpus, tasks: list[Task], work: Path) -> list[Picture]:
+    """The query pictures of one token, which is in the model."""
+    s, model, found = corpus.settings, corpus.model, []
+    for task in tasks:
+        made_from = {"prompt": task.prompt, "seed": task.number, "tokens": model.tokens}
+        made_from |= {"model": model.identity(), "guidance": s.gen_guidance_scale}
+        made_from |= {"steps": s.gen_num_inference_steps, "dtype": s.dtype}
+        known: list[Picture] = []
+
+        def compute(task: Task = task, known: list[Picture] = known) -> np.ndarray:
+            known += generated(model, s, [task.prompt], task.number)
+            assert known[0].x0 is not None
+            return known[0].x0.float().cpu().numpy()
+
+        path = work / "pictures" / f"{task.token.name}-{task.number}.npy"
+        x0 = torch.from_numpy(np.array(cached_array(path, made_from, compute)))
+        found.append(_picture(corpus, task, x0.to(model.device, model.dtype)))
+    return found
+
+
+def _picture(corpus: Corpus, task: Task, x0: torch.Tensor) -> Picture:
+    model = corpus.model
+    x_T = initial_noise(model.latent_shape, task.number).to(model.device, model.dtype)
+    (pixels,) = model.decode(x0)
+    return Picture(task.prompt, x0, x_T, np.asarray(pixels), {"small_abc": task.number})
+
+
+def question_of(corpus: Corpus, task: Task, picture: Picture) -> Question:
+    """The token's concept in the settings' QUERY_FORM."""
+    form = corpus.settings.query_form
+    plus = task.token.train_prompt if form == "concept" else task.prompt
+    return Question(picture, TOKEN, plus, task.without if form == "slider" else "", "token")
+
+
+def query_row(ranker: GradientRanker, question: Question, folder: Path) -> np.ndarray:
+    """[1, k] of one question."""
+    number = question.picture.source["small_abc"]
+    path, whole = folder / f"query-{number}.npy", ranker.per_concept
+    made_from = ranker.identity(question) | {"per_concept": whole}
+    return cached_array(path, made_from, lambda: ranker.row(question))
+
+
+def exemplar_rows(corpus: Corpus, token: Token, caption: str, folder: Path) -> np.ndarray:
+    """[E, k + 1] train rows of the token's exemplars under `caption`; last, what their weight is
+    made from (`evaluation.abc` keeps it so, too).
+    """
+    model = corpus.model
+    made_from = corpus.identity(
+        pictures=[int(p.astype(np.int64).sum()) for p in token.pictures],
+        token=token.name,
+        caption=caption,
+        tokens=model.tokens if TOKEN in caption else {},
+    )
+
+    def compute() -> np.ndarray:
+        small = [
+            np.asarray(Image.fromarray(p).resize((model.image_size,) * 2, Image.Resampling.LANCZOS))
+            for p in token.pictures
+        ]
+        x0 = model.encode_images(np.stack(small))
+        captions = [caption] * len(x0)
+        made = make_rows(corpus, x0, model.encode_prompts(captions), captions)
+        return torch.cat([made.values, made.losses[:, None]], 1).cpu().numpy()
+
+    kind = "captioned" if TOKEN in caption else "blind"
+    return cached_array(folder / f"exemplars-{token.name}-{kind}.npy", made_from, compute)
+
+
+def folder_of(corpus: Corpus, store: Store) -> Path:
+    """Where the rows that belong to a store of train rows are kept."""
+    return Path(corpus.settings.grad_dir) / f"{store.folder.name}-small_abc"

@@ -1,0 +1,1 @@
+"""Class-conditional models: trained from scratch, and the classifier that checks what they draw."""

@@ -1,0 +1,64 @@
+"""What is told before anything is loaded: mistakes, and what a run will take."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from concept_trak.attribution import early
+from concept_trak.errors import UserError
+from concept_trak.models.folder import unet_size
+from concept_trak.settings import ROOT, resolve
+
+
+def test_the_size_of_the_network_is_read_from_headers(tiny_pipeline, tiny_model, tmp_path):
+    parameters = sum(p.numel() for p in tiny_model.pipe.unet.parameters())
+    assert unet_size(tiny_pipeline) == (parameters, 4)
+    assert unet_size(tmp_path) is None
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text('{"sample_size": 4}')
+    (tmp_path / "unet/a.safetensors").write_bytes(b"\xff" * 8)
+    assert unet_size(tmp_path) is None
+
+
+def test_the_estimate_is_that_of_the_two_networks_that_were_measured():
+    embedded = early.seconds_a_row(resolve("emoji", {}))
+    assert embedded == pytest.approx(early.SECONDS, rel=0.02)
+    hub = early.seconds_a_row(resolve("own", {}))  # five levels: 16 passes of the fit, 6 a state
+    assert hub == pytest.approx(9.5 * (16 + 6 * 4), rel=0.1)
+
+
+def test_durations_read_well():
+    said = [early.duration(s) for s in (0.1, 80, 300, 9000, 3 * 86400)]
+    assert said == ["1 s", "80 s", "5 min", "2.5 h", "3 days"]
+
+
+def own(folder, tiny_pipeline, **changes):
+    words = {"prompt": "a cat in the style of line", "target_concepts": "cat"}
+    return resolve(
+        "own", {"source_dir": str(folder), "sd_model_path": str(tiny_pipeline), **words, **changes}
+    )
+
+
+def test_own_pictures_are_told_their_price_and_refused_before_it_is_paid(
+    tiny_data, tiny_pipeline, monkeypatch
+):
+    told = early.own_estimate(own(tiny_data, tiny_pipeline))
+    assert told.startswith("11 pictures: about 1 s on two CPU cores, at most 2 MB on disk")
+    for changes, word in (
+        ({"target_concepts": "dog"}, "not in the prompt"),
+        ({"sd_model_path": "/no/model"}, "/no/model"),
+        ({"source_dir": "/no/pictures"}, "/no/pictures"),
+    ):
+        with pytest.raises(UserError, match=word):
+            early.own_estimate(own(tiny_data, tiny_pipeline, **changes))
+    disk = namedtuple("disk", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(9, 9, 1000))
+    with pytest.raises(UserError, match="11 pictures take at most 2 MB on disk .0 MB free"):
+        early.own_estimate(own(tiny_data, tiny_pipeline))
+
+
+def test_the_early_checks_know_the_same_files_as_those_that_read_them():
+    from concept_trak.datasets import encoded
+
+    assert early.LATENTS == encoded.LATENTS and (ROOT / "data/emoji/pipeline/unet").is_dir()

@@ -1,0 +1,292 @@
+"""Rivals, each against a computation that shares no code with it."""
+
+import numpy as np
+import pytest
+import torch
+
+from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.curvature import EkfacRanker
+from concept_trak.attribution.question import Question, generated
+from concept_trak.attribution.unlearning import Abu, AbuPlus, Mucs, losses
+from concept_trak.evaluation.cost import forwards_of
+from concept_trak.evaluation.patches import Nda
+from concept_trak.models.schedule import Level
+from concept_trak.registry import RANKERS
+from concept_trak.rows.residual import LEVELS, residual
+from concept_trak.rows.vjp import select_parameters
+from concept_trak.settings import DAMPINGS, resolve
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_pipeline, tiny_data, tmp_path_factory):
+    given = {
+        "sd_model_path": str(tiny_pipeline),
+        "data_dir": str(tiny_data),
+        "grad_dir": str(tmp_path_factory.mktemp("rivals") / "grads"),
+        "proj_type": "identity",
+        "blocks": "all",
+        "store_dtype": "float32",
+        "nfe": 3,
+        "epochs": 2,
+        "num_split": 1,
+        "gen_num_inference_steps": 5,
+        "f": "dsm",
+    }
+    return Corpus(resolve("emoji", given), "cpu")
+
+
+@pytest.fixture(scope="module")
+def questions(corpus):
+    prompts = ["a cat in the style of line", "a dog in the style of blob"]
+    return [
+        Question(picture, "line", "in the style of line", "")
+        for picture in generated(corpus.model, corpus.settings, prompts, 0)
+    ]
+
+
+def copies(corpus, rows):
+    """Questions whose pictures are train pictures."""
+    from concept_trak.attribution.question import Picture
+
+    pixels = corpus.train.images(rows, size=corpus.model.image_size)
+    return [
+        Question(
+            Picture(corpus.train.captions[i], corpus.latents[i : i + 1], None, shown, {"real": i}),
+            "",
+            corpus.train.captions[i],
+            "",
+        )
+        for i, shown in zip(rows, pixels, strict=True)
+    ]
+
+
+def literal_gradients(corpus, states, layer="attn2"):
+    """[states, B, P] of 1/2 |eps_hat - eps|^2 by autograd, one sample at a time."""
+    chosen, found = list(select_parameters(corpus.model.network, layer).values()), []
+    for p in chosen:
+        p.requires_grad_()
+    for state in states:
+        rows = []
+        for i in range(len(state)):
+            t = state.t if isinstance(state.t, int) else int(state.t[i])
+            with torch.enable_grad():
+                eps = corpus.model.eps(state.x_t[i : i + 1], t, state.cond[i : i + 1])
+                loss = (eps - state.eps[i : i + 1]).square().sum() / 2
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, chosen)]))
+        found.append(torch.stack(rows))
+    for p in chosen:
+        p.requires_grad_(False)
+    return found
+
+
+def train_side(corpus, layer="attn2"):
+    """[T, N, P]."""
+    from concept_trak.rows.states import noised_states, train_states_of
+
+    x0, cond = corpus.data.batch(range(len(corpus.data)))
+    seen = train_states_of(corpus.model, x0, cond, corpus.cond_null, noised_states(3))
+    return torch.stack(literal_gradients(corpus, list(seen), layer))
+
+
+def query_side(ranker, question, layer="attn2"):
+    """[P]: the mean over the states of the picture."""
+    found = literal_gradients(ranker.corpus, ranker._states(question.picture), layer)
+    return torch.cat(found).mean(0)
+
+
+@pytest.fixture(scope="module")
+def rows(corpus):
+    return train_side(corpus).sum(0).double().numpy()
+
+
+def asked_rows(name, corpus, questions):
+    ranker = RANKERS.get(name)(corpus)
+    asked = [query_side(ranker, q) for q in questions]
+    return ranker, torch.stack(asked).double().numpy()
+
+
+def test_grad_dot_and_grad_cos_are_inner_product_and_cosine(corpus, questions, rows):
+    ranker, q = asked_rows("grad_dot", corpus, questions)
+    np.testing.assert_allclose(ranker.rank(questions)[0], q @ rows.T, rtol=1e-3, atol=1e-5)
+    cosine = q @ rows.T / np.linalg.norm(rows, axis=1)
+    got = RANKERS.get("grad_cos")(corpus).rank(questions)
+    np.testing.assert_allclose(got[0], cosine, rtol=1e-3, atol=1e-5)
+
+
+def kernels(rows):
+    """(K + lambda I)^-1 at every damping."""
+    kernel = rows.T @ rows
+    mean = np.trace(kernel) / len(kernel)
+    return [np.linalg.inv(kernel + d * mean * np.eye(len(kernel))) for d in DAMPINGS]
+
+
+def test_trak_and_relative_influence_are_those_of_explicit_inverses(corpus, questions, rows):
+    trak, q = asked_rows("trak", corpus, questions)
+    relative = RANKERS.get("relative_influence")(corpus).rank(questions)
+    plain = trak.rank(questions)
+    for d, inverse in enumerate(kernels(rows)):
+        want = q @ inverse @ rows.T
+        np.testing.assert_allclose(plain[d], want, rtol=2e-3, atol=1e-4 * abs(want).max())
+        want = want / np.linalg.norm(rows @ inverse, axis=1)
+        np.testing.assert_allclose(relative[d], want, rtol=2e-3, atol=1e-4 * abs(want).max())
+
+
+def test_trak_agrees_with_trak_and_dattri(corpus, questions, rows):
+    """Our scores at a small damping against the features of trak and the solve of dattri, both of
+    which have no damping of their own: up to one factor for all scores.
+    """
+    from dattri.func.projection import random_project
+    from trak.score_computers import BasicScoreComputer
+
+    ranker, q = asked_rows("trak", corpus, questions)
+    width = 8  # fewer than pictures, or their kernel has no inverse
+    project = random_project(
+        torch.zeros(1, rows.shape[1]), 1, width, 32, 0, "rademacher", device="cpu"
+    )
+    x, y = (project(torch.tensor(a, dtype=torch.float32)) for a in (rows, q))
+    theirs = BasicScoreComputer(dtype=torch.float32, device="cpu")
+    features = theirs.get_x_xtx_inv(x, theirs.get_xtx(x))
+    by_trak = (y @ features.T).numpy()
+    kernel = (x.T @ x).numpy().astype(np.float64)
+    by_dattri = y.numpy() @ np.linalg.solve(kernel, x.numpy().T)
+    own = corpus.with_settings(
+        corpus.settings.but(proj_type="rademacher", proj_dim=width, proj_backend="dattri")
+    )
+    got = RANKERS.get("trak")(own).rank(questions)[0]
+    for want in (by_trak, by_dattri):
+        assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.9999
+
+
+def test_das_is_the_squared_leave_one_out_change(corpus, questions):
+    ranker = RANKERS.get("das_paper")(corpus)
+    store = ranker._train
+    x = store.rows(range(store.num_rows)).astype(np.float64)
+    q = ranker.rows(questions).astype(np.float64)
+    x0, cond = corpus.data.batch(range(len(corpus.data)))
+    e = residual(corpus.model, x0, cond, corpus.cond_null).numpy()
+    got = ranker.rank(questions)
+    for d, inverse in enumerate(kernels(x)):
+        leverage = np.einsum("nk,kl,nl->n", x, inverse, x)
+        want = (q @ inverse @ x.T * e / (1 - leverage)) ** 2
+        np.testing.assert_allclose(got[d], want, rtol=1e-2, atol=1e-4 * want.max())
+
+
+def test_a_residual_is_the_mean_share_of_the_levels(corpus):
+    x0, cond = corpus.data.batch(range(3))
+    found = residual(corpus.model, x0, cond, corpus.cond_null)
+    alone = residual(corpus.model, x0[1:2], cond[1:2], corpus.cond_null)
+    torch.testing.assert_close(found[1:2], alone)
+    # shares of a unit vector of 10 levels: their mean is between 1/10 (one rules) and 1/sqrt(10)
+    assert ((found >= 1 / len(LEVELS)) & (found <= len(LEVELS) ** -0.5 + 1e-6)).all()
+
+
+def test_journey_reads_predictions_of_the_path_noised_again(corpus, questions):
+    ranker = RANKERS.get("journey_trak")(corpus)
+    states = ranker._states(questions[0].picture)
+    assert sum(map(len, states)) == 2 * 2  # draws x levels
+    for state in states:
+        for i, t in enumerate(state.t.tolist()):
+            alpha, sigma = corpus.model.schedule.level(t)
+            torch.testing.assert_close(state.x_t[i], alpha * state.x0[i] + sigma * state.eps[i])
+    plain = RANKERS.get("trak")(corpus)._states(questions[0].picture)
+    assert not torch.allclose(states[0].x0, plain[0].x0)
+    again = RANKERS.get("journey_trak")(corpus)._states(questions[0].picture)
+    assert torch.equal(states[0].x_t, again[0].x_t)
+
+
+def test_ekfac_scores_are_those_of_its_dense_matrix(corpus, questions):
+    """The ranker against F built in full from the eigenvectors and eigenvalues."""
+    ranker = EkfacRanker(corpus)
+    got, q = ranker.rank(questions), [query_side(ranker, x) for x in questions]
+    total = sum(map(len, ranker._states(questions[0].picture)))
+    rows, d, want = train_side(corpus).sum(0), 5, 0
+    sizes = [len(basis.values) for basis in ranker.curvature.bases]
+    for basis, x, y in zip(
+        ranker.curvature.bases, rows.split(sizes, 1), torch.stack(q).split(sizes, 1), strict=True
+    ):
+        vectors = basis.right if basis.left is None else torch.kron(basis.left, basis.right)
+        damping = DAMPINGS[d] * basis.values.mean()
+        inverse = vectors @ torch.diag(1 / (basis.values + damping)) @ vectors.T
+        want = want + y @ inverse @ x.T
+    want = want.numpy() * total  # the ranker sums over the states of a query
+    np.testing.assert_allclose(got[d], want, rtol=5e-3, atol=1e-3 * abs(want).max())
+
+
+@pytest.mark.parametrize("made", [Abu, AbuPlus])
+def test_a_small_step_of_unlearning_is_its_influence_function(made, corpus, questions):
+    """(L(theta') - L(theta)) N / alpha -> mean_t g_i,t . F^-1 g_q as alpha -> 0."""
+    ranker = made(corpus, 0.002)
+    layer = "attn2.to_k|attn2.to_v"
+    got = ranker.rank(questions[:1])[0, 0]
+    train, q = train_side(corpus, layer), query_side(ranker, questions[0], layer)
+    sizes = [p.numel() for p in ranker.parameters.values()]
+    if made is Abu:
+        fisher = train.flatten(0, 1).square().mean(0)
+        parts = fisher.split(sizes)
+        shift = torch.cat([(0.1 * f.mean()).expand(len(f)) for f in parts])
+        solved = q / (fisher + shift)
+    else:
+        bases, solved = ranker.curvature.bases, []
+        for basis, y in zip(bases, q.split(sizes), strict=True):
+            vectors = torch.kron(basis.left, basis.right)
+            inner = vectors.T @ y / (basis.values + 0.1 * basis.values.mean())
+            solved.append(vectors @ inner)
+        solved = torch.cat(solved)
+    values = corpus.latents[0].numel()  # losses are means over them, gradients of half their sum
+    want = (train.mean(0) @ solved).numpy() * 0.002 / len(train[0]) * 2 / values
+    assert np.corrcoef(got, want)[0, 1] > 0.999
+    np.testing.assert_allclose(got, want, rtol=0.05, atol=0.02 * abs(want).max())
+
+
+@pytest.mark.parametrize("made", [Abu, AbuPlus])
+def test_unlearning_raises_the_loss_of_the_unlearned_picture(made, corpus):
+    asked = copies(corpus, [3])
+    assert made(corpus, 0.01).rank(asked)[0, 0, 3] > 0
+
+
+def test_mucs_forgets_the_picture(corpus, monkeypatch):
+    """Its loss is higher than after the same training without anything to forget. (The null loss is
+    raised: this model has learned nothing, so it is there already.)
+    """
+    monkeypatch.setattr(Mucs, "null_loss", 10.0)
+    asked, found = copies(corpus, [3]), []
+    for weight in (0.0, 1.0):
+        monkeypatch.setattr(Mucs, "weight", weight)
+        found.append(Mucs(corpus, 1e-3).rank(asked)[0, 0])
+    assert found[1][3] > found[0][3]
+
+
+@pytest.mark.parametrize("made", [Abu, AbuPlus, Mucs])
+def test_the_model_is_as_it_was_afterwards(made, corpus):
+    before = losses(corpus)
+    made(corpus).at(1).rank(copies(corpus, [3]))
+    assert torch.equal(losses(corpus), before)
+    assert not any(p.requires_grad for p in corpus.model.network.parameters())
+
+
+def test_mucs_stops_at_the_loss_of_predicting_nothing(corpus, questions, monkeypatch):
+    monkeypatch.setattr(Mucs, "null_loss", 1e-6)  # every picture's loss is beyond it
+    assert (Mucs(corpus, 1e-3).rank(questions[:1]) == 0).all()
+
+
+def test_the_ideal_denoiser_copies_the_picture_itself(corpus):
+    asked = copies(corpus, [2, 9])
+    values = Nda(corpus).rank(asked)[0]
+    assert values.argmax(1).tolist() == [2, 9]
+    np.testing.assert_allclose(values.sum(1), len({1, 2, 4}), rtol=1e-5)  # shares, a size each
+
+
+def test_level_shares_decide_how_near_a_patch_must_be(corpus, monkeypatch):
+    """At a level of noise alone all patches count alike."""
+    noise = type("Noise", (), {"level": staticmethod(lambda t: Level(1e-9, 1.0))})
+    monkeypatch.setattr(corpus.model, "schedule", noise)
+    values = Nda(corpus).rank(copies(corpus, [2]))[0]
+    np.testing.assert_allclose(values, values.mean(), rtol=1e-3)
+
+
+def test_cost_counts_forwards_and_backwards_of_samples(corpus, questions):
+    samples = 2 * 2  # draws x levels, each forwards and backwards
+    assert forwards_of(RANKERS.get("trak")(corpus), questions[0]) == 2 * samples
+    assert forwards_of(RANKERS.get("caption_similarity")(corpus), questions[0]) == 0
+    count = len(corpus.data) * 2  # the losses after, at each of two levels
+    assert forwards_of(Abu(corpus), questions[0]) == 2 * samples + count

@@ -1,0 +1,161 @@
+"""AbC in small: what is asked, what the protocols differ in, and one run of all of it on the tiny
+model.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from concept_trak import cli
+from concept_trak.attribution.corpus import Corpus
+from concept_trak.datasets.folder import load_folder
+from concept_trak.errors import UserError
+from concept_trak.evaluation.small_abc import methods, rows, tables
+from concept_trak.evaluation.small_abc.tasks import read_tokens, tasks_of
+from concept_trak.settings import ROOT, TOKEN, resolve
+from concept_trak.workshop.tokens.settings import TokenSettings
+
+TABLE = [("pen", "tune", "object"), ("chalk", "report", "style"), ("cup", "distractor", "object")]
+EACH = 3
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data, tmp_path_factory):
+    """The tiny pictures with three groups of exemplars."""
+    root = tmp_path_factory.mktemp("small_abc") / "data"
+    shutil.copytree(tiny_data, root)
+    (root / "tables").mkdir()
+    lines = ["token\tsplit\tkind\tobject\tobject_phrase\tstyle\tunicode\ticon"]
+    lines += ["\t".join([*row, "x", "an x", "y", "1", "i"]) for row in TABLE for _ in range(EACH)]
+    (root / "tables/exemplars.tsv").write_text("\n".join(lines) + "\n")
+    shown = np.random.default_rng(1).integers(0, 256, (EACH * len(TABLE), 16, 16, 3), np.uint8)
+    np.savez(root / "exemplars.npz", pictures=shown)
+    return root
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(rows, "TRAINING", TokenSettings(steps=2, batch_size=2))
+
+
+def flags(tiny_pipeline, data, folder):
+    given = {
+        "sd_model_path": tiny_pipeline,
+        "data_dir": data,
+        "grad_dir": folder / "grads",
+        "results_dir": folder / "results/qual",
+        "proj_type": "random_mask",
+        "proj_dim": 32,
+        "nfe": 3,
+        "epochs": 1,
+        "num_split": 1,
+        "gen_num_inference_steps": 5,
+    }
+    return [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
+
+
+def test_queries_hold_the_token_beside_something_known_and_not_more(data):
+    train = load_folder(data).split("train")
+    tasks = tasks_of(read_tokens(data), train)
+    assert {t.token.name for t in tasks} == {"pen", "chalk"}  # none of a distractor
+    assert [t.number for t in tasks] == list(range(len(tasks)))
+    for task in tasks:
+        assert task.prompt.count(TOKEN) == 1 and TOKEN not in task.without
+        known = train.column("style_phrase" if task.token.kind == "object" else "object_phrase")
+        assert any(word in task.without for word in known)
+    again = tasks_of(read_tokens(data), train)
+    assert [t.prompt for t in tasks] == [t.prompt for t in again]
+
+
+def test_committed_exemplars_are_48_queries_of_unseen_things():
+    root = ROOT / "data/emoji"
+    tokens, train = read_tokens(root), load_folder(root).split("train")
+    tasks = tasks_of(tokens, train)
+    assert sum(t.token.split == "report" for t in tasks) == 48
+    assert all(3 <= len(t.pictures) <= 8 for t in tokens)
+    text = (root / "tables/exemplars.tsv").read_text().splitlines()
+    seen = {(r["object"], r["style"]) for r in load_folder(root).records}
+    objects = {r["object"] for r in train.records}
+    for line in text[1:]:
+        name, _, _, thing, _, style, *_ = line.split("\t")
+        assert (thing, style) not in seen and thing not in objects, name
+    assert (root / "exemplars.npz").stat().st_size < 2e6
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "short"])
+def test_exemplars_that_do_not_fit_are_told_in_one_line(damage, data, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    path = root / "exemplars.npz"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        np.savez(path, pictures=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="exemplars.npz.*build it"):
+        read_tokens(root)
+
+
+def test_the_whole_of_it_runs_and_a_second_run_says_the_same(
+    tiny_pipeline, data, tmp_path, quick, capsys
+):
+    chosen = ["small-abc", "--device=cpu", "--methods=concept_trak,contrast,trak,blindfold"]
+    given = [*chosen, *flags(tiny_pipeline, data, tmp_path)]
+    assert cli.main(given) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["queries"] == 3  # as many as there are objects
+    for protocol in ("published", "blind", "crowd"):
+        assert {"trak", "blindfold", "caption_similarity", "chance"} <= found[protocol].keys()
+        assert all(0 <= value <= 1 for value in found[protocol].values())
+    # text alone finds what is captioned, and nothing that is not
+    assert found["published"]["caption_similarity"] == 1
+    figures = found["figures"]
+    # the empty caption has no contrast with itself: such rows are zero, and rank by their place
+    assert figures["contrast"]["blind"]["recall_at_10"] == found["blind"]["contrast"]
+    assert cli.main(given) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+def test_an_unknown_method_is_named(tiny_pipeline, data, tmp_path, capsys):
+    given = flags(tiny_pipeline, data, tmp_path)
+    assert cli.main(["small-abc", "--device=cpu", "--methods=trac", *given]) == 2
+    assert "METHODS='trac' is unknown" in capsys.readouterr().err
+
+
+def test_a_crowd_holds_all_exemplars_and_only_the_own_are_relevant(
+    tiny_pipeline, data, tmp_path, quick
+):
+    settings = resolve(
+        "emoji",
+        {"sd_model_path": str(tiny_pipeline), "data_dir": str(data), "gen_num_inference_steps": 3},
+    )
+    corpus, tokens = Corpus(settings, "cpu"), read_tokens(data)
+    tasks = tasks_of(tokens, corpus.train)
+    asked = tables.Asked(corpus, tokens, tasks, tmp_path)
+    count = len(corpus.train)
+    for protocol, width in (("published", EACH), ("blind", EACH), ("crowd", EACH * len(TABLE))):
+        relevant = asked.relevant(protocol)
+        assert relevant.shape == (len(tasks), count + width) and (relevant.sum(1) == EACH).all()
+        assert not relevant[:, :count].any()
+    scores = tables.controls_of(asked)["pixel_neighbours"]
+    own = [asked.relevant(p)[:, count:].nonzero()[1].reshape(-1, EACH) for p in tables.PROTOCOLS]
+    for q in range(len(tasks)):  # the same distances, wherever the exemplars stand
+        one = scores["blind"][0, q, count:][own[1][q]]
+        np.testing.assert_array_equal(one, scores["crowd"][0, q, count:][own[2][q]])
+
+
+def test_steps_are_paired_differences():
+    told = {n: {"published": {"per_query": v}} for n, v in {"a": [0, 1, 0], "b": [1, 1, 1]}.items()}
+    (step,) = tables.steps(told, ("a", "b"))
+    assert step["change"] == round(2 / 3, 4) and step["ci95"][0] >= 0
+
+
+def test_a_blindfold_takes_every_caption(data, tiny_pipeline):
+    settings = resolve("emoji", {"sd_model_path": str(tiny_pipeline), "data_dir": str(data)})
+    corpus = Corpus(settings, "cpu")
+    other = methods.blindfolded(corpus)
+    assert set(other.train.captions) == {""} and all(corpus.train.captions)
+    assert other.data.content_hash() != corpus.data.content_hash()
