@@ -26,6 +26,7 @@ from ..components.objective import AIMS
 from ..components.roles import select
 from ..components.states import Sampling
 from ..datasets.emoji import truth
+from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
 from ..files import atomic_folder, link, write_bytes, write_json
 from ..registry import OBJECTIVES
@@ -87,7 +88,7 @@ def _made_by(corpus: Corpus) -> dict:
     return {"settings": as_dict(corpus.settings), "provenance": provenance()}
 
 
-def _row(found: Influence, data: object, rank: int, i: int) -> tuple:
+def _row(found: Influence, data: ImageCaptionDataset, rank: int, i: int) -> tuple:
     most = np.argsort(-found.values[i])[:NAMED]
     caption = " ".join(data.captions[i].split())
     name = str(data.records[i].get("file_name", i))
