@@ -102,7 +102,7 @@ install_package() {
     else
         install_torch
     fi
-    pip_install "the package and its requirements" -e "${ROOT}[test,abc]" -c "$pins"
+    pip_install "the package and its requirements" -e "${ROOT}[test,abc,docs]" -c "$pins"
 }
 
 main() {

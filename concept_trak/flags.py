@@ -50,11 +50,7 @@ class Help(argparse.Action):
     """-h: every flag with the defaults of the benchmark, if that was named before."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> NoReturn:
-        if parser.settings:
-            defaults = as_dict(resolve(namespace.benchmark, {}))
-            for action, field in parser.settings.items():
-                action.help = describe(field.metadata["option"], defaults[field.name])
-        parser.print_help()
+        parser.with_defaults(getattr(namespace, "benchmark", "emoji")).print_help()
         parser.exit()
 
 
@@ -84,6 +80,14 @@ class Parser(argparse.ArgumentParser):
         add, self.later = self.later, None
         if add is not None:
             add()
+        return self
+
+    def with_defaults(self, benchmark: str) -> Parser:
+        """The parser, its help telling the defaults of a benchmark."""
+        if self.settings:
+            defaults = as_dict(resolve(benchmark, {}))
+            for action, field in self.settings.items():
+                action.help = describe(field.metadata["option"], defaults[field.name])
         return self
 
     def flags_of(self, verb: str) -> list[str]:

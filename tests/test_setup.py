@@ -425,7 +425,11 @@ def test_full_disk_is_told_before_anything_is_made(sandbox):
 
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DISTRIBUTIONS = {"PIL": "pillow", "trak": "traker"}  # where the name of the import is another
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "trak": "traker",
+    "dicebear": "dicebear-core",
+}  # where the name of the import is another
 # declared for the user, or for what another package imports by itself
 NOT_IMPORTED = {"accelerate", "traker"}
 
@@ -450,7 +454,7 @@ def imported(folder, local=()):
 def test_every_import_is_declared():
     library, tests = imported(REPO / "concept_trak"), {p.stem for p in REPO.glob("tests/**/*.py")}
     needed = declared(*PROJECT["dependencies"])
-    optional = declared(*EXTRAS["abc"], *EXTRAS["build-data"])
+    optional = declared(*EXTRAS["abc"], *EXTRAS["build-data"], *EXTRAS["faces"])
     assert not (undeclared := library.keys() - needed - optional), undeclared
     theirs = imported(REPO / "tests", {"concept_trak", *tests}).keys()
     testing = declared(*EXTRAS["test"])

@@ -50,23 +50,30 @@ def precision_against_k(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figur
 def lds_bars(told: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:
     """LDS of every ranker, and the same against what a question costs."""
     names = [n for n, e in told.items() if isinstance(e, dict) and "lds" in e]
-    names.sort(key=lambda n: told[n]["lds"])
+    names.sort(key=lambda n: told[n]["drawn"]["lds"])
     figure, (bars, cost) = panels(["over subsets", "against compute"], 1.4 + 0.28 * len(names))
-    for offset, key, interval in ((0.18, "lds", "ci95"), (-0.18, "partial", "partial_ci95")):
-        values = np.array([told[n][key] for n in names])
-        ends = np.array([told[n][interval] for n in names]).T
+    figures = {n: {"presence": told[n], "rate in drawings": told[n]["drawn"]} for n in names}
+    for offset, key in ((0.18, "presence"), (-0.18, "rate in drawings")):
+        values = np.array([figures[n][key]["lds"] for n in names])
+        ends = np.array([figures[n][key]["ci95"] for n in names]).T
         places = np.arange(len(names)) + offset
         bars.barh(places, values, 0.34, xerr=np.abs(ends - values), error_kw={"lw": 0.8}, label=key)
-    bars.axvline(told["ceiling"], color="0.3", ls="--", lw=1, label="another seed")
+    if told["ceiling_drawn"] is not None:
+        bars.axvline(told["ceiling_drawn"], color="0.3", ls="--", lw=1, label="another seed, drawn")
     bars.set_yticks(range(len(names)), names, fontsize=7)
     bars.legend(fontsize=7, frameon=False)
     bars.set_xlabel("LDS")
     for place, name in enumerate(names):
         cost.scatter(
-            max(seconds.get(name, 0), 1e-5), told[name]["lds"], s=14, color=f"C{place % 10}"
+            max(seconds.get(name, 0), 1e-5),
+            told[name]["drawn"]["lds"],
+            s=14,
+            color=f"C{place % 10}",
         )
-        cost.annotate(name, (max(seconds.get(name, 0), 1e-5), told[name]["lds"]), fontsize=6)
+        cost.annotate(
+            name, (max(seconds.get(name, 0), 1e-5), told[name]["drawn"]["lds"]), fontsize=6
+        )
     cost.set_xscale("log")
-    cost.set_xlabel("seconds of one core a question, train rows included")
-    cost.set_ylabel("LDS")
+    cost.set_xlabel("seconds a question, without rows that were kept before")
+    cost.set_ylabel("LDS, rate in drawings")
     return figure

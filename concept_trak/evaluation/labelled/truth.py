@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from ...attribution.corpus import Corpus
 from ...attribution.question import Picture
+from ...datasets.folder import ImageCaptionDataset
 from ...errors import UserError
 from ...files import make_folder
 from ...models.class_conditional import Architecture
@@ -45,6 +46,17 @@ from .stages import Bench
 
 SEEDS = (0, 1)
 WORK = Work(train_and_measure, a_process=None, model_gb=0.9, checkpoint_mb=6)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Presences whose figure is the classifier's rate in pictures drawn."""
+
+    of: Any
+
+    def of_concepts(self, kind: str, held_out: ImageCaptionDataset, names: list[str]) -> np.ndarray:
+        """See `LabelledPresences.judged_of`."""
+        return self.of.judged_of(kind, held_out, names)
 
 
 class Truth:
@@ -156,41 +168,68 @@ class Truth:
         return self.plan("lds", lambda: lds_plan(self.data, count, count))
 
     @cached_property
-    def truths(self) -> tuple[Plan, dict[str, Any], dict[str, lds.Measured]]:
-        """(measured part, presences, what they say of each kind, mean over the seeds there are)."""
-        part, found = self.found(self.lds_plan(), 3)
-        kinds = kinds_of(self.data)
-        of = {k: lds.measured(part, found, self.data, self.held_out, k) for k in kinds}
-        second = [s for s in part.subsets if s.seed != part.subsets[0].seed]
+    def measured(self) -> tuple[Plan, dict[str, Any]]:
+        """(measured part of the LDS plan, its presences)."""
+        return self.found(self.lds_plan(), 3)
+
+    def truths(self, drawn: bool = False) -> dict[str, lds.Measured]:
+        """{kind: what retraining says, mean over the seeds of each subset}: presences, or with
+        `drawn` the classifier's rates.
+        """
+        part, found = self.measured
+        found = {n: Drawn(p) for n, p in found.items()} if drawn else found
         first = [s for s in part.subsets if s.seed == part.subsets[0].seed]
+        second = [s for s in part.subsets if s.seed != part.subsets[0].seed]
+        parts = [replace(part, subsets=tuple(first))]
         if len(second) == len(first):
-            again = replace(part, subsets=tuple(second))
-            both = {k: lds.measured(again, found, self.data, self.held_out, k) for k in kinds}
-            for k in kinds:
-                assert (both[k].kept == of[k].kept).all()
-                mean = (of[k].presences + both[k].presences) / 2
-                of[k] = replace(of[k], presences=mean)
-        return part, found, of
+            parts.append(replace(part, subsets=tuple(second)))
+        told = {}
+        for kind in kinds_of(self.data):
+            each = [lds.measured(p, found, self.data, self.held_out, kind) for p in parts]
+            mean = np.mean([m.presences for m in each], 0)
+            told[kind] = replace(each[0], presences=mean)
+        return told
 
     def lds_table(self) -> dict[str, Any]:
-        """{ranker: {"lds", "partial", intervals}} over the "report" concepts of all kinds."""
-        part, found, truths = self.truths
-        report, table = groups(self.data)["report"], {}
+        """{ranker: {"lds", "partial", intervals, "drawn": the same}} over the "report" concepts of
+        all kinds; drawn: against the classifier's rates instead of presences.
+        """
+        part, found = self.measured
+        both = {"": self.truths(), "drawn": self.truths(drawn=True)}
+        table: dict[str, Any] = {}
         for name, values in self.scores.items():
-            d = self.damping(name, truths)
-            parts = []
-            for kind, names in report.items():
-                scores = self.asked.mean(values[[d]], kind, names)[0]
-                parts.append(lds.scored(scores, truths[kind].of(names)))
-            joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-            table[name] = lds.summary(joined)
-        ceilings = [
-            lds.ceiling(part, found, self.held_out, kind, names) for kind, names in report.items()
-        ]
-        table["ceiling"] = round(float(np.concatenate(ceilings).mean()), 4)
-        table["subsets"] = len(next(iter(truths.values())).kept)
+            told = {key: self.lds_of(name, values, truths) for key, truths in both.items()}
+            table[name] = {**told[""], "drawn": told["drawn"]}
+        drawn = {n: Drawn(p) for n, p in found.items()}
+        table["ceiling"] = self.ceiling(part, found)
+        table["ceiling_drawn"] = self.ceiling(part, drawn)
+        table["subsets"] = len(both[""][kinds_of(self.data)[0]].kept)
         table["models"] = len(part.subsets)
         return table
+
+    def lds_of(
+        self, name: str, values: np.ndarray, truths: dict[str, lds.Measured]
+    ) -> dict[str, Any]:
+        """Figures of one ranker at its damping; values [D, Q, N]."""
+        d = self.damping(name, truths)
+        parts = []
+        for kind, names in groups(self.data)["report"].items():
+            scores = self.asked.mean(values[[d]], kind, names)[0]
+            parts.append(lds.scored(scores, truths[kind].of(names)))
+        return lds.summary({k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
+
+    def ceiling(self, part: Plan, found: dict[str, Any]) -> float | None:
+        """Mean correlation of two seeds over the "report" concepts; None while fewer than three
+        subsets have both.
+        """
+        report = groups(self.data)["report"]
+        try:
+            each = [
+                lds.ceiling(part, found, self.held_out, k, names) for k, names in report.items()
+            ]
+        except UserError:
+            return None
+        return round(float(np.concatenate(each).mean()), 4)
 
     # ---- counterfactual
 
@@ -213,7 +252,7 @@ class Truth:
         it was measured, else those of the settings.
         """
         try:
-            truths = self.truths[2]
+            truths = self.truths()
         except UserError:
             truths = {}
         arms: dict[str, list[int]] = {}

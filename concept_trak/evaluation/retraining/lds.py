@@ -2,7 +2,8 @@
 
 Over random subsets, the Spearman correlation of sum_{i kept} score_i with J_c (linear datamodeling
 score; Park et al. 2023), a mean over concepts. Captions name the concepts here, so counting the
-labelled pictures predicts much of it: `partial` is what is left when that count is given. The
+labelled pictures predicts much of it, and so does counting all, as subsets differ in size: random
+positive scores have an LDS. `partial` is what is left when both counts are given. The
 ceiling is the correlation of the presences of two seeds on the same subsets: of what one training
 says about another.
 """

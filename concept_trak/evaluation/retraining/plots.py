@@ -73,6 +73,7 @@ def drops(told: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Any]) -> Fi
         ):
             _bars(axis, names, arms, figure_name, offset, label)
         axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_ylim(-0.6, tallest - 0.4)  # bars of one height in all panels
         axis.axvline(0, color="0.3", lw=0.8)
         if noise.get(kind):
             spread = noise[kind]["target_drop"]

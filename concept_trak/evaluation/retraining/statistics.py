@@ -1,9 +1,11 @@
 """Rankings against what retraining measured. dattri's metrics where it has them.
 
 lds        Spearman correlation, over subsets, of sum_{i kept} score_i with J_c (dattri's `lds`)
-partial    the same given n_c, the number of labelled pictures kept: correlation of the residuals
-           of both ranks on the rank of n_c. What counting labels explains is taken out, so that
-           a ranker that counts them has exactly 0
+partial    the same given n_c, the number of labelled pictures kept, and n, that of all: the
+           correlation of the residuals of both ranks on the ranks of n_c and n. What counting
+           explains is taken out, so that a ranker that counts labels has exactly 0, and one that
+           gives every picture the same, or random positive numbers, learns nothing from the sizes
+           of subsets
 auc        that a picture of one group is ranked below one of another (`mislabel_detection_auc`)
 """
 
@@ -43,16 +45,21 @@ def lds(scores: np.ndarray, presences: np.ndarray, kept: np.ndarray) -> np.ndarr
 def partial_lds(
     scores: np.ndarray, presences: np.ndarray, kept: np.ndarray, relevant: np.ndarray
 ) -> np.ndarray:
-    """[C] partial Spearman correlations given the labelled pictures kept; relevant: bool [C, N]."""
+    """[C] partial Spearman correlations given the pictures kept, labelled ones (relevant: bool
+    [C, N]) and all.
+    """
     predicted, counts = kept @ scores.T.astype(np.float64), kept @ relevant.T.astype(np.float64)
+    size = kept.sum(1)
     columns = range(len(scores))
-    return np.array([partial(predicted[:, c], presences[:, c], counts[:, c]) for c in columns])
+    return np.array(
+        [partial(predicted[:, c], presences[:, c], counts[:, c], size) for c in columns]
+    )
 
 
-def partial(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
-    """Partial Spearman correlation of x and y [S] given a third; 0 where it leaves nothing."""
-    ranks = [_centred(rankdata(_rounded(values))) for values in (x, y, given)]
-    left = [_residual(rank, ranks[2]) for rank in ranks[:2]]
+def partial(x: np.ndarray, y: np.ndarray, *given: np.ndarray) -> float:
+    """Partial Spearman correlation of x and y [S] given others [S]; 0 where they leave nothing."""
+    first, second, *others = (_centred(rankdata(_rounded(v))) for v in (x, y, *given))
+    left = [_residual(rank, np.stack(others, 1)) for rank in (first, second)]
     norm = float(np.linalg.norm(left[0]) * np.linalg.norm(left[1]))
     return 0.0 if norm < 1e-9 * len(x) ** 2 else float(left[0] @ left[1] / norm)
 
@@ -68,8 +75,7 @@ def _centred(values: np.ndarray) -> np.ndarray:
 
 
 def _residual(values: np.ndarray, given: np.ndarray) -> np.ndarray:
-    square = given @ given
-    return values if square == 0 else values - given * ((values @ given) / square)
+    return values - given @ np.linalg.lstsq(given, values, rcond=None)[0]
 
 
 def auc_below(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:

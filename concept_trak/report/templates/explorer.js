@@ -331,7 +331,7 @@ function agreement() {
   const [one, two] = panes.map((pane) => pane.found);
   if (!one || !two) { $("agreement").textContent = ""; return; }
   const top = new Set(one.order.slice(0, TOP)), both = Array.from(two.order.slice(0, TOP)).filter((i) => top.has(i)).length;
-  $("agreement").textContent = `Left against right: rank correlation ${correlation(one, two).toFixed(2).replace("-", "−")} ` +
+  $("agreement").textContent = `Both rankings: rank correlation ${correlation(one, two).toFixed(2).replace("-", "−")} ` +
     `over all images; ${both} of the ten highest are the same. “there” is an image's rank on the other side.`;
 }
 function render() {

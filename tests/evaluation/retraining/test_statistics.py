@@ -51,6 +51,18 @@ def test_counting_labels_predicts_but_its_partial_correlation_is_exactly_zero(wo
     assert (partial_lds(counting, presences, kept, relevant) == 0).all()
 
 
+def test_the_sizes_of_subsets_predict_but_have_no_partial_correlation():
+    """Presence that grows with all that is learned: any positive scores seem to know it."""
+    rng = np.random.default_rng(4)
+    kept = rng.random((60, 200)) < rng.uniform(0.2, 0.8, (60, 1))
+    presences = kept.sum(1)[:, None] + rng.normal(size=(60, CONCEPTS))
+    scores, relevant = rng.random((CONCEPTS, 200)), np.zeros((CONCEPTS, 200), dtype=bool)
+    relevant[:, :7] = True
+    assert lds(scores, presences, kept).min() > 0.9
+    assert abs(partial_lds(scores, presences, kept, relevant).mean()) < 0.15
+    assert (partial_lds(np.full_like(scores, 2.5), presences, kept, relevant) == 0).all()
+
+
 def test_scores_of_swapped_concepts_are_noticed(world):
     influence, kept, presences, relevant = world
     assert abs(lds(np.roll(influence, 1, 0), presences, kept).mean()) < 0.2
