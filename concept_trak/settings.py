@@ -315,9 +315,9 @@ class Components:
         "", "the words to score; empty: the first of TARGET_CONCEPTS in PROMPT, or PROMPT"
     )
     base_prompt: str = option("", "what the concept is held against")
-    ratio: float = option(0.02, "share of the selected weights to edit", high=1, low=1e-9)
-    selection: str = option(
-        "cross_attention",
+    ratio: float = option(0.015, "share of the selected weights to edit", high=1, low=1e-9)
+    selection: str = option(  # chosen with RATIO by run_eval.sh, on objects that are not reported
+        "cross_attention|feed_forward",
         "which weights, '|' between alternatives; paper: the published choice and rule",
         parse=refuse_selection,
     )

@@ -585,7 +585,15 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
     computing_nothing = {"download-abc", "download-train-grad", "tables"}  # no setting bears on it
     verbs = sub_commands()
     own = {"bench", "labelled", "train-token", "truth", "export"}
-    own |= {"small-abc", "cad", "cad-erase", "cad-amplify", "cad-eval", "cad-bench-sd14"}
+    own |= {
+        "small-abc",
+        "cad-images",
+        "cad",
+        "cad-erase",
+        "cad-amplify",
+        "cad-eval",
+        "cad-bench-sd14",
+    }
     assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}
     flags = {f"--{name.replace('_', '-')}" for name in names()}
     for verb in set(verbs) - computing_nothing:

@@ -7,5 +7,6 @@ selection.py   scores -> the weights to edit; the published rule is the preset `
 operators.py   what becomes of them: zero, scale, mean, gradient steps
 edits.py       an edit as a file that is applied and undone to the bit
 states.py      at which noise levels and pictures a concept is asked
-concept.py     from a prompt to its scores and an edit
+concept.py     from a prompt to its scores and an edit; keep.py: scores on the disk
+by_picture.py  images x weights: the influence of a training picture through a group of weights
 """

@@ -1,4 +1,6 @@
-"""`concept-trak cad`, `cad-erase` and `cad-amplify`: scores of a concept's weights, and edits."""
+"""`concept-trak cad`, `cad-erase`, `cad-amplify`, `cad-images`: the weights that carry a concept,
+edits of them, and the training pictures that put it there.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,22 @@ SAYS = {
     "cad": "Score which weights carry a concept.",
     "cad-erase": "Erase a concept from the weights; pictures before and after.",
     "cad-amplify": "Amplify a concept by removing the weights that work against it.",
+    "cad-images": "Tell which training pictures put a concept into which weights.",
 }
-USES = ("components", "generation", "model", "data_dir", "batch_size", "results_dir", "prompt")
+USES = (
+    "components",
+    "generation",
+    "model",
+    "data_dir",
+    "batch_size",
+    "results_dir",
+    "prompt",
+    "rows",
+)
 
 
 def add_parser(verbs: Any) -> None:
-    """The three sub-commands, with the flags of `Settings`."""
+    """The four sub-commands, with the flags of `Settings`."""
     for verb, says in SAYS.items():
         sub = verbs.add_parser(verb, help=says, description=says)
         add_setting_flags(sub, (*USES, "target_concepts", "device", "gpu_id"))
@@ -33,6 +45,14 @@ def run(verb: str, arguments: argparse.Namespace) -> None:
 
     device = pick_device(given.device, given.gpu_id)
     given = given.on(device)
+    if verb == "cad-images":
+        from ..attribution.corpus import Corpus
+        from .pictures_weights import write_influence
+
+        if arguments.granularity is None:  # the default of edits, single weights, is too fine
+            given = given.but(granularity="module")
+        print(f"images x weights: {os.path.relpath(write_influence(Corpus(given, device)))}")
+        return
     if verb == "cad":
         folder = score_weights(given, device)
     else:

@@ -1,7 +1,9 @@
 """The verbs: scores and edits as files and a page; an exported pipeline; one line for bad input."""
 
+import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +84,23 @@ def test_bad_input_gives_one_line(changes, words, flags, tmp_path, capsys):
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("error: ") and words in told
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_images_x_weights_are_a_table_a_map_and_an_array(flags, tmp_path, capsys):
+    assert cli.main(["cad-images", *flags, "--granularity=head"]) == 0
+    folder = latest(tmp_path)
+    values, facts = (
+        np.load(folder / "influence.npy"),
+        json.loads((folder / "influence.json").read_text()),
+    )
+    assert values.shape == (11, len(facts["groups"])) and np.isfinite(values).all()
+    rows = list(csv.DictReader((folder / "influence.csv").open()))
+    listed = [float(row["score"]) for row in rows]
+    assert len(rows) == 11 and listed == sorted(listed, reverse=True)
+    np.testing.assert_allclose(listed, np.sort(values.sum(1))[::-1], rtol=1e-3)
+    assert (folder / "influence.png").stat().st_size > 5000
+    assert cli.main(["cad-images", *flags, "--granularity=row"]) == 2
+    assert "use module or head" in capsys.readouterr().err
 
 
 def test_an_edit_of_another_model_is_refused_in_one_line(flags, other_pipeline, tmp_path, capsys):

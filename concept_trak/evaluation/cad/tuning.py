@@ -20,6 +20,7 @@ from ...components.operators import Operator
 from ...components.roles import Component, components
 from ...components.scores import Scores
 from ...components.selection import sparing
+from ...scoring.metrics import bootstrap_interval
 from .bed import Bed, Target
 from .cells import Cells, figures
 
@@ -118,8 +119,8 @@ def tune(measured: Measured, counts: tuple[int, int] = COUNTS) -> dict[str, Any]
         of_target = [[measured.figures(t, key, counts) for key in keys] for t in targets]
         for i, key in enumerate(keys):
             of = [each[i] for each in of_target]
-            means = {n: float(np.mean([f[n] for f in of])) for n in ("ua", "ira", "cra")}
             found.append((value(of), key))
+            means = _over_targets(of)
             tried.append({"plan": list(key), "value": found[-1][0], **means})
             print(f"{key}: {means}", flush=True)
         return max(found)[1]
@@ -129,3 +130,14 @@ def tune(measured: Measured, counts: tuple[int, int] = COUNTS) -> dict[str, Any]
     best = try_out([first, *second])
     paper = try_out([("paper", r, "scalar", "zero", 0.0) for r in PAPER_RATIOS])
     return {"best": best, "paper": paper, "tried": tried}
+
+
+def _over_targets(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of UA, IRA and CRA over targets, with bootstrap intervals over them."""
+    told: dict[str, Any] = {}
+    for name in ("ua", "ira", "cra"):
+        values = np.array([f[name] for f in found])
+        low, high = bootstrap_interval(values)
+        told |= {name: round(float(values.mean()), 3)}
+        told |= {f"{name}_ci95": [round(float(low), 3), round(float(high), 3)]}
+    return told
