@@ -381,6 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    speak(0)  # until the arguments say otherwise
     try:
         with ended_by_sigterm():
             top = parser()
