@@ -15,6 +15,7 @@ ones everything is chosen, "report" ones are what the tables show.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from ...datasets.emoji import STYLE_JOINT, caption
 from ...datasets.folder import ImageCaptionDataset
 from ...errors import UserError
-from ...files import write_json
+from ...files import write_bytes
 from ...reading import read_json
 
 GROUPS = ("tune", "report")
@@ -68,8 +69,12 @@ class Plan:
     made_from: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """As JSON. UserError for a disk that does not take it."""
-        write_json(path, asdict(self))
+        """As JSON, a line for each subset. UserError for a disk that does not take it."""
+        about = {k: v for k, v in asdict(self).items() if k != "subsets"}
+        head = json.dumps(about, sort_keys=True).removesuffix("}")
+        lines = [json.dumps(asdict(s), sort_keys=True) for s in self.subsets]
+        body = ",\n".join(lines)
+        write_bytes(path, f'{head}, "subsets": [\n{body}\n]}}\n'.encode())
 
 
 def read_plan(path: Path, data: ImageCaptionDataset) -> Plan:
