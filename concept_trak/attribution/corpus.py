@@ -121,7 +121,11 @@ class Corpus:
     @cached_property
     def _fit_model(self) -> TextToImage:
         s = self.settings
-        judge = load_pipeline(s.fit_model_path, self.device, s.dtype)
+        try:
+            judge = load_pipeline(s.fit_model_path, self.device, s.dtype)
+        except UserError as error:
+            told = str(error).replace("SD_MODEL_PATH", "FIT_MODEL_PATH")
+            raise UserError(told) from None
         both = (self.model, judge)
         encoders = {hash_of_weights((model.pipe.vae.encoder,)) for model in both}
         levels = {tuple(model.schedule.level(t) for t in (100, 500, 900)) for model in both}

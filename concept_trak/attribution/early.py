@@ -48,9 +48,10 @@ def check_model(settings: Settings) -> None:
     """UserError for pictures or a model that are not there."""
     if not (Path(settings.data_dir) / LATENTS).exists():
         load_folder(settings.data_dir)
-    for source in filter(None, (settings.sd_model_path, settings.fit_model_path)):
-        if is_local(source):
-            refuse_other_folder(Path(source))
+    for variable in ("SD_MODEL_PATH", "FIT_MODEL_PATH"):
+        source = getattr(settings, variable.lower())
+        if source and is_local(source):
+            refuse_other_folder(Path(source), variable)
 
 
 def there_are_rows(settings: Settings) -> bool:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ def is_local(source: str) -> bool:
     """Whether a folder is meant; "owner/name" that does not exist here is a hub id."""
     if Path(source).exists() or source.startswith("."):
         return True
-    return os.sep in source and (source.count("/") != 1 or source.startswith("/"))
+    return source.count("/") != 1 or source.startswith("/")
 
 
-def refuse_other_folder(folder: Path) -> None:
+def refuse_other_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
     """UserError for a folder that is no pipeline, or holds what is neither file nor folder: a pipe
     would keep the run waiting, a device would never end.
     """
     if not (folder / "model_index.json").exists():
         reason = "is not a diffusers pipeline folder (no model_index.json)"
-        raise UserError(f"{folder} {reason}; give SD_MODEL_PATH a folder or a hub id")
+        raise UserError(f"{folder} {reason}; give {variable} a folder or a hub id")
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file; copy the model again")

@@ -192,7 +192,8 @@ def test_evaluation_ends_with_one_json_line_and_keeps_a_folder_a_task(trained, t
         .splitlines()
     )
     assert (
-        listing[0].split("\t") == ["rank", "train|exemplar", "idx", "caption"] and len(listing) == 4
+        listing[0].split("\t") == ["rank", "train|exemplar", "idx", "caption", "score"]
+        and len(listing) == 4
     )
 
 

@@ -151,11 +151,12 @@ def _beside(by_seed: Lost, lost: Mapping[str, Lost], ours: str) -> dict[str, Any
     told: dict[str, Any] = {}
     if LABELS in lost and (both := sorted(by_seed.keys() & lost[LABELS].keys())):
         own, oracle = _targets(by_seed, both), _targets(lost[LABELS], both)
-        ratios = resampled_means(np.stack([own, oracle]))
-        share = own.mean() / oracle.mean()
-        low, high = np.quantile(ratios[0] / ratios[1], (0.025, 0.975))
         told["oracle_drop"] = round(float(oracle.mean()), 4)
-        told |= _told("share_of_oracle", float(share), (float(low), float(high)))
+        means = resampled_means(np.stack([own, oracle]))
+        if (means[1] > 0).all():  # else a share of it means nothing
+            low, high = np.quantile(means[0] / means[1], (0.025, 0.975))
+            share = float(own.mean() / oracle.mean())
+            told |= _told("share_of_oracle", share, (float(low), float(high)))
     if ours in lost and (both := sorted(by_seed.keys() & lost[ours].keys())):
         behind = _targets(lost[ours], both) - _targets(by_seed, both)
         told |= _told("behind_ours", float(behind.mean()), bootstrap_interval(behind))
