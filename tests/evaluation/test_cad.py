@@ -56,6 +56,19 @@ def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line
 
 
+def test_cells_that_were_kept_are_not_measured_again(bed, tmp_path, monkeypatch):
+    target, first = bed.targets["object"][0], cells.Cells(bed)
+    made = first.cell(target, ["some", 1], lambda: {"shown": [1, 0]})
+    first.gather(tmp_path / "cells.json")
+    monkeypatch.setattr(cells, "KEPT", tmp_path / "cells.json")
+    monkeypatch.setattr(cells, "make_folder", lambda _: tmp_path / "empty")
+    again = cells.Cells(bed)
+    assert again.cell(target, ["some", 1], lambda: pytest.fail("measured again")) == made
+    other = again.cell  # of another plan it is measured
+    (tmp_path / "empty").mkdir()
+    assert other(target, ["some", 2], lambda: {"shown": [0]})["shown"] == [0]
+
+
 def test_what_is_tuned_is_never_reported_nor_kept(bed):
     tuned = {t.name for t in bed.targets["tune"]}
     assert tuned and not tuned & {t.name for t in bed.targets["object"]}

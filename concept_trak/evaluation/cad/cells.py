@@ -1,24 +1,27 @@
 """Measured cells on the disk: one JSON file a (target, edit), so that a run goes on where it ended.
 
 A cell is known by everything that decides it: the model, the judge, the target, the edit's plan and
-the numbers of pictures. A finished one is never made again.
+the numbers of pictures. A finished one is never made again; those of an earlier run are committed
+as one file, `KEPT`, from which another machine goes on.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...files import make_folder, write_json
+from ...files import make_folder, write_bytes, write_json
 from ...reading import read_json
 from ...scoring.metrics import bootstrap_interval
-from ...settings import digest
+from ...settings import ROOT, digest
 from .bed import DRAW_STEPS, Bed, Target
 
 MEND = "delete it, and it is measured again"
+KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 
 
 class Cells:
@@ -28,16 +31,27 @@ class Cells:
         self.bed = bed
         s = bed.corpus.settings
         self.folder = make_folder(Path(s.results_dir).parent / "cad/cells")
+        self.kept = read_json(KEPT, MEND) if KEPT.exists() else {}
         self.origin = [bed.model.identity(), bed.corpus.data.content_hash(), DRAW_STEPS]
         self.origin += [bed.guidance, bed.num_seeds]
 
     def cell(self, target: Target, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured before, or what `make` measures now. what: of the target (JSON)."""
         name = f"{target.kind}-{target.name}".replace(" ", "_")
-        path = self.folder / f"{name}-{digest([*self.origin, name, what])}.json"
+        name = f"{name}-{digest([*self.origin, name, what])}"
+        if name in self.kept:
+            return self.kept[name]
+        path = self.folder / f"{name}.json"
         if not path.exists():
             write_json(path, make() | {"what": what})
         return read_json(path, MEND)
+
+    def gather(self, path: Path) -> None:
+        """Write all cells there are as one file, as `KEPT` is."""
+        found = self.kept | {p.stem: read_json(p, MEND) for p in self.folder.glob("*.json")}
+        lines = (f"{json.dumps(k)}: {json.dumps(found[k], sort_keys=True)}" for k in sorted(found))
+        body = ",\n".join(lines)
+        write_bytes(path, f"{{\n{body}\n}}\n".encode())
 
 
 def rate(hits: list[int] | np.ndarray) -> dict[str, Any]:

@@ -42,14 +42,17 @@ def run(arguments: argparse.Namespace) -> None:
     from ...models.device import pick_device
     from ..results import results, write_metrics
     from .bed import Bed
+    from .cells import Cells
     from .table import Size, evaluate, line
 
     device = pick_device(given.device, given.gpu_id)
     corpus = Corpus(given.on(device), device)
     size = Size.of(given.judged, given.num_queries)
-    found = line(evaluate(Bed(corpus), size))
+    bed = Bed(corpus)
+    found = line(evaluate(bed, size))
     model, data = corpus.model.identity(), corpus.data.content_hash()
     made_from = [model, data, given.score_seeds, given.judged]
     with results(corpus.settings, "cad", "table", made_from) as folder:
         write_metrics(folder, "metrics", found, corpus.settings)
+        Cells(bed).gather(folder / "cells.json")
     print(json.dumps(found))

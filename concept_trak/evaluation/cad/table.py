@@ -55,12 +55,26 @@ def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     found: dict[str, Any] = {"chosen": chosen, "pictures": list(size.headline)}
     for name in ("best", "paper"):
         found[name] = {
-            kind: {t.name: measured.figures(t, chosen[name], size.headline) for t in each}
+            kind: {t.name: _headline(measured, t, name, chosen[name], size) for t in each}
             for kind, each in targets.items()
         }
     found["controls"] = _controls(measured, targets["object"][:CONTROLLED], size, chosen["best"])
     found["faithfulness"] = _faithful(measured, targets["object"][:2], size, chosen["best"])
     found["amplify"] = _amplified(measured, targets["object"][:CONTROLLED], size, chosen["best"])
+    return found
+
+
+def _headline(
+    measured: Measured, target: Target, name: str, key: Key, size: Size
+) -> dict[str, Any]:
+    """Figures of a target under a plan, told as soon as they are there."""
+    found = measured.figures(target, key, size.headline)
+    cells = (
+        f"{figure} {found[figure]:.2f} [{found[f'{figure}_ci95'][0]:.2f}, "
+        f"{found[f'{figure}_ci95'][1]:.2f}]"
+        for figure in ("ua", "ira", "cra")
+    )
+    print(f"{name}, {target.kind} {target.name}: {', '.join(cells)}", flush=True)
     return found
 
 
