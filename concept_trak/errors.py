@@ -2,8 +2,16 @@
 traceback.
 """
 
+import shlex
+
 
 class UserError(Exception):
     """Bad input. The message is one line that names the thing and the remedy; the CLI exits with
     status 2.
     """
+
+
+def call(script: str, **variables: object) -> str:
+    """The line that runs a script of the checkout with these variables, to end a refusal with."""
+    given = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
+    return " ".join([*given, "bash", f"scripts/{script}"])

@@ -626,6 +626,25 @@ def test_the_help_of_a_verb_shows_its_own_settings_with_unit_choices_bounds_and_
     assert "--task-idx" in helped(capsys, "task-grad")
 
 
+def test_a_verb_tells_of_each_flag_of_its_own_the_default_and_the_choices():
+    told = 0
+    for name, sub in sub_commands().items():
+        for action in sub._actions:
+            if {action.dest} <= {*names(), "benchmark", "help", "level"}:
+                continue
+            told += 1
+            assert re.search(r"(default: .+|required)\)$", action.help), (name, action.dest)
+            for choice in action.choices or ():
+                shown = f"{action.help} {'' if action.metavar else action.choices}"
+                assert str(choice) in shown, (name, action.dest)
+            default = action.default
+            if default not in (None, "") and not isinstance(default, str):
+                assert f"default: {int(default) if isinstance(default, bool) else default})" in (
+                    action.help
+                )
+    assert told > 30
+
+
 def test_the_help_shows_the_defaults_of_the_benchmark_that_was_named(capsys):
     assert "default: 32768)" in helped(capsys, "train-grad", "--benchmark", "abc")
     assert "default: 4096)" in helped(capsys, "train-grad")

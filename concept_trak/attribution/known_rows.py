@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -83,8 +84,8 @@ def refuse_other_pictures(store: Store, shown: str) -> None:
             write_json(path, {"pictures": shown})
     elif read_json(path, "remove it if the pictures are as released").get("pictures") != shown:
         reason = "the pictures or captions beside the latents are not those of the first time"
-        mend = f"download laion_subset again, or remove {path} if they are as released now"
-        raise UserError(f"{store.folder}: {reason}; {mend}")
+        mend = "bring back laion_subset as it was, or, if it is as released now"
+        raise UserError(f"{store.folder}: {reason}; {mend}: rm {shlex.quote(str(path))}")
 
 
 def _digests(store: Store) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import flags
 from ..errors import UserError
 from ..parsing import parse_gpu_ids, parse_shards
 from ..settings import ROOT, Settings
@@ -27,6 +28,7 @@ from ..store.checks import still_to_make
 from ..store.shards import Store
 from ..system import WATCH_STDIN
 from .corpus import Corpus
+from .early import ROW_STAGES
 from .executor import AtATime
 from .train_grad import create_store
 
@@ -122,7 +124,8 @@ def launch_shards(settings: Settings) -> None:
             executor.run(processes.compute, left)
         except UserError as error:
             kept = f"their rows so far are kept, see {folder / 'logs'}"
-            raise UserError(f"{error} ({kept})") from None
+            line = flags.command("train-grad", settings, (*ROW_STAGES, "num_split", "gpu_ids"))
+            raise UserError(f"{error} ({kept}): {line}") from None
         finally:
             processes.stop()
 

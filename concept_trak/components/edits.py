@@ -22,12 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, call
 from ..files import write_bytes
 from ..reading import read_safetensors
 from .operators import put
 
-MEND = "make the edit again with run_erase.sh or run_amplify.sh"
+MEND = f"make the edit again, e.g. {call('cad/run_erase.sh', CONCEPT='cat')}"
 FIELDS = ("index", "old", "new")
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save
 
-from ..errors import UserError
+from ..errors import UserError, call
 from ..files import write_bytes, write_json
 from ..reading import read_json, read_safetensors
 from .roles import Component
 from .scores import Scores
 
-MEND = "make the scores again with run_cad.sh"
+MEND = f"make the scores again, e.g. {call('cad/run_cad.sh', CONCEPT='cat')}"
 TENSORS, FACTS = "scores.safetensors", "scores.json"
 
 

@@ -20,7 +20,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, call
 from ..files import disk_errors, write_json
 from ..parsing import parse_numbers
 from ..reading import inside, read_json
@@ -32,7 +32,6 @@ MODELS = {  # entries of json/{test_case}.json that the published tasks use
     "test_unobserved_imagenet": (0, 20, 70, 180, 210),
     "test_observed_imagenet": (11, 12, 17, 18, 19),
 }
-FETCH = "fetch it with PARTS=json bash scripts/abc/run_download.sh"
 EVERY = 4  # the four pictures of a prompt follow one another; the first is asked about
 
 
@@ -64,15 +63,22 @@ def read_tasks(path: str | Path) -> list[Task]:
     or has one that it cannot have.
     """
     path = Path(path)
-    entries = read_json(
-        path, "make it with bash scripts/abc/make_tasks.sh, or give TASK_JSON", list
-    )
-    return [_task(f"{path}, task {number}", entry) for number, entry in enumerate(entries)]
+    entries = read_json(path, f"give another TASK_JSON, or make it: {_line_for(path)}", list)
+    mend = f"mend the file, or make it again: {_line_for(path)}"
+    return [_task(f"{path}, task {number}", entry, mend) for number, entry in enumerate(entries)]
 
 
-def _task(where: str, entry: Any) -> Task:
-    """A task of the file. UserError for one that is none."""
-    mend = "mend the file, or make it again with scripts/abc/make_tasks.sh"
+def _line_for(path: Path) -> str:
+    return call("abc/make_tasks.sh", TASK_JSON=path)
+
+
+def fetch(root: Path, part: str = "json") -> str:
+    """What brings a part of the release to DATA_DIR."""
+    return f"fetch it: {call('abc/run_download.sh', DATA_DIR=root, PARTS=part)}"
+
+
+def _task(where: str, entry: Any, mend: str) -> Task:
+    """A task of the file. UserError, which ends with `mend`, for one that is none."""
     known = entry if isinstance(entry, dict) else {}
     values = {field.name: known.get(field.name) for field in fields(Task)}
     index = values.pop("test_case_ind")
@@ -85,7 +91,7 @@ def _task(where: str, entry: Any) -> Task:
         raise UserError(f"{where}: {fault} is {str(known.get(fault))[:80]!r}; {mend}")
     task = Task(**values, test_case_ind=index)
     if TOKEN not in task.prompt:
-        raise UserError(f"{where}: the prompt {task.prompt!r} does not hold {TOKEN}; mend the file")
+        raise UserError(f"{where}: the prompt {task.prompt!r} does not hold {TOKEN}; {mend}")
     return task
 
 
@@ -112,9 +118,9 @@ def token_folder(root: Path, task: Task) -> Path:
 def entries_of(root: Path, case: Any) -> list[dict[str, Any]]:
     """The entries of json/{case}.json. UserError when it is missing, damaged or outside."""
     path = below(root, f"json/{case}.json", "the test case")
-    entries = read_json(path, FETCH, list)
+    entries = read_json(path, fetch(root), list)
     if not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path} is not a list of objects; {FETCH}")
+        raise UserError(f"{path} is not a list of objects; {fetch(root)}")
     return entries
 
 
@@ -127,12 +133,11 @@ def exemplars(root: Path, task: Task) -> list[Path]:
         raise UserError(f"{file} {reason}; both must be of one release")
     listed = entries[index].get("exemplar")
     if not isinstance(listed, list) or not listed:
-        raise UserError(f"{file}, entry {index} lists no exemplar; {FETCH}")
+        raise UserError(f"{file}, entry {index} lists no exemplar; {fetch(root)}")
     paths = [below(root, p, f"{file}, entry {index}: the exemplar") for p in listed]
     for path in paths:
         if not path.is_file():
-            remedy = "fetch it with PARTS=exemplar bash scripts/abc/run_download.sh"
-            raise UserError(f"the exemplar {path} is missing; {remedy}")
+            raise UserError(f"the exemplar {path} is missing; {fetch(root, 'exemplar')}")
     return paths
 
 
@@ -142,29 +147,29 @@ def make_tasks(root: Path) -> list[Task]:
 
     Test cases whose JSON file is absent are left out; UserError if all are.
     """
-    files, named = root / "json", read_json(root / "json" / "path_to_prompts.json", FETCH)
+    files, mend = root / "json", fetch(root)
+    named = read_json(files / "path_to_prompts.json", mend)
     prompts = {path.removeprefix("dataset/"): text for path, text in named.items()}
     lists = {case: entries_of(root, case) for case in MODELS if (files / f"{case}.json").is_file()}
     if not lists:
-        remedy = "fetch them with PARTS=json scripts/abc/run_download.sh"
-        raise UserError(f"{files} holds none of {', '.join(f'{c}.json' for c in MODELS)}; {remedy}")
+        raise UserError(f"{files} holds none of {', '.join(f'{c}.json' for c in MODELS)}; {mend}")
     tasks = []
     for block in zip(*(MODELS[case] for case in lists), strict=True):
         chosen = [(c, i) for c, i in zip(lists, block, strict=True) if i < len(lists[c])]
         for gpt in (True, False):
-            columns = [_tasks_of(case, i, lists[case][i], prompts, gpt) for case, i in chosen]
+            columns = [_tasks_of(case, i, lists[case][i], prompts, gpt, mend) for case, i in chosen]
             tasks += filter(None, chain.from_iterable(zip_longest(*columns)))
     return tasks
 
 
 def _tasks_of(
-    case: str, index: int, entry: dict[str, Any], prompts: dict[str, str], gpt: bool
+    case: str, index: int, entry: dict[str, Any], prompts: dict[str, str], gpt: bool, mend: str
 ) -> list[Task]:
     """Tasks of one model for its gpt prompts, or for its other prompts."""
     category, synth = entry.get("category") or "art", entry.get("synth")
     lists = synth.values() if isinstance(synth, dict) else [None]
     if not isinstance(category, str) or not all(isinstance(paths, list) for paths in lists):
-        raise UserError(f"{case}.json, entry {index} lists no pictures by prompt; {FETCH}")
+        raise UserError(f"{case}.json, entry {index} lists no pictures by prompt; {mend}")
     is_style = category == "art"
     train_prompt = f"A picture in the style of {TOKEN} art" if is_style else f"{TOKEN} {category}"
     kind = next((k for k in synth if (k == "gpt") == gpt), None)
@@ -173,15 +178,16 @@ def _tasks_of(
         below(Path(), path, f"{where}: the picture")  # the model's folder is named by its parts
         path = path.removeprefix("dataset/")
         if path not in prompts:
-            remedy = "fetch the json part of the release again"
-            raise UserError(f"path_to_prompts.json has no prompt for {path}; {remedy}")
+            raise UserError(f"path_to_prompts.json has no prompt for {path}; {mend}")
         parts = Path(path).parts  # synth/artchive/gpt/african/samples/00000.png
         if len(parts) < 5:
-            raise UserError(f"{where}: {path} names no model; {FETCH}")
+            raise UserError(f"{where}: {path} names no model; {mend}")
         folder = f"models/{parts[1]}/{parts[3]}"
         entry = {"synth_image_path": path, "prompt": prompts[path], "test_case": case}
         entry |= {"test_case_ind": index, "model_path": folder}
-        tasks.append(_task(where, entry | {"train_prompt": train_prompt, "category": category}))
+        tasks.append(
+            _task(where, entry | {"train_prompt": train_prompt, "category": category}, mend)
+        )
     return tasks
 
 

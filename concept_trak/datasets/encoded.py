@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, call
 from ..files import sha256_file, write_json
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
@@ -37,7 +37,26 @@ LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "pre
 HASHES = ".content.json"  # of the arrays: 36 GB would take minutes at every start
 SHOWN_HASH = ".pictures.json"  # the same of released pictures
 HEAD_BYTES = 4096  # of each of those
-AGAIN = "prepare it again with run_prepare.sh"
+SOURCE = "my_pictures"  # stands for a folder that nothing here names
+
+
+def prepare_again(root: Path, model_path: str, source: str = SOURCE) -> str:
+    """What makes the arrays of a folder, its record with them."""
+    where = {"SOURCE_DIR": source, "DATA_DIR": root, "SD_MODEL_PATH": model_path}
+    return f"prepare it again: {call('abc/run_prepare.sh', **where)}"
+
+
+def bring(root: Path) -> str:
+    """What brings released arrays to a folder, or makes some of one's own pictures there."""
+    fetch = call("abc/run_download.sh", DATA_DIR=root, PARTS="latents")
+    prepare = call("abc/run_prepare.sh", SOURCE_DIR=SOURCE, DATA_DIR=root)
+    return f"make it: {prepare}, or fetch it: {fetch}"
+
+
+def fetch_shown(root: Path) -> str:
+    """What brings the released pictures anew: what is there is not overwritten."""
+    fetch = call("abc/run_download.sh", DATA_DIR=root, PARTS="laion_subset")
+    return f"move laion_subset away and fetch it again: {fetch}"
 
 
 class EncodedData:
@@ -52,8 +71,7 @@ class EncodedData:
         n = min(len(text), num_train or len(text))
         if len(latents) < n:
             counts = f"has {len(latents)} rows but {TEXT} has {len(text)} captions"
-            remedy = "download or prepare both again"
-            raise UserError(f"{self.root / LATENTS} {counts}; {remedy}")
+            raise UserError(f"{self.root / LATENTS} {counts}; {bring(self.root)}")
         remedy, shape = "mend DATA_DIR or SD_MODEL_PATH", list(latents.shape[1:])
         if shape != list(model.latent_shape):
             takes = f"but the model takes {list(model.latent_shape)}"
@@ -89,12 +107,12 @@ class EncodedData:
         data = _laion(self.root / "laion_subset", len(self))
         if len(data) < len(self):
             counts = f"has {len(data)} pictures but {self.root / TEXT} has {len(self)} rows"
-            raise UserError(f"{data.root} {counts}; download laion_subset again")
+            raise UserError(f"{data.root} {counts}; {fetch_shown(self.root)}")
         return data.subset(range(len(self)))
 
     def _prepared(self) -> ImageCaptionDataset:
         """The pictures that were encoded, in the order of the rows whatever theirs is now."""
-        record, remedy = self._record(), AGAIN
+        record = self._record()
         source, digests = record["source"], record["digests"]
         data = load_folder(source).split("train")
         places: dict[str, list[int]] = {}
@@ -104,22 +122,27 @@ class EncodedData:
             order = [places[name].pop() for name in digests[: len(self)]]
         except (KeyError, IndexError, TypeError):
             reason = "a picture or caption that was encoded is not there any more"
-            raise UserError(f"{source} was changed since: {reason}; {remedy}") from None
+            mend = self._prepare_again(source)
+            raise UserError(f"{source} was changed since: {reason}; {mend}") from None
         return data.subset(order)
 
     def _record(self) -> dict[str, Any]:
         """What `prepare` wrote down. UserError when it is not of these arrays."""
         path = self.root / PREPARED
-        record = read_json(path, AGAIN)
+        record = read_json(path, self._prepare_again())
         source, digests = record.get("source"), record.get("digests")
+        mend = self._prepare_again(source if isinstance(source, str) else SOURCE)
         if not isinstance(source, str) or not isinstance(digests, list):
-            raise UserError(f"{path} does not say which pictures were encoded; {AGAIN}")
+            raise UserError(f"{path} does not say which pictures were encoded; {mend}")
         if len(digests) < len(self) or record.get("arrays") != self._checksums:
-            raise UserError(f"{path} is not of the arrays beside it; {AGAIN}")
+            raise UserError(f"{path} is not of the arrays beside it; {mend}")
         if record.get("encoders") != self.model.encoder_hash():
             reason = "its pictures were encoded by another model (or version)"
-            raise UserError(f"{path}: {reason}; {AGAIN}, or mend SD_MODEL_PATH")
+            raise UserError(f"{path}: {reason}; mend SD_MODEL_PATH, or {mend}")
         return record
+
+    def _prepare_again(self, source: str = SOURCE) -> str:
+        return prepare_again(self.root, self.model.source, source)
 
     @property
     def everything(self) -> ImageCaptionDataset:
@@ -176,7 +199,7 @@ def _looks(data: ImageCaptionDataset) -> str:
     for record, caption, path in zip(
         data.records, data.captions, map(data.path, range(len(data))), strict=True
     ):
-        with named(path, "download laion_subset again"), open(path, "rb") as file:
+        with named(path, fetch_shown(data.root.parent.parent)), open(path, "rb") as file:
             head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
         line = [record["file_name"], path.stat().st_size, head, caption]
         whole.update(json.dumps(line).encode())
@@ -208,28 +231,27 @@ def _stamp(path: Path) -> list[int]:
 def _array(path: Path, dims: int) -> np.ndarray:
     """The array, memory-mapped. UserError when missing, truncated, or not of `dims` dimensions."""
     if not path.exists():
-        fetch = "PARTS=latents bash scripts/abc/run_download.sh"
-        remedy = f"fetch it with {fetch} or make it with run_prepare.sh"
-        raise UserError(f"{path} is missing; {remedy}")
-    array = read_npy(path, "remove it and download or prepare it again", mmap=True)
+        raise UserError(f"{path} is missing; {bring(path.parent)}")
+    mend = f"remove it and {bring(path.parent)}"
+    array = read_npy(path, mend, mmap=True)
     if array.ndim != dims or not len(array) or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}, not float with {dims} dimensions"
-        raise UserError(f"{path} is {found}; download or prepare it again")
+        raise UserError(f"{path} is {found}; {mend}")
     return array
 
 
 def _laion(root: Path, count: int) -> ImageCaptionDataset:
     """The first `count` pictures of images/ in lexical order with the lines of captions.txt."""
     if not (root / "captions.txt").is_file() or not (root / "images").is_dir():
-        raise UserError(
-            f"{root} (images/, captions.txt) is missing, so results cannot be shown; "
-            "fetch it with PARTS=laion_subset bash scripts/abc/run_download.sh"
-        )
+        missing = f"{root} (images/, captions.txt) is missing, so results cannot be shown"
+        fetch = call("abc/run_download.sh", DATA_DIR=root.parent, PARTS="laion_subset")
+        raise UserError(f"{missing}; fetch it: {fetch}")
     images = (p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.name for p in images)[:count]
-    lines = io.StringIO(read_text(root / "captions.txt", "download laion_subset again"), None)
+    mend = fetch_shown(root.parent)
+    lines = io.StringIO(read_text(root / "captions.txt", mend), None)
     captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]
     if len(captions) < len(names):
         counts = f"has {len(captions)} lines for {len(names)} pictures"
-        raise UserError(f"{root / 'captions.txt'} {counts}; download laion_subset again")
+        raise UserError(f"{root / 'captions.txt'} {counts}; {mend}")
     return ImageCaptionDataset(root / "images", [{"file_name": name} for name in names], captions)

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, call
 from ..files import atomic, make_folder, sha256_file, write_json
 from ..models.text_to_image import TextToImage, load_pipeline
 from ..reading import read_json, read_npy
 from ..settings import Settings, provenance
-from .encoded import AGAIN, LATENTS, PREPARED, TEXT
+from .encoded import LATENTS, PREPARED, TEXT
 from .folder import ImageCaptionDataset, load_folder
+
+ANEW = "it is made again"
 
 
 class ArrayFile:
@@ -56,7 +58,8 @@ def prepare(settings: Settings, device: str) -> Path:
     source, folder = settings.source_dir, Path(settings.data_dir)
     if not source:
         kinds = "metadata.jsonl, metadata.csv or captions.txt"
-        raise UserError(f"SOURCE_DIR is not set; give a folder of pictures with {kinds}")
+        line = call("abc/run_prepare.sh", SOURCE_DIR="my_pictures", DATA_DIR=folder)
+        raise UserError(f"SOURCE_DIR is not set; give a folder of pictures with {kinds}: {line}")
     model_path, dtype = settings.sd_model_path, settings.dtype
     model = load_pipeline(model_path, device, dtype, settings.lora_path)
     data = load_folder(source).split("train")
@@ -67,7 +70,7 @@ def prepare(settings: Settings, device: str) -> Path:
     made_from["digests"] = data.digests()
     before = Encoded({})
     with contextlib.suppress(UserError):  # none, or none that can be used
-        known = read_json(record, "it is made again")
+        known = read_json(record, ANEW)
         if known.get("arrays") == _checksums(folder):
             if made_from.items() <= known.items():
                 return folder
@@ -96,10 +99,10 @@ class Encoded:
         """The arrays of a folder, whose rows have these digests. UserError when they cannot be
         read or the digests, as a record has them, are none.
         """
-        latents, text = (read_npy(folder / name, AGAIN, mmap=True) for name in (LATENTS, TEXT))
+        latents, text = (read_npy(folder / name, ANEW, mmap=True) for name in (LATENTS, TEXT))
         named = isinstance(digests, list) and all(isinstance(name, str) for name in digests)
         if not named or not len(digests) == len(text) == len(latents) / 2:
-            raise UserError(f"{folder / PREPARED} is not of the arrays beside it; {AGAIN}")
+            raise UserError(f"{folder / PREPARED} is not of the arrays beside it; {ANEW}")
         return cls({name: row for row, name in enumerate(digests)}, latents, text)
 
     def pick(self, digests: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

@@ -30,6 +30,7 @@ from ..attribution.train_grad import make_rows, open_store
 from ..datasets.abc import Task, below, chosen_tasks, exemplars, token_folder
 from ..datasets.folder import ImageCaptionDataset, pictures
 from ..errors import UserError
+from ..flags import command
 from ..models.generation import initial_noise
 from ..models.tokens import load_token
 from ..registry import OBJECTIVES
@@ -65,7 +66,7 @@ def token_path(settings: Settings, task: Task) -> Path:
     if found is None:
         raise UserError(
             f"no embedding of {TOKEN} for {model}: none of {', '.join(map(str, places))}; train "
-            "it with scripts/abc/run_ti.sh"
+            f"it: {command('train-token', settings, ('tasks', 'data_dir', 'sd_model_path'))}"
         )
     return found
 

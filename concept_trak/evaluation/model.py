@@ -16,7 +16,7 @@ from ..models.generation import initial_noise, sample
 from ..reading import read_json
 from ..settings import ROOT
 from ..workshop.judge.net import Judge, resized
-from ..workshop.judge.saved import load_judge
+from ..workshop.judge.saved import AGAIN, load_judge
 from .results import results, write_metrics
 
 SEEDS = 4
@@ -62,9 +62,7 @@ def measure_model(corpus: Corpus) -> dict[str, Any]:
         drawn = np.concatenate([draw(corpus, cells.captions, seed) for seed in range(SEEDS)])
         names = (cells.column(concept) * SEEDS for concept in ("object", "style"))
         result[name] = judge.measure(resized(drawn, judge.settings.size), *names)
-    metrics = (
-        read_json(JUDGE / "judge.json", "train it again with train_judge.sh").get("metrics") or {}
-    )
+    metrics = read_json(JUDGE / "judge.json", AGAIN).get("metrics") or {}
     result |= ceilings(corpus, judge) | {"judge_on_unseen_art": metrics.get("cross_validation")}
     result |= {"guidance": settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
     made_from = [corpus.model.identity(), data.content_hash(), metrics]

@@ -35,7 +35,12 @@ def add_parser(verbs: Any) -> None:
     """The sub-command `tables`."""
     says = "Print the figures of every committed table beside chance, text alone and the paper."
     sub = verbs.add_parser("tables", help=says, description=says)
-    sub.add_argument("--experiments", default=str(ROOT / "experiments"), help="their folder")
+    sub.add_argument(
+        "--experiments",
+        metavar="FOLDER",
+        default=str(ROOT / "experiments"),
+        help="their folder (default: experiments)",
+    )
     sub.set_defaults(run=lambda arguments: print(overview(Path(arguments.experiments))))
 
 

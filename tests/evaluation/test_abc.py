@@ -166,7 +166,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, corpus, release, name, arr
 def test_a_truncated_array_is_refused(tmp_path, corpus, release):
     for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
         (tmp_path / file).write_bytes((release / file).read_bytes()[:5000])
-    with pytest.raises(UserError, match="download or prepare it again"):
+    with pytest.raises(UserError, match="remove it and make it: .* or fetch it: "):
         EncodedData(tmp_path, corpus.model)
 
 

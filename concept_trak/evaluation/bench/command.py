@@ -25,12 +25,32 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     """The sub-command `bench`: its own flags, and every flag of `Settings`."""
     what = "Compare speed and memory with the reference recipe done literally."
     add = (sub := verbs.add_parser("bench", help=what, description=what)).add_argument
-    add("--n", type=int, help="time scoring from disk over N synthetic rows, and nothing else")
-    add("--k", type=int, help=f"features of a synthetic row (default {SCORING_SIZE[1]})")
-    add("--images", type=int, default=16, help="train images a round (default 16)")
-    add("--repeats", type=int, default=3, help="rounds after the warm-up (default 3)")
+    add(
+        "--n",
+        type=int,
+        help="time scoring over N rows on disk, and nothing else (rows; at least 1; default: none)",
+    )
+    add(
+        "--k",
+        type=int,
+        help=f"length of a synthetic row (features; at least 1; default: {SCORING_SIZE[1]})",
+    )
+    add(
+        "--images",
+        type=int,
+        default=16,
+        metavar="N",
+        help="of a round (train pictures; at least 1; default: 16)",
+    )
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="after the warm-up (rounds; at least 1; default: 3)",
+    )
     what = "folder for the synthetic rows, kept and reused (default: a temporary one)"
-    add("--workdir", help=what)
+    add("--workdir", metavar="FOLDER", help=what)
     add_setting_flags(sub, USES)
     sub.set_defaults(run=bench)
 

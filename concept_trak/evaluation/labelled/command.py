@@ -22,21 +22,29 @@ if TYPE_CHECKING:
 USES = ("truth", "methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
 OWN = {
     "seeds": "of the trainings, e.g. 0-2",
-    "reference_seeds": "of the trainings that recipe reference is asked of, most of the cost",
-    "networks": "unet, dit or both",
+    "reference_seeds": "of trainings that recipe reference is asked of, most of the cost",
+    "networks": "trained and asked: unet, dit or both",
     "samples": "drawings of a combination that are asked about",
     "count": "train pictures; 0: all there are (celeba_hq)",
-    "steps": "of a training",
-    "size": "side of a picture, pixels",
+    "steps": "optimizer steps of a training",
+    "size": "side of a picture in pixels",
     "shapes": "of synthetic pictures",
     "colors": "of synthetic pictures",
     "held_out": "combinations that are never trained on, e.g. 'triangle red|circle blue'",
     "attributes": "of faces; empty: all",
     "source": "folder of CelebAMask-HQ",
     "lds_subsets": "subsets of the LDS",
-    "truth_steps": "of a training of --stage lds and counterfactual",
-    "work": "folder of pictures, models and scores",
+    "truth_steps": "optimizer steps of a training of --stage lds and counterfactual",
+    "work": "folder of pictures, models and scores; empty: the results of the experiment",
 }
+
+
+def defaults_of(name: str) -> str:
+    """ "default: 600; synthetic_4x4: 960": of the first bench, and of those that differ."""
+    of = {bench: getattr(of_bench(bench, {}), name) for bench in BENCHES}
+    first, *others = of
+    told = [f"default: {'empty' if of[first] == '' else of[first]}"]
+    return "; ".join(told + [f"{b}: {of[b]}" for b in others if of[b] != of[first]])
 
 
 def add_parser(verbs: Any) -> None:
@@ -45,19 +53,26 @@ def add_parser(verbs: Any) -> None:
     sub = verbs.add_parser("labelled", help=says, description=says)
     known = ", ".join(BENCHES)
     sub.add_argument(
-        "--benches", required=True, metavar="NAMES", help=f"one after the other, of {known}"
+        "--benches", required=True, metavar="NAMES", help=f"one after the other ({known}; required)"
     )
     stages = ("all", *STAGES, *TRUTHS)
-    sub.add_argument("--stage", choices=stages, default="all", help="all ends with the table")
+    says = f"the last one to run; all: up to the table ({', '.join(stages)}; default: all)"
+    sub.add_argument("--stage", choices=stages, default="all", metavar="NAME", help=says)
     sub.add_argument(
-        "--quick", type=boolean, default=False, metavar="BOOL", help="seconds, and no result"
+        "--quick",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="seconds, and no result (default: 0)",
     )
     types = {f.name: f.type for f in dataclasses.fields(LabelledSettings)}
     for name, told in OWN.items():
         kind = int if types[name] == "int" else str
         flag = f"--{name.replace('_', '-')}"
         shown = "TEXT" if kind is str else "N"
-        sub.add_argument(flag, type=kind, default=None, metavar=shown, help=told)
+        sub.add_argument(
+            flag, type=kind, default=None, metavar=shown, help=f"{told} ({defaults_of(name)})"
+        )
     add_setting_flags(sub, (*USES, "device", "gpu_id"))
     sub.set_defaults(run=run)
 

@@ -22,7 +22,7 @@ from ...attribution.corpus import Corpus
 from ...attribution.prompts import contrasts
 from ...attribution.question import Picture, Question, generated, source_of
 from ...datasets.attributes import Labels, Scheme, read_scheme
-from ...errors import UserError
+from ...errors import UserError, call
 from ...files import make_folder, write_bytes
 from ...models.generation import initial_noise
 from ...models.vocabulary import Vocabulary
@@ -81,7 +81,7 @@ class LabelledBenchmark:
         if vocabulary is None:
             raise UserError(
                 f"{corpus.settings.sd_model_path} is no class-conditional model; "
-                "train one with STAGE=train"
+                f"train one: {call('synthetic/run_all.sh', STAGE='train')}"
             )
         self.vocabulary: Vocabulary = vocabulary
         self.concepts = self.vocabulary.names

@@ -6,11 +6,11 @@ of_bench("faces", {"steps": 100})  ->  LabelledSettings
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, call
 from ...parsing import parse_numbers
 from ...settings import ROOT
 
@@ -88,6 +88,16 @@ class LabelledSettings:
     def kept(self) -> Path:
         """Where plans, presences and tables are committed."""
         return ROOT / "experiments" / self.home
+
+    def line(self, stage: str, **also: object) -> str:
+        """The command that runs a stage of this bench under these settings."""
+        quick = self.folder.name.endswith("-quick")
+        usual = of_bench(self.bench, {}, quick)
+        names = [field.name for field in fields(self) if field.name != "bench"]
+        changed = {n.upper(): v for n in names if (v := getattr(self, n)) != getattr(usual, n)}
+        several = {"BENCHES": self.bench} if self.data == "synthetic" else {}
+        given = also | ({"QUICK": 1} if quick else {}) | several | changed
+        return call(f"{self.home}/run_all.sh", STAGE=stage, **given)
 
     def seed_list(self) -> list[int]:
         """Of trainings."""

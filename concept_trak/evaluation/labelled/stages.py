@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Bench:
     def labelled(self) -> tuple[ImageCaptionDataset, Scheme]:
         """All pictures. UserError while they are not there."""
         if not (self.data_dir / "metadata.jsonl").is_file():
-            raise UserError(f"{self.data_dir} has no pictures; make them with STAGE=generate")
+            line = self.own.line("generate")
+            raise UserError(f"{self.data_dir} has no pictures; make them: {line}")
         return load_labelled(self.data_dir)
 
     @property
@@ -104,9 +105,9 @@ class Bench:
         if is_made_from(self.data_dir, made):
             return
         if (self.data_dir / "metadata.jsonl").exists():
+            line = replace(self.own, work="another_folder").line("generate")
             raise UserError(
-                f"{self.data_dir} was made from other settings; remove it or set WORK to another "
-                "folder"
+                f"{self.data_dir} was made from other settings; remove it, or use another: {line}"
             )
         make_of()
 
@@ -118,8 +119,10 @@ class Bench:
             if known == job.identity():
                 continue
             if known:
+                line = replace(self.own, work="another_folder").line("train")
                 raise UserError(
-                    f"{folder} was trained with other settings or pictures; remove it or set WORK"
+                    f"{folder} was trained with other settings or pictures; remove it, or use "
+                    f"another: {line}"
                 )
             trained = train(job, self.own.folder / "trainings", self.device)
             trained.save(folder, job.identity())
@@ -180,7 +183,7 @@ class Bench:
         """A model and the pictures. UserError while it is not trained."""
         folder = self.model_dir(model)
         if not made_from(folder):
-            raise UserError(f"{folder} is not there; train it with STAGE=train")
+            raise UserError(f"{folder} is not there; train it: {self.own.line('train')}")
         places = {
             "sd_model_path": str(folder),
             "data_dir": str(self.data_dir),

@@ -100,7 +100,8 @@ class Truth:
         there = [s for s in plan.subsets if self.models.presences(plan.name, s).exists()]
         if len(there) < least:
             of = f"{len(there)} of {len(plan.subsets)} models of the plan {plan.name}"
-            raise UserError(f"{of} have presences; train them with RETRAIN=1")
+            line = self.bench.own.line(plan.name, RETRAIN=1)
+            raise UserError(f"{of} have presences; train them: {line}")
         part = replace(plan, subsets=tuple(there))
         return part, presences_of(self.models, part, self.held_out, read_presences)
 

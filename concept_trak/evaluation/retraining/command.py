@@ -24,7 +24,13 @@ def add_parser(verbs: Any) -> None:
     """The sub-command `truth`: which test, and the flags of `Settings`."""
     says = "Hold rankings against what training a small model without pictures really does."
     sub = verbs.add_parser("truth", help=says, description=says)
-    sub.add_argument("--test", choices=TESTS, required=True, help="which test (required)")
+    sub.add_argument(
+        "--test",
+        choices=TESTS,
+        required=True,
+        metavar="NAME",
+        help=f"which ({', '.join(TESTS)}; required)",
+    )
     add_setting_flags(sub, (*USES, "device", "gpu_id"))
     sub.set_defaults(run=run)
 

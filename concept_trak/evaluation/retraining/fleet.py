@@ -22,8 +22,8 @@ from ...errors import UserError
 from ...files import make_folder
 from ...reading import read_json
 from ...settings import ROOT, digest, provenance
-from .plan import Plan, Subset
-from .presence import MEND, Measure, read_presences, write_presences
+from .plan import Plan, Subset, mend
+from .presence import Measure, read_presences, write_presences
 from .small import SmallSettings
 
 JUDGE = ROOT / "data/emoji/judge"
@@ -162,9 +162,9 @@ def is_measured(bench: Any, plan: Plan, subset: Subset) -> bool:
     path = bench.presences(plan.name, subset)
     if not path.exists():
         return False
-    known = read_json(path, MEND).get("made_from")
+    known = read_json(path, mend(path)).get("made_from")
     if not isinstance(known, dict):
-        raise UserError(f"{path} holds no presences; {MEND}")
+        raise UserError(f"{path} holds no presences; {mend(path)}")
     return known.get("subset") == subset_digest(subset) and known.get("bench") == how(bench)
 
 
@@ -223,6 +223,6 @@ def presences_of(
         found[subset.name] = read(path, held_out, plan.data)
         if not is_measured(bench, plan, subset):
             raise UserError(
-                f"{path} is of another subset or other settings than the plan's; {MEND}"
+                f"{path} is of another subset or other settings than the plan's; {mend(path)}"
             )
     return found

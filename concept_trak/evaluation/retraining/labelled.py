@@ -38,8 +38,8 @@ from ...workshop.class_conditional.classifier import (
 )
 from ...workshop.class_conditional.train import Job, TrainSettings, train
 from .fleet import how, subset_digest
-from .plan import Plan, Subset, kinds_of
-from .presence import MEND, by_concept
+from .plan import Plan, Subset, kinds_of, mend
+from .presence import by_concept
 
 LEVELS = (300, 500, 700, 900)
 
@@ -205,7 +205,7 @@ def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Labe
 
     data: content hash of the train pictures that the model must have learned from.
     """
-    found = read_json(path, MEND)
+    found = read_json(path, mend(path))
     try:
         parts = [
             {kind: np.array(found[part][kind], dtype=float) for kind in kinds_of(held_out)}
@@ -214,9 +214,9 @@ def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Labe
         known = found["made_from"]
         measured_on, learned_from = known["held_out"], known["data"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no presences ({error!r:.80}); {MEND}") from None
+        raise UserError(f"{path} holds no presences ({error!r:.80}); {mend(path)}") from None
     if {values.shape for part in parts for values in part.values()} != {(len(held_out),)}:
-        raise UserError(f"{path} is not of {len(held_out)} pictures; {MEND}")
+        raise UserError(f"{path} is not of {len(held_out)} pictures; {mend(path)}")
     if measured_on != held_out.content_hash() or learned_from != data:
-        raise UserError(f"{path} was measured on other pictures than {held_out.root}; {MEND}")
+        raise UserError(f"{path} was measured on other pictures than {held_out.root}; {mend(path)}")
     return LabelledPresences(*parts)

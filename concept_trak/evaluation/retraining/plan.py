@@ -16,6 +16,8 @@ ones everything is chosen, "report" ones are what the tables show.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,9 +27,10 @@ import numpy as np
 
 from ...datasets.emoji import STYLE_JOINT, caption
 from ...datasets.folder import ImageCaptionDataset
-from ...errors import UserError
+from ...errors import UserError, call
 from ...files import write_bytes
 from ...reading import read_json
+from ...settings import resolve
 
 GROUPS = ("tune", "report")
 GROUP_SEED = 2024
@@ -36,7 +39,6 @@ WITHOUT = {"object": "style", "style": "object"}  # what a caption leaves withou
 NOT_LABELS = {"file_name", "text", "caption", "split"}  # columns of other data that name no concept
 KEEP_RATES = (0.0, 0.25, 0.5, 1.0)  # of a concept in a subset of the LDS
 LIES = 96
-MEND = "make it again with the script's RETRAIN=1, or restore the committed one"
 
 Texts = list[str]  # of a picture: full caption, object alone, style alone
 
@@ -79,7 +81,7 @@ class Plan:
 
 def read_plan(path: Path, data: ImageCaptionDataset) -> Plan:
     """What `Plan.write` wrote. UserError for a file that is none, or of other pictures."""
-    found = read_json(path, MEND)
+    found = read_json(path, mend(path))
     try:
         subsets = tuple(
             Subset(
@@ -92,13 +94,27 @@ def read_plan(path: Path, data: ImageCaptionDataset) -> Plan:
         )
         plan = Plan(str(found["name"]), str(found["data"]), subsets, dict(found["made_from"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no plan ({error!r:.80}); {MEND}") from None
+        raise UserError(f"{path} is no plan ({error!r:.80}); {mend(path)}") from None
     if plan.data != data.content_hash():
-        raise UserError(f"{path} is a plan for other pictures than {data.root}; {MEND}")
+        raise UserError(f"{path} is a plan for other pictures than {data.root}; {mend(path)}")
     rows = {row for s in subsets for row in (*s.removed, *s.captions)}
     if rows and not 0 <= min(rows) <= max(rows) < len(data):
-        raise UserError(f"{path} names pictures that {data.root} does not have; {MEND}")
+        raise UserError(f"{path} names pictures that {data.root} does not have; {mend(path)}")
     return plan
+
+
+def retrain_line(plan: str, work: Path) -> str:
+    """The command that makes a plan of the emoji data and trains its models in TRUTH_DIR."""
+    test = "lds" if plan == "base" else plan  # every test needs the plan of all pictures
+    elsewhere = {} if str(work) == resolve("emoji", {}).truth_dir else {"TRUTH_DIR": work}
+    return call(f"truth/run_{test}.sh", RETRAIN=1, **elsewhere)
+
+
+def mend(path: Path) -> str:
+    """What restores a committed plan, or presences; those of one's own are made anew."""
+    where = shlex.quote(os.path.relpath(path))
+    again = f"rm {where} and RETRAIN=1 makes it again"
+    return f"restore the committed one, git checkout -- {where}, or {again}"
 
 
 # ---- concepts and groups

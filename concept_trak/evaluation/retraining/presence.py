@@ -30,11 +30,10 @@ from ...models.text_to_image import TextToImage
 from ...reading import read_json
 from ...rows.states import draw_noise
 from ...workshop.judge.net import Judge, resized
-from .plan import KINDS, WITHOUT, texts
+from .plan import KINDS, WITHOUT, mend, texts
 
 LEVELS = (500, 600, 700, 800, 900)
 PROMPTS = ("full", "object", "style", "empty")
-MEND = "measure it again with RETRAIN=1, or restore the committed one"
 
 
 @dataclass(frozen=True)
@@ -155,26 +154,26 @@ def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Pres
 
     data: content hash of the train pictures that the model must have learned from.
     """
-    found = read_json(path, MEND)
+    found = read_json(path, mend(path))
     try:
         losses = np.array(found["losses"], dtype=float)
         judged = {kind: np.array(found["judged"][kind], dtype=float) for kind in KINDS}
         known = found["made_from"]
         measured_on, learned_from = known["held_out"], known["data"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no presences ({error!r:.80}); {MEND}") from None
+        raise UserError(f"{path} holds no presences ({error!r:.80}); {mend(path)}") from None
     wanted = (len(held_out), len(LEVELS), len(PROMPTS))
     shapes = {losses.shape[:1], *(values.shape for values in judged.values())}
     if losses.shape != wanted or shapes != {(len(held_out),)}:
-        raise UserError(f"{path} has losses of shape {losses.shape}, not {wanted}; {MEND}")
+        raise UserError(f"{path} has losses of shape {losses.shape}, not {wanted}; {mend(path)}")
     if measured_on != held_out.content_hash() or learned_from != data:
-        raise UserError(f"{path} was measured on other pictures than {held_out.root}; {MEND}")
+        raise UserError(f"{path} was measured on other pictures than {held_out.root}; {mend(path)}")
     return Presences(losses, judged)
 
 
 def weights_of(path: Path) -> str:
     """Hash of the weights that the presences of a file were measured on."""
-    made_from = read_json(path, MEND).get("made_from")
+    made_from = read_json(path, mend(path)).get("made_from")
     return str(made_from.get("weights")) if isinstance(made_from, dict) else ""
 
 

@@ -22,8 +22,8 @@ from ..evaluate import chosen_rankers
 from ..results import results, write_metrics
 from .asked import Asked, ask, corpus_of
 from .fleet import Bench, retrain
-from .plan import Plan, Subset, base_plan, read_plan
-from .presence import MEND, weights_of
+from .plan import Plan, Subset, base_plan, mend, read_plan, retrain_line
+from .presence import weights_of
 from .small import load, save
 from .trainer import trained
 
@@ -75,7 +75,9 @@ def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
         model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
     measured = bench.presences(plan, subset)
     if measured.exists() and weights_of(measured) != model.weight_hash():
-        raise UserError(f"{measured} was measured on another model of {subset.name}; {MEND}")
+        raise UserError(
+            f"{measured} was measured on another model of {subset.name}; {mend(measured)}"
+        )
     return model
 
 
@@ -116,7 +118,8 @@ def measured_part(corpus: Corpus, plan: Plan, least: int) -> Plan:
     subsets = tuple(s for s in plan.subsets if bench.presences(plan.name, s).exists())
     if len(subsets) < least:
         of = f"{len(subsets)} of {len(plan.subsets)} models of the plan {plan.name}"
-        remedy = "train them with RETRAIN=1 (some six minutes each on one core)"
+        line = retrain_line(plan.name, bench.work)
+        remedy = f"train them (some six minutes each on one core): {line}"
         raise UserError(f"{of} have presences; {remedy}")
     return replace(plan, subsets=subsets)
 

@@ -22,7 +22,13 @@ def add_parser(verbs: Any) -> None:
     """The sub-command `small-abc`, with the flags of `Settings` that bear on it."""
     says = "Find exemplars that taught a token among the embedded model's training pictures."
     sub = verbs.add_parser("small-abc", help=says, description=says)
-    sub.add_argument("--tokens", type=int, default=0, help="only so many of a split; 0: all")
+    sub.add_argument(
+        "--tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="at most so many of a split; 0: all (tokens; default: 0)",
+    )
     add_setting_flags(sub, (*USES, "grad_dir", "results_dir", "data_dir", "device", "gpu_id"))
     sub.set_defaults(run=run)
 

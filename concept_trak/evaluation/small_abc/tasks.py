@@ -23,7 +23,8 @@ from ...errors import UserError
 from ...reading import named, read_text
 from ...settings import TOKEN
 
-REMEDY = "build it with python -m concept_trak.workshop.art.exemplars"
+BUILD = "python -m concept_trak.workshop.art.exemplars --out data/emoji --work build/emoji"
+REMEDY = f"build it: {BUILD}"
 QUERIES, SEED = 6, 0  # queries a token, and what draws their known halves
 
 

@@ -22,33 +22,59 @@ def add_parser(verbs: Any) -> None:
     """
     says = "Fetch and unpack the assets of the AbC benchmark."
     abc = verbs.add_parser("download-abc", help=says, description=says)
-    optional(abc, "--data-dir", str(ROOT / DATA_DIR), f"where to (default {DATA_DIR})")
-    abc.add_argument("--parts", default="", help=f"which, of {' '.join(PARTS)} (default all)")
+    optional(abc, "--data-dir", str(ROOT / DATA_DIR), f"folder to fetch into (default: {DATA_DIR})")
+    abc.add_argument(
+        "--parts",
+        default="",
+        metavar="NAMES",
+        help=f"which, several with spaces ({', '.join(PARTS)}; default: all)",
+    )
     abc.set_defaults(run=download_abc)
 
     says = "Fetch the released train gradients and make them a store."
     grad = verbs.add_parser("download-train-grad", help=says, description=says)
-    optional(grad, "--hf-repo-id", SOURCE, f"default {SOURCE}")
-    grad.add_argument("--repo-type", default="dataset", choices=("dataset", "model", "space"))
-    says = f"folder below --grad-root (default {SETTINGS_NAME})"
-    optional(grad, "--train-grad-name", SETTINGS_NAME, says)
+    optional(grad, "--hf-repo-id", SOURCE, f"repository on the hub (default: {SOURCE})", "NAME")
+    kinds = ("dataset", "model", "space")
+    says = f"of that repository ({', '.join(kinds)}; default: dataset)"
+    grad.add_argument("--repo-type", default="dataset", choices=kinds, metavar="KIND", help=says)
+    says = f"folder below --grad-root (default: {SETTINGS_NAME})"
+    optional(grad, "--train-grad-name", SETTINGS_NAME, says, "NAME")
     says = "folder on the hub (default: the train grad name; . is the top)"
-    grad.add_argument("--path-in-repo", default="", help=says)
-    optional(grad, "--grad-root", str(ROOT / GRAD_ROOT), f"default {GRAD_ROOT}")
-    grad.add_argument("--count", type=int, default=16, help="shards (default 16)")
-    grad.add_argument("--rows", type=int, default=6250, help="rows of each shard (default 6250)")
-    says = "float32 values of a row (default 32768)"
-    grad.add_argument("--dim", type=int, default=32768, help=says)
+    grad.add_argument("--path-in-repo", default="", metavar="PATH", help=says)
+    optional(
+        grad, "--grad-root", str(ROOT / GRAD_ROOT), f"folder to fetch into (default: {GRAD_ROOT})"
+    )
+    grad.add_argument(
+        "--count",
+        type=int,
+        default=16,
+        metavar="N",
+        help="of the release (shards; at least 1; default: 16)",
+    )
+    grad.add_argument(
+        "--rows",
+        type=int,
+        default=6250,
+        metavar="N",
+        help="of each shard (rows; at least 1; default: 6250)",
+    )
+    says = "length of a row (float32 values; at least 1; default: 32768)"
+    grad.add_argument("--dim", type=int, default=32768, metavar="N", help=says)
     grad.set_defaults(run=download_train_grad)
+    says = "fetched at a time (files; at least 1; default: 8)"
     for verb in (abc, grad):
-        verb.add_argument("--max-workers", type=int, default=8, help="files at a time (default 8)")
+        verb.add_argument("--max-workers", type=int, default=8, metavar="N", help=says)
 
 
-def optional(verb: argparse.ArgumentParser, flag: str, default: str, says: str) -> None:
+def optional(
+    verb: argparse.ArgumentParser, flag: str, default: str, says: str, shown: str = "FOLDER"
+) -> None:
     """A flag whose empty value means the default, too: an empty DATA_DIR must not mean the current
     folder.
     """
-    verb.add_argument(flag, default=default, type=lambda given: given or default, help=says)
+    verb.add_argument(
+        flag, default=default, metavar=shown, type=lambda given: given or default, help=says
+    )
 
 
 def download_abc(arguments: argparse.Namespace) -> None:

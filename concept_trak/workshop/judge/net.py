@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ...errors import UserError
+from ...errors import UserError, call
 from ...scoring.metrics import bootstrap_interval
 
 
@@ -175,8 +175,8 @@ def class_indices(names: Sequence[str], classes: list[str], what: str) -> list[i
     """Positions of names in classes; UserError, which calls them `what`, for one not there."""
     if unknown := sorted({name for name in names if name not in classes}):
         raise UserError(
-            f"the judge does not know the {what} {unknown[0]!r}; train it on data that has it "
-            "(train-judge)"
+            f"the judge does not know the {what} {unknown[0]!r}; train it on data that has "
+            f"it: {call('emoji/train_judge.sh', DATA_DIR='my_pictures')}"
         )
     return [classes.index(name) for name in names]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ...errors import UserError
+from ...errors import UserError, call
 from ...files import disk_errors, sha256_file, write_bytes, write_json
 from ...reading import read_json, read_safetensors
 from .net import Judge, JudgeSettings
 
-AGAIN = "make the judge again with train-judge"
+AGAIN = f"make the judge again: {call('emoji/train_judge.sh')}"
 
 
 def save_judge(judge: Judge, folder: str | Path, facts: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def load_judge(folder: str | Path) -> Judge:
     folder = Path(folder)
     for name in ("judge.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"no judge at {folder}: {name} is missing; make it with train-judge")
+            raise UserError(f"no judge at {folder}: {name} is missing; {AGAIN}")
     facts, path = read_json(folder / "judge.json", AGAIN), folder / "model.safetensors"
     if sha256_file(path) != facts.get("weights_sha256"):
         raise UserError(f"{path} is not what judge.json describes; {AGAIN}")
@@ -46,7 +46,7 @@ def load_judge(folder: str | Path) -> Judge:
         judge.load_state_dict(weights)
     # a setting or a layer that this code does not have, or a value that none can have
     except (TypeError, RuntimeError, KeyError, ValueError, ArithmeticError):
-        reason = "was made by another version of the code; make it again with train-judge"
+        reason = f"was made by another version of the code; {AGAIN}"
         raise UserError(f"the judge at {folder} {reason}") from None
     return judge.eval()
 

@@ -35,18 +35,25 @@ def add_parser(verbs: Any) -> None:
     says = "Learn a token such as <new1> from a few pictures (Textual Inversion)."
     sub = verbs.add_parser("train-token", help=says, description=says)
     default, flag = TokenSettings(), sub.add_argument
-    source = "a folder or picture files; without it the exemplars of the tasks --task-idx"
-    flag("--images", nargs="+", help=source)
-    flag("--new-token", default=TOKEN, help=f"which --prompt must hold (default {TOKEN})")
+    source = "a folder or picture files (default: the exemplars of the tasks --task-idx)"
+    flag("--images", nargs="+", metavar="PATH", help=source)
+    flag(
+        "--new-token",
+        default=TOKEN,
+        metavar="TEXT",
+        help=f"which --prompt must hold (default: {TOKEN})",
+    )
     start = 'its first token is the start (default: what follows the token in the prompt, or "art")'
-    flag("--init-word", default="", help=start)
-    flag("--steps", type=int, default=default.steps, help=f"default {default.steps}")
-    rates = f"default {default.lr}; --batch-size: {default.batch_size}"
-    flag("--learning-rate", type=float, default=default.lr, help=rates)
-    flip = "also learn from mirrored pictures (default 0)"
-    flag("--random-flip", type=boolean, default=default.random_flip, help=flip)
+    flag("--init-word", default="", metavar="TEXT", help=start)
+    batch = f"{default.batch_size} pictures, or of --batch-size"
+    steps = f"of the training (steps of {batch}; default: {default.steps})"
+    flag("--steps", type=int, default=default.steps, metavar="N", help=steps)
+    rate = f"of AdamW, constant (above 0; default: {default.lr})"
+    flag("--learning-rate", type=float, default=default.lr, metavar="X", help=rate)
+    flip = "also learn from mirrored pictures (default: 0)"
+    flag("--random-flip", metavar="0|1", type=boolean, default=default.random_flip, help=flip)
     folder = "for the token, its record and checkpoint (default: tokens, beside RESULTS_DIR)"
-    flag("--out-dir", help=folder)
+    flag("--out-dir", metavar="FOLDER", help=folder)
     add_setting_flags(sub, USES)
     sub.set_defaults(run=run)
 

@@ -1,0 +1,130 @@
+"""A refusal ends in what to run: the line is one that bash reads, of a script that is there, with
+variables that it knows.
+"""
+
+import re
+import shlex
+import subprocess
+from dataclasses import asdict
+
+import pytest
+
+from concept_trak.attribution.early import check_rows
+from concept_trak.components.edits import load_edit
+from concept_trak.components.keep import load_scores
+from concept_trak.datasets import abc, encoded
+from concept_trak.datasets.prepare import prepare
+from concept_trak.errors import UserError, call
+from concept_trak.evaluation.abc import token_path
+from concept_trak.evaluation.labelled.command import OWN
+from concept_trak.evaluation.labelled.settings import BENCHES, of_bench
+from concept_trak.evaluation.labelled.stages import Bench, Model
+from concept_trak.evaluation.retraining.plan import read_plan, retrain_line
+from concept_trak.evaluation.small_abc.tasks import REMEDY
+from concept_trak.files import write_json
+from concept_trak.settings import ROOT, TOKEN, resolve
+from concept_trak.workshop.judge.net import class_indices
+from concept_trak.workshop.judge.saved import load_judge
+
+TASK = abc.Task("synth/a/gpt/b/0.png", f"a {TOKEN}", "test", 0, "models/a/b", f"{TOKEN} x", "art")
+LINE = re.compile(r"(?:[A-Z_]+=(?:'[^']*'|[^\s',;])+ )*bash scripts/[\w/]+\.sh\b")
+VARIABLE = re.compile(r"\b[A-Z][A-Z_0-9]+\b")
+
+
+def bench(folder, name="synthetic_4x4", **given):
+    return Bench(of_bench(name, {"work": str(folder), **given}), resolve("emoji", {}), "cpu")
+
+
+def no_task(folder):
+    write_json(folder / "tasks.json", [asdict(TASK) | {"prompt": 3}])
+    abc.read_tasks(folder / "tasks.json")
+
+
+def no_captions(folder):
+    (folder / "laion_subset/images").mkdir(parents=True)
+    (folder / "laion_subset/images/0.png").touch()
+    (folder / "laion_subset/captions.txt").touch()
+    encoded._laion(folder / "laion_subset", 1)
+
+
+REFUSALS = {
+    "no tasks": lambda folder: abc.read_tasks(folder / "tasks.json"),
+    "a task of the wrong form": no_task,
+    "no release": lambda folder: abc.entries_of(folder, "test"),
+    "no prompts": abc.make_tasks,
+    "no token": lambda folder: token_path(resolve("abc", {"data_dir": str(folder)}), TASK),
+    "no latents": lambda folder: encoded._array(folder / encoded.LATENTS, 4),
+    "no pictures of the release": lambda folder: encoded._laion(folder / "laion_subset", 1),
+    "no captions of the release": no_captions,
+    "no folder to encode": lambda folder: prepare(
+        resolve("own", {"data_dir": str(folder)}), device="cpu"
+    ),
+    "no rows": lambda folder: check_rows(resolve("emoji", {"grad_dir": str(folder), "nfe": 4})),
+    "no judge": load_judge,
+    "a word that the judge does not know": lambda _: class_indices(["x"], ["y"], "object"),
+    "no scores of weights": load_scores,
+    "no edit": lambda folder: load_edit(folder / "edit.safetensors"),
+    "no labelled pictures": lambda folder: bench(folder).labelled,
+    "no labelled model": lambda folder: bench(folder).corpus(Model("unet", 0)),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_ends_in_a_line_that_can_be_run(refusal, tmp_path):
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    with pytest.raises(UserError) as error:
+        REFUSALS[refusal](folder)
+    told = str(error.value)
+    assert "\n" not in told
+    lines = LINE.findall(told)
+    assert lines and told.rstrip(".").endswith(lines[-1]), told
+    for line in lines:
+        refuse_other_line(line)
+
+
+def refuse_other_line(line):
+    """AssertionError for a line that bash cannot read, of no script, or with unknown variables."""
+    assert subprocess.run(["bash", "-n", "-c", line]).returncode == 0, line
+    *given, shell, script = shlex.split(line)
+    assert shell == "bash" and (ROOT / script).is_file(), line
+    shared = (ROOT / "scripts/lib.sh").read_text()
+    known = set(VARIABLE.findall(shared + (ROOT / script).read_text()))
+    assert {text.partition("=")[0] for text in given} <= known, line
+
+
+@pytest.mark.parametrize("plan", ["base", "counterfactual", "hidden", "lds", "lies"])
+def test_the_models_of_every_plan_have_a_line_that_trains_them(plan, tmp_path):
+    usual = retrain_line(plan, resolve("emoji", {}).truth_dir)
+    assert "RETRAIN=1" in usual and "TRUTH_DIR" not in usual
+    refuse_other_line(usual)
+    assert f"TRUTH_DIR={tmp_path}" in retrain_line(plan, tmp_path)
+
+
+def test_a_damaged_plan_names_what_brings_it_back(tmp_path):
+    (tmp_path / "lds.json").write_text("{")
+    with pytest.raises(UserError, match=r"git checkout -- \S+lds.json"):
+        read_plan(tmp_path / "lds.json", None)
+
+
+def test_the_exemplars_are_built_by_a_module_that_is_there():
+    *_, module = re.findall(r"-m (\S+)", REMEDY)
+    assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_the_line_of_a_labelled_bench_gives_its_settings_again(name, tmp_path):
+    own = of_bench(name, {"work": str(tmp_path / "it's"), "steps": 7, "held_out": "a b|c d"})
+    *given, _, script = shlex.split(own.line("train", RETRAIN=1))
+    values = dict(text.split("=", 1) for text in given)
+    assert (values.pop("STAGE"), values.pop("RETRAIN")) == ("train", "1")
+    assert values.pop("BENCHES", own.bench) == name and own.home in script
+    kinds = {key: type(getattr(own, key)) for key in OWN}
+    again = {key.lower(): kinds[key.lower()](value) for key, value in values.items()}
+    assert of_bench(name, again) == own
+
+
+def test_values_that_bash_would_read_otherwise_are_quoted():
+    line = call("demo.sh", PROMPT='it\'s $HOME; a "cat"')
+    told, *_ = shlex.split(line)
+    assert told == 'PROMPT=it\'s $HOME; a "cat"'
