@@ -13,6 +13,7 @@ from concept_trak.attribution.early import check_rows
 from concept_trak.components.edits import load_edit
 from concept_trak.components.keep import load_scores
 from concept_trak.datasets import abc, encoded
+from concept_trak.datasets.celeba import read_list
 from concept_trak.datasets.prepare import prepare
 from concept_trak.errors import UserError, call
 from concept_trak.evaluation.abc import token_path
@@ -64,6 +65,7 @@ REFUSALS = {
     "a word that the judge does not know": lambda _: class_indices(["x"], ["y"], "object"),
     "no scores of weights": load_scores,
     "no edit": lambda folder: load_edit(folder / "edit.safetensors"),
+    "no faces": lambda folder: read_list(folder, ("Smiling",)),
     "no labelled pictures": lambda folder: bench(folder).labelled,
     "no labelled model": lambda folder: bench(folder).corpus(Model("unet", 0)),
 }

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, call
 from ..models.vocabulary import Vocabulary
 from ..reading import read_text
 from .attributes import Labels, Scheme, parse_held_out, write_labelled
@@ -56,7 +56,8 @@ def read_list(source: Path, attributes: tuple[str, ...]) -> tuple[list[str], lis
     """
     path, mend = source / LIST, f"download it again from {SITE}"
     if not path.is_file():
-        raise UserError(f"the attribute file {path} is missing; give SOURCE the folder of {SITE}")
+        line = call("celeba_hq/run_all.sh", SOURCE="CelebAMask-HQ")
+        raise UserError(f"the attribute file {path} is missing; give the folder of {SITE}: {line}")
     lines = [line.split() for line in read_text(path, mend).splitlines() if line.strip()]
     if len(lines) < 3 or len(lines[0]) != 1 or not lines[0][0].isdigit():
         raise UserError(f"{path} does not begin with a count and the names; {mend}")

@@ -262,7 +262,7 @@ def test_the_judge_is_trained_measured_and_saved_in_one_call(tmp_path, capsys):
 
 
 def test_missing_or_foreign_weights_are_refused(tmp_path):
-    with pytest.raises(UserError, match="train-judge"):
+    with pytest.raises(UserError, match="train_judge.sh$"):
         load_judge(tmp_path)
     save_judge(Judge(["cat"], ["blob"], TINY), tmp_path, {})
     (tmp_path / "model.safetensors").write_bytes(
