@@ -61,7 +61,7 @@ def test_a_certificate_is_whole_its_hashes_hold_and_a_second_run_measures_nothin
     with EditedNetwork(load_pipeline(asked["sd_model_path"]).network) as edited:
         edited.apply(edit)  # of this very model, or it is refused
     page = (folder / "certificate.html").read_text()
-    assert line["edit"]["sha256"] in page and line["says"] in page
+    assert all(words in page for words in (line["edit"]["sha256"], line["says"], line["behind"]))
     assert page.count('alt="before:') == page.count('alt="after:') > 6
     assert set(line["probes"]) == {"paraphrases", "embedding", "completion", "relearning"}
 
@@ -93,6 +93,23 @@ def test_a_verdict_is_of_the_worst_figure_and_of_its_low_end():
     for sure, short, words in ((0, 0, "certified"), (0.1, 0, "no edit is sure"), (1, 1, "no edit")):
         told = verify.says(target, goal, {"sure": sure, "shortfall": short})
         assert told.startswith(words)
+
+
+def test_what_the_probes_found_is_said_at_its_worst():
+    def at(value):
+        return {"value": value}
+
+    found = {
+        "paraphrases": {"a": {"edited": at(0.1)}, "b": {"edited": at(0.2)}},
+        "embedding": {"edited": at(0.05), "edited_from_prompt": at(0.7)},
+        "relearning": {
+            "edited": {"steps": 5, "rates": [[0, 0.0], [5, 0.6]]},
+            "new_word": {"steps": None, "rates": [[0, 0.0], [60, 0.1]]},
+        },
+    }
+    told = verify.says_behind(found)
+    assert "up to 20%" in told and "embedding in 70%" in told
+    assert "in 5 steps" in told and "in more than 60" in told
 
 
 def test_intervals_do_not_shrink_to_a_point_where_all_pictures_agree():

@@ -45,6 +45,7 @@ def certify(settings: Settings, device: str) -> dict[str, Any]:
         write_metrics(folder, FACTS, found, s)
         write_bytes(folder / PAGE, page(found, shown, s).encode())
     print(found["says"])
+    print(found["behind"])
     latest = os.path.join(os.path.dirname(s.results_dir), "cad", "latest", PAGE)
     print(f"certificate: {os.path.relpath(latest)}")
     return found

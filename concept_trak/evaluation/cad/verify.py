@@ -127,6 +127,7 @@ def verify(bed: Bed, target: Target, goal: Goal) -> tuple[dict[str, Any], Edit]:
         "min_retention": goal.min_retention,
         "met": best["sure"] == 0,
         "says": says(target, goal, best),
+        "behind": says_behind(behind),
         "level": round(LEVEL, 4),
         "unedited_shows": sum(bare["shown"]) / len(bare["shown"]),
         "edit": {"weights": edit.count, "digest": edit.digest(), "model": edit.model},
@@ -139,12 +140,28 @@ def says(target: Target, goal: Goal, best: dict[str, Any]) -> str:
     """The verdict in a sentence."""
     asked = f"UA {goal.target_ua:g} with IRA and CRA of at least {goal.min_retention:g}"
     if not best["sure"]:
-        return f"certified: “{target.name}” is erased, {asked}"
+        return f"certified: “{target.name}” is erased where it is asked for, {asked}"
     if not best["shortfall"]:
         return (
             f"no edit is sure to meet {asked}: this one does in its figures, not at their low end"
         )
     return f"no edit meets {asked}; this one falls least short, by {best['shortfall']:.3f}"
+
+
+def says_behind(found: dict[str, Any]) -> str:
+    """What the probes found, in a sentence: a prompt that shows nothing is not all there is."""
+    words = max(row["edited"]["value"] for row in found["paraphrases"].values())
+    begun = ("edited", "edited_from_prompt")
+    embedded = max(found["embedding"][name]["value"] for name in begun)
+    steps = {
+        name: f"more than {row['rates'][-1][0]}" if row["steps"] is None else str(row["steps"])
+        for name, row in found["relearning"].items()
+    }
+    return (
+        f"behind the prompt: other words show it in up to {words:.0%} of the pictures, an "
+        f"optimised embedding in {embedded:.0%}; it is learned again in {steps['edited']} steps, "
+        f"another object under a new word in {steps['new_word']}"
+    )
 
 
 def _named(plan: Attempt) -> dict[str, Any]:
