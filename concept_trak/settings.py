@@ -337,6 +337,12 @@ class Components:
     edits: str = option("", "edits to apply before, files separated by '|'")
     export: str = option("", "folder for the edited pipeline, for diffusers to load")
     judged: int = option(200, "of the target, a headline cell of the evaluation", "pictures", low=4)
+    target_ua: float = option(
+        0.9, "share of its pictures that an erased concept may no longer be in", low=1e-9, high=1
+    )
+    min_retention: float = option(
+        0.9, "of the accuracy on everything else, what an erasing edit must keep", low=0, high=1
+    )
 
 
 @dataclass(frozen=True)

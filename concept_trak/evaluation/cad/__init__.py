@@ -5,4 +5,8 @@ controls.py      other weights, as many and of the same layers
 faithfulness.py  predicted against true effect of random knock-outs
 tuning.py        ratio, selection, granularity and operator, on objects that are not reported
 table.py         the table
+attempts.py      one plan of many: its edit, screened and confirmed on other noise
+verify.py        the search for an edit that meets a target, and the verdict
+probes.py        can what was erased be had without its words?
+certificate.py   the verdict as JSON, page and edit
 """

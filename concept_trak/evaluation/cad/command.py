@@ -1,5 +1,6 @@
-"""`concept-trak cad-eval` and `cad-bench-sd14`: the table of component attribution on the embedded
-model, and what scores cost on the architecture of Stable Diffusion.
+"""`concept-trak cad-eval`, `cad-verify` and `cad-bench-sd14`: the table of component attribution on
+the embedded model, an edit with its certificate, and what scores cost on the architecture of Stable
+Diffusion.
 
 The last line of output is one JSON object; experiments/cad/README.md explains it.
 """
@@ -14,12 +15,18 @@ from ...flags import add_setting_flags, settings_of
 
 
 def add_parser(verbs: Any) -> None:
-    """The sub-commands `cad-eval` and `cad-bench-sd14`."""
+    """The three sub-commands, with the flags of `Settings`."""
     says = "Erase concepts from the weights, and let the judge say what is gone and what is kept."
     sub = verbs.add_parser("cad-eval", help=says, description=says)
     uses = ("judged", "num_queries", "score_seeds", "gen_guidance_scale", "results_dir", "model")
     add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
     sub.set_defaults(run=run)
+    says = "Search an edit that erases a concept, and certify it; or say that none does."
+    sub = verbs.add_parser("cad-verify", help=says, description=says)
+    uses = ("concept", "prompt", "target_concepts", "target_ua", "min_retention", "judged")
+    uses += ("score_seeds", "gen_guidance_scale", "results_dir", "model")
+    add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run_verify)
     says = "Time component scores on the architecture of Stable Diffusion, with random weights."
     sub = verbs.add_parser("cad-bench-sd14", help=says, description=says)
     add_setting_flags(sub, ("selection", "device", "gpu_id"))
@@ -33,6 +40,18 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from .sd14 import bench
 
     bench(given, pick_device(given.device, given.gpu_id))
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Search, probe, write the certificate and print it."""
+    given = settings_of(arguments)
+    from ...models.device import pick_device
+    from ...report.weights import words_of
+    from .certificate import certify
+
+    words_of(given)  # an unknown concept is told before a model is loaded
+    device = pick_device(given.device, given.gpu_id)
+    print(json.dumps(certify(given.on(device), device)))
 
 
 def run(arguments: argparse.Namespace) -> None:
