@@ -121,7 +121,8 @@ class Project:
         return found
 
     def run(self, case: Case) -> Outcome:
-        """The outcome; the project is restored."""
+        """The outcome; the project is restored, and so is where the process stands."""
+        here = Path.cwd()
         try:
             if case.spoil:
                 case.spoil(self.root / case.file)
@@ -137,6 +138,7 @@ class Project:
                 return Outcome(case, "traceback", said)
             return Outcome(case, self.fault(case, code, told, before, begun), told)
         finally:
+            os.chdir(here)
             self.restore()
 
     def fault(self, case: Case, code: int, told: str, before: dict[str, str], begun: float) -> str:

@@ -72,7 +72,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_refusal_ends_in_a_line_that_can_be_run(refusal, tmp_path):
+def test_a_refusal_ends_in_a_line_that_can_be_run(refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # scripts are told by their path from here
     folder = tmp_path / "with a space"
     folder.mkdir()
     with pytest.raises(UserError) as error:
