@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import UserError
 from .flags import FROM_ENV, Parser, add_setting_flags, refuse_misspelt, settings_of
-from .settings import ROOT, Settings, version
+from .settings import JUDGE, ROOT, Settings, version
 from .system import VERBOSITY, ended_by_sigterm, say, speak
 
 
@@ -155,7 +155,7 @@ def run_train_judge(settings: Settings, device: str) -> None:
 
     model = load_pipeline(settings.sd_model_path, device, settings.dtype)
     data = load_folder(settings.data_dir)
-    train_and_save(data, model, ROOT / "data/emoji/judge", seed=settings.seed)
+    train_and_save(data, model, JUDGE, seed=settings.seed)
 
 
 def run_export(folder: str, kind: str, settings: Settings, device: str) -> None:

@@ -31,6 +31,7 @@ ABOVE = Path(__file__).resolve().parent.parent
 IN_CHECKOUT = (ABOVE / "pyproject.toml").is_file()
 # What paths are given from: the repository, or where an installed package is called.
 ROOT = ABOVE if IN_CHECKOUT else Path.cwd()
+JUDGE = ROOT / "data/emoji/judge"  # of the embedded data, committed
 # relative to the mean eigenvalue of K; the reference's lambda_r x 0.1
 DAMPINGS = tuple(0.1 * 10.0**e for e in range(-4, 5))
 TOKEN = "<new1>"  # the word that a token stands for in AbC and Custom Diffusion

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,31 @@ def labels_of(scheme: Scheme, data: ImageCaptionDataset) -> list[Labels]:
 def balanced(combinations: Sequence[Labels], count: int) -> list[Labels]:
     """`count` labels, each combination as often as can be."""
     return [combinations[i % len(combinations)] for i in range(count)]
+
+
+def write_combinations(
+    root: Path,
+    scheme: Scheme,
+    counts: tuple[int, int, int],
+    pictures: Callable[..., Iterator[tuple[Labels, Image.Image]]],
+    made_from: dict[str, Any],
+) -> None:
+    """Train pictures, held-out ones of every combination, and some for the classifier: so many each
+    of `counts`, drawn by pictures(labels, stream=number of the split).
+
+    UserError when the held-out combinations leave a class without a picture.
+    """
+    everything = scheme.combinations()
+    seen = [labels for labels in everything if not scheme.is_held_out(labels)]
+    for name, classes in scheme.vocabulary.attributes.items():
+        if lost := [c for c in classes if c not in {labels[name] for labels in seen}]:
+            raise UserError(f"HELD_OUT leaves no picture of {lost[0]}; hold out fewer combinations")
+    plans = {"train": seen, "held_out": everything, "classifier": everything}
+    splits = {
+        split: (pictures(balanced(among, count), stream=stream), count)
+        for stream, ((split, among), count) in enumerate(zip(plans.items(), counts, strict=True))
+    }
+    write_labelled(root, scheme, splits, made_from)
 
 
 def write_labelled(

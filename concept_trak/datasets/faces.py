@@ -28,7 +28,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..models.vocabulary import Vocabulary
-from .attributes import Labels, Scheme, balanced, parse_held_out, write_labelled
+from .attributes import Labels, Scheme, parse_held_out, write_combinations
 
 STYLE, CANVAS = "pixel-art.json", 16  # pixels
 CLASSES = {
@@ -152,21 +152,9 @@ def pictures(
 
 
 def make(root: Path, settings: FaceSettings) -> None:
-    """Train pictures, held-out ones of every combination, and some for the classifier."""
-    scheme = settings.scheme()
-    everything = scheme.combinations()
-    seen = [labels for labels in everything if not scheme.is_held_out(labels)]
-    for name, classes in scheme.vocabulary.attributes.items():
-        if lost := [c for c in classes if c not in {labels[name] for labels in seen}]:
-            raise UserError(f"HELD_OUT leaves no picture of {lost[0]}; hold out fewer combinations")
-    plans = {
-        "train": balanced(seen, settings.count),
-        "held_out": balanced(everything, settings.held_out_count),
-        "classifier": balanced(everything, settings.count),
-    }
-    splits = {
-        split: (pictures(labels, settings, stream), len(labels))
-        for stream, (split, labels) in enumerate(plans.items())
-    }
+    """See `write_combinations`."""
+    counts = (settings.count, settings.held_out_count, settings.count)
     made_from = json.loads(json.dumps(asdict(settings)))
-    write_labelled(root, scheme, splits, made_from)
+    write_combinations(
+        root, settings.scheme(), counts, functools.partial(pictures, settings=settings), made_from
+    )

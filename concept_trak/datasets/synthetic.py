@@ -9,6 +9,7 @@ all is seeded.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from ..errors import UserError
 from ..models.vocabulary import Vocabulary
-from .attributes import Labels, Scheme, balanced, parse_held_out, write_labelled
+from .attributes import Labels, Scheme, parse_held_out, write_combinations
 
 SIDES = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6}  # and a circle, a cross
 SHAPES = ("triangle", "circle", "square", "cross", "pentagon", "hexagon")
@@ -98,23 +99,7 @@ def pictures(
 
 
 def make(root: Path, settings: SyntheticSettings) -> None:
-    """Train pictures, held-out ones of every combination, and some for the classifier.
-
-    UserError when the held-out combinations leave a class without a picture.
-    """
-    scheme = settings.scheme()
-    everything = scheme.combinations()
-    seen = [labels for labels in everything if not scheme.is_held_out(labels)]
-    for name, classes in scheme.vocabulary.attributes.items():
-        if lost := [c for c in classes if c not in {labels[name] for labels in seen}]:
-            raise UserError(f"HELD_OUT leaves no picture of {lost[0]}; hold out fewer combinations")
-    plans = {
-        "train": balanced(seen, settings.count),
-        "held_out": balanced(everything, settings.held_out_count),
-        "classifier": balanced(everything, 2 * settings.count),
-    }
-    splits = {
-        split: (pictures(labels, settings, stream), len(labels))
-        for stream, (split, labels) in enumerate(plans.items())
-    }
-    write_labelled(root, scheme, splits, asdict(settings))
+    """See `write_combinations`."""
+    counts = (settings.count, settings.held_out_count, 2 * settings.count)
+    draw_all = functools.partial(pictures, settings=settings)
+    write_combinations(root, settings.scheme(), counts, draw_all, asdict(settings))

@@ -18,13 +18,11 @@ import numpy as np
 
 from ..datasets.words import overlap
 from ..registry import RANKERS
-from ..settings import ROOT
+from ..settings import JUDGE
 
 if TYPE_CHECKING:
     from ..attribution.corpus import Corpus
     from ..attribution.question import Question
-
-JUDGE = ROOT / "data/emoji/judge"
 
 
 class Control:

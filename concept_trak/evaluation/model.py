@@ -14,14 +14,13 @@ from ..attribution.corpus import Corpus
 from ..attribution.question import generation
 from ..models.generation import initial_noise, sample
 from ..reading import read_json
-from ..settings import ROOT
+from ..settings import JUDGE
 from ..workshop.judge.net import Judge, resized
 from ..workshop.judge.saved import AGAIN, load_judge
 from .results import results, write_metrics
 
 SEEDS = 4
 BATCH = 32  # pictures drawn at a time
-JUDGE = ROOT / "data/emoji/judge"
 
 
 def draw(corpus: Corpus, captions: list[str], seed: int) -> np.ndarray:

@@ -24,9 +24,9 @@ from ...components.states import Sampling
 from ...datasets.emoji import STYLE_JOINT
 from ...models.generation import Generation, initial_noise, sample
 from ...models.text_to_image import load_pipeline
+from ...settings import JUDGE
 from ...workshop.judge.net import Judge, resized
 from ...workshop.judge.saved import load_judge
-from ..model import JUDGE
 
 SPLIT_SEED, TUNED, REPORTED = 13, 8, 16  # objects
 DRAW_STEPS = 6  # DDIM steps of judged pictures; the judge names as many of them as of 20 steps

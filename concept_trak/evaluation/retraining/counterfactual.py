@@ -80,14 +80,15 @@ def drops(
     """
     told: dict[str, dict[str, dict[str, Any]]] = {k: {} for k in kinds_of(data)}
     for kind in told:
+        of_kind = _arms_of(plan, kind)
         lost = {
             arm.removeprefix(f"{kind}-"): {
                 s.seed: _lost(whole[s.seed], found[s.name], kind, data, held_out) for s in subsets
             }
-            for arm, subsets in _arms_of(plan, kind).items()
+            for arm, subsets in of_kind.items()
         }
         for arm, by_seed in lost.items():
-            removed = len(_arms_of(plan, kind)[f"{kind}-{arm}"][0].removed)
+            removed = len(of_kind[f"{kind}-{arm}"][0].removed)
             about = {"removed": removed, "seeds": len(by_seed)}
             told[kind][arm] = about | _summary(by_seed) | _beside(by_seed, lost, ours)
     return told

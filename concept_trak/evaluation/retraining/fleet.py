@@ -21,12 +21,10 @@ from tqdm import tqdm
 from ...errors import UserError
 from ...files import make_folder
 from ...reading import read_json
-from ...settings import ROOT, digest, provenance
+from ...settings import JUDGE, digest, provenance
 from .plan import Plan, Subset, mend
 from .presence import Measure, read_presences, write_presences
 from .small import SmallSettings
-
-JUDGE = ROOT / "data/emoji/judge"
 
 
 @dataclass(frozen=True)

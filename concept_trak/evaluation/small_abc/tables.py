@@ -20,8 +20,8 @@ from ...attribution.rankers import GradientRanker
 from ...datasets.words import overlap
 from ...registry import OBJECTIVES
 from ...scoring import metrics
-from ...settings import DAMPINGS, TOKEN
-from ..controls import JUDGE, distances
+from ...settings import DAMPINGS, JUDGE, TOKEN
+from ..controls import distances
 from ..evaluate import choose_damping
 from .methods import METHODS
 from .rows import drawn, exemplar_rows, folder_of, learned, query_row, question_of

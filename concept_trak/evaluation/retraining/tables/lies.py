@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ....attribution.corpus import Corpus
+from ....attribution.curvature import batches
 from ....errors import UserError
 from ....models.text_to_image import TextToImage
 from ....rows.fit import caption_llr, fit_weight
@@ -80,8 +81,7 @@ def llr_of(corpus: Corpus, rows: range) -> np.ndarray:
 
 def _fit_of(corpus: Corpus) -> np.ndarray:
     """[N]: `fit_weight` of all of them."""
-    size, count = corpus.settings.batch_size, len(corpus.train)
-    parts = [range(i, min(i + size, count)) for i in range(0, count, size)]
+    parts = batches(len(corpus.train), corpus.settings.batch_size)
     llr = np.concatenate([llr_of(corpus, rows) for rows in parts])
     return fit_weight(llr, llr)
 
