@@ -193,13 +193,17 @@ MODEL = ("model", "data_dir", *PLACE)
 ROWS = ("rows", "projection", "grad_dir", "batch_size", "num_train", *MODEL)
 TASK_ROWS = ("tasks", "force_recompute_concept_grad", *ROWS)
 PICTURES = ("negative_prompt", "gen_guidance_scale", "gen_num_inference_steps")
+OF_WEIGHTS = ("base_prompt", "ratio", "selection", "granularity", "operator", "strength")
 QUERIES = ("scope", "concept_guidance_scale", "eta", "epochs", "gen_num_inference_steps")
 VERBS = {
     "attribute": Verb(
         run_attribute,
         "Generate a picture, and rank the training pictures that taught the model each concept.",
         "--prompt 'an owl in the style of openmoji line' --target-concepts 'owl|openmoji line'",
-        ("question", "generation", "query", "scoring", "report", "methods", "results_dir", *ROWS),
+        (
+            *("question", "generation", "query", "scoring", "report", "methods", "results_dir"),
+            *(*OF_WEIGHTS, *ROWS),
+        ),
         check="check_question",
     ),
     "concepts": Verb(

@@ -212,6 +212,9 @@ class Report:
 
     top_k: int = option(10, "how many of the highest scores to show", "pictures", low=1)
     render_leastk: bool = option(False, "also write the pictures with the lowest scores")
+    weights: bool = option(
+        False, "also show which weights carry each concept, and edits of them; minutes"
+    )
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ def folder_name(settings: Settings) -> str:
     return name if projection == "random_mask_32768" else f"{name}-{projection}"
 
 
+# of the section "weights" of an answer, which decides no ranking
+OF_WEIGHTS = (
+    *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
+    *("spare", "edits"),
+)
 # what changes where, when and how fast a question is answered, but not the answer
 NOT_DECIDING = {
     *("results_dir", "grad_dir", "data_dir", "source_dir", "sd_model_path", "lora_path", "device"),
@@ -80,8 +85,8 @@ NOT_DECIDING = {
     *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
     *("force_recompute_concept_grad", "repair", "retrain", "truth_dir"),
     # what is asked of the weights decides no ranking of pictures
-    *("concept", "base_prompt", "ratio", "selection", "granularity", "operator", "strength"),
-    *("score_seeds", "spare", "edits", "export", "judged"),
+    *OF_WEIGHTS,
+    *("concept", "export", "judged", "target_ua", "min_retention", "weights"),
 }
 
 
@@ -100,5 +105,7 @@ def question_folder(settings: Settings, *made_from: Any) -> Path:
     tail += f"-test_gs_{s.concept_guidance_scale}-eta_{s.eta}-seed_{s.seed}"
     tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")
     name = f"{prompts.query_slug(s.prompt)}-{tail}"[:200]
-    asked = [s.methods] if s.methods else []  # beside ours in one answer, which is another then
+    # beside ours in one answer, which is another then
+    asked: list[Any] = [s.methods] if s.methods else []
+    asked += [{k: as_dict(s)[k] for k in OF_WEIGHTS}] if s.weights else []
     return Path(s.results_dir) / "free_query" / f"{name}-{deciding(s, *made_from, *asked)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save
 
 from ..errors import UserError, call
@@ -19,9 +20,12 @@ TENSORS, FACTS = "scores.safetensors", "scores.json"
 
 
 def save_scores(folder: Path, scores: Scores, among: list[Component]) -> None:
-    """Write scores.safetensors (mean/{weight}, stderr/{weight}) and scores.json."""
+    """Write scores.safetensors (mean/{weight}, stderr/{weight} where there are several seeds) and
+    scores.json.
+    """
     tensors = {f"mean/{k}": v.contiguous() for k, v in scores.mean.items()}
-    tensors |= {f"stderr/{k}": v.contiguous() for k, v in scores.stderr.items()}
+    finite = {k: v for k, v in scores.stderr.items() if v.isfinite().all()}
+    tensors |= {f"stderr/{k}": v.contiguous() for k, v in finite.items()}
     write_bytes(folder / TENSORS, save(tensors))
     facts = {"aim": scores.aim, "levels": scores.levels, "profile": scores.profile.tolist()}
     facts |= {"names": list(scores.names()), "layers": layers(scores, among)}
@@ -33,9 +37,9 @@ def load_scores(folder: str | Path) -> Scores:
     folder = Path(folder)
     facts, tensors = read_json(folder / FACTS, MEND), read_safetensors(folder / TENSORS, MEND)
     try:
-        mean, stderr = (
-            {n: tensors[f"{p}/{n}"] for n in facts["names"]} for p in ("mean", "stderr")
-        )
+        mean = {n: tensors[f"mean/{n}"] for n in facts["names"]}
+        unknown = {f"stderr/{n}": torch.full_like(v, torch.inf) for n, v in mean.items()}
+        stderr = {n: (unknown | tensors)[f"stderr/{n}"] for n in mean}
         profile = np.array(facts["profile"], dtype=np.float64)
         found = Scores(facts["aim"], mean, stderr, facts["levels"], profile)
     except (KeyError, TypeError, ValueError):

@@ -28,13 +28,14 @@ from ..attribution.prompts import target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
 from ..files import atomic_folder, make_folder, write_bytes, write_json
-from ..settings import ROOT, Settings, as_dict, digest
+from ..flags import command
+from ..settings import ROOT, STAGES, Settings, as_dict, digest
 from ..store.cached import cached_array
 from .index import PAGE, QUESTION, write_index
 from .page import write_report
 from .results import write_results
 from .scores import CSV, NPY, npy_of, write_scores
-from .shown import Links, Shown
+from .shown import Links, OfConcept, Shown
 
 ROWS = ".rows"  # folder of the query rows, beside the answers
 
@@ -74,14 +75,22 @@ def attribute(corpus: Corpus) -> Path:
             x0 = cached_array(path, made_from, draw, force=True)
         return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
 
-    return write_answer(answer(corpus, kept_rows, kept_picture), s, kept)
+    found, weights = answer(corpus, kept_rows, kept_picture), None
+    if s.weights:
+        from .weights_section import of_concepts  # diffusion, which a page does without
+
+        weights = of_concepts(corpus)
+    return write_answer(found, s, kept, weights or ())
 
 
-def write_answer(found: Answer, settings: Settings, rows: Sequence[Path] = ()) -> Path:
+def write_answer(
+    found: Answer, settings: Settings, rows: Sequence[Path] = (), weights: Sequence[OfConcept] = ()
+) -> Path:
     """Write an answer into a folder of its own, which appears when it is whole; returns the path of
     its page.
 
-    rows: files of the query rows, one a question, of which copies are kept with it.
+    rows: files of the query rows, one a question, of which copies are kept with it. weights: what
+    they have to do with each concept, where that was asked.
     """
     s = settings
     folder = question_folder(s, found.settings["store_checksum"])
@@ -94,6 +103,8 @@ def write_answer(found: Answer, settings: Settings, rows: Sequence[Path] = ()) -
         found.provenance,
         found.fit,
         _links(found, folder),
+        weights,
+        command("attribute", s, tuple(STAGES), weights="1"),
     )
     with atomic_folder(folder) as made:
         for i, (question, concept) in enumerate(zip(found.questions, found.concepts, strict=True)):
@@ -125,7 +136,11 @@ def _links(found: Answer, folder: Path) -> Links:
         q.words: {what: f"{quote(target_folder(q))}/{quote(file)}" for file, what in named.items()}
         for q in found.questions
     }
-    return Links(lambda i: quote(os.path.relpath(found.dataset.path(i), folder)), files)
+
+    def url(path: Path) -> str:
+        return quote(os.path.relpath(path, folder))
+
+    return Links(lambda i: url(found.dataset.path(i)), files, url)
 
 
 def _asked(found: Answer) -> dict[str, Any]:

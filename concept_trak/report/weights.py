@@ -4,12 +4,14 @@ RESULTS_DIR/../cad/{name}-{hash}/
 scores.safetensors, scores.json     scores and layer statistics    (run_cad.sh and the edits)
 layers.png                          positive and negative scores by layer, and by timestep
 edit.safetensors, edit.json         positions, old and new values; what made it
+pictures.png                        pictures before (above) and after, a column a prompt
 report.html                         pictures before and after at equal noise, layers, settings
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ from .page import environment, pairs
 
 OF_TARGET, OF_OTHERS = 4, 8  # pictures shown before and after
 SEED = 50_000  # of the first of them
+PICTURES = "pictures.png"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,24 @@ class Weights:
         for path in split_list(s.edits) if s.edits else ():
             self.edited.apply(load_edit(path))
 
+    def but(self, **changes: Any) -> Weights:
+        """The same model, asked under other settings."""
+        other = copy.copy(self)
+        other.settings = self.settings.but(**changes)
+        other.words = words_of(other.settings)
+        other.among = select(self.model.network, other.settings.selection)
+        return other
+
+    def place(self, kind: str) -> Path:
+        """Folder of these scores or edits, named by all that decides them."""
+        s = self.settings
+        decides = [as_dict(s.but(export="", weights=False)), kind, self.edited.base, self.prompts()]
+        return (
+            Path(s.results_dir).parent
+            / "cad"
+            / f"{kind}-{slug(self.words.name, 32)}-{digest(decides)}"
+        )
+
     def asked(self, prompt: str) -> Asked:
         """How a prompt's components are scored; its trajectories have GEN_NUM_INFERENCE_STEPS."""
         s = self.settings
@@ -119,8 +140,12 @@ class Weights:
         found = of(self.words.prompt)
         spared = [words_of(s.but(concept=name)).prompt for name in split_list(s.spare) if name]
         found = sparing(found, [of(prompt) for prompt in spared], float(bool(spared)))
-        found.about |= {"prompt": self.words.prompt, "model": self.edited.base}
+        found.about |= self.about()
         return found
+
+    def about(self) -> dict[str, str]:
+        """What stands beside scores."""
+        return {"prompt": self.words.prompt, "model": self.edited.base}
 
     def draw(self) -> list[Image.Image]:
         """Pictures of the concept, then of other prompts, at the same noise whenever called."""
@@ -139,8 +164,12 @@ class Weights:
 def score_weights(settings: Settings, device: str) -> Path:
     """Score the concept's components for erasing; returns the folder."""
     weights = Weights(settings, device)
-    scores = weights.scores("erase")
-    with _folder(settings, "scores", weights) as (made, folder):
+    return write_scores(weights, weights.scores("erase"))
+
+
+def write_scores(weights: Weights, scores: Scores) -> Path:
+    """Write scores of components with their page; returns the folder."""
+    with _folder(weights, "scores") as (made, folder):
         save_scores(made, scores, weights.among)
         write_bytes(made / "layers.png", picture(scores, weights.among))
         _page(made, weights, scores, None)
@@ -152,29 +181,49 @@ def edit_weights(settings: Settings, device: str, aim: str) -> Path:
 
     UserError as `selection.choose` raises it.
     """
-    s, weights = settings, Weights(settings, device)
-    scores = weights.scores(aim)
+    weights = Weights(settings, device)
+    folder = write_edit(weights, weights.scores(aim), weights.draw())
+    if settings.export:
+        weights.model.pipe.save_pretrained(settings.export)
+        print(f"exported: {os.path.relpath(settings.export)}")
+    return folder
+
+
+def write_edit(weights: Weights, scores: Scores, before: list[Image.Image]) -> Path:
+    """Make the edit of these scores, apply it, and write it with its page; returns the folder.
+
+    before: what `Weights.draw` gave without it. UserError as `selection.choose` raises it.
+    """
+    s, aim = weights.settings, scores.aim
     plan = plan_of(s.selection, s.ratio, s.granularity, Operator(s.operator, s.strength))
     asked = weights.asked(weights.words.prompt)
     edit, chosen = edit_of(weights.model, scores, plan, asked, weights.edited.base)
     edit.about.update(aim=aim, prompt=weights.words.prompt, model_path=s.sd_model_path)
     edit.about.update(plan=[s.selection, s.ratio, s.granularity, s.operator, s.strength])
-    before = weights.draw()
     weights.edited.apply(edit)
     after = weights.draw()
     print(told(chosen))
-    with _folder(settings, aim, weights) as (made, folder):
+    with _folder(weights, aim) as (made, folder):
         save_scores(made, scores, weights.among)
         save_edit(made / "edit.safetensors", edit)
         facts = {"digest": edit.digest(), "model": edit.model, "weights": edit.count, **edit.about}
+        facts |= {"of": chosen.among, "prompts": weights.prompts()}
         made_by = {"settings": as_dict(s), "provenance": provenance()}
         write_json(made / "edit.json", facts | {"untouched": list(chosen.untouched)} | made_by)
         write_bytes(made / "layers.png", picture(scores, weights.among))
+        write_bytes(made / PICTURES, sheet(before, after))
         _page(made, weights, scores, (before, after, chosen))
-    if s.export:
-        weights.model.pipe.save_pretrained(s.export)
-        print(f"exported: {os.path.relpath(s.export)}")
     return folder
+
+
+def sheet(before: list[Image.Image], after: list[Image.Image]) -> bytes:
+    """PNG of two rows of pictures of one size."""
+    rows = [
+        np.concatenate([np.asarray(p.convert("RGB")) for p in row], 1) for row in (before, after)
+    ]
+    png = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(png, format="png")
+    return png.getvalue()
 
 
 def told(chosen: Chosen) -> str:
@@ -210,11 +259,9 @@ def picture(scores: Scores, among: list[Component]) -> bytes:
 
 
 @contextlib.contextmanager
-def _folder(settings: Settings, kind: str, weights: Weights) -> Iterator[tuple[Path, Path]]:
+def _folder(weights: Weights, kind: str) -> Iterator[tuple[Path, Path]]:
     """(a folder to fill, its final path); `latest` beside it is a link to the newest."""
-    decides = [as_dict(settings.but(export="")), kind, weights.edited.base]
-    name = f"{kind}-{slug(weights.words.name, 32)}-{digest(decides)}"
-    path = Path(settings.results_dir).parent / "cad" / name
+    path = weights.place(kind)
     with atomic_folder(path) as made:
         yield made, path
     link(path.parent / "latest", path)
