@@ -92,11 +92,11 @@ class Through:
                 with torch.enable_grad():
                     eps_hat, v = cotangent(denoiser, state)
                     found = tape.vjp(eps_hat, v, len(state))
-                parts = [self._split(c, g) for c, g in zip(order, found, strict=True)]
+                parts = [self.split(c, g) for c, g in zip(order, found, strict=True)]
                 total -= torch.cat(parts, 1).cpu()
         return total
 
-    def _split(self, component: Component, grad: OuterProductGrad | DenseGrad) -> torch.Tensor:
+    def split(self, component: Component, grad: OuterProductGrad | DenseGrad) -> torch.Tensor:
         """< g, G > [B, groups] of one weight."""
         g = self.gradient[component.name].flatten(1)
         heads = component.heads if self.granularity == "head" else 0

@@ -31,6 +31,7 @@ from ..reading import parse_json, read_safetensors
 from ..settings import digest
 
 LOG_EVERY = 50  # steps
+MAX_NORM = 1.0  # of a gradient
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each weight
 
 
@@ -85,6 +86,11 @@ def refuse_other(wanted: dict[str, Any], found: dict[str, Any], path: Path, reme
         raise UserError(f"{path} was made from another {', '.join(different)}; {remedy}")
 
 
+def decay_of(bound: float, step: int) -> float:
+    """d_s of the module docstring."""
+    return min(bound, (1 + step) / (10 + step))
+
+
 class Ema:
     """Exponential moving average of parameters, of the module docstring."""
 
@@ -94,7 +100,7 @@ class Ema:
 
     def update(self, params: dict[str, torch.Tensor], step: int) -> None:
         """Move towards the parameters after `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = decay_of(self.decay, step)
         new = [p.detach() for p in params.values()]
         torch._foreach_lerp_([self.shadow[k] for k in params], new, 1 - decay)
 
@@ -165,14 +171,16 @@ class Run:
 
 
 class Progress:
-    """Parameters, their average and AdamW's moments after `step` steps; mean: of the loss."""
+    """Parameters, their average and AdamW's moments after `step` steps. mean: of the loss. norm: of
+    the last step's gradient, before it was clipped to MAX_NORM.
+    """
 
     def __init__(self, params: dict[str, torch.nn.Parameter], run: Run) -> None:
         self.params, self.run, self.ema = params, run, Ema(params, run.ema_decay)
         self.optimizer = torch.optim.AdamW(
             params.values(), run.lr, (0.9, 0.99), weight_decay=run.weight_decay, foreach=True
         )
-        self.step, self.mean, self.rate = 0, None, 0.0
+        self.step, self.mean, self.rate, self.norm = 0, None, 0.0, 0.0
         self.begun, self.log = time.time(), run.checkpoint.with_suffix(".jsonl")
 
     def identity(self, step: int) -> dict[str, Any]:
@@ -221,7 +229,7 @@ class Progress:
             group["lr"] = self.rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.params.values()), 1.0)
+        self.norm = float(torch.nn.utils.clip_grad_norm_([*self.params.values()], MAX_NORM))
         self.optimizer.step()
         self.ema.update(self.params, self.step)
         self.mean, self.step = running_mean(self.mean, value), self.step + 1

@@ -65,8 +65,7 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One batch: (x0 [B, C, h, w], token ids [B, T], t [B], eps [B, C, h, w])."""
     s, g = settings, step_generator(seed, step)
-    keys = torch.rand(s.batch, len(examples.kept), generator=g)
-    index = keys.masked_fill(~examples.kept, -1).argmax(1)
+    index = _taken(examples, s, g)
     u = torch.rand(s.batch, generator=g)
     empty, style, some = s.empty_share, s.style_share, s.object_share
     kind = (u < some + style + empty).long() + (u < style + empty).long() + (u < empty).long()
@@ -74,6 +73,16 @@ def draw(
     t = ((torch.arange(s.batch) + torch.rand(s.batch, generator=g)) / s.batch * 1000).long()
     x0 = examples.latents[index]
     return x0, examples.tokens[index, kind], t, torch.randn(x0.shape, generator=g)
+
+
+def _taken(examples: Examples, settings: SmallSettings, g: torch.Generator) -> torch.Tensor:
+    keys = torch.rand(settings.batch, len(examples.kept), generator=g)
+    return keys.masked_fill(~examples.kept, -1).argmax(1)
+
+
+def taken(examples: Examples, settings: SmallSettings, seed: int, step: int) -> torch.Tensor:
+    """[B] which pictures a step's batch shows; see `draw`."""
+    return _taken(examples, settings, step_generator(seed, step))
 
 
 def loss_of_step(
@@ -145,12 +154,25 @@ def train_subset(
     UserError for a checkpoint of something else, a full disk; FloatingPointError on a loss that is
     not finite.
     """
+    run, model = run_of(like, data, subset, settings, work), build(like, settings, subset.seed)
+    params, examples = parameters(model), examples_of(like, data, latents, subset)
+    make_folder(run.checkpoint.parent)
+    loss = functools.partial(loss_of_step, model, examples, settings, subset.seed)
+    run_training(params, loss, run).copy_to(params)
+    return frozen(model)
+
+
+def run_of(
+    like: TextToImage,
+    data: ImageCaptionDataset,
+    subset: Subset,
+    settings: SmallSettings,
+    work: Path,
+) -> Run:
+    """How a subset's model is trained, and where its checkpoint lies."""
     made_from = identity(like, data, subset, settings)
-    folder = make_folder(folder_of(work, subset, made_from))
-    model = build(like, settings, subset.seed)
-    params = parameters(model)
-    run = Run(
-        folder / "model.safetensors",
+    return Run(
+        folder_of(work, subset, made_from) / "model.safetensors",
         (Phase(settings.steps, settings.steps),),
         settings.lr,
         settings.warmup,
@@ -160,7 +182,3 @@ def train_subset(
         desc=subset.name,
         made_from=made_from,
     )
-    examples = examples_of(like, data, latents, subset)
-    loss = functools.partial(loss_of_step, model, examples, settings, subset.seed)
-    run_training(params, loss, run).copy_to(params)
-    return frozen(model)
