@@ -309,6 +309,9 @@ class Truth:
     truth_dir: str = option(
         str(ROOT / "experiments/truth/results"), "folder of checkpoints and rows of small models"
     )
+    replay_steps: int = option(
+        0, "of a shorter training, to try the scripts of scripts/cad; 0: all", "steps", low=0
+    )
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ NOT_DECIDING = {
     "fit_model_path",
     *("gpu_id", "gpu_ids", "batch_size", "max_memory", "num_split", "shards", "num_queries"),
     *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
-    *("force_recompute_concept_grad", "repair", "retrain", "truth_dir"),
+    *("force_recompute_concept_grad", "repair", "retrain", "truth_dir", "replay_steps"),
     # what is asked of the weights decides no ranking of pictures
     *OF_WEIGHTS,
     *("concept", "export", "judged", "target_ua", "min_retention", "weights"),

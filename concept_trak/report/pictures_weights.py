@@ -104,7 +104,11 @@ def _csv(rows: list[tuple]) -> bytes:
 
 
 def heat_map(
-    found: Influence, captions: list[str], order: np.ndarray, shows: np.ndarray | None
+    found: Influence,
+    captions: list[str],
+    order: np.ndarray,
+    shows: np.ndarray | None,
+    label: str = "influence on J through these weights",
 ) -> bytes:
     """PNG: rows are the highest pictures and, where labels say which, the means of those that show
     the concept and of those that do not; columns are groups of weights.
@@ -124,7 +128,7 @@ def heat_map(
     axes.set_yticks(range(len(names)), names, fontsize=7)
     short = [g.replace("transformer_blocks.0.", "").replace(".weight", "") for g in found.groups]
     axes.set_xticks(range(len(short)), short, fontsize=6, rotation=90)
-    figure.colorbar(shown, label="influence on J through these weights")
+    figure.colorbar(shown, label=label)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110, bbox_inches="tight")
     return png.getvalue()

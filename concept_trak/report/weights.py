@@ -85,6 +85,13 @@ def words_of(settings: Settings) -> Words:
     )
 
 
+def asked_of(settings: Settings, prompt: str) -> Asked:
+    """How a prompt's components are scored; its trajectories have GEN_NUM_INFERENCE_STEPS."""
+    s, steps = settings, settings.gen_num_inference_steps
+    sampling = Sampling(s.gen_guidance_scale, steps, min(steps, 10 if steps < 50 else 25))
+    return Asked(prompt, s.base_prompt, s.score_seeds, sampling)
+
+
 def _labelled(root: str) -> ImageCaptionDataset | None:
     """The labelled pictures of a folder; None where there are none."""
     if not (Path(root) / "metadata.jsonl").exists():
@@ -124,11 +131,8 @@ class Weights:
         )
 
     def asked(self, prompt: str) -> Asked:
-        """How a prompt's components are scored; its trajectories have GEN_NUM_INFERENCE_STEPS."""
-        s = self.settings
-        steps = s.gen_num_inference_steps
-        sampling = Sampling(s.gen_guidance_scale, steps, min(steps, 10 if steps < 50 else 25))
-        return Asked(prompt, s.base_prompt, s.score_seeds, sampling)
+        """See `asked_of`."""
+        return asked_of(self.settings, prompt)
 
     def scores(self, aim: str) -> Scores:
         """Of the concept, less what the concepts of SPARE need."""

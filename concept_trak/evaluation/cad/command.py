@@ -1,6 +1,6 @@
-"""`concept-trak cad-eval`, `cad-verify` and `cad-bench-sd14`: the table of component attribution on
-the embedded model, an edit with its certificate, and what scores cost on the architecture of Stable
-Diffusion.
+"""`concept-trak cad-eval`, `cad-verify`, `cad-replay` and `cad-bench-sd14`: the table of component
+attribution on the embedded model, an edit with its certificate, scores split over the pictures of a
+training, and what scores cost on the architecture of Stable Diffusion.
 
 The last line of output is one JSON object; experiments/cad/README.md explains it.
 """
@@ -15,7 +15,7 @@ from ...flags import add_setting_flags, settings_of
 
 
 def add_parser(verbs: Any) -> None:
-    """The three sub-commands, with the flags of `Settings`."""
+    """The sub-commands, with the flags of `Settings`."""
     says = "Erase concepts from the weights, and let the judge say what is gone and what is kept."
     sub = verbs.add_parser("cad-eval", help=says, description=says)
     uses = ("judged", "num_queries", "score_seeds", "gen_guidance_scale", "results_dir", "model")
@@ -27,6 +27,13 @@ def add_parser(verbs: Any) -> None:
     uses += ("score_seeds", "gen_guidance_scale", "results_dir", "model")
     add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
     sub.set_defaults(run=run_verify)
+    says = "Replay the training of the small model: which pictures put a concept's score into it?"
+    sub = verbs.add_parser("cad-replay", help=says, description=says)
+    uses = ("concept", "prompt", "target_concepts", "base_prompt", "selection", "ratio", "methods")
+    uses += ("granularity", "score_seeds", "gen_guidance_scale", "gen_num_inference_steps")
+    uses += ("seed", "replay_steps", "truth_dir", "results_dir", "model")
+    add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run_replay)
     says = "Time component scores on the architecture of Stable Diffusion, with random weights."
     sub = verbs.add_parser("cad-bench-sd14", help=says, description=says)
     add_setting_flags(sub, ("selection", "device", "gpu_id"))
@@ -40,6 +47,19 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from .sd14 import bench
 
     bench(given, pick_device(given.device, given.gpu_id))
+
+
+def run_replay(arguments: argparse.Namespace) -> None:
+    """Train the small model where that is missing, replay it, and print what was found."""
+    given = settings_of(arguments)
+    from ...attribution.corpus import Corpus
+    from ...models.device import pick_device
+    from ...report.weights import words_of
+    from .replayed import replay
+
+    words_of(given)  # an unknown concept is told before a model is loaded
+    device = pick_device(given.device, given.gpu_id)
+    print(json.dumps(replay(Corpus(given.on(device), device))))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,8 @@ do not add up to its gradient to the last bit: the difference is kept as a part,
 from __future__ import annotations
 
 import io
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +42,7 @@ from tqdm import tqdm
 
 from ...components.by_picture import Through
 from ...components.roles import Component
+from ...errors import UserError
 from ...files import make_folder, write_bytes
 from ...rows.vjp import RULES, OuterProductGrad
 from ...workshop.training import MAX_NORM, Progress, Run, decay_of, learning_rate
@@ -273,9 +276,19 @@ class Replay:
 
     def _resume(self) -> None:
         self.progress.resume()
-        if self.progress.step:
-            with np.load(self._sums(self.progress.step)) as kept:
-                self.pictures, self.rounding = kept["pictures"], kept["rounding"]
+        if not self.progress.step:
+            return
+        path = self._sums(self.progress.step)
+        try:
+            with np.load(path) as kept:
+                pictures, rounding = kept["pictures"], kept["rounding"]
+            right = pictures.shape == self.pictures.shape and np.isfinite(pictures).all()
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            right = False
+        if not right:
+            folder = os.path.relpath(self.folder)
+            raise UserError(f"{path} is missing or damaged; begin the replay anew: rm -r {folder}")
+        self.pictures, self.rounding = pictures, rounding
 
 
 class _Leader:

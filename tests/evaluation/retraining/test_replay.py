@@ -1,4 +1,4 @@
-"""Replay: the parts of pictures are those of a literal bookkeeping, they add up to the weights, and a
+"""Replay: parts of pictures are those of a literal account and add up to the weights, and a
 killed replay goes on to the same bits.
 """
 
@@ -11,6 +11,7 @@ import torch
 
 from concept_trak.components.roles import select
 from concept_trak.datasets.folder import load_folder
+from concept_trak.errors import UserError
 from concept_trak.evaluation.retraining import replay, small, trainer
 from concept_trak.evaluation.retraining.plan import Subset
 from concept_trak.workshop.training import decay_of
@@ -153,3 +154,7 @@ def test_a_replay_is_the_training_to_the_bit_and_goes_on_after_a_kill(
     assert calls == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
     for field in ("pictures", "rounding", "start", "total"):
         assert np.array_equal(getattr(whole, field), getattr(again, field))
+    (sums,) = (tmp_path / "killed").glob("sums-*.npz")
+    sums.write_bytes(sums.read_bytes()[:100])
+    with pytest.raises(UserError, match="begin the replay anew: rm -r "):
+        replay.Replay(made.training, direction, tmp_path / "killed").split()
