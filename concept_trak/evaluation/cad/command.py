@@ -1,6 +1,7 @@
-"""`concept-trak cad-eval`, `cad-verify`, `cad-replay` and `cad-bench-sd14`: the table of component
-attribution on the embedded model, an edit with its certificate, scores split over the pictures of a
-training, and what scores cost on the architecture of Stable Diffusion.
+"""`concept-trak cad-eval`, `cad-verify`, `cad-replay`, `cad-counterfactual`, `cad-bench-sd14`: the
+table of component attribution on the embedded model, an edit with its certificate, scores split
+over the pictures of a training, edits beside retraining, and what scores cost on the architecture
+of Stable Diffusion.
 
 The last line of output is one JSON object; experiments/cad/README.md explains it.
 """
@@ -34,6 +35,11 @@ def add_parser(verbs: Any) -> None:
     uses += ("seed", "replay_steps", "truth_dir", "results_dir", "model")
     add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
     sub.set_defaults(run=run_replay)
+    says = "Retrain without a concept's top pictures: do the weights of its edit lose their score?"
+    sub = verbs.add_parser("cad-counterfactual", help=says, description=says)
+    uses = ("selection", "ratio", "granularity", "score_seeds", "replay_steps", "truth_dir")
+    add_setting_flags(sub, (*uses, "results_dir", "model", "data_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run_counterfactual)
     says = "Time component scores on the architecture of Stable Diffusion, with random weights."
     sub = verbs.add_parser("cad-bench-sd14", help=says, description=says)
     add_setting_flags(sub, ("selection", "device", "gpu_id"))
@@ -60,6 +66,17 @@ def run_replay(arguments: argparse.Namespace) -> None:
     words_of(given)  # an unknown concept is told before a model is loaded
     device = pick_device(given.device, given.gpu_id)
     print(json.dumps(replay(Corpus(given.on(device), device))))
+
+
+def run_counterfactual(arguments: argparse.Namespace) -> None:
+    """Train what is missing, measure, print the table and its line."""
+    given = settings_of(arguments)
+    from ...attribution.corpus import Corpus
+    from ...models.device import pick_device
+    from .counterfactual import counterfactual
+
+    device = pick_device(given.device, given.gpu_id)
+    print(json.dumps(counterfactual(Corpus(given.on(device), device))))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
