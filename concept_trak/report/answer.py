@@ -27,6 +27,7 @@ from ..attribution.plan import question_folder
 from ..attribution.prompts import target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
+from ..datasets import ImageCaptionDataset
 from ..files import atomic_folder, make_folder, write_bytes, write_json
 from ..settings import ROOT, Settings, as_dict, digest
 from ..store.cached import cached_array
@@ -131,7 +132,6 @@ def _links(found: Answer, folder: Path) -> Links:
 def _asked(found: Answer) -> dict[str, Any]:
     """What the explorer and the index read of an answer."""
     data = found.dataset
-    names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
     return {
         "targets": [q.words for q in found.questions],
         "negatives": [q.minus for q in found.questions],
@@ -142,9 +142,15 @@ def _asked(found: Answer) -> dict[str, Any]:
         "warnings": found.warnings,
         "pictures": {
             "root": str(data.root.resolve()).removeprefix(f"{ROOT}/"),
-            "digest": digest([names, data.captions]),
+            "digest": pictures_digest(data),
         },
     }
+
+
+def pictures_digest(data: ImageCaptionDataset) -> str:
+    """Of the names and captions of pictures, in their order."""
+    names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
+    return digest([names, data.captions])
 
 
 def save_query(folder: Path, asked: Picture, meta: dict) -> None:
