@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -524,8 +524,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@cache
 def _git_commit() -> str | None:
-    """Of the checkout; None for an installed package, wherever it is called."""
+    """Of the checkout when it was first asked for: what is changed there later is not what a
+    process runs. None for an installed package, wherever it is called.
+    """
     import subprocess
 
     def run(*args: str) -> str:

@@ -62,9 +62,11 @@ def answer(
     corpus: Corpus,
     keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None,
     draw: Callable[[Corpus], Picture] | None = None,
+    store: Store | None = None,
 ) -> Answer:
     """Answer PROMPT and TARGET_CONCEPTS. keep: see `GradientRanker`. draw: the picture, which may
-    be known from before; default: drawn.
+    be known from before; default: drawn. store: of the train rows, where `open_store` has checked
+    it before.
 
     UserError for words that do not fit, before anything is computed.
     """
@@ -72,7 +74,7 @@ def answer(
     targets, contrasts, warnings = asked_words(corpus)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    store = open_store(corpus)
+    store = store or open_store(corpus)
     picture = (draw or drawn)(corpus)
     asked = zip(targets, contrasts, strict=True)
     questions = [Question(picture, target, plus, minus) for target, (plus, minus) in asked]

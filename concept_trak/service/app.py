@@ -78,7 +78,7 @@ class Service:
 
     def __init__(self, desk: Desk, counts: Counts) -> None:
         self.desk, self.counts = desk, counts
-        self.teller = Teller(desk.corpus)
+        self.teller = Teller(desk.corpus, desk.store)
         self.links = pages.Links(desk.corpus.train)
 
     async def accept(self, asked: BaseModel) -> str:

@@ -87,8 +87,8 @@ class Tally:
 class Desk:
     """Takes questions for one corpus.
 
-    Attributes: corpus, its rows opened and checked; folder, of the answers; question, the model of
-    a request. answered: called with (outcome, seconds) of each job.
+    Attributes: corpus; store, its rows, checked once; folder, of the answers; question, the model
+    of a request. answered: called with (outcome, seconds) of each job.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Desk:
         self.length, self.wait = corpus.settings.queue_length, corpus.settings.answer_wait
         self.corpus, self.answered = corpus.with_settings(usual), answered
         self.question = asked_model(usual)
-        self.store_checksum = open_store(self.corpus).checksum
+        self.store = open_store(self.corpus)
         self.provenance = provenance()
         self.folder = Path(usual.results_dir) / "free_query"
         self.stopping = False
@@ -121,7 +121,7 @@ class Desk:
 
     def name_of(self, settings: Settings) -> str:
         """The name of the answer's folder, by all that decides it."""
-        return question_folder(settings, self.store_checksum).name
+        return question_folder(settings, self.store.checksum).name
 
     def known(self, name: str) -> Path | None:
         """The folder of an answer that need not be made; None for one that is not there, or that
@@ -185,7 +185,9 @@ class Desk:
     # ---- the worker
 
     def _work(self, job: Job) -> None:
-        started, outcome, error = time.monotonic(), "answered", None
+        started, outcome = time.monotonic(), "answered"
+        folder: Path | None = None
+        error: Exception | None = None
         try:
             folder = self._answer(job)
         except Refused as refusal:
@@ -205,7 +207,10 @@ class Desk:
                     self._failures.popitem(last=False)
             self._strike_out(job.name)
         self.answered(outcome, seconds)
-        job.made.set_result(folder) if error is None else job.made.set_exception(error)
+        if folder is not None:
+            job.made.set_result(folder)
+        else:
+            job.made.set_exception(error)
 
     def _answer(self, job: Job) -> Path:
         if folder := self.known(job.name):  # made since it was asked, or by the command line
@@ -215,7 +220,7 @@ class Desk:
             asked_words(corpus)
         except UserError as error:
             raise Refused(str(error)) from None
-        return attribute(corpus).parent
+        return attribute(corpus, self.store).parent
 
     # ---- what is accepted and not yet answered, on disk
 

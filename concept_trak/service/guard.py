@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ..errors import UserError
 from .counts import Counts
@@ -105,7 +105,7 @@ class Guard:
                 more = [
                     (k.encode(), v.encode()) for k, v in SAFE.items() if k.encode() not in there
                 ]
-                message = message | {"headers": [*message["headers"], *more]}
+                message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
         try:
@@ -125,10 +125,10 @@ class Guard:
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """TurnedAway for a request that may not ask."""
         host = headers.get("host", "")
-        if not self.limits.token and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if not self.limits.token and not is_loopback(_place(f"//{host}").hostname or ""):
             raise TurnedAway(421, "this service answers to the names of this machine alone")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin).netloc.lower() != host.lower():
             raise TurnedAway(403, "a page of another site may not ask this service")
         if self.limits.token and scope["path"] not in OPEN and not self._knows(headers):
             raise TurnedAway(
@@ -154,7 +154,7 @@ class Guard:
         most = self.limits.body_bytes
         too_large = TurnedAway(413, f"the body of a request may have {most} bytes at most")
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > most:
+        if length.isdecimal() and (len(length) > 12 or int(length) > most):
             raise too_large
         body, more = b"", "content-length" in headers or "transfer-encoding" in headers
         deadline = time.monotonic() + self.limits.body_timeout
@@ -179,6 +179,14 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return again
+
+
+def _place(address: str) -> SplitResult:
+    """The parts of an address; empty ones for what is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 async def refuse(refusal: TurnedAway, send: Send) -> None:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 
 from ..attribution.answer import caption_fits
 from ..attribution.corpus import Corpus
-from ..attribution.train_grad import open_store
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
@@ -23,8 +22,9 @@ from ..report.index import PAGE, QUESTION
 from ..report.pictures import data_uri, load_pictures
 from ..report.scores import CSV, NPY
 from ..scoring.ranking import ranking
+from ..store.shards import Store
 
-MEND = "ask again with FORCE_RECOMPUTE_CONCEPT_GRAD=1"
+MEND = "remove its folder and ask again"
 METRICS = "metrics.json"
 
 
@@ -99,9 +99,9 @@ class ErrorTold(BaseModel):
 class Teller:
     """Tells answers about the train pictures of a corpus."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, store: Store) -> None:
         self.data: ImageCaptionDataset = corpus.train
-        self.fit = caption_fits(corpus, open_store(corpus))
+        self.fit = caption_fits(corpus, store)
         self.digest = pictures_digest(self.data)
 
     def told(self, folder: Path, thumbnails: str = "links") -> dict[str, Any]:

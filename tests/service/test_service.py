@@ -4,12 +4,14 @@ for every mistake; nothing that was accepted is lost.
 
 import asyncio
 import base64
+import contextlib
 import csv
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -119,10 +121,10 @@ def gate(monkeypatch):
     """The worker waits until the gate opens; `asked` holds the prompts that it was given."""
     opened, asked, own = threading.Event(), [], desks.attribute
 
-    def waiting(corpus):
+    def waiting(corpus, store):
         asked.append(corpus.settings.prompt)
         assert opened.wait(30)
-        return own(corpus)
+        return own(corpus, store)
 
     monkeypatch.setattr(desks, "attribute", waiting)
     yield SimpleNamespace(open=opened.set, asked=asked)
@@ -182,7 +184,7 @@ def test_an_answer_has_the_form_that_is_described(shared):
 def test_an_answer_that_is_there_is_not_made_again(served, flags, monkeypatch):
     given = {"prompt": ASKED["prompt"], "target_concepts": "cat,blob"}
     assert run("attribute", flags, results_dir=served.desk.folder.parent, **given) == 0
-    monkeypatch.setattr(desks, "attribute", lambda _: pytest.fail("made again"))
+    monkeypatch.setattr(desks, "attribute", lambda *_: pytest.fail("made again"))
     first = served.ask()
     assert first.status_code == 200 and first.json() == served.ask().json()
     assert served.client.get(f"/answers/{first.json()['id']}").json() == first.json()
@@ -296,7 +298,7 @@ def test_a_question_that_cannot_be_written_down_is_not_accepted(served, gate, fu
 
 def test_a_fault_is_one_sentence_and_the_next_question_is_answered(served, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(desks, "attribute", lambda _: 1 / 0)
+        broken.setattr(desks, "attribute", lambda *_: 1 / 0)
         told = served.ask()
         assert told.status_code == 500
         assert told.json() == {
@@ -470,7 +472,8 @@ def test_a_token_that_cannot_guard_is_refused():
 def test_a_page_of_another_site_may_not_ask(shared):
     refused = shared.client.get("/concepts", headers={"Host": "evil.example"})
     assert refused.status_code == 421 and one_sentence(refused)
-    for origin in ("http://evil.example", "null", "http://127.0.0.1.evil.example"):
+    assert shared.client.get("/concepts", headers={"Host": "[::1"}).status_code == 421
+    for origin in ("http://evil.example", "null", "http://127.0.0.1.evil.example", "http://["):
         refused = shared.client.post("/answers", json=ASKED, headers={"Origin": origin})
         assert refused.status_code == 403 and one_sentence(refused)
     assert shared.client.get("/concepts", headers={"Origin": HERE}).status_code == 200
@@ -659,7 +662,12 @@ def asking(address, count, folder, found):
 
 
 def test_a_signal_stops_it_after_every_accepted_request_is_answered(corpus, tmp_path, capfd):
-    served, found = Served(corpus, tmp_path / "results", queue_length=9), []
+    served, found, garbage = Served(corpus, tmp_path / "results", queue_length=9), [], []
+
+    def raw(sent):
+        with socket.create_connection(bound_at, 60) as via, contextlib.suppress(ConnectionError):
+            via.sendall(sent)
+            return via.recv(1000)
 
     def ask_and_end():
         while True:
@@ -668,6 +676,7 @@ def test_a_signal_stops_it_after_every_accepted_request_is_answered(corpus, tmp_
                 break
             except OSError:
                 time.sleep(0.02)
+        garbage.extend(map(raw, (b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000)))
         threads = asking(address, 3, tmp_path / "results", found)
         answered = len(found)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -676,12 +685,13 @@ def test_a_signal_stops_it_after_every_accepted_request_is_answered(corpus, tmp_
         found.append(answered)
 
     with command.listening("127.0.0.1", 0) as bound:
-        address = command.address_of(bound)
+        address, bound_at = command.address_of(bound), bound.getsockname()
         helper = threading.Thread(target=ask_and_end)
         helper.start()
         with ended_by_sigterm():
             command.run(served.app, served.desk, bound)
     helper.join()
+    assert all(g is None or g.startswith(b"HTTP/1.1 400") for g in garbage) and garbage[0]
     assert found.pop() < 3  # or it would have been no stop in the middle
     assert [status for status, _ in found] == [200] * 3, found
     assert "every accepted question is answered" in capfd.readouterr().out
