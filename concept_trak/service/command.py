@@ -48,6 +48,7 @@ def serve(settings: Settings, device: str) -> None:
         app = make_app(desk, Limits(token, s.body_bytes, s.body_timeout), counts)
         if taken := desk.resume():
             say(f"{taken} questions that an ended service had accepted are answered first")
+        bound.listen(CONNECTIONS)  # who reads the line may connect at once, and is then served
         print(f"service: {address_of(bound)}", flush=True)
         run(app, desk, bound)
 

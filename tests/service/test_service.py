@@ -699,6 +699,23 @@ def test_a_signal_stops_it_after_every_accepted_request_is_answered(corpus, tmp_
         urllib.request.urlopen(f"{address}/health", timeout=5)
 
 
+def test_who_reads_the_address_can_connect_at_once(corpus, tmp_path, monkeypatch, capfd):
+    connected = []
+
+    def run(app, desk, bound):
+        address = capfd.readouterr().out.split("service: ")[1].strip()
+        assert address == command.address_of(bound)
+        socket.create_connection(bound.getsockname(), 10).close()
+        connected.append(desk.length)
+        desk.close()
+
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(command, "Corpus", lambda settings, device: corpus.with_settings(settings))
+    given = {"results_dir": str(tmp_path), "listen_port": 0, "queue_length": 7}
+    command.serve(corpus.settings.but(**given), "cpu")
+    assert connected == [7]
+
+
 @pytest.mark.slow
 def test_a_killed_service_leaves_its_questions_to_the_next(process, tmp_path):
     service, address = process()
