@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +353,36 @@ class Components:
 
 
 @dataclass(frozen=True)
+class Service:
+    """How questions are taken over HTTP."""
+
+    listen_host: str = option(
+        "127.0.0.1", "address to listen at; any but this machine's own needs API_TOKEN"
+    )
+    listen_port: int = option(8000, "port to listen at; 0: any free one", low=0, high=65535)
+    queue_length: int = option(
+        32,
+        "waiting beside the one that is being answered; more are told to come again",
+        "questions",
+        low=0,
+        high=10_000,
+    )
+    answer_wait: float = option(
+        60.0,
+        "how long a request waits for its answer before it is told where it will be",
+        "seconds",
+        low=0,
+        high=86_400,
+    )
+    body_timeout: float = option(
+        10.0, "how long the body of a request may take to arrive", "seconds", low=0.1, high=3600
+    )
+    body_bytes: int = option(
+        2**16, "of the body of a request, at most", "bytes", low=256, high=2**24
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run depends on, by stage; each field can be read by its own name, too.
 
@@ -374,6 +404,7 @@ class Settings:
     tasks: Tasks = Tasks()
     truth: Truth = Truth()
     components: Components = Components()
+    service: Service = Service()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
@@ -499,8 +530,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@cache
 def _git_commit() -> str | None:
-    """Of the checkout; None for an installed package, wherever it is called."""
+    """Of the checkout when it was first asked for: what is changed there later is not what a
+    process runs. None for an installed package, wherever it is called.
+    """
     import subprocess
 
     def run(*args: str) -> str:

@@ -27,10 +27,12 @@ from ..attribution.plan import question_folder
 from ..attribution.prompts import target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
+from ..datasets import ImageCaptionDataset
 from ..files import atomic_folder, make_folder, write_bytes, write_json
 from ..flags import command
 from ..settings import ROOT, STAGES, Settings, as_dict, digest
 from ..store.cached import cached_array
+from ..store.shards import Store
 from .index import PAGE, QUESTION, write_index
 from .page import write_report
 from .results import write_results
@@ -40,8 +42,9 @@ from .shown import Links, OfConcept, Shown
 ROWS = ".rows"  # folder of the query rows, beside the answers
 
 
-def attribute(corpus: Corpus) -> Path:
-    """Answer the settings of `corpus` and write it; returns the path of report.html.
+def attribute(corpus: Corpus, store: Store | None = None) -> Path:
+    """Answer the settings of `corpus` and write it; returns the path of report.html. store: see
+    `answer`.
 
     Query rows and the picture are kept beside the answers by what they were made from, so that
     another damping, or another number of pictures, does not make them again.
@@ -75,7 +78,7 @@ def attribute(corpus: Corpus) -> Path:
             x0 = cached_array(path, made_from, draw, force=True)
         return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
 
-    found, weights = answer(corpus, kept_rows, kept_picture), None
+    found, weights = answer(corpus, kept_rows, kept_picture, store), None
     if s.weights:
         from .weights_section import of_concepts  # diffusion, which a page does without
 
@@ -104,7 +107,7 @@ def write_answer(
         found.fit,
         _links(found, folder),
         weights,
-        command("attribute", s, tuple(STAGES), weights="1"),
+        command("attribute", s, [name for name in STAGES if name != "service"], weights="1"),
     )
     with atomic_folder(folder) as made:
         for i, (question, concept) in enumerate(zip(found.questions, found.concepts, strict=True)):
@@ -146,7 +149,6 @@ def _links(found: Answer, folder: Path) -> Links:
 def _asked(found: Answer) -> dict[str, Any]:
     """What the explorer and the index read of an answer."""
     data = found.dataset
-    names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
     return {
         "targets": [q.words for q in found.questions],
         "negatives": [q.minus for q in found.questions],
@@ -157,9 +159,15 @@ def _asked(found: Answer) -> dict[str, Any]:
         "warnings": found.warnings,
         "pictures": {
             "root": str(data.root.resolve()).removeprefix(f"{ROOT}/"),
-            "digest": digest([names, data.captions]),
+            "digest": pictures_digest(data),
         },
     }
+
+
+def pictures_digest(data: ImageCaptionDataset) -> str:
+    """Of the names and captions of pictures, in their order."""
+    names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
+    return digest([names, data.captions])
 
 
 def save_query(folder: Path, asked: Picture, meta: dict) -> None:

@@ -17,7 +17,10 @@ from .page import environment
 
 PAGE, QUESTION = "report.html", "question.json"
 # in columns of their own, or without effect on the answer
-TOLD = {"prompt", "target_concepts", "seed", "top_k", "render_leastk", *NOT_DECIDING} - {"methods"}
+TOLD = {"prompt", "target_concepts", "seed", "top_k", "render_leastk", *NOT_DECIDING} - {
+    "methods",
+    "weights",
+}
 
 
 def write_index(newest: Path) -> None:
