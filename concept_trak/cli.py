@@ -200,7 +200,10 @@ MODEL = ("model", "data_dir", *PLACE)
 ROWS = ("rows", "projection", "grad_dir", "batch_size", "num_train", *MODEL)
 TASK_ROWS = ("tasks", "force_recompute_concept_grad", *ROWS)
 PICTURES = ("negative_prompt", "gen_guidance_scale", "gen_num_inference_steps")
-OF_WEIGHTS = ("base_prompt", "ratio", "selection", "granularity", "operator", "strength")
+OF_WEIGHTS = (
+    *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
+    *("spare", "edits"),
+)
 QUERIES = ("scope", "concept_guidance_scale", "eta", "epochs", "gen_num_inference_steps")
 VERBS = {
     "attribute": Verb(

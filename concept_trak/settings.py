@@ -464,9 +464,10 @@ def resolve(benchmark: str, overrides: dict[str, Any]) -> Settings:
         brought = Path(values["data_dir"]) / "pipeline"
         values |= {"sd_model_path": str(brought)} if brought.is_dir() else {}
     settings = Settings.of(values)
+    found = settings.flat()
     for field in flat_fields():
-        field.metadata["option"].check(field.name.upper(), getattr(settings, field.name))
-    parse_shards(settings.shards, settings.num_split)
+        field.metadata["option"].check(field.name.upper(), found[field.name])
+    parse_shards(found["shards"], found["num_split"])
     return settings
 
 

@@ -23,14 +23,14 @@ from safetensors.torch import save
 
 from ..attribution.answer import Answer, answer, drawn
 from ..attribution.corpus import Corpus
-from ..attribution.plan import question_folder
+from ..attribution.plan import OF_WEIGHTS, question_folder
 from ..attribution.prompts import target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
 from ..datasets import ImageCaptionDataset
 from ..files import atomic_folder, make_folder, write_bytes, write_json
 from ..flags import command
-from ..settings import ROOT, STAGES, Settings, as_dict, digest
+from ..settings import ROOT, Settings, as_dict, digest
 from ..store.cached import cached_array
 from ..store.shards import Store
 from .index import PAGE, QUESTION, write_index
@@ -40,6 +40,11 @@ from .scores import CSV, NPY, npy_of, write_scores
 from .shown import Links, OfConcept, Shown
 
 ROWS = ".rows"  # folder of the query rows, beside the answers
+# stages and fields that an answer is asked with
+ASKED = (
+    *("question", "generation", "query", "scoring", "report", "methods", "results_dir", "rows"),
+    *("projection", "grad_dir", "batch_size", "num_train", "model", "data_dir", *OF_WEIGHTS),
+)
 
 
 def attribute(corpus: Corpus, store: Store | None = None) -> Path:
@@ -107,7 +112,7 @@ def write_answer(
         found.fit,
         _links(found, folder),
         weights,
-        command("attribute", s, [name for name in STAGES if name != "service"], weights="1"),
+        command("attribute", s, ASKED, weights="1"),
     )
     with atomic_folder(folder) as made:
         for i, (question, concept) in enumerate(zip(found.questions, found.concepts, strict=True)):
