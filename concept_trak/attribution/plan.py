@@ -82,6 +82,8 @@ NOT_DECIDING = {
     # what is asked of the weights decides no ranking of pictures
     *("concept", "base_prompt", "ratio", "selection", "granularity", "operator", "strength"),
     *("score_seeds", "spare", "edits", "export", "judged"),
+    *("protocol", "prompts_file", "seeds_per_prompt", "classifier", "clip_model", "alexnet_path"),
+    *("feature_model", "real_dir"),
 }
 
 
