@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from concept_trak import cli
 from concept_trak.components.edits import load_edit, make_edit, save_edit
 from concept_trak.evaluation.cad.protocol import (
+    found,
     frechet,
     lpips,
     networks,
@@ -261,12 +262,12 @@ class Detector:
     """Finds by the brightness of a picture what NudeNet finds by its network."""
 
     def detect(self, path):
-        found = [{"class": "FACE_FEMALE", "score": 0.9}, {"class": "ANUS_EXPOSED", "score": 0.5}]
+        seen = [{"class": "FACE_FEMALE", "score": 0.9}, {"class": "ANUS_EXPOSED", "score": 0.5}]
         if np.asarray(Image.open(path)).mean() > 120:
-            found += [{"class": "FEET_EXPOSED", "score": 0.6}] * 2
+            seen += [{"class": "FEET_EXPOSED", "score": 0.6}] * 2
         if np.asarray(Image.open(path))[..., 0].mean() > 120:
-            found += [{"class": "MALE_BREAST_EXPOSED", "score": 0.51}]
-        return found
+            seen += [{"class": "MALE_BREAST_EXPOSED", "score": 0.51}]
+        return seen
 
 
 def test_nudity_counts_detections_above_the_threshold(given, capsys, monkeypatch):
@@ -399,12 +400,26 @@ def test_the_frechet_distance_is_the_closed_form_and_its_interval_holds_it():
     a, b = torch.tensor(a), torch.tensor(b)
     assert frechet.frechet(a, b) == pytest.approx(wanted, rel=1e-8)
     assert frechet.frechet(a, a) == pytest.approx(0, abs=1e-8)
-    (found,) = frechet.jackknife(500, lambda places: np.array([frechet.frechet(a, b[places])]))
+    (whole,) = frechet.jackknife(500, lambda places: np.array([frechet.frechet(a, b[places])]))
     true = 3 * (0.4**2 + 0.3**2)  # of the distributions that they were drawn from
-    assert found["value"] == pytest.approx(wanted) and found["ci95"][0] < true < found["ci95"][1]
+    assert whole["value"] == pytest.approx(wanted) and whole["ci95"][0] < true < whole["ci95"][1]
     (mean,) = frechet.jackknife(500, lambda places: np.array([b[places, 0].mean()]))
     half = (mean["ci95"][1] - mean["ci95"][0]) / 2  # of a mean: t_9 x its standard error, about
     assert half == pytest.approx(2.26 * float(b[:, 0].std()) / 500**0.5, rel=0.5)
+
+
+def test_shares_have_intervals_that_cover_and_never_no_width():
+    for hits in (np.zeros(8), np.ones(8)):
+        for figure in found.shares(hits, 1 - hits).values():
+            assert figure["ci95"][1] - figure["ci95"][0] > 0.1 and holds(figure)
+    rng, held = np.random.default_rng(0), np.zeros(3)
+    for _ in range(400):  # of pairs that agree more often than not
+        before = rng.random(40) < 0.7
+        after = np.where(rng.random(40) < 0.5, before, rng.random(40) < 0.2)
+        true = {"original": 0.7, "edited": 0.45, "change": -0.25}
+        figures = found.shares(before, after)
+        held += [figures[k]["ci95"][0] <= v <= figures[k]["ci95"][1] for k, v in true.items()]
+    assert (held / 400 > 0.925).all() and (held / 400 < 0.99).all(), held / 400
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -480,15 +495,15 @@ def test_prompts_are_read_as_the_published_files_have_them(name, tmp_path):
     (tmp_path / name).write_text(text, "utf-8")
     sentences = () if name == "i2p.csv" else objects.Objects.sentences
     settings = resolve("own", {"seed": 1, "seeds_per_prompt": 2, "gen_guidance_scale": 5.0})
-    found = prompts.asks(settings, prompts.read_lines(tmp_path / name, sentences))
-    assert [(a.prompt, a.seed, a.guidance, a.of) for a in found] == wanted
+    asked = prompts.asks(settings, prompts.read_lines(tmp_path / name, sentences))
+    assert [(a.prompt, a.seed, a.guidance, a.of) for a in asked] == wanted
 
 
 def test_num_queries_bounds_the_lines_of_each_class():
     lines = prompts.fill(("a {}", "the {}", "one {}"), ("cat", "dog"))
     settings = resolve("own", {"num_queries": 2, "seeds_per_prompt": 1})
-    found = [ask.prompt for ask in prompts.asks(settings, lines)]
-    assert found == ["a cat", "the cat", "a dog", "the dog"]
+    asked = [ask.prompt for ask in prompts.asks(settings, lines)]
+    assert asked == ["a cat", "the cat", "a dog", "the dog"]
 
 
 BAD_FILES = {

@@ -1,4 +1,8 @@
-"""What a protocol found: rows with intervals over pictures, and how they are shown."""
+"""What a protocol found: rows with 95 % intervals over pictures, and how they are shown.
+
+Means and totals have bootstrap intervals. Shares have Wilson's, and changes of shares Bonett and
+Price's (2012), for a bootstrap of pictures that are all hits, or all none, has no width at all.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest, norm
 
 from ....scoring.metrics import resampled_means
 from ..cells import rate
@@ -53,6 +58,29 @@ def paired(before: np.ndarray, after: np.ndarray, total: bool = False) -> dict[s
     """
     each = {"original": before, "edited": after, "change": np.asarray(after) - np.asarray(before)}
     return {name: times(rate(v), len(v) if total else 1) for name, v in each.items()}
+
+
+def share(hits: np.ndarray) -> Figure:
+    """Share of hits, 0 or 1 a picture [n], with Wilson's interval."""
+    hits = np.asarray(hits, dtype=bool)
+    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
+    return {"value": float(hits.mean()), "ci95": [float(found.low), float(found.high)]}
+
+
+def shares(before: np.ndarray, after: np.ndarray) -> dict[str, Figure]:
+    """Shares of hits [n] among the same pictures of both pipelines, and their change.
+
+    Of n pairs g gained and l lost the hit; with p = (g + 1) / (n + 2), q = (l + 1) / (n + 2) the
+    change's interval is p - q -+ z sqrt((p + q - (p - q)^2) / (n + 2)).
+    """
+    one, other = (np.asarray(hits, dtype=bool) for hits in (before, after))
+    n = len(one)
+    p, q = (other & ~one).sum() + 1, (one & ~other).sum() + 1
+    p, q = p / (n + 2), q / (n + 2)
+    half = norm.ppf(0.975) * np.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    ends = [float(np.clip(p - q + sign * half, -1, 1)) for sign in (-1, 1)]
+    change = {"value": float(other.mean() - one.mean()), "ci95": ends}
+    return {"original": share(one), "edited": share(other), "change": change}
 
 
 def times(figure: Figure, factor: float) -> Figure:

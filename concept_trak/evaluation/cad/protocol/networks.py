@@ -35,12 +35,9 @@ def need(module: str) -> Any:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a shared library that is not there
         what = module.partition(".")[0]
-        told = (
-            f"{what} is not installed"
-            if getattr(error, "name", "") == what
-            else f"{what} fails ({error})"
-        )
-        raise UserError(f"{told}; install it with: pip install {EXTRA}") from None
+        absent = getattr(error, "name", "") == what
+        told = "is not installed" if absent else f"does not start ({error})"
+        raise UserError(f"{what} {told}; install it with: pip install {EXTRA}") from None
 
 
 class Pretrained:
@@ -196,8 +193,8 @@ def _pooled(network: Pretrained, pictures: list) -> torch.Tensor:
 class Inception:
     """The network of the standard FID (torch-fidelity's port of the 2015 graph), 2048 features.
 
-    weights: pt_inception-2015-12-05-6726825d.pth, a file that holds tensors alone. Needs
-    torch-fidelity, and that torchvision.
+    weights: torch-fidelity's weights-inception-2015-12-05-6726825d.pth, which holds tensors alone.
+    Needs torch-fidelity, and that torchvision. UserError without them.
     """
 
     def __init__(self, weights: Path, device: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ....settings import Settings
-from .found import Found, paired
+from .found import Found, paired, shares
 from .networks import need
 from .prompts import Ask, Line
 
@@ -71,7 +71,7 @@ class Nudity:
         for name, labels in (("nine labels", slice(None)), ("six labels", strict)):
             hits = [(c[:, labels].sum(1) > 0).astype(float) for c in counts]
             key = name.replace(" ", "_")
-            found.line[f"share_{key}"] = paired(*hits)
+            found.line[f"share_{key}"] = shares(*hits)
             found.add(name, "share of pictures with any", n, **found.line[f"share_{key}"])
             totals = paired(*(c[:, labels].sum(1) for c in counts), total=True)
             found.line[f"detections_{key}"] = totals

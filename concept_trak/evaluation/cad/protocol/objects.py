@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from ....settings import Settings
-from ..cells import rate
-from .found import Found, paired
+from .found import Found, share, shares
 from .networks import Classifier
 from .prompts import Ask, Line, fill
 
@@ -59,14 +58,14 @@ class Objects:
         found.scores = {"right_original": right[0], "right_edited": right[1]}
         for role, which in (("erased", gone), ("kept", ~gone)):
             if which.any():
-                found.add("all", role, int(which.sum()), **paired(*(r[which] for r in right)))
+                found.add("all", role, int(which.sum()), **shares(*(r[which] for r in right)))
         for name in dict.fromkeys(of.tolist()):
             which = of == name
             role = "erased" if name in erased else "kept"
-            found.add(name, role, int(which.sum()), **paired(*(r[which] for r in right)))
-        found.line = {"ua": rate(1 - right[1][gone]) if gone.any() else None, "kept": None}
+            found.add(name, role, int(which.sum()), **shares(*(r[which] for r in right)))
+        found.line = {"ua": share(1 - right[1][gone]) if gone.any() else None, "kept": None}
         if not gone.all():
-            found.line["kept"] = paired(*(r[~gone] for r in right))
+            found.line["kept"] = shares(*(r[~gone] for r in right))
         if gone.any():
             names = Counter(str(self.classifier.labels[int(i)]) for i in tops[1][gone])
             found.line["became"] = dict(names.most_common(NAMED))
