@@ -5,6 +5,7 @@ measure, and independent computations of what they must find.
 import csv
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -463,13 +464,46 @@ def test_retention_scores_captions_and_compares_features(given, nets, real, tmp_
     assert "not to be compared with published FIDs" in out and "biased upwards" in out
 
 
-def test_the_inception_of_the_standard_fid_is_named_where_it_is_missing(given, tmp_path, capsys):
-    pytest.importorskip("torchmetrics")
-    try:
-        import torch_fidelity  # noqa: F401
-    except ImportError:
-        assert main(given, protocol="retention", feature_model=tmp_path / "inception.pth") == 2
-        assert "pip install torch-fidelity" in capsys.readouterr().err
+class StandInInception(torch.nn.Module):
+    """Takes uint8 pictures and a file of weights, as torch-fidelity's network does."""
+
+    def __init__(self, name, features_list, weights_path):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.load(weights_path, weights_only=True)["weight"])
+        assert (name, features_list) == ("inception-v3-compat", ["2048"])
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8
+        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1) @ self.weight
+
+
+def test_the_standard_fid_is_of_inceptions_features(given, tmp_path, capsys, monkeypatch):
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    file = tmp_path / "inception.pth"
+    given |= {"protocol": "retention", "feature_model": file, "seeds_per_prompt": 1}
+    refused(given, "curl -LO https://github.com/toshas/torch-fidelity", capsys)
+    torch.save({"weight": torch.randn(12, 5), "code": print}, file)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    refused(given, "pip install torch-fidelity", capsys)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", StandInInception)
+    refused(given, "holds more than tensors", capsys)
+    torch.save({"weight": torch.randn(12, 5)}, file)
+    (tmp_path / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 256, (16, 20 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"real/{i}.png")
+    assert main(given, real_dir=tmp_path / "real") == 0
+    out = capsys.readouterr().out
+    _, before, _ = pairs(given)
+    net, features = StandInInception("inception-v3-compat", ["2048"], file), []
+    for files in (sorted((tmp_path / "real").iterdir()), before):
+        x = [torch.tensor(np.array(Image.open(f))).permute(2, 0, 1)[None] for f in files]
+        features.append(torch.cat([net(each) for each in x]).detach())
+    figure = json.loads(out.strip().splitlines()[-1])["frechet"]["original"]
+    assert figure["value"] == pytest.approx(frechet.frechet(*features), rel=1e-4)
+    assert "published FIDs" not in out
 
 
 FILES = {  # name: (text, what it holds)

@@ -4,8 +4,8 @@
 
 f_l is the output of the l-th of AlexNet's five convolutions after its ReLU, w_l >= 0 are the linear
 heads that the authors fitted to human judgements. Written from the equation, for the packages that
-have it (lpips, torchmetrics) need torchvision; equal to torchmetrics' on equal weights (test).
-The heads come with torchmetrics, AlexNet's weights from the user.
+have it (lpips, torchmetrics) take AlexNet's layers from torchvision; equal to torchmetrics' on
+equal weights (test). The heads come with torchmetrics, AlexNet's weights from the user.
 """
 
 from __future__ import annotations

@@ -27,6 +27,10 @@ USUAL = {  # what a message offers in place of a folder that cannot be used
     "CLIP_MODEL": "openai/clip-vit-base-patch32",
     "FEATURE_MODEL": "facebook/dinov2-base",
 }
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
 
 
 def need(module: str) -> Any:
@@ -201,6 +205,8 @@ class Inception:
         from ....models.tokens import read_tensors
 
         fid = need("torchmetrics.image.fid")
+        if not weights.is_file():
+            raise UserError(f"FEATURE_MODEL={weights} is missing; get it: curl -LO {INCEPTION_URL}")
         try:
             importlib.import_module("torch_fidelity")
         except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch
