@@ -83,6 +83,8 @@ NOT_DECIDING = {
     *("concept", "base_prompt", "ratio", "selection", "granularity", "operator", "strength"),
     *("score_seeds", "spare", "edits", "export", "judged"),
     *("listen_host", "listen_port", "queue_length", "answer_wait", "body_timeout", "body_bytes"),
+    *("protocol", "prompts_file", "seeds_per_prompt", "classifier", "clip_model", "alexnet_path"),
+    *("feature_model", "real_dir"),
 }
 
 
