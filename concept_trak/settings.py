@@ -383,6 +383,32 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Protocols:
+    """The published protocols for edited pipelines."""
+
+    protocol: str = option(
+        "objects",
+        "what is measured: objects, nudity, styles, retention",
+        choices=("objects", "nudity", "styles", "retention"),
+    )
+    prompts_file: str = option("", "prompts (.csv, COCO's .json, .txt); empty: a few of our own")
+    seeds_per_prompt: int = option(8, "of a prompt that has no seed of its own", "pictures", low=1)
+    classifier: str = option(
+        "microsoft/resnet-50", "folder or hub id of transformers that names ImageNet's classes"
+    )
+    clip_model: str = option(
+        "openai/clip-vit-base-patch32", "folder or hub id of the CLIP that scores captions"
+    )
+    alexnet_path: str = option("", "file of AlexNet's weights, for LPIPS")
+    feature_model: str = option(
+        "",
+        "whose features the Frechet distance compares: folder or hub id of transformers, or the "
+        ".pth of FID's Inception; empty: CLIP_MODEL's",
+    )
+    real_dir: str = option("", "folder of real pictures to compare with; empty: none")
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run depends on, by stage; each field can be read by its own name, too.
 
@@ -405,6 +431,7 @@ class Settings:
     truth: Truth = Truth()
     components: Components = Components()
     service: Service = Service()
+    protocols: Protocols = Protocols()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:

@@ -595,6 +595,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "cad-verify",
         "cad-replay",
         "cad-counterfactual",
+        "cad-protocol",
         "cad-bench-sd14",
     }
     assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}

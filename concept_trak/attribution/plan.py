@@ -88,6 +88,8 @@ NOT_DECIDING = {
     *OF_WEIGHTS,
     *("concept", "export", "judged", "target_ua", "min_retention", "weights"),
     *("listen_host", "listen_port", "queue_length", "answer_wait", "body_timeout", "body_bytes"),
+    *("protocol", "prompts_file", "seeds_per_prompt", "classifier", "clip_model", "alexnet_path"),
+    *("feature_model", "real_dir"),
 }
 
 

@@ -1,7 +1,7 @@
-"""`concept-trak cad-eval`, `cad-verify`, `cad-replay`, `cad-counterfactual`, `cad-bench-sd14`: the
-table of component attribution on the embedded model, an edit with its certificate, scores split
-over the pictures of a training, edits beside retraining, and what scores cost on the architecture
-of Stable Diffusion.
+"""`concept-trak cad-eval`, `cad-verify`, `cad-replay`, `cad-counterfactual`, `cad-protocol` and
+`cad-bench-sd14`: the table of component attribution on the embedded model, an edit with its
+certificate, scores split over the pictures of a training, edits beside retraining, the published
+protocols for an edited Stable Diffusion, and what scores cost on its architecture.
 
 The last line of output is one JSON object; experiments/cad/README.md explains it.
 """
@@ -40,6 +40,12 @@ def add_parser(verbs: Any) -> None:
     uses = ("selection", "ratio", "granularity", "score_seeds", "replay_steps", "truth_dir")
     add_setting_flags(sub, (*uses, "results_dir", "model", "data_dir", "device", "gpu_id"))
     sub.set_defaults(run=run_counterfactual)
+    says = "Measure an edited pipeline by a published protocol: objects, nudity, styles, retention."
+    sub = verbs.add_parser("cad-protocol", help=says, description=says)
+    uses = ("protocols", "edits", "concept", "num_queries", "seed", "gen_guidance_scale")
+    uses += ("gen_num_inference_steps", "negative_prompt", "num_split", "shards", "batch_size")
+    add_setting_flags(sub, (*uses, "sd_model_path", "dtype", "results_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run_protocol)
     says = "Time component scores on the architecture of Stable Diffusion, with random weights."
     sub = verbs.add_parser("cad-bench-sd14", help=says, description=says)
     add_setting_flags(sub, ("selection", "device", "gpu_id"))
@@ -89,6 +95,17 @@ def run_verify(arguments: argparse.Namespace) -> None:
     words_of(given)  # an unknown concept is told before a model is loaded
     device = pick_device(given.device, given.gpu_id)
     print(json.dumps(certify(given.on(device), device)))
+
+
+def run_protocol(arguments: argparse.Namespace) -> None:
+    """Draw, measure, print the table and its line."""
+    given = settings_of(arguments)
+    from ...models.device import pick_device
+    from .protocol.run import protocol
+
+    device = pick_device(given.device, given.gpu_id)
+    if line := protocol(given.on(device), device):
+        print(json.dumps(line))
 
 
 def run(arguments: argparse.Namespace) -> None:
