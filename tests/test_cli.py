@@ -597,6 +597,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "cad-counterfactual",
         "cad-protocol",
         "cad-bench-sd14",
+        "bench-service",
     }
     assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}
     flags = {f"--{name.replace('_', '-')}" for name in names()}
