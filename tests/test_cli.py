@@ -766,7 +766,7 @@ def test_a_finished_shard_that_is_damaged_is_told_instead_of_nothing_to_compute(
         path.write_bytes(content)
         capfd.readouterr()
         assert run("train-grad", computed) == 2
-        assert "the train gradients with SHARDS=1 REPAIR=1" in capfd.readouterr().err
+        assert "make that shard again: SHARDS=1 REPAIR=1 " in capfd.readouterr().err
         assert run("train-grad", computed, shards="0") == 0
         assert run("train-grad", computed, shards="1", repair="1") == 0
         assert path.read_bytes() == good

@@ -33,7 +33,9 @@ def shifts(
 ) -> torch.Tensor:
     """lambda = damping * trace(K) / k: [D] float64. UserError for a store of zeros."""
     if not trace > 0:
-        raise UserError("every row of the store is zero: nothing can be attributed")
+        raise UserError(
+            "every row of the store is zero, so nothing can be attributed; set GRAD_DIR to another"
+        )
     return torch.tensor(dampings, dtype=torch.float64, device=device) * (float(trace) / dim)
 
 
@@ -102,7 +104,7 @@ def gram(store: Store, budget: Budget) -> torch.Tensor:
     dtype = torch.float64 if 8 * values <= memory // 2 else torch.float32
     if 4 * values > 0.8 * memory:
         raise UserError(
-            f"K takes {4 * values / 2**30:.1f} GiB: raise max_memory or use krylov_rows"
+            f"K takes {4 * values / 2**30:.1f} GiB; raise MAX_MEMORY or use krylov_rows"
         )
     path, identity = gram_path(store, dtype), {"store": store.checksum, "dtype": str(dtype)}
     known = read_cached(path, identity) if budget.cache else None

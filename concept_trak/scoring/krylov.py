@@ -63,8 +63,9 @@ def krylov_solutions(
             worst = lambdas[int(residual.max(dim=1).values.argmax())]
             raise UserError(
                 f"the Krylov solver reached a relative residual of {residual.max():.1e} at lambda "
-                f"= {worst:.1e} after {iterations} iterations: drop the smallest dampings or use "
-                "method primal or dual"
+                f"= {worst:.1e} after {iterations} iterations; raise MAX_MEMORY or lower "
+                "PROJ_DIM, so "
+                "that it is solved directly"
             )
         solved.append(solution)
     return torch.cat(solved, dim=1)
