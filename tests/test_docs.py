@@ -128,6 +128,7 @@ def test_what_the_start_and_the_tour_call_does_what_they_say(tiny, tmp_path_fact
     (root / "my_pictures/captions.txt").write_text("\n".join(told))
     for line in [line for line in RUN if script_of(line) in TINY]:
         asked = line.replace("my_pictures", str(root / "my_pictures"))
+        asked = asked.replace("data/emoji/pipeline", str(tiny["SD_MODEL_PATH"]))
         own = "my_pictures" in line
         given = {k: v for k, v in tiny.items() if not (own and k in ("DATA_DIR", "GRAD_DIR"))}
         given |= {"DATA_DIR": root / "encoded", "GRAD_DIR": root / "own"} if own else {}
