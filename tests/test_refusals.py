@@ -37,8 +37,9 @@ VARIABLE = re.compile(r"\b[A-Z][A-Z_0-9]+\b")
 
 # ---- what a text may end in
 RUN = re.compile(
-    r"(?:bash (?:scripts/\S+|requirements\.sh)|python -m \S+|pip install \S+|git checkout -- \S+"
-    r"|git pull|rm (?:-r )?\S+|\{option\}\{.*\}|unset \S+)$"
+    r"(?:bash (?:scripts/\S+(?: my_pictures)?|requirements\.sh)"
+    r"|python -m \S+|pip install \S+|git checkout -- \S+"
+    r"|git pull|rm (?:-r )?\S+|conda env remove .*|\{option\}\{.*\}|unset \S+)$"
 )
 DO = re.compile(
     r"\b(?:set|unset|lower|raise|write|give|leave|name|use|remove|shorten|mend|make|choose|run)\b"
@@ -205,6 +206,21 @@ def test_every_refusal_of_the_package_ends_in_what_to_run_or_to_change(refusals,
             bad.append(f"{site.path}:{site.line}: {text}")
     assert not bad, "\n".join(bad)
     assert passed_on == PASSED_ON
+
+
+def test_every_refusal_of_the_scripts_does_so_too(variables):
+    found = {}
+    for path in [*(ROOT / "scripts").rglob("*.sh"), ROOT / "requirements.sh"]:
+        source = re.sub(r'" \\\n\s*"', " ", path.read_text())  # a text over several lines
+        shown = {f"${k}": v for k, v in re.findall(r"^(\w+)='(.*)'$", source, re.M)}
+        for text in re.findall(r'\bdie "((?:[^"\\]|\\.)*)"', source):
+            for name, value in shown.items():
+                text = text.replace(name, value)
+            found[path.name, text] = path
+    assert len(found) > 10
+    more = variables | {"PATH", "GRAD_ROOT"}
+    bad = [f"{name}: {text}" for name, text in found if not mends(text, (), more)]
+    assert not bad, "\n".join(bad)
 
 
 def test_a_line_that_takes_long_says_how_long(refusals):
