@@ -102,7 +102,7 @@ def refused(capfd, verb, flags, **changes):
         ("train-grad", {"shards": "2-9"}, "0 to 2"),
         ("train-grad", {"shards": "2-1"}, "SHARDS"),
         ("train-grad", {"shards": "one"}, "SHARDS"),
-        ("train-grad", {"num_split": 99}, "num_split"),
+        ("train-grad", {"num_split": 99}, "NUM_SPLIT"),
         ("train-grad", {"proj_dim": 10**9, "proj_type": "random_mask"}, "random_mask"),
         ("train-grad", {"proj_type": "nonsense"}, "nonsense"),
         ("train-grad", {"f": "nonsense"}, "presence"),
