@@ -45,7 +45,7 @@ DO = re.compile(
     r"\b(?:set|unset|lower|raise|write|give|leave|name|use|remove|shorten|mend|make|choose|run)\b"
 )
 AGAIN = re.compile(r"\brun the same again\b")  # what was run, after what stands before is done
-FLAG = re.compile(r"(?<!\w)--[a-z{][\w{-]+")
+FLAG = re.compile(r"(?<!\w)--[a-z{][\w{-]*")
 UNKNOWN = re.compile(r"\{(?:variable|name|name\.upper\(\))\}")  # a variable that a run knows
 OWN_FILE = re.compile(  # the user's own data: no line can know its captions
     r"\b(?:write|put|mend|remove|leave|move)\b.*"
