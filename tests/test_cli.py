@@ -593,6 +593,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "cad-amplify",
         "cad-eval",
         "cad-verify",
+        "cad-protocol",
         "cad-bench-sd14",
     }
     assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}
