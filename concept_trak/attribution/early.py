@@ -10,7 +10,9 @@ from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
 from ..flags import command
+from ..index.library import faiss
 from ..models.folder import is_local, refuse_other_folder, unet_size
+from ..parsing import parse_methods
 from ..settings import Settings
 from . import prompts
 from .plan import folder_name
@@ -34,7 +36,19 @@ def check_question(settings: Settings) -> None:
     prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
     if not (Path(s.data_dir) / LATENTS).exists():
         emoji.refuse_unknown(load_folder(s.data_dir), s.prompt, targets)
+    if s.search == "index":
+        refuse_all_scores(s)
     check_rows(s)
+
+
+def refuse_all_scores(settings: Settings) -> None:
+    """UserError for what an index cannot serve, or FAISS missing."""
+    if others := [name for name in parse_methods(settings.methods) if name != "concept_trak"]:
+        raise UserError(
+            f"METHODS={','.join(others)} needs the scores of all pictures, and an index knows "
+            "those of the highest and lowest only: leave METHODS or SEARCH out"
+        )
+    faiss()
 
 
 def check_rows(settings: Settings) -> None:
@@ -42,6 +56,12 @@ def check_rows(settings: Settings) -> None:
     check_model(settings)
     if not there_are_rows(settings):
         raise UserError(rows_missing(settings))
+
+
+def check_index(settings: Settings) -> None:
+    """As `check_rows`, and for FAISS missing."""
+    faiss()
+    check_rows(settings)
 
 
 def check_model(settings: Settings) -> None:

@@ -82,6 +82,7 @@ NOT_DECIDING = {
     # what is asked of the weights decides no ranking of pictures
     *("concept", "base_prompt", "ratio", "selection", "granularity", "operator", "strength"),
     *("score_seeds", "spare", "edits", "export", "judged"),
+    *("search", "candidates"),  # told in the name where it is not the scan
 }
 
 
@@ -101,4 +102,5 @@ def question_folder(settings: Settings, *made_from: Any) -> Path:
     tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")
     name = f"{prompts.query_slug(s.prompt)}-{tail}"[:200]
     asked = [s.methods] if s.methods else []  # beside ours in one answer, which is another then
+    asked += [] if s.search == "scan" else [s.search, s.candidates]
     return Path(s.results_dir) / "free_query" / f"{name}-{deciding(s, *made_from, *asked)}"
