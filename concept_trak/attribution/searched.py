@@ -8,7 +8,6 @@ import numpy as np
 
 from ..datasets import emoji
 from ..errors import UserError
-from ..flags import command
 from ..index.codes import Index
 from ..index.recall import keep_recall, kept_recall, measure
 from ..index.search import Search, exact
@@ -17,7 +16,7 @@ from ..settings import DAMPINGS, Settings
 from ..store.shards import Store
 from ..system import say
 from .corpus import Corpus
-from .early import ROW_STAGES, rows_missing
+from .early import how_to_build, rows_missing
 from .question import Question
 from .rankers import GradientRanker
 from .stores import find_store
@@ -29,12 +28,6 @@ SAMPLE_SEED = 0
 def search_of(settings: Settings) -> Search:
     """How the settings search."""
     return Search(settings.candidates, settings.top_k)
-
-
-def how_to_build(settings: Settings) -> str:
-    """What makes the index of the settings' rows, to end a refusal with."""
-    uses = (*ROW_STAGES, "damping", "candidates")
-    return f"make it: {command('build-index', settings, uses)}"
 
 
 def build_index(corpus: Corpus) -> Index:

@@ -27,10 +27,10 @@ from ..errors import UserError, call
 from ..files import atomic, locked, make_folder, sha256_file, write_json
 from ..reading import read_json
 from ..store.shards import Store
-from .library import faiss
+from .library import FOLDER, faiss
 from .whitening import Whitening, whitening
 
-FOLDER, FORMAT = "index", 1
+FORMAT = 1
 FILES = ("whitening.safetensors", "empty.faiss")
 BUILD = "build_index.sh"
 MEND = f"make it: {call(BUILD)}"

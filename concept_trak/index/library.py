@@ -6,6 +6,8 @@ from typing import Any
 
 from ..errors import UserError
 
+FOLDER = "index"  # of an index, inside that of its store
+
 
 def faiss() -> Any:
     """The library. UserError where it is not installed."""

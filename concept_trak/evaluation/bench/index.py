@@ -39,6 +39,7 @@ BLOCK_ROWS = 2048
 OF_A_CONCEPT = 8  # rows whose mean is a query
 QUERIES, TIMED, SCANS = 32, 8, 3  # of recall, of latency, and rounds of the scan
 CANDIDATES = (100, 200, 500, 1000, 2000, 5000, 10_000)
+TIMED_AT = 1000  # candidates; the default of CANDIDATES
 DAMPINGS = (0.1, 1.0, 10.0)
 PLACES = (10, 100)
 LOOKED_AT = (1, 10, 50, 100, 400)  # eigenvalues of as many synthetic rows as there are real ones
@@ -199,11 +200,11 @@ def recall_table(index: Index, solved: np.ndarray) -> list[dict[str, Any]]:
 
 
 def latencies(index: Index, solved: np.ndarray) -> dict[str, Any]:
-    """Seconds of one query [k] at one damping: the index with `chosen` candidates re-ranked, for
+    """Seconds of one query [k] at one damping: the index with TIMED_AT candidates scored, for
     the top end, and the scan that scores all rows; medians, with the least and the greatest.
     """
     store = index.store
-    size = min(2000, store.num_rows // 2)
+    size = min(TIMED_AT, store.num_rows // 2)
 
     def search(q: int) -> None:
         rows = index.search(solved[q : q + 1], size)[1][0]
