@@ -5,8 +5,8 @@ A synthetic row is made of real rows X [n, k] (`mixed_rows`): PARENT of its ener
 drawn at random, MIXED a sum of MIX others with normal weights, the rest normal noise with the
 second moment that X has within each block of features. So the second moment of a block, in mean, is
 exactly that of the real rows, the rows fall in clusters around n parents, and no row lies in the
-span of the real ones. Queries are concepts of eight rows nobody stored: their mean. Blocks of rows
-come from seeds of their own, so that nothing but a block is ever in memory.
+span of the real ones. Queries are those of the embedded rows: concepts of real pictures. Blocks of
+rows come from seeds of their own, so that nothing but a block is ever in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ...files import write_json
 from ...index.codes import Index
-from ...index.recall import scanned, share_found
+from ...index.recall import Ends, scanned, share_found
 from ...index.search import exact
 from ...reading import read_json
 from ...scoring.fisher import fisher_for
@@ -36,8 +36,7 @@ from .timing import peak_rss_gib, restart_peak_rss, timed
 
 PARENT, MIXED, MIX = 0.5, 0.2, 4  # shares of a row's energy; rows in the mixture
 BLOCK_ROWS = 2048
-OF_A_CONCEPT = 8  # rows whose mean is a query
-QUERIES, TIMED, SCANS = 32, 8, 3  # of recall, of latency, and rounds of the scan
+TIMED, SCANS = 8, 3  # queries whose latency is taken, and rounds of the scan
 CANDIDATES = (100, 200, 500, 1000, 2000, 5000, 10_000)
 TIMED_AT = 1000  # candidates; the default of CANDIDATES
 DAMPINGS = (0.1, 1.0, 10.0)
@@ -136,9 +135,17 @@ class Case:
     solve: Callable[..., np.ndarray] = solved_by_sample
 
 
-def bench_case(case: Case) -> dict[str, Any]:
+def truth(case: Case) -> tuple[np.ndarray, Ends]:
+    """(solved queries [D, Q, k] at DAMPINGS, their extreme rows by the exact scan)."""
+    solved = case.solve(case.store, case.widths, case.queries, DAMPINGS)
+    return solved, scanned(case.store, solved.reshape(-1, case.store.dim), max(PLACES))
+
+
+def bench_case(case: Case, solved: np.ndarray, ends: Ends) -> dict[str, Any]:
     """JSON-ready facts of a case: bytes a row, seconds to build, recall at both ends against the
     exact scan by damping and number of candidates, latency of index and scan, peak memory.
+
+    solved, ends: of `truth`.
     """
     store = case.store
     restart_peak_rss()
@@ -148,8 +155,7 @@ def bench_case(case: Case) -> dict[str, Any]:
     facts |= {"row_bytes": stored, "code_bytes": index.row_bytes, "build_s": seconds}
     facts |= {"bytes_ratio": stored / index.row_bytes, "share": case.share}
     facts |= {"build_peak_gib": peak_rss_gib(), "queries": len(case.queries)}
-    solved = case.solve(store, case.widths, case.queries, DAMPINGS)
-    facts["recall"] = recall_table(index, solved)
+    facts["recall"] = recall_table(index, solved, ends)
     restart_peak_rss()
     facts |= latencies(index, solved[DAMPINGS.index(case.damping)])
     return facts | {"search_peak_gib": peak_rss_gib()}
@@ -173,12 +179,11 @@ def built(case: Case) -> tuple[Index, float]:
     return Index.open(store, place=place), known["seconds"] * store.num_rows / max(known["rows"], 1)
 
 
-def recall_table(index: Index, solved: np.ndarray) -> list[dict[str, Any]]:
+def recall_table(index: Index, solved: np.ndarray, ends: Ends) -> list[dict[str, Any]]:
     """One entry a damping and number of candidates; solved [D, Q, k]."""
     store, (num, asked) = index.store, solved.shape[:2]
     flat = solved.reshape(-1, store.dim)
     places = [k for k in PLACES if 2 * k < store.num_rows]
-    ends = scanned(store, flat, max(places))
     sizes = [c for c in CANDIDATES if c <= store.num_rows // 2]
     found = {}
     for end, sign in (("", 1), ("least_", -1)):

@@ -8,6 +8,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ class Bench:
         """The demo's rows, asked for concepts of real pictures."""
         from ...scoring.fisher import fisher_for
         from ...scoring.preconditioner import Budget
-        from .index import Case, bench_case, lines
+        from .index import Case, bench_case, lines, truth
 
         ranker, asked, queries = self._asked()
         copy = self.folder / "embedded"
@@ -104,33 +105,25 @@ class Bench:
             return fisher_for(widths, Budget(cache=False)).solve(store, queries, dampings)
 
         case = Case("embedded", Store.open(copy), widths, queries, solve=solve)
-        facts = bench_case(case)
+        facts = bench_case(case, *truth(case))
         self._keep("embedded", facts)
         print(lines(facts))
 
     def synthetic(self) -> None:
-        """Rows made of the demo's."""
-        from .index import (
-            OF_A_CONCEPT,
-            QUERIES,
-            Case,
-            Synthetic,
-            bench_case,
-            lines,
-            spectra,
-            synthetic_store,
-        )
+        """Rows made of the demo's, asked for the same concepts."""
+        from .index import Case, bench_case, lines, spectra, synthetic_store, truth
 
-        source, widths = self._source()
+        ranker, _, queries = self._asked()
+        source, widths = ranker.store, tuple(ranker.corpus.projection.widths)
         place = self.folder / f"rows-{self.rows}"
         _refuse_small_disk(self.folder, self.rows if not place.exists() else 0)
         store = synthetic_store(place, source, widths, self.rows)
         told = spectra(store, source)
-        maker = Synthetic(source.rows(range(source.num_rows)), widths)
-        concepts = maker.rows(QUERIES * OF_A_CONCEPT, 0).view(QUERIES, OF_A_CONCEPT, -1).mean(1)
+        whole = Case("synthetic", store, widths, queries)
+        solved, ends = truth(whole)
         for share in SHARES:
-            case = Case(f"synthetic, {share:g} of the bits", store, widths, concepts.numpy(), share)
-            facts = bench_case(case)
+            case = replace(whole, name=f"synthetic, {share:g} bit a value", share=share)
+            facts = bench_case(case, solved, ends)
             name = "synthetic" if share == 1 else f"synthetic-{share:g}"
             self._keep(name, facts | {"spectrum": told})
             print(f"{lines(facts)}\n", flush=True)
@@ -189,11 +182,6 @@ class Bench:
     def _kept(self, part: str) -> dict[str, Any]:
         mend = f"measure that part first: {call('bench_index.sh --parts ' + part)}"
         return read_json(self.folder / f"{part}.json", mend)
-
-    def _source(self) -> tuple[Any, tuple[int, ...]]:
-        """(the embedded store, widths of its blocks)."""
-        ranker = self._made_ranker()
-        return ranker.store, tuple(ranker.corpus.projection.widths)
 
     def _made_ranker(self) -> Any:
         from ...attribution.corpus import Corpus
