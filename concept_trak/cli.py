@@ -242,7 +242,7 @@ VERBS = {
     "build-index": Verb(
         run_build_index,
         "Make the index that SEARCH=index searches; goes on where it stopped, adds new shards.",
-        "--candidates 1000",
+        "--candidates 2000",
         ("scoring", *ROWS),
         check="check_index",
     ),

@@ -210,7 +210,7 @@ class Scoring:
         choices=("scan", "index"),
     )
     candidates: int = option(
-        1000, "scored exactly from each end that an index finds, at each damping", "rows", low=10
+        2000, "scored exactly from each end that an index finds, at each damping", "rows", low=10
     )
     max_memory: str = option("6GB", "bound on the working memory, e.g. 500MB", parse=parse_memory)
 

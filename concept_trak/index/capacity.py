@@ -61,7 +61,7 @@ class Need:
 
 
 def need(
-    pictures: float, dim: int, measured: Constants, node: Node | None = None, candidates: int = 1000
+    pictures: float, dim: int, measured: Constants, node: Node | None = None, candidates: int = 2000
 ) -> Need:
     """Of so many pictures with rows of `dim` values. ValueError for numbers below one."""
     if pictures < 1 or dim < 1:

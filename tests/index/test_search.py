@@ -84,7 +84,7 @@ def test_paper_adds_up():
     assert code_bytes(4096) == 4032 / 8 + 8 == 512
     small = need(1e8, 4096, measured, Node(200e9, 8e12, 32))
     assert (small.rows, small.codes, small.nodes) == (8192e8, 512e8, 1)
-    assert small.search_seconds == pytest.approx(512e8 / (32 * 4e9) + 1000 * 1e-5 / 32 + 0.01)
+    assert small.search_seconds == pytest.approx(512e8 / (32 * 4e9) + 2000 * 1e-5 / 32 + 0.01)
     assert small.scan_seconds == pytest.approx(8192e8 / 32e9 + 0.01)
     assert small.build_hours == pytest.approx(4096e8 / 32e8 / 3600)
     large = need(2e9, 32_768, measured, Node(200e9, 8e12, 32))

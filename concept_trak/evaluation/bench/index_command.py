@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...attribution.rankers import GradientRanker
 
 WORKDIR = ROOT / "experiments/scale/results/index"
-PARTS = ("embedded", "synthetic", "widths", "paper")
+PARTS = ("embedded", "synthetic", "codes", "widths", "paper")
 PICTURES = 8  # of each split, of which the embedded queries are the concepts
 SHARES = (1.0, 0.5)  # of one bit a value
 ROW_BYTES = 8192 + 512 + 256  # about, of synthetic rows and codes, for the free disk
@@ -51,7 +51,7 @@ def add_parser(verbs: Any) -> None:
     add(
         "--parts",
         default=",".join(PARTS),
-        help=f"which, of {', '.join(PARTS)}; paper reads the result of synthetic (default: all)",
+        help=f"which, of {', '.join(PARTS)}; codes and paper go by synthetic (default: all)",
     )
     add_setting_flags(sub, ("num_queries", "damping", "grad_dir", "model", "data_dir", "device"))
     sub.set_defaults(run=bench)
@@ -111,14 +111,10 @@ class Bench:
 
     def synthetic(self) -> None:
         """Rows made of the demo's, asked for the same concepts."""
-        from .index import Case, bench_case, lines, spectra, synthetic_store, truth
+        from .index import Case, bench_case, lines, spectra, truth
 
-        ranker, _, queries = self._asked()
-        source, widths = ranker.store, tuple(ranker.corpus.projection.widths)
-        place = self.folder / f"rows-{self.rows}"
-        _refuse_small_disk(self.folder, self.rows if not place.exists() else 0)
-        store = synthetic_store(place, source, widths, self.rows)
-        told = spectra(store, source)
+        store, widths, queries = self._synthetic_rows()
+        told = spectra(store, self._made_ranker().store)
         whole = Case("synthetic", store, widths, queries)
         solved, ends = truth(whole)
         for share in SHARES:
@@ -128,6 +124,18 @@ class Bench:
             self._keep(name, facts | {"spectrum": told})
             print(f"{lines(facts)}\n", flush=True)
         print(told)
+
+    def codes(self) -> None:
+        """Other compressions, on the first synthetic rows."""
+        from .codes import ROWS, compare, lines
+        from .index import solved_by_sample
+
+        store, widths, queries = self._synthetic_rows()
+        damping = self.settings.damping
+        solved = solved_by_sample(store, widths, queries, [damping])[0]
+        table = compare(store, widths, damping, solved)
+        self._keep("codes", {"table": table, "damping": damping})
+        print(lines(table, min(ROWS, store.num_rows)))
 
     def widths(self) -> None:
         """Recall against k on the embedded rows."""
@@ -182,6 +190,15 @@ class Bench:
     def _kept(self, part: str) -> dict[str, Any]:
         mend = f"measure that part first: {call('bench_index.sh --parts ' + part)}"
         return read_json(self.folder / f"{part}.json", mend)
+
+    def _synthetic_rows(self) -> tuple[Any, tuple[int, ...], np.ndarray]:
+        """(their store, made where it is not yet, widths of blocks, queries [Q, k])."""
+        from .index import synthetic_store
+
+        ranker, _, queries = self._asked()
+        widths, place = tuple(ranker.corpus.projection.widths), self.folder / f"rows-{self.rows}"
+        _refuse_small_disk(self.folder, self.rows if not place.exists() else 0)
+        return synthetic_store(place, ranker.store, widths, self.rows), widths, queries
 
     def _made_ranker(self) -> Any:
         from ...attribution.corpus import Corpus
