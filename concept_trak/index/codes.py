@@ -207,8 +207,11 @@ class Index:
             values.append(near * length + of_mean)
             rows.append(places + first)
         near, places = np.concatenate(values, 1), np.concatenate(rows, 1)
-        best = np.argsort(-near, axis=1, kind="stable")[:, :count]
-        return np.take_along_axis(near, best, 1), np.take_along_axis(places, best, 1)
+        if near.shape[1] > count:
+            best = np.argpartition(-near, count - 1, axis=1)[:, :count]
+            near, places = (np.take_along_axis(x, best, 1) for x in (near, places))
+        order = np.argsort(-near, axis=1, kind="stable")
+        return np.take_along_axis(near, order, 1), np.take_along_axis(places, order, 1)
 
 
 def _wanted(store: Store, widths: Sequence[int], damping: float, share: float) -> dict:

@@ -35,7 +35,7 @@ from ...store.shards import Layout, Store
 from .timing import peak_rss_gib, restart_peak_rss, timed
 
 PARENT, MIXED, MIX = 0.5, 0.2, 4  # shares of a row's energy; rows in the mixture
-BLOCK_ROWS = 2048
+BLOCK_ROWS, SHARD_ROWS = 2048, 65_536
 TIMED, SCANS = 8, 3  # queries whose latency is taken, and rounds of the scan
 CANDIDATES = (100, 200, 500, 1000, 2000, 5000, 10_000)
 TIMED_AT = 2000  # candidates; the default of CANDIDATES
@@ -76,7 +76,7 @@ def synthetic_store(folder: Path, source: Store, widths: Sequence[int], n: int) 
     """n synthetic rows in float16, made or gone on with. Memory: the real rows and some 100 MB."""
     made = {"parent": PARENT, "mixed": MIXED, "mix": MIX, "block": BLOCK_ROWS}
     identity = {"synthetic": made, "source": source.checksum, "widths": list(widths)}
-    split = max(1, min(64, n // 16_384))
+    split = max(1, n // SHARD_ROWS)
     store = Store.create(folder, Layout(n, source.dim, split, "float16"), identity, {})
     maker = Synthetic(source.rows(range(source.num_rows)), widths)
     todo = store.pending()
