@@ -19,6 +19,7 @@ ROOMS = (
     "attribution",
     "components",
     "report",
+    "service",
     "workshop",
     "evaluation",
 )

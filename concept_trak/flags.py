@@ -31,6 +31,7 @@ FROM_ENV = "CONCEPT_TRAK_FROM_ENV"  # set by the scripts, which make flags of va
 # variables of the scripts that are no settings
 OF_SCRIPTS = (
     "PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split()
+    + ["API_TOKEN"]
 )
 # what works with the scores of all pictures: LDS, tables of recall and average precision
 NEED_ALL_SCORES = ("evaluate", "evaluate-tasks", "truth", "labelled", "small-abc")

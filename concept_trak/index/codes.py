@@ -4,7 +4,7 @@ index/manifest.json          which store, blocks and damping; digests of the two
 index/whitening.safetensors  the space of the codes (`whitening`)
 index/empty.faiss            FAISS's RaBitQ (Gao & Long 2024), trained, without a row
 index/shard-{i}.faiss        the codes of the store's shard i; mapped, not read
-index/shard-{i}.json         the shard's sha256 in the store, and the codes' own
+index/shard-{i}.json         the shard's sha256 in the store, the codes' own and their length
 
 A shard's codes appear when they are whole. Building again makes those that are missing or belong
 to another content of the shard. An index of another store is refused.
@@ -103,10 +103,11 @@ class Index:
     @classmethod
     def open(cls, store: Store, mend: str = MEND, place: str = FOLDER) -> Index:
         """A whole index, for searching. UserError, beside those of `read_manifest`, for shards that
-        are missing, damaged, or of rows that were made again since.
+        are missing, of another length, or of rows that were made again since. Their content is
+        compared when the index is built again: to read all of it for each question takes too long.
         """
         index = cls.read_manifest(store, mend, place)
-        if missing := index.missing():
+        if missing := index.missing(verify=False):
             listed = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise UserError(f"{index.folder} lacks the codes of shard {listed}; {mend}")
         return index
@@ -116,12 +117,14 @@ class Index:
 
     # ---- building
 
-    def missing(self) -> list[int]:
-        """Finished shards of the store whose codes are not there, or are not of these rows."""
+    def missing(self, verify: bool = True) -> list[int]:
+        """Finished shards of the store whose codes are not there, or are not of these rows. verify:
+        compare their sha256, else their length.
+        """
         shards = range(self.store.num_split)
-        return [i for i in shards if self.store.finished(i) and not self._whole(i)]
+        return [i for i in shards if self.store.finished(i) and not self._whole(i, verify)]
 
-    def _whole(self, shard: int) -> bool:
+    def _whole(self, shard: int, verify: bool) -> bool:
         path = self._path(shard)
         if not (path.is_file() and path.with_suffix(".json").is_file()):
             return False
@@ -132,7 +135,8 @@ class Index:
         return (
             known.get("index") == self.index_id
             and known.get("rows_sha256") == self.store.record(shard)["sha256"]
-            and known.get("sha256") == sha256_file(path)
+            and known.get("bytes") == path.stat().st_size
+            and (not verify or known.get("sha256") == sha256_file(path))
         )
 
     def update(self) -> list[int]:
@@ -149,11 +153,14 @@ class Index:
                     bar.update(len(block))
                 with atomic(self._path(shard)) as file:
                     _write(codes, file)
-                digests = {"rows_sha256": self.store.record(shard)["sha256"]}
-                digests |= {"index": self.index_id, "sha256": sha256_file(self._path(shard))}
-                write_json(self._path(shard).with_suffix(".json"), digests)
+                write_json(self._path(shard).with_suffix(".json"), self._record(shard))
         self.__dict__.pop("_shards", None)
         return todo
+
+    def _record(self, shard: int) -> dict[str, Any]:
+        path, rows = self._path(shard), self.store.record(shard)["sha256"]
+        about = {"index": self.index_id, "rows_sha256": rows}
+        return about | {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
     def _blocks(self, shard: int) -> Iterator[torch.Tensor]:
         """The rows of a shard, float32 [b, k]."""

@@ -10,7 +10,7 @@ from concept_trak.attribution.answer import answer
 from concept_trak.attribution.corpus import Corpus
 from concept_trak.attribution.early import check_question
 from concept_trak.attribution.searched import build_index
-from concept_trak.attribution.train_grad import train_grad
+from concept_trak.attribution.train_grad import open_store, train_grad
 from concept_trak.errors import UserError
 from concept_trak.flags import NEED_ALL_SCORES, settings_of
 from concept_trak.report.answer import write_answer
@@ -53,6 +53,8 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
     index = build_index(corpus)
     assert not index.missing() and (index.folder / "recall.json").exists()
     check_question(settings)
+    from concept_trak.service.told import Teller  # wants the extra `serve`
+
     found = answer(corpus)
     whole = answer(corpus.with_settings(settings.but(search="scan")))
     for one, other in zip(found.concepts, whole.concepts, strict=True):
@@ -64,6 +66,11 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
     page = write_answer(found, settings)
     assert "Found by an index" in page.read_text()
     assert json.loads((page.parent / "question.json").read_text())["search"] == "index"
+    told = Teller(corpus, open_store(corpus)).told(page.parent, "none")
+    for concept, one in zip(told["concepts"], found.concepts, strict=True):
+        d = one.damping_index(settings.damping)
+        assert [card["index"] for card in concept["top"]] == one.ranked(d, settings.top_k)
+        assert concept["search"] == one.told and concept["files"]["npy"].endswith("candidates.npy")
     assert answers_in([page.parent.parent]) == ([], 0)  # the explorer wants every score
     assert "knows its candidates' scores only" in capsys.readouterr().out
 

@@ -20,10 +20,10 @@ from ...index.whitening import Whitening, whitening
 from ...scoring.metrics import bootstrap_interval
 from ...store.shards import Store
 
-ROWS, TRAINED = 16_384, 8192  # of the store; of these, to train a code with
+ROWS, TRAINED = 16_384, 10_240  # of the store; of these, to train a code with
 CANDIDATES = (50, 100, 200)
 LISTS, PROBES = 64, 16  # of IVF
-OPQ_ROUNDS = 5
+OPQ_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _rotated_pq(dim: int) -> Any:
     library = faiss()
     rotation = library.OPQMatrix(dim, dim // 2, dim)
     rotation.niter = rotation.niter_pq = OPQ_ROUNDS
-    codes = library.IndexPQ(dim, dim // 2, 8, library.METRIC_INNER_PRODUCT)
+    codes = library.IndexPQ(dim, dim // 2, 4, library.METRIC_INNER_PRODUCT)
     return library.IndexPreTransform(rotation, codes)
 
 
@@ -64,9 +64,9 @@ KINDS = (
     Kind("scalar, 8 bit", 1 / 8, _factory("SQ8")),
     Kind("scalar, 4 bit", 1 / 4, _factory("SQ4")),
     Kind("PQ, 4 bit, fast scan", 1 / 2, _factory("PQ{h}x4fs")),
-    Kind("PQ, 8 bit", 1 / 4, _factory("PQ{h}x8")),
-    Kind("OPQ, 8 bit", 1 / 8, _rotated_pq),
-    Kind(f"IVF-PQ, 8 bit, {PROBES} of {LISTS} lists", 1 / 4, _factory(f"IVF{LISTS},PQ{{h}}x8")),
+    Kind("PQ, 8 bit", 1 / 8, _factory("PQ{h}x8")),
+    Kind("OPQ, 4 bit", 1 / 8, _rotated_pq),
+    Kind(f"IVF-PQ, 4 bit, {PROBES} of {LISTS} lists", 1 / 2, _factory(f"IVF{LISTS},PQ{{h}}x4fs")),
     Kind("RaBitQ, 2 bits", 1 / 2, _factory("RaBitQ2")),
     Kind("RaBitQ, not whitened", 1.0, _factory("RaBitQ"), whitened=False),
     Kind("RaBitQ", 1.0, _factory("RaBitQ")),

@@ -21,7 +21,7 @@ from ...scoring.ranking import ranking
 from ...scoring.scores import solve_and_score
 from ...system import say
 
-PROJ_DIMS = (512, 1024, 2048, 4096, 8192)
+PROJ_DIMS = (1024, 2048, 4096, 8192)
 
 Keep = Callable[[GradientRanker, Sequence[Question]], np.ndarray]  # -> query rows [Q, k]
 
