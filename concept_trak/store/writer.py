@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..files import disk_errors, sha256_file, sync_folder, write_all
 from .encoding import encode_checked, refuse_bad_rows
 from .folder import Series, ShardFolder
@@ -53,14 +53,14 @@ class ShardWriter:
         try:
             fcntl.flock(self.fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            remedy = "let it end, or give each its own shards"
-            raise UserError(f"{part} is being written by another process: {remedy}") from None
+            remedy = "let it end, or give each its own SHARDS"
+            raise UserError(f"{part} is being written by another process; {remedy}") from None
         # Asked only under the lock: until then another process may still have been finishing this
         # very file.
         if final.exists():
             part.unlink(missing_ok=True)
-            remedy = "remove it to compute it again"
-            raise UserError(f"{final} is there already and is never overwritten: {remedy}")
+            remedy = removal(final)
+            raise UserError(f"{final} is there already and is never overwritten; {remedy}")
         for series in others:
             with contextlib.suppress(FileNotFoundError):  # a kill came before the rows' final name
                 os.replace(self._path(series, ".npy"), self._path(series, ".npy.part"))
@@ -88,8 +88,8 @@ class ShardWriter:
             raise ValueError(f"shard {self.shard} continues at row {self.next_row}, {given}")
         rows = np.asarray(rows, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.store.dim:
-            given = f"not arrays of shape {list(rows.shape)}"
-            raise UserError(f"{self.store.folder} holds rows of {self.store.dim} values, {given}")
+            given = f"rows of shape {list(rows.shape)} do not fit {self.store.folder}"
+            raise UserError(f"{given}; give rows [b, {self.store.dim}]")
         stored = [encode_checked(rows, self.store.dtype, first_row)]
         stored += self._checked_losses(losses, first_row, len(rows))
         for fd, values in zip(self.fds, stored, strict=True):
@@ -110,7 +110,7 @@ class ShardWriter:
         losses = np.asarray(losses, dtype="<f4")
         if losses.shape != (count,):
             raise ValueError(f"{count} rows have {count} losses, not {list(losses.shape)}")
-        message = "the loss of sample {} is NaN or infinite: check its image and the dtype"
+        message = "the loss of sample {} is NaN or infinite; mend its picture, or set DTYPE=fp32"
         refuse_bad_rows(np.isfinite(losses), first_row, message)
         return [losses]
 
