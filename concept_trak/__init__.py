@@ -15,6 +15,7 @@ ROOMS = (
     "rows",
     "store",
     "scoring",
+    "index",
     "attribution",
     "components",
     "report",

@@ -79,6 +79,14 @@ def run_train_grad(settings: Settings, device: str) -> None:
     )
 
 
+def run_build_index(settings: Settings, device: str) -> None:
+    """Make or update the index of the rows; prints where it is."""
+    from .attribution.corpus import Corpus
+    from .attribution.searched import build_index
+
+    print(f"index: {os.path.relpath(build_index(Corpus(settings, device)).folder)}")
+
+
 def run_evaluate(settings: Settings, device: str, benchmark: str = "emoji") -> None:
     """Evaluate every method on a benchmark."""
     from .attribution.corpus import Corpus
@@ -252,6 +260,13 @@ VERBS = {
         ("store", "gpu_ids", *ROWS),
         check="check_model",
     ),
+    "build-index": Verb(
+        run_build_index,
+        "Make the index that SEARCH=index searches; goes on where it stopped, adds new shards.",
+        "--candidates 2000",
+        ("scoring", *ROWS),
+        check="check_index",
+    ),
     "suspects": Verb(
         run_suspects,
         "List the training pictures whose caption the model contradicts.",
@@ -319,8 +334,8 @@ VERBS = {
 # Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the
 # arguments.
 WITH_OWN_FLAGS = (
-    *("evaluation.bench.command", "evaluation.bench.many", "evaluation.retraining.command"),
-    "evaluation.labelled.command",
+    *("evaluation.bench.command", "evaluation.bench.many", "evaluation.bench.index_command"),
+    *("evaluation.retraining.command", "evaluation.labelled.command"),
     *("evaluation.small_abc.command", "evaluation.overview", "evaluation.cad.command"),
     *("report.weights_command", "service.bench"),
     *("workshop.tokens.command", "workshop.fetch.download"),

@@ -33,6 +33,8 @@ OF_SCRIPTS = (
     "PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split()
     + ["API_TOKEN"]
 )
+# what works with the scores of all pictures: LDS, tables of recall and average precision
+NEED_ALL_SCORES = ("evaluate", "evaluate-tasks", "truth", "labelled", "small-abc")
 SHORTEST = 5  # letters of a variable whose neighbours are looked at: ETA is near to too much
 SHOWN_AS = {"bool": "0|1", "int": "N", "float": "X", "str": "TEXT"}
 
@@ -166,9 +168,17 @@ def _add_fields(sub: Parser, uses: Sequence[str] | None) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Settings from the parsed flags. UserError for a value that does not exist."""
+    """Settings from the parsed flags. UserError for a value that does not exist, and for
+    SEARCH=index where a verb needs the scores of all pictures.
+    """
     given = {k: v for k, v in vars(arguments).items() if k in names() and v is not None}
-    return resolve(arguments.benchmark, given)
+    settings = resolve(arguments.benchmark, given)
+    if settings.search == "index" and getattr(arguments, "verb", None) in NEED_ALL_SCORES:
+        raise UserError(
+            f"{arguments.verb} needs the scores of all pictures, and an index knows those of the "
+            "highest and lowest only: leave SEARCH out, or set SEARCH=scan"
+        )
+    return settings
 
 
 def refuse_misspelt(environment: Mapping[str, str], flags: Collection[str]) -> None:

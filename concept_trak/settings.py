@@ -203,6 +203,15 @@ class Scoring:
     damping: float = option(
         0.1, "the fixed one: 1e-05, 1e-04, ... or 1000", "mean eigenvalues", parse=parse_damping
     )
+    search: str = option(
+        "scan",
+        "scan scores every picture; index only those that the index beside the rows finds "
+        "(build_index.sh), enough for the highest and lowest scores",
+        choices=("scan", "index"),
+    )
+    candidates: int = option(
+        2000, "scored exactly from each end that an index finds, at each damping", "rows", low=10
+    )
     max_memory: str = option("6GB", "bound on the working memory, e.g. 500MB", parse=parse_memory)
 
 

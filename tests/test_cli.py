@@ -584,7 +584,16 @@ def sub_commands():
 def test_every_setting_is_a_flag_of_every_verb_that_computes():
     computing_nothing = {"download-abc", "download-train-grad", "tables"}  # no setting bears on it
     verbs = sub_commands()
-    own = {"bench", "bench-scoring", "labelled", "train-token", "truth", "export"}
+    own = {
+        "bench",
+        "bench-scoring",
+        "bench-index",
+        "bench-service",
+        "labelled",
+        "train-token",
+        "truth",
+        "export",
+    }
     own |= {
         "small-abc",
         "cad-images",

@@ -7,7 +7,7 @@ folders and a page of what it returns. A page, a service or a notebook asks here
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from .corpus import Corpus
 from .plan import folder_name
 from .question import Picture, Question, generated
 from .rankers import GradientRanker
+from .searched import searched
 from .train_grad import open_store
 
 OURS = "concept_trak"  # the method of the settings themselves, which every answer has
@@ -48,7 +49,7 @@ class Answer:
 
     picture: Picture
     questions: list[Question]
-    concepts: list[ConceptResult]
+    concepts: Sequence[ConceptResult]
     dataset: ImageCaptionDataset
     settings: dict[str, Any]
     provenance: dict[str, Any]
@@ -74,17 +75,13 @@ def answer(
     targets, contrasts, warnings = asked_words(corpus)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    store = store or open_store(corpus)
+    store = store or open_store(corpus, verify=s.search == "scan")
     picture = (draw or drawn)(corpus)
     asked = zip(targets, contrasts, strict=True)
     questions = [Question(picture, target, plus, minus) for target, (plus, minus) in asked]
     for question in questions:
         say(f"{question.words!r}: {question.plus!r} against {question.minus!r}")
-    values = GradientRanker(corpus, store, keep=keep).rank(questions)
-    concepts = [
-        ConceptResult(q.words, q.minus, values[:, i], DAMPINGS, emoji.truth(corpus.train, q.words))
-        for i, q in enumerate(questions)
-    ]
+    concepts = _results(GradientRanker(corpus, store, keep=keep), store, questions)
     recorded = as_dict(s) | {
         "store": folder_name(s),
         "store_checksum": store.checksum,
@@ -93,6 +90,19 @@ def answer(
     made, seen = provenance(), _unseen(corpus, s.prompt)
     told, fit = (picture, questions, concepts, corpus.train), caption_fits(corpus, store)
     return Answer(*told, recorded, made, seen, warnings, fit, _others(corpus, questions))
+
+
+def _results(
+    ranker: GradientRanker, store: Store, questions: list[Question]
+) -> Sequence[ConceptResult]:
+    """Of each question, by a scan or by an index."""
+    if ranker.corpus.settings.search == "index":
+        return searched(ranker, store, questions)
+    values, train = ranker.rank(questions), ranker.corpus.train
+    return [
+        ConceptResult(q.words, q.minus, values[:, i], DAMPINGS, emoji.truth(train, q.words))
+        for i, q in enumerate(questions)
+    ]
 
 
 def asked_words(corpus: Corpus) -> tuple[list[str], list[tuple[str, str]], list[str]]:

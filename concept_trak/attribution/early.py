@@ -10,7 +10,9 @@ from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
 from ..flags import command
+from ..index.library import FOLDER, faiss
 from ..models.folder import is_local, refuse_other_folder, unet_size
+from ..parsing import parse_methods
 from ..settings import Settings
 from . import prompts
 from .plan import folder_name
@@ -34,7 +36,28 @@ def check_question(settings: Settings) -> None:
     prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
     if not (Path(s.data_dir) / LATENTS).exists():
         emoji.refuse_unknown(load_folder(s.data_dir), s.prompt, targets)
+    if s.search == "index":
+        refuse_all_scores(s)
     check_rows(s)
+
+
+def refuse_all_scores(settings: Settings) -> None:
+    """UserError for what an index cannot serve, for FAISS missing, and for no index."""
+    if others := [name for name in parse_methods(settings.methods) if name != "concept_trak"]:
+        raise UserError(
+            f"METHODS={','.join(others)} needs the scores of all pictures, and an index knows "
+            "those of the highest and lowest only: leave METHODS or SEARCH out"
+        )
+    faiss()
+    stores = stores_there(settings)
+    if stores and not any((folder / FOLDER / "manifest.json").exists() for folder in stores):
+        raise UserError(f"{stores[0]} has no index; {how_to_build(settings)}")
+
+
+def how_to_build(settings: Settings) -> str:
+    """What makes the index of the settings' rows, to end a refusal with."""
+    uses = (*ROW_STAGES, "damping", "candidates")
+    return f"make it: {command('build-index', settings, uses)}"
 
 
 def check_rows(settings: Settings) -> None:
@@ -42,6 +65,12 @@ def check_rows(settings: Settings) -> None:
     check_model(settings)
     if not there_are_rows(settings):
         raise UserError(rows_missing(settings))
+
+
+def check_index(settings: Settings) -> None:
+    """As `check_rows`, and for FAISS missing."""
+    faiss()
+    check_rows(settings)
 
 
 def check_model(settings: Settings) -> None:
@@ -56,9 +85,15 @@ def check_model(settings: Settings) -> None:
 
 def there_are_rows(settings: Settings) -> bool:
     """Whether there is anything under the name of the settings' store."""
+    return bool(stores_there(settings))
+
+
+def stores_there(settings: Settings) -> list[Path]:
+    """What there is under the name of the settings' store."""
     name = folder_name(settings)
     bases = Path(settings.grad_dir), Path(settings.data_dir) / "grads"
-    return any(f.name.startswith(name) for base in bases if base.is_dir() for f in base.iterdir())
+    there = [f for base in bases if base.is_dir() for f in base.iterdir()]
+    return [folder for folder in there if folder.name.startswith(name)]
 
 
 def rows_missing(settings: Settings) -> str:

@@ -87,6 +87,7 @@ NOT_DECIDING = {
     # what is asked of the weights decides no ranking of pictures
     *OF_WEIGHTS,
     *("concept", "export", "judged", "target_ua", "min_retention", "weights"),
+    *("search", "candidates"),  # told in the name where it is not the scan
     *("listen_host", "listen_port", "queue_length", "answer_wait", "body_timeout", "body_bytes"),
     *("protocol", "prompts_file", "seeds_per_prompt", "classifier", "clip_model", "alexnet_path"),
     *("feature_model", "real_dir"),
@@ -114,5 +115,6 @@ def question_folder(settings: Settings, *made_from: Any) -> Path:
     name = f"{prompts.query_slug(s.prompt)}-{tail}"[:200]
     # beside ours in one answer, which is another then
     asked: list[Any] = [s.methods] if s.methods else []
+    asked += [] if s.search == "scan" else [s.search, s.candidates]
     asked += [{k: as_dict(s)[k] for k in OF_WEIGHTS}] if s.weights else []
     return Path(s.results_dir) / "free_query" / f"{name}-{deciding(s, *made_from, *asked)}"

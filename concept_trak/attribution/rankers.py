@@ -60,6 +60,13 @@ class GradientRanker:
         values = solve_and_score(self._train, rows, DAMPINGS, solver, self.row_weight())
         return values[:, place]
 
+    def solved(self, questions: Sequence[Question]) -> np.ndarray:
+        """[Q, D, k]: what the rows' inner products with are the unweighted scores."""
+        asked, place = self._asked(questions)
+        rows = self._keep(self, asked)
+        found = self.corpus.preconditioner.solve(self._train, rows, DAMPINGS)
+        return found[:, place].swapaxes(0, 1)
+
     def prepare(self) -> None:
         """Make what all questions share; forget the states of the last one."""
         self._read = None, []

@@ -73,18 +73,18 @@ def create_store(corpus: Corpus) -> Store:
     return store
 
 
-def open_store(corpus: Corpus) -> Store:
-    """The finished store for this model, data and settings.
+def open_store(corpus: Corpus, verify: bool = True) -> Store:
+    """The finished store for this model, data and settings. verify: see `Store.open`.
 
     UserError naming what differs when a store of the same name was made from something else, or its
     rows would be shown with other pictures than before.
     """
-    store = _open(corpus)
+    store = _open(corpus, verify)
     refuse_other_pictures(store, corpus.data.shown_hash())
     return store
 
 
-def _open(corpus: Corpus) -> Store:
+def _open(corpus: Corpus, verify: bool) -> Store:
     """The store of `open_store`."""
     s, wanted = corpus.settings, corpus.train_identity()
     found = find_store(s, wanted)
@@ -92,10 +92,10 @@ def _open(corpus: Corpus) -> Store:
         raise UserError(rows_missing(s))
     made_with = {"projection": corpus.projection.describe()}  # adopts shards of the release
     if "adopted" not in Store.read_manifest(found).identity:
-        return Store.open(found, expect=wanted)
+        return Store.open(found, wanted, verify)
     # Of released rows nothing is recorded but the mask; the number of pictures is all that can be
     # checked beside it.
-    store = Store.open(found, expect=made_with)
+    store = Store.open(found, made_with, verify)
     if store.num_rows > len(corpus.data):
         raise UserError(
             f"{found} has {store.num_rows} rows but {s.data_dir} has {len(corpus.data)} pictures; "

@@ -36,7 +36,7 @@ from ..store.shards import Store
 from .index import PAGE, QUESTION, write_index
 from .page import write_report
 from .results import write_results
-from .scores import CSV, NPY, npy_of, write_scores
+from .scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY, npy_of, write_scores
 from .shown import Links, OfConcept, Shown
 
 ROWS = ".rows"  # folder of the query rows, beside the answers
@@ -139,6 +139,9 @@ def target_folder(question: Question) -> str:
 def _links(found: Answer, folder: Path) -> Links:
     """From the page in `folder`."""
     named = {NPY: "scores.npy (every damping)", CSV: "scores.csv (the fixed damping)"}
+    if any(concept.told for concept in found.concepts):
+        named = {CANDIDATES: "candidates.npy (every damping)", CANDIDATE_ROWS: "their rows"}
+        named[CSV] = "scores.csv (the fixed damping)"
     named |= {npy_of(name): f"{name}, every damping" for name in found.others}
     files = {
         q.words: {what: f"{quote(target_folder(q))}/{quote(file)}" for file, what in named.items()}
@@ -160,6 +163,7 @@ def _asked(found: Answer) -> dict[str, Any]:
         "folders": [target_folder(q) for q in found.questions],
         "methods": list(found.others),
         "dampings": list(found.concepts[0].dampings),
+        "search": found.settings["search"],
         "unseen": found.unseen,
         "warnings": found.warnings,
         "pictures": {

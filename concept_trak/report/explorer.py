@@ -55,7 +55,7 @@ class Found:
 
 def answers_in(folders: Iterable[Path]) -> tuple[list[Found], int]:
     """(the answers of these folders, the newest first, how many cannot be read): made by an earlier
-    version, or damaged.
+    version, or damaged. Answers by an index do not know all scores and are passed over with a word.
     """
     found, unreadable = [], 0
     pages = [page for folder in folders for page in folder.glob(f"*/{PAGE}")]
@@ -64,6 +64,9 @@ def answers_in(folders: Iterable[Path]) -> tuple[list[Found], int]:
         try:
             asked = read_json(page.parent / QUESTION, MEND)
             answer = Found(page.parent, asked)
+            if asked.get("search") == "index":
+                print(f"{page.parent.name} knows its candidates' scores only: left out; see {page}")
+                continue
             if not all((folder / NPY).is_file() for _, _, folder in answer.concepts):
                 raise UserError(f"{page.parent} has no {NPY}; {MEND}")
             found.append(answer)

@@ -81,14 +81,16 @@ def _panel(
     quality: dict[str, float] | None,
     by_text: np.ndarray,
 ) -> Panel:
-    scores, relevant = concept.scores[d], concept.relevant if concept.has_truth else None
-    unit, captions, fit = score_unit(scores), shown.dataset.captions, shown.fit
+    relevant = concept.relevant if concept.has_truth else None
+    unit, captions, fit = score_unit(concept.scores[d]), shown.dataset.captions, shown.fit
+    images, spread = concept.spread(d)
 
     def cards(largest: bool) -> list[Card]:
+        ranked = concept.ranked(d, shown.top_k, largest)
         return [
             Card(
                 index=index,
-                score=format_score(float(scores[index]), unit),
+                score=format_score(float(score), unit),
                 caption=captions[index],
                 match=None if relevant is None else bool(relevant[index]),
                 text_rank=int(by_text[index]),
@@ -96,7 +98,7 @@ def _panel(
                 suspect=fit is not None and bool(fit[index] < MIDDLE),
                 link=shown.links.pictures(index) if shown.links else "",
             )
-            for index in concept.ranked(d, shown.top_k, largest)
+            for index, score in zip(ranked, concept.scores_of(d, ranked), strict=True)
         ]
 
     return Panel(
@@ -104,7 +106,7 @@ def _panel(
         unit=power_of_ten(unit) if unit else "",
         top=cards(largest=True),
         least=cards(largest=False),
-        histogram=histogram(scores, relevant, unit),
+        histogram=histogram(spread, None if relevant is None else relevant[images], unit),
         quality=quality,
     )
 

@@ -62,6 +62,8 @@ def metrics_record(concept: ConceptResult, shown: Shown) -> dict:
         "fixed": sweep[fixed],
         "dampings": sweep,
     }
+    if concept.told:
+        record["search"] = concept.told
     if quality:
         record["num_relevant"] = int(concept.relevant.sum())
         record["chance"] = concept.chance()
@@ -96,7 +98,7 @@ def write_results(
     folder = files.make_folder(Path(folder))
     files.write_bytes(folder / "query.png", image_bytes(shown.picture, "PNG"))
     for (end, d), indices in listings.items():
-        label, scores = lambda_label(concept.dampings[d]), concept.scores[d, indices]
+        label, scores = lambda_label(concept.dampings[d]), concept.scores_of(d, indices)
         # A tab or newline would break the table.
         captions = [" ".join(shown.dataset.captions[i].split()) for i in indices]
         notes = [f"{rank}   {score:+.3e}" for rank, score in enumerate(scores, start=1)]

@@ -5,6 +5,11 @@ scores.csv   at the fixed damping, the highest first: rank, score, percentile (p
              caption fits, whether the labels name the concept (match), index (row of scores.npy)
 scores.npy   float32 [dampings, pictures]; the dampings are those of metrics.json, in its order
 scores-METHOD.npy   the same of another method; one row for a method that knows no damping
+
+Where an index was searched, scores are known of its candidates only. Then scores.csv lists these,
+its percentile is that among a random sample of all pictures, and in the place of scores.npy stand
+candidates.npy      float32 [dampings, candidates], and
+candidates-rows.npy int64 [candidates], the pictures they are of: rows of the store, ascending
 """
 
 from __future__ import annotations
@@ -19,11 +24,12 @@ import numpy as np
 
 from ..datasets.emoji import COLUMNS
 from ..files import write_bytes
+from ..scoring.candidates import CandidateResult
 from ..scoring.concept import ConceptResult
-from ..scoring.ranking import ranking
 from .shown import Shown
 
 CSV, NPY = "scores.csv", "scores.npy"
+CANDIDATES, CANDIDATE_ROWS = "candidates.npy", "candidates-rows.npy"
 
 
 def npy_of(method: str) -> str:
@@ -31,9 +37,10 @@ def npy_of(method: str) -> str:
     return f"scores-{method}.npy"
 
 
-def percentiles(scores: np.ndarray) -> np.ndarray:
-    """[N] percent of the pictures that score lower."""
-    return 100 * np.searchsorted(np.sort(scores), scores) / len(scores)
+def percentiles(scores: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+    """[n] percent of the pictures, or of those `among` them, that score lower."""
+    among = scores if among is None else among
+    return 100 * np.searchsorted(np.sort(among), scores) / len(among)
 
 
 def write_scores(
@@ -41,14 +48,24 @@ def write_scores(
 ) -> None:
     """The files of the module's docstring. others: {method: [D or 1, N]}."""
     write_bytes(folder / CSV, _table(concept, shown))
+    if isinstance(concept, CandidateResult):
+        _write_npy(folder / CANDIDATE_ROWS, concept.rows.astype("<i8"))
+        _write_npy(folder / CANDIDATES, concept.scores.astype("<f4"))
+        return
     for name, values in {NPY: concept.scores, **{npy_of(k): v for k, v in others.items()}}.items():
-        content = io.BytesIO()
-        np.save(content, np.asarray(values, "<f4"), allow_pickle=False)
-        write_bytes(folder / name, content.getvalue())
+        _write_npy(folder / name, np.asarray(values, "<f4"))
+
+
+def _write_npy(path: Path, values: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    write_bytes(path, content.getvalue())
 
 
 def _table(concept: ConceptResult, shown: Shown) -> bytes:
-    scores = concept.scores[concept.damping_index(shown.fixed_damping)]
+    d = concept.damping_index(shown.fixed_damping)
+    ranked = concept.ranked(d, concept.num_images)
+    scores = concept.scores_of(d, ranked)
     records, captions = shown.dataset.records, shown.dataset.captions
     known: dict[str, list[Any]] = {
         name: [record.get(name) for record in records] for name in COLUMNS
@@ -58,15 +75,11 @@ def _table(concept: ConceptResult, shown: Shown) -> bytes:
         known["fit"] = [f"{value:.3f}" for value in shown.fit]
     if concept.relevant is not None:
         known["match"] = concept.relevant.astype(int).tolist()
-    places, text = percentiles(scores), io.StringIO()
+    places, text = percentiles(scores, concept.spread(d)[1]), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "score", "percentile", "file_name", "caption", *known, "index"])
-    for rank, i in enumerate(ranking(scores).tolist(), 1):
-        about = [
-            f"{scores[i]:.6e}",
-            f"{places[i]:.2f}",
-            records[i].get("file_name", ""),
-            captions[i],
-        ]
+    listed = zip(ranked, scores, places, strict=True)
+    for rank, (i, score, place) in enumerate(listed, 1):
+        about = [f"{score:.6e}", f"{place:.2f}", records[i].get("file_name", ""), captions[i]]
         writer.writerow([rank, *about, *(values[i] for values in known.values()), i])
     return text.getvalue().encode(errors="backslashreplace")

@@ -42,6 +42,7 @@ class ConceptResult:
     scores: np.ndarray
     dampings: tuple[float, ...]
     relevant: np.ndarray | None = None
+    told = ""  # how the scores were found, where that was not by scoring every image
 
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
@@ -49,7 +50,7 @@ class ConceptResult:
         self._check_scores()
         if self.relevant is not None:
             self.relevant = np.asarray(self.relevant, dtype=bool)
-            if self.relevant.shape != self.scores.shape[1:]:
+            if self.relevant.shape != (self.num_images,):
                 raise UserError(
                     f"truth of {self.target!r} is for {self.relevant.size} images, scores for "
                     f"{self.num_images}; give relevant a value for each image of scores"
@@ -97,6 +98,14 @@ class ConceptResult:
     def ranked(self, damping_index: int, k: int, largest: bool = True) -> list[int]:
         """k training indices from the highest (lowest) score on; equal scores by index."""
         return ranking(self.scores[damping_index], largest, k).tolist()
+
+    def scores_of(self, damping_index: int, indices: list[int]) -> np.ndarray:
+        """[n] scores of the given training images."""
+        return self.scores[damping_index, indices]
+
+    def spread(self, damping_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(training images [n], their scores [n]) that show how all scores are spread."""
+        return np.arange(self.num_images), self.scores[damping_index]
 
     def quality(self) -> list[dict[str, float]] | None:
         """Recall@10, average precision and least-10 recall at each damping; None without truth."""

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..store.cached import read_cached
 from ..store.shards import Store
 from .compact import compact_bytes, compact_folder, compact_gram
-from .gram import GRAM_TILE, gram, gram_path, gram_rows, row_product, shifts, trace
+from .gram import GRAM_TILE, gram, gram_path, gram_rows, row_product, save_gram, shifts, trace
 from .krylov import gram_solutions, krylov_solutions
 from .preconditioner import Budget, Preconditioner, checked_queries
 
@@ -36,6 +37,8 @@ METHODS = ("auto", "primal", "dual", "krylov", "krylov_gram", "krylov_compact", 
 # Largest side "auto" gives to a full eigendecomposition: seconds on one core, Krylov is faster
 # beyond.
 DIRECT_MAX = 2048
+# Values of a store from which the blocks of its K are kept: a pass over fewer takes a second.
+KEPT_FROM = 2**28
 
 
 def fisher_for(widths: Sequence[int], budget: Budget) -> Preconditioner:
@@ -110,7 +113,23 @@ class BlockFisher:
             )
 
     def _kernels(self, store: Store) -> list[torch.Tensor]:
-        """The diagonal blocks of K, float64, summed in one pass over the rows."""
+        """The diagonal blocks of K, float64: those kept beside a large store, else summed in one
+        pass over the rows.
+        """
+        kept = self.budget.cache and store.num_rows * store.dim >= KEPT_FROM
+        if not kept:
+            return self._summed(store)
+        sizes = [w * w for w in self.widths]
+        path = store.folder / f"gram-blocks-{store.checksum[:16]}.npy"
+        identity = {"store": store.checksum, "widths": list(self.widths)}
+        flat = read_cached(path, identity)
+        if flat is None or flat.shape != (sum(sizes),):
+            flat = torch.cat([kernel.flatten() for kernel in self._summed(store)]).cpu().numpy()
+            save_gram(path, identity, torch.from_numpy(flat))
+        parts = torch.from_numpy(flat).to(self.budget.device).split(sizes)
+        return [part.view(w, w) for part, w in zip(parts, self.widths, strict=True)]
+
+    def _summed(self, store: Store) -> list[torch.Tensor]:
         budget, like = self.budget, {"dtype": torch.float64, "device": self.budget.device}
         kernels = [torch.zeros(w, w, **like) for w in self.widths]
         for _, rows in store.tensor_blocks(gram_rows(store.dim, budget.max_memory), budget.device):

@@ -111,7 +111,7 @@ def gram(store: Store, budget: Budget) -> torch.Tensor:
         return torch.from_numpy(known).to(budget.device)
     kernel = compute_gram(store, memory, budget.device)
     if budget.cache:
-        _save_gram(path, identity, kernel)
+        save_gram(path, identity, kernel)
     return kernel
 
 
@@ -134,7 +134,7 @@ def compute_gram(store: Store, max_memory: int, device: str = "cpu") -> torch.Te
     return kernel
 
 
-def _save_gram(path: Path, identity: dict, kernel: torch.Tensor) -> None:
+def save_gram(path: Path, identity: dict, kernel: torch.Tensor) -> None:
     """A cache that cannot be written costs time, not the result."""
     try:
         with disk_errors(path):

@@ -5,6 +5,7 @@ the command line.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from ..reading import inside, read_json, read_npy
 from ..report.answer import pictures_digest
 from ..report.index import PAGE, QUESTION
 from ..report.pictures import data_uri, load_pictures
-from ..report.scores import CSV, NPY
+from ..report.scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY
 from ..scoring.ranking import ranking
 from ..store.shards import Store
 
@@ -48,7 +49,9 @@ class CardTold(BaseModel):
 
 
 class ConceptTold(BaseModel):
-    """A concept. top, least: the highest (lowest) scores first. metrics: of labelled data."""
+    """A concept. top, least: the highest (lowest) scores first. metrics: of labelled data. search:
+    how an index found them, where one did.
+    """
 
     model_config = ConfigDict(extra="forbid")
     concept: str
@@ -57,6 +60,7 @@ class ConceptTold(BaseModel):
     least: list[CardTold]
     metrics: dict[str, float] | None
     chance: dict[str, float] | None
+    search: str | None = None
     files: dict[str, str]
 
 
@@ -96,6 +100,15 @@ class ErrorTold(BaseModel):
     error: str
 
 
+@dataclass(frozen=True)
+class Known:
+    """The scores [M] that an answer knows, the pictures [M] they are of, and their file's name."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    file: str
+
+
 class Teller:
     """Tells answers about the train pictures of a corpus."""
 
@@ -119,8 +132,14 @@ class Teller:
         row = int(np.argmin(np.abs(np.log(np.array(asked["dampings"]) / settings["damping"]))))
         concepts = []
         for name, record in zip(asked["folders"], records, strict=True):
-            scores = read_npy(inside(folder, f"{name}/{NPY}", "the file"), MEND, dims=2)[row]
-            concepts.append(self._concept(record, scores, f"{base}/{name}", settings["top_k"]))
+            by_index = asked.get("search") == "index"
+            file = inside(folder, f"{name}/{CANDIDATES if by_index else NPY}", "the file")
+            values = read_npy(file, MEND, dims=2)[row]
+            rows = np.arange(len(values))
+            if by_index:
+                rows = read_npy(file.with_name(CANDIDATE_ROWS), MEND, dims=1).astype(np.int64)
+            known = Known(rows, values, file.name)
+            concepts.append(self._concept(record, known, f"{base}/{name}", settings["top_k"]))
         if thumbnails == "data":
             self._embed(concepts)
         elif thumbnails == "none":
@@ -143,34 +162,39 @@ class Teller:
         }
 
     def _concept(
-        self, record: dict[str, Any], scores: np.ndarray, base: str, top_k: int
+        self, record: dict[str, Any], known: Known, base: str, top_k: int
     ) -> dict[str, Any]:
         truth = emoji.truth(self.data, record["target"])
         ends = {
             end: [
-                self._card(rank, int(i), scores, truth)
-                for rank, i in enumerate(ranking(scores, largest, top_k), 1)
+                self._card(rank, int(known.rows[i]), float(known.scores[i]), truth)
+                for rank, i in enumerate(ranking(known.scores, largest, top_k), 1)
             ]
             for end, largest in (("top", True), ("least", False))
         }
         quality = {k: v for k, v in record["fixed"].items() if k not in ("damping", "lambda")}
-        files = {"csv": f"{base}/{CSV}", "npy": f"{base}/{NPY}", METRICS: f"{base}/{METRICS}"}
+        files = {
+            "csv": f"{base}/{CSV}",
+            "npy": f"{base}/{known.file}",
+            METRICS: f"{base}/{METRICS}",
+        }
         return {
             "concept": record["target"],
             "negative_prompt": record["negative_prompt"],
             **ends,
             "metrics": quality or None,
             "chance": record.get("chance"),
+            "search": record.get("search"),
             "files": files,
         }
 
     def _card(
-        self, rank: int, index: int, scores: np.ndarray, truth: np.ndarray | None
+        self, rank: int, index: int, score: float, truth: np.ndarray | None
     ) -> dict[str, Any]:
         card: dict[str, Any] = {
             "rank": rank,
             "index": index,
-            "score": float(scores[index]),
+            "score": score,
             "file_name": self.data.records[index].get("file_name", ""),
             "caption": self.data.captions[index],
         }

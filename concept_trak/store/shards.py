@@ -175,28 +175,32 @@ class Store(ShardFolder):
         """As `stored_blocks` but torch float32 tensors on `device`; torch widens float16 ten times
         faster than numpy.
         """
-        import torch  # here only: writing shards needs no torch
-
-        narrow = self.dtype == "bfloat16"
         for start, stored in self.stored_blocks(max_rows):
-            block = torch.from_numpy(stored.view(np.int16) if narrow else stored)
-            yield start, (block.view(torch.bfloat16) if narrow else block).to(device).float()
+            yield start, _widened(stored, self.dtype, device)
 
     def rows(self, indices: Iterable[int]) -> np.ndarray:
         """float32 [len(indices), dim] of the given global rows, in that order."""
+        return decode(self.stored_rows(indices), self.dtype)
+
+    def stored_rows(self, indices: Iterable[int]) -> np.ndarray:
+        """As `rows`, in the stored type (uint16 for bfloat16)."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not (0 <= indices.min() and indices.max() < self.num_rows):
             given = indices.min() if indices.min() < 0 else indices.max()
             raise UserError(f"{self.folder} has no row {given}; give indices below {self.num_rows}")
-        out = np.empty((len(indices), self.dim), np.float32)
+        out = np.empty((len(indices), self.dim), self.grads.stored_type)
         shards = np.searchsorted(self.bounds, indices, side="right") - 1
         for shard in np.unique(shards):
             path, count = self.path(shard, ".npy"), self.count(shard)
             offset, shape = len(self.grads.header(count)), (count, self.dim)
             mapped = np.memmap(path, self.grads.stored_type, "r", offset=offset, shape=shape)
             here = shards == shard
-            out[here] = decode(mapped[indices[here] - self.bounds[shard]], self.dtype)
+            out[here] = mapped[indices[here] - self.bounds[shard]]
         return out
+
+    def tensor_rows(self, indices: Iterable[int]) -> torch.Tensor:
+        """As `rows`, but a torch tensor, widened as in `tensor_blocks`."""
+        return _widened(self.stored_rows(indices), self.dtype)
 
     def losses(self) -> np.ndarray:
         """float32 [num_rows], the loss of each row; UserError for a store without losses and for
@@ -212,3 +216,12 @@ class Store(ShardFolder):
         """float32 [rows of the shard] of a finished shard in a store with losses."""
         blocks = self.shard_blocks(shard, self.series[1], self.num_rows)
         return np.concatenate([block for _, block in blocks])
+
+
+def _widened(stored: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Stored values as float32 on a device."""
+    import torch  # here only: writing shards needs no torch
+
+    narrow = dtype == "bfloat16"
+    block = torch.from_numpy(stored.view(np.int16) if narrow else stored)
+    return (block.view(torch.bfloat16) if narrow else block).to(device).float()

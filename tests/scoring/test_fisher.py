@@ -458,3 +458,17 @@ def test_blocks_that_cannot_be_solved_are_named(tmp_path):
     zeros = make(tmp_path / "b", np.zeros((60, 40), np.float32))
     with pytest.raises(UserError, match="every row of the store is zero"):
         by_blocks(zeros, np.ones((1, 40)), [20, 20])
+
+
+def test_blocks_of_a_large_store_are_kept_and_the_next_query_reads_no_row(tmp_path, monkeypatch):
+    store = make(tmp_path, synthetic(50, 12))
+    solver, query = BlockFisher(Budget(), (4, 8)), synthetic(1, 12, seed=3)
+    once = solver.solve(store, query, DAMPINGS)
+    assert not list(tmp_path.glob("gram-*"))  # a pass over few rows costs nothing
+    monkeypatch.setattr(fisher, "KEPT_FROM", 1)
+    first = solver.solve(store, query, DAMPINGS)
+    monkeypatch.setattr(Store, "tensor_blocks", None)
+    again = solver.solve(store, query, DAMPINGS)
+    assert np.array_equal(once, first) and np.array_equal(first, again)
+    with pytest.raises(TypeError):  # other blocks are not those
+        BlockFisher(Budget(), (6, 6)).solve(store, query, DAMPINGS)

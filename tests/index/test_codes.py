@@ -1,0 +1,146 @@
+"""Codes are made shard by shard, go on after a kill, and are refused where they do not belong."""
+
+import shutil
+
+import numpy as np
+import pytest
+from indexed_rows import WIDTHS, make_store, solved_queries
+
+from concept_trak.errors import UserError
+from concept_trak.index.codes import Index
+from concept_trak.index.search import Search
+from concept_trak.scoring.ranking import ranking
+from concept_trak.scoring.scores import scores
+
+pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'concept-trak[index]'")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    store = make_store(tmp_path_factory.mktemp("store"))
+    Index.create(store, WIDTHS, 1.0).update()
+    return store
+
+
+@pytest.fixture
+def store(built, tmp_path):
+    """A copy of a store with its index, to spoil."""
+    shutil.copytree(built.folder, tmp_path / "store")
+    return type(built).open(tmp_path / "store")
+
+
+def test_candidates_hold_both_ends_of_the_scan(built):
+    index, solved = Index.open(built), solved_queries(built)
+    exact, shares = scores(built, solved), []
+    for q in range(solved.shape[1]):
+        found = Search(300).find(index, solved[:, q])
+        assert len(found.rows) < 0.45 * built.num_rows  # both ends of both dampings
+        np.testing.assert_allclose(found.scores, exact[:, q, found.rows], rtol=1e-5, atol=1e-7)
+        for d in range(len(solved)):
+            for largest in (True, False):
+                shares.append(np.isin(ranking(exact[d, q], largest, 10), found.rows).mean())
+    assert np.mean(shares) > 0.94
+
+
+def test_a_row_takes_a_sixteenth_of_its_bytes(built):
+    index = Index.open(built)
+    size = sum(path.stat().st_size for path in index.folder.glob("shard-*.faiss"))
+    assert index.row_bytes == 256 / 8 + 8
+    assert abs(size / built.num_rows - index.row_bytes) < 2  # the mean row, in each file
+
+
+def test_estimates_do_not_depend_on_how_small_a_query_is(built):
+    index, solved = Index.open(built), solved_queries(built)[0]
+    values, rows = index.search(solved, 50)
+    small_values, small_rows = index.search(solved * 1e-12, 50)
+    assert (rows == small_rows).all()
+    np.testing.assert_allclose(small_values, values * 1e-12, rtol=1e-4)
+
+
+def test_shards_that_come_later_are_added_and_the_others_left_alone(tmp_path):
+    store = make_store(tmp_path, shards=[0, 2])
+    index = Index.create(store, WIDTHS, 1.0)
+    assert index.update() == [0, 2] and index.update() == []
+    before = {path: path.stat().st_mtime_ns for path in index.folder.glob("shard-*")}
+    store = make_store(tmp_path)
+    with pytest.raises(UserError, match=r"lacks the codes of shard 1; make it: .*build_index.sh"):
+        Index.open(store)
+    index = Index.create(store, WIDTHS, 1.0)
+    assert index.update() == [1]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    found = Search(200).find(Index.open(store), solved_queries(store)[:, 0])
+    assert found.rows[-1] >= store.bounds[2]
+
+
+def test_a_kill_leaves_whole_shards_and_the_next_run_ends_with_the_same_bytes(store, monkeypatch):
+    folder = store.folder / "index"
+    whole = {path.name: path.read_bytes() for path in folder.glob("*.faiss")}
+    for name in ("shard-1.faiss", "shard-2.faiss", "shard-1.json", "shard-2.json"):
+        (folder / name).unlink()
+    index, blocks = Index.create(store, WIDTHS, 1.0), Index._blocks
+
+    def killed(self, shard):
+        if shard == 2:
+            raise KeyboardInterrupt
+        return blocks(self, shard)
+
+    monkeypatch.setattr(Index, "_blocks", killed)
+    with pytest.raises(KeyboardInterrupt):
+        index.update()
+    monkeypatch.undo()
+    assert Index.create(store, WIDTHS, 1.0).update() == [2]
+    assert {path.name: path.read_bytes() for path in folder.glob("*.faiss")} == whole
+
+
+def test_what_does_not_belong_is_refused_with_what_mends_it(store, tmp_path):
+    with pytest.raises(UserError, match=r"another damping.*remove that folder.*build_index.sh"):
+        Index.create(store, WIDTHS, 10.0)
+    with pytest.raises(UserError, match="another widths"):
+        Index.create(store, (160, 160), 1.0)
+    other = make_store(tmp_path / "other", seed=2)
+    with pytest.raises(UserError, match=r"has no index; make it: bash scripts/build_index.sh"):
+        Index.open(other)
+    shutil.copytree(store.folder / "index", other.folder / "index")
+    with pytest.raises(UserError, match="belongs to another store"):
+        Index.open(other)
+
+
+def test_damaged_files_are_found_and_made_again(store):
+    folder = store.folder / "index"
+    codes = folder / "shard-1.faiss"
+    codes.write_bytes(codes.read_bytes()[:-10])
+    with pytest.raises(UserError, match="lacks the codes of shard 1"):
+        Index.open(store)
+    assert Index.create(store, WIDTHS, 1.0).update() == [1]
+    Index.open(store)
+    content = codes.read_bytes()
+    codes.write_bytes(content[:-4] + b"abcd")  # of the same length: found by who builds
+    assert Index.create(store, WIDTHS, 1.0).update() == [1] and codes.read_bytes() == content
+    space = folder / "whitening.safetensors"
+    space.write_bytes(space.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(UserError, match="lost or changed whitening.safetensors"):
+        Index.open(store)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="manifest.json"):
+        Index.open(store)
+
+
+def test_rows_that_were_made_again_need_new_codes(store):
+    record = store.record(1)
+    store.write_record(1, record["rows"], {"sha256": "0" * 64})
+    assert Index.read_manifest(store).missing() == [1]
+
+
+def test_a_store_without_a_finished_shard_has_nothing_to_index(tmp_path):
+    with pytest.raises(UserError, match="no finished shard"):
+        Index.create(make_store(tmp_path, shards=[]), WIDTHS, 1.0)
+
+
+def test_without_faiss_one_line_says_what_to_install(monkeypatch):
+    import sys
+
+    from concept_trak.index.library import faiss
+
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"pip install 'concept-trak\[index\]'"):
+        faiss()
