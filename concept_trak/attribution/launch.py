@@ -42,7 +42,8 @@ def command(settings: Settings, shard: int, gpu: str) -> list[str]:
     """
     place = ["--cpu"] if gpu == "cpu" else ["--gpu_ids", gpu]
     device = "cpu" if gpu == "cpu" else ""
-    child = settings.but(shards=str(shard), gpu_ids="", gpu_id="", device=device, repair=False)
+    here = {"gpu_ids": "", "gpu_id": "", "device": device, "executor": "local"}
+    child = settings.but(shards=str(shard), repair=False, **here)
     flags = [
         f"--{name.replace('_', '-')}={int(v) if isinstance(v, bool) else v}"
         for name, v in child.flat().items()
@@ -106,7 +107,7 @@ def launch_shards(settings: Settings) -> None:
     """
     gpus = parse_gpu_ids(settings.gpu_ids)
     if not gpus:
-        raise UserError("GPU_IDS names no device; give e.g. '0 1', or leave it out")
+        raise UserError("GPU_IDS names no device; give e.g. '0 1', or leave it and EXECUTOR out")
     wanted = parse_shards(settings.shards, settings.num_split)
     print("loading the model once, to see what it needs", flush=True)
     store = Store.read_manifest(created(settings, gpus[0]))
