@@ -298,7 +298,8 @@ VERBS = {
 # Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the
 # arguments.
 WITH_OWN_FLAGS = (
-    *("evaluation.bench.command", "evaluation.retraining.command", "evaluation.labelled.command"),
+    *("evaluation.bench.command", "evaluation.bench.cluster_command"),
+    *("evaluation.retraining.command", "evaluation.labelled.command"),
     *("evaluation.small_abc.command", "evaluation.overview", "evaluation.cad.command"),
     "report.weights_command",
     *("workshop.tokens.command", "workshop.fetch.download"),

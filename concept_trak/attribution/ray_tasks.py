@@ -12,9 +12,11 @@ who knows a token made for it, and stopped at the end.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
@@ -34,7 +36,9 @@ FIRST_SECONDS = 20.0  # in which the first node that can run a task must be ther
 VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # of a cluster that is started: as local processes, not 15
 }
+JOIN_SECONDS = 5.0  # for a cluster to answer
 LOOK_SECONDS = 2.0  # how old the list of nodes may be
 TRANSIENT = (TransientError, ConnectionError, TimeoutError)
 
@@ -161,10 +165,11 @@ def refuse_without_ray() -> None:
 
 
 @contextlib.contextmanager
-def cluster(num_cpus: float = 1.0) -> Iterator[None]:
+def cluster(num_cpus: float = 1.0, total: int = 0) -> Iterator[None]:
     """The cluster of RAY_ADDRESS, joined, or one of this machine's CPUs and GPUs, started.
 
-    num_cpus: that there must be at least. UserError for an address that does not answer.
+    num_cpus: that there must be at least. total: that a started one has; 0: as many as there are,
+    or `num_cpus`. UserError for an address that does not answer.
     """
     refuse_without_ray()
     address, folder = os.environ.get("RAY_ADDRESS", ""), ""
@@ -182,7 +187,7 @@ def cluster(num_cpus: float = 1.0) -> Iterator[None]:
             _join(ray, address, quiet)
         else:
             folder = tempfile.mkdtemp(prefix="concept-trak-ray-")
-            _start(ray, folder, num_cpus, quiet)
+            _start(ray, folder, total or max(_cores(), math.ceil(num_cpus)), quiet)
         with ended_by_sigterm():  # Ray has set a handler of its own
             yield
     finally:
@@ -195,9 +200,12 @@ def cluster(num_cpus: float = 1.0) -> Iterator[None]:
 
 
 def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdigit() and "/" not in host:  # Ray itself tries for half a minute
+            socket.create_connection((host, int(port)), JOIN_SECONDS).close()
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"RAY_ADDRESS={address} cannot be joined ({reason}); start it with: ray start --head, "
@@ -205,11 +213,16 @@ def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
         ) from None
 
 
-def _start(ray: Any, folder: str, num_cpus: float, quiet: dict[str, Any]) -> None:
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _cores() -> int:
+    """That this process may use."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return own or 1
+
+
+def _start(ray: Any, folder: str, total: int, quiet: dict[str, Any]) -> None:
     ray.init(
         address="local",
-        num_cpus=max(here or 1, int(num_cpus)),
+        num_cpus=total,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=folder,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from concept_trak.attribution.cluster import Work
+from concept_trak.errors import UserError
 
 DIM = 16
 
@@ -44,3 +45,18 @@ class SlowWork(Work):
         time.sleep(self.seconds)
         store.put_piece(piece, rows_of(piece.first, piece.stop))
         note(self.log, "end", piece.name, os.getpid())
+
+
+@dataclass(frozen=True)
+class FailingWork(SlowWork):
+    """One piece fails for good, another at its first try."""
+
+    def make(self, store, piece):
+        first = not any(line[1] == piece.name for line in notes(self.log))
+        if piece.shard == 0 and piece.first == 8:
+            note(self.log, "begin", piece.name, os.getpid())
+            raise UserError("the picture cannot be read")
+        if piece.shard == 1 and piece.first == 48 and first:
+            note(self.log, "begin", piece.name, os.getpid())
+            raise ConnectionError("cut")
+        super().make(store, piece)
