@@ -22,6 +22,7 @@ SMALL = ["--num-split=2", "--proj-dim=32", "--batch-size=2"]
 def contents(folder):
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     found.pop("manifest.json")  # tells the time it was made
+    found.pop("pictures.json", None)  # fetched by whoever wants it
     return found
 
 
