@@ -18,6 +18,7 @@ ROOMS = (
     "attribution",
     "components",
     "report",
+    "service",
     "workshop",
     "evaluation",
 )

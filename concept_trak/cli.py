@@ -52,6 +52,13 @@ def run_explore(settings: Settings, device: str) -> None:
     print(f"explorer: {os.path.relpath(explore(settings))}")
 
 
+def run_serve(settings: Settings, device: str) -> None:
+    """Answer questions over HTTP; prints where."""
+    from .service.command import serve
+
+    serve(settings, device)
+
+
 def run_suspects(settings: Settings, device: str) -> None:
     """List the training pictures whose caption does not fit; prints where the list is."""
     from .attribution.corpus import Corpus
@@ -224,6 +231,13 @@ VERBS = {
         ("results_dir",),
         light=True,
     ),
+    "serve": Verb(
+        run_serve,
+        "Answer questions over HTTP, one model in memory, until SIGTERM or Ctrl-C.",
+        "--listen-port 8080",
+        ("service", "query_form", "generation", "query", "scoring", "report", "results_dir", *ROWS),
+        check="check_rows",
+    ),
     "train-grad": Verb(
         run_train_grad,
         "Compute the rows of the training pictures, and keep them; goes on where it stopped.",
@@ -298,10 +312,10 @@ VERBS = {
 # Modules with an `add_parser(verbs)` that adds sub-commands and sets `run`, called with the
 # arguments.
 WITH_OWN_FLAGS = (
-    *("evaluation.bench.command", "evaluation.bench.cluster_command"),
+    *("evaluation.bench.command", "evaluation.bench.many", "evaluation.bench.cluster_command"),
     *("evaluation.retraining.command", "evaluation.labelled.command"),
     *("evaluation.small_abc.command", "evaluation.overview", "evaluation.cad.command"),
-    "report.weights_command",
+    *("report.weights_command", "service.bench"),
     *("workshop.tokens.command", "workshop.fetch.download"),
 )
 

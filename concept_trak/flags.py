@@ -31,7 +31,7 @@ FROM_ENV = "CONCEPT_TRAK_FROM_ENV"  # set by the scripts, which make flags of va
 # variables of the scripts that are no settings
 OF_SCRIPTS = (
     *"PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split(),
-    "RAY_ADDRESS",
+    *("API_TOKEN", "RAY_ADDRESS"),
 )
 SHORTEST = 5  # letters of a variable whose neighbours are looked at: ETA is near to too much
 SHOWN_AS = {"bool": "0|1", "int": "N", "float": "X", "str": "TEXT"}

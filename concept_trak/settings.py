@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +371,62 @@ class Components:
 
 
 @dataclass(frozen=True)
+class Service:
+    """How questions are taken over HTTP."""
+
+    listen_host: str = option(
+        "127.0.0.1", "address to listen at; any but this machine's own needs API_TOKEN"
+    )
+    listen_port: int = option(8000, "port to listen at; 0: any free one", low=0, high=65535)
+    queue_length: int = option(
+        32,
+        "waiting beside the one that is being answered; more are told to come again",
+        "questions",
+        low=0,
+        high=10_000,
+    )
+    answer_wait: float = option(
+        60.0,
+        "how long a request waits for its answer before it is told where it will be",
+        "seconds",
+        low=0,
+        high=86_400,
+    )
+    body_timeout: float = option(
+        10.0, "how long the body of a request may take to arrive", "seconds", low=0.1, high=3600
+    )
+    body_bytes: int = option(
+        2**16, "of the body of a request, at most", "bytes", low=256, high=2**24
+    )
+
+
+@dataclass(frozen=True)
+class Protocols:
+    """The published protocols for edited pipelines."""
+
+    protocol: str = option(
+        "objects",
+        "what is measured: objects, nudity, styles, retention",
+        choices=("objects", "nudity", "styles", "retention"),
+    )
+    prompts_file: str = option("", "prompts (.csv, COCO's .json, .txt); empty: a few of our own")
+    seeds_per_prompt: int = option(8, "of a prompt that has no seed of its own", "pictures", low=1)
+    classifier: str = option(
+        "microsoft/resnet-50", "folder or hub id of transformers that names ImageNet's classes"
+    )
+    clip_model: str = option(
+        "openai/clip-vit-base-patch32", "folder or hub id of the CLIP that scores captions"
+    )
+    alexnet_path: str = option("", "file of AlexNet's weights, for LPIPS")
+    feature_model: str = option(
+        "",
+        "whose features the Frechet distance compares: folder or hub id of transformers, or the "
+        ".pth of FID's Inception; empty: CLIP_MODEL's",
+    )
+    real_dir: str = option("", "folder of real pictures to compare with; empty: none")
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run depends on, by stage; each field can be read by its own name, too.
 
@@ -392,6 +448,8 @@ class Settings:
     tasks: Tasks = Tasks()
     truth: Truth = Truth()
     components: Components = Components()
+    service: Service = Service()
+    protocols: Protocols = Protocols()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
@@ -517,8 +575,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@cache
 def _git_commit() -> str | None:
-    """Of the checkout; None for an installed package, wherever it is called."""
+    """Of the checkout when it was first asked for: what is changed there later is not what a
+    process runs. None for an installed package, wherever it is called.
+    """
     import subprocess
 
     def run(*args: str) -> str:

@@ -14,6 +14,8 @@ SETTING_VARIABLES=(
     SD_MODEL_PATH LORA_PATH FIT_MODEL_PATH SOURCE_DIR DATA_DIR NUM_TRAIN GRAD_DIR STORE_CACHE RESULTS_DIR NUM_SPLIT SHARDS REPAIR DTYPE STORE_DTYPE DEVICE GPU_ID GPU_IDS EXECUTOR NUM_CPUS NUM_GPUS PIECE_ROWS TASK_RETRIES MAX_MEMORY
     TASK_IDX TASK_JSON TI_MODEL_PATH TI_WEIGHT_NAME RETRAIN TRUTH_DIR
     CONCEPT BASE_PROMPT RATIO SELECTION GRANULARITY OPERATOR STRENGTH SCORE_SEEDS SPARE EDITS EXPORT JUDGED TARGET_UA MIN_RETENTION
+    LISTEN_HOST LISTEN_PORT QUEUE_LENGTH ANSWER_WAIT BODY_TIMEOUT BODY_BYTES
+    PROTOCOL PROMPTS_FILE SEEDS_PER_PROMPT CLASSIFIER CLIP_MODEL ALEXNET_PATH FEATURE_MODEL REAL_DIR
 )
 
 die() {
@@ -104,9 +106,11 @@ ensure_env() {
     PYTHON=$(find_python) || die "no environment after requirements.sh; set PYTHON_BIN to a Python with concept-trak installed"
 }
 
-# run_cli VERB ARGUMENT...: the command line, with this checkout's code from any working folder.
+# run_cli VERB ARGUMENT...: the command line, with this checkout's code from any working folder. in_place=exec: instead of
+# the shell, so that a signal to the script reaches the program.
+in_place=''
 run_cli() {
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CONCEPT_TRAK_FROM_ENV=1 "$PYTHON" -m concept_trak "$@"
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CONCEPT_TRAK_FROM_ENV=1 $in_place "$PYTHON" -m concept_trak "$@"
 }
 
 # run_verb VERB ARGUMENT...: set-up, then the verb with the caller's variables. Arguments come last and so win over variables.

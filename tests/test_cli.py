@@ -584,7 +584,7 @@ def sub_commands():
 def test_every_setting_is_a_flag_of_every_verb_that_computes():
     computing_nothing = {"download-abc", "download-train-grad", "tables"}  # no setting bears on it
     verbs = sub_commands()
-    own = {"bench", "labelled", "train-token", "truth", "export"}
+    own = {"bench", "bench-scoring", "labelled", "train-token", "truth", "export"}
     own |= {
         "small-abc",
         "cad-images",
@@ -593,6 +593,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "cad-amplify",
         "cad-eval",
         "cad-verify",
+        "cad-protocol",
         "cad-bench-sd14",
     }
     assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}

@@ -62,21 +62,19 @@ def answer(
     corpus: Corpus,
     keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None,
     draw: Callable[[Corpus], Picture] | None = None,
+    store: Store | None = None,
 ) -> Answer:
     """Answer PROMPT and TARGET_CONCEPTS. keep: see `GradientRanker`. draw: the picture, which may
-    be known from before; default: drawn.
+    be known from before; default: drawn. store: of the train rows, where `open_store` has checked
+    it before.
 
     UserError for words that do not fit, before anything is computed.
     """
     s = corpus.settings
-    targets = prompts.split_list(s.target_concepts)
-    contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
-    emoji.refuse_unknown(corpus.everything, s.prompt, targets)
-    warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
-    warnings += _unfamiliar(corpus, targets)
+    targets, contrasts, warnings = asked_words(corpus)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    store = open_store(corpus)
+    store = store or open_store(corpus)
     picture = (draw or drawn)(corpus)
     asked = zip(targets, contrasts, strict=True)
     questions = [Question(picture, target, plus, minus) for target, (plus, minus) in asked]
@@ -95,6 +93,18 @@ def answer(
     made, seen = provenance(), _unseen(corpus, s.prompt)
     told, fit = (picture, questions, concepts, corpus.train), caption_fits(corpus, store)
     return Answer(*told, recorded, made, seen, warnings, fit, _others(corpus, questions))
+
+
+def asked_words(corpus: Corpus) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+    """(targets, (c+, c-) of each, what a reader must know of them, a sentence each) of PROMPT and
+    TARGET_CONCEPTS. UserError for words that do not fit.
+    """
+    s = corpus.settings
+    targets = prompts.split_list(s.target_concepts)
+    contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
+    emoji.refuse_unknown(corpus.everything, s.prompt, targets)
+    warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
+    return targets, contrasts, warnings + _unfamiliar(corpus, targets)
 
 
 def _others(corpus: Corpus, questions: list[Question]) -> dict[str, np.ndarray]:

@@ -89,6 +89,9 @@ NOT_DECIDING = {
     # what is asked of the weights decides no ranking of pictures
     *("concept", "base_prompt", "ratio", "selection", "granularity", "operator", "strength"),
     *("score_seeds", "spare", "edits", "export", "judged"),
+    *("listen_host", "listen_port", "queue_length", "answer_wait", "body_timeout", "body_bytes"),
+    *("protocol", "prompts_file", "seeds_per_prompt", "classifier", "clip_model", "alexnet_path"),
+    *("feature_model", "real_dir"),
 }
 
 
@@ -101,8 +104,12 @@ def deciding(settings: Settings, *made_from: Any) -> str:
 
 
 def question_folder(settings: Settings, *made_from: Any) -> Path:
-    """Folder of an answer: named as in the reference, and by the hash of all that decides it."""
+    """Folder of an answer: named as in the reference, and by the hash of all that decides it.
+
+    The same targets are the same question, whichever sign stands between them.
+    """
     s = settings
+    s = s.but(target_concepts="|".join(prompts.split_list(s.target_concepts)))
     tail = f"{s.layer.replace('|', '+')}-{s.f}-train_gs_{s.train_guidance_scale}"
     tail += f"-test_gs_{s.concept_guidance_scale}-eta_{s.eta}-seed_{s.seed}"
     tail += ("-norm" if s.normalize else "") + ("-ddim" if s.ddim_inversion else "")

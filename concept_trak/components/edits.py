@@ -116,10 +116,12 @@ def load_edit(path: str | Path) -> Edit:
 class EditedNetwork:
     """A network with a stack of edits on it. Attributes: network; base, its hash without edits;
     stack, the edits in the order they were applied.
+
+    base: that hash, where it is known; of a network that was cast since, of what it was cast from.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.base = network, network_hash(network)
+    def __init__(self, network: nn.Module, base: str = "") -> None:
+        self.network, self.base = network, base or network_hash(network)
         self.stack: list[Edit] = []
         self._kept: list[dict[str, torch.Tensor]] = []  # what stood where each edit wrote
 

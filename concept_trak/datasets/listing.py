@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
 
 from . import emoji
 from .folder import ImageCaptionDataset
@@ -34,11 +35,17 @@ def listing(dataset: ImageCaptionDataset) -> str:
 
 def emoji_example(dataset: ImageCaptionDataset) -> str:
     """A question about the first picture that has both labels; "" without one."""
+    for caption, words in labelled_questions(dataset):
+        return f'PROMPT="{caption}" TARGET_CONCEPTS="{"|".join(words)}"'
+    return ""
+
+
+def labelled_questions(dataset: ImageCaptionDataset) -> Iterator[tuple[str, list[str]]]:
+    """(caption, its concepts) of the pictures that have both labels."""
     for record, caption in zip(dataset.records, dataset.captions, strict=True):
         words = [record.get(f"{c}_phrase") or record.get(c) for c in emoji.COLUMNS]
         if all(words) and all(word in caption for word in words):
-            return f'PROMPT="{caption}" TARGET_CONCEPTS="{"|".join(words)}"'
-    return ""
+            yield caption, words
 
 
 def _groups(dataset: ImageCaptionDataset) -> dict[str, str]:
@@ -68,15 +75,20 @@ def _span(counts: object) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _words(dataset: ImageCaptionDataset) -> str:
-    """The words of most captions, with the number of captions."""
+def frequent_words(dataset: ImageCaptionDataset) -> dict[str, int]:
+    """{word: captions that hold it}, the MOST_WORDS most frequent ones."""
     found = Counter(
         word
         for caption in dataset.captions
         for word in set(re.findall(r"[^\W\d_]+", caption.casefold()))
         if len(word) >= LETTERS
     )
-    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS]
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS])
+
+
+def _words(dataset: ImageCaptionDataset) -> str:
+    """The words of most captions, with the number of captions."""
+    ranked = frequent_words(dataset).items()
     told = ", ".join(f"{word} ({count})" for word, count in ranked)
     head = f"no labels; the most frequent words of {len(dataset)} captions (any word may be asked)"
     return f"{head}:\n" + textwrap.fill(told, WIDTH, initial_indent="  ", subsequent_indent="  ")

@@ -27,9 +27,11 @@ from ..attribution.plan import question_folder
 from ..attribution.prompts import target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
+from ..datasets import ImageCaptionDataset
 from ..files import atomic_folder, make_folder, write_bytes, write_json
 from ..settings import ROOT, Settings, as_dict, digest
 from ..store.cached import cached_array
+from ..store.shards import Store
 from .index import PAGE, QUESTION, write_index
 from .page import write_report
 from .results import write_results
@@ -39,8 +41,9 @@ from .shown import Links, Shown
 ROWS = ".rows"  # folder of the query rows, beside the answers
 
 
-def attribute(corpus: Corpus) -> Path:
-    """Answer the settings of `corpus` and write it; returns the path of report.html.
+def attribute(corpus: Corpus, store: Store | None = None) -> Path:
+    """Answer the settings of `corpus` and write it; returns the path of report.html. store: see
+    `answer`.
 
     Query rows and the picture are kept beside the answers by what they were made from, so that
     another damping, or another number of pictures, does not make them again.
@@ -74,7 +77,7 @@ def attribute(corpus: Corpus) -> Path:
             x0 = cached_array(path, made_from, draw, force=True)
         return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
 
-    return write_answer(answer(corpus, kept_rows, kept_picture), s, kept)
+    return write_answer(answer(corpus, kept_rows, kept_picture, store), s, kept)
 
 
 def write_answer(found: Answer, settings: Settings, rows: Sequence[Path] = ()) -> Path:
@@ -131,7 +134,6 @@ def _links(found: Answer, folder: Path) -> Links:
 def _asked(found: Answer) -> dict[str, Any]:
     """What the explorer and the index read of an answer."""
     data = found.dataset
-    names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
     return {
         "targets": [q.words for q in found.questions],
         "negatives": [q.minus for q in found.questions],
@@ -142,9 +144,15 @@ def _asked(found: Answer) -> dict[str, Any]:
         "warnings": found.warnings,
         "pictures": {
             "root": str(data.root.resolve()).removeprefix(f"{ROOT}/"),
-            "digest": digest([names, data.captions]),
+            "digest": pictures_digest(data),
         },
     }
+
+
+def pictures_digest(data: ImageCaptionDataset) -> str:
+    """Of the names and captions of pictures, in their order."""
+    names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
+    return digest([names, data.captions])
 
 
 def save_query(folder: Path, asked: Picture, meta: dict) -> None:

@@ -9,13 +9,12 @@ factorisation or one Krylov run; everything is float64.
 |---|---|---|
 | primal | K = Q L Q^T, z = Q (L + lambda)^-1 Q^T q | k of a few thousand at most |
 | dual | X X^T = U S U^T, z = (q - X^T U (S + lambda)^-1 U^T X q) / lambda | N < k, N as small |
-| krylov_gram | shifted Lanczos, K in memory, cached beside the store | middling k, many queries |
-| krylov_rows | shifted Lanczos, v -> X^T (X v) from disk, K never formed | large k, few queries |
+| krylov_gram | block Lanczos, K in memory, cached beside the store | middling k |
+| krylov_compact | the same, K in a quarter of that (`compact`), refined from the rows | large k |
+| krylov_rows | block Lanczos, v -> X^T (X v) from disk, K never formed | K does not fit |
 | (blocks) | primal in each block, K taken as block-diagonal | BLOCKS=module |
 
-Blocks are those of K-FAC (Martens & Grosse 2015). Known limit: a K that only fits in memory as
-float32 (krylov_gram, large k) carries a rounding error of about 1e-7 ||K||, which the smallest
-dampings may feel; krylov_rows has none.
+Blocks are those of K-FAC (Martens & Grosse 2015).
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ import torch
 
 from ..errors import UserError
 from ..store.shards import Store
+from .compact import compact_bytes, compact_folder, compact_gram
 from .gram import GRAM_TILE, gram, gram_path, gram_rows, row_product, shifts, trace
 from .krylov import gram_solutions, krylov_solutions
 from .preconditioner import Budget, Preconditioner, checked_queries
 
-METHODS = ("auto", "primal", "dual", "krylov", "krylov_gram", "krylov_rows")
+METHODS = ("auto", "primal", "dual", "krylov", "krylov_gram", "krylov_compact", "krylov_rows")
 # Largest side "auto" gives to a full eigendecomposition: seconds on one core, Krylov is faster
 # beyond.
 DIRECT_MAX = 2048
@@ -63,6 +63,7 @@ class FullFisher:
             "primal": _primal,
             "dual": _dual,
             "krylov_gram": _krylov_gram,
+            "krylov_compact": _krylov_compact,
             "krylov_rows": _krylov_rows,
         }
         return solvers[method](store, asked, dampings, self.budget).cpu().numpy()
@@ -131,8 +132,12 @@ def choose_method(store: Store, num_queries: int, max_memory: int, method: str =
             return "dual"
         method = "primal" if dim <= DIRECT_MAX and _primal_bytes(dim) <= max_memory else "krylov"
     if method == "krylov":
-        pays = gram_path(store, torch.float64).exists() or _gram_pays(dim, num_queries)
-        return "krylov_gram" if 8 * dim * dim <= max_memory // 2 and pays else "krylov_rows"
+        if 8 * dim * dim <= max_memory // 2:
+            pays = gram_path(store).exists() or _gram_pays(dim, num_queries, 5e-11)
+            return "krylov_gram" if pays else "krylov_rows"
+        pays = compact_folder(store).exists() or _gram_pays(dim, num_queries, 1.2e-11)
+        fits = compact_bytes(dim) <= 0.6 * max_memory
+        return "krylov_compact" if fits and pays else "krylov_rows"
     needed = {"dual": _dual_bytes(rows, dim), "primal": _primal_bytes(dim)}.get(method, 0)
     if needed > max_memory:
         raise UserError(
@@ -141,14 +146,17 @@ def choose_method(store: Store, num_queries: int, max_memory: int, method: str =
     return method
 
 
-def _gram_pays(dim: int, num_queries: int, products: int = 100, runs: int = 4) -> bool:
+def _gram_pays(
+    dim: int, num_queries: int, seconds: float, products: int = 100, runs: int = 4
+) -> bool:
     """Is forming K cheaper than streaming X? Both cost N k times something, so N drops out.
 
-    Seconds per value of X, measured on one 2020s server core: one float64 multiply-add of the Gram
-    matrix 5e-11, used by `runs` calls; reading and widening 1.5e-9 and multiplying twice 0.5e-9 a
-    query, each for about `products` Lanczos iterations.
+    Seconds per value of X, measured on one 2020s server core: one multiply-add of the Gram matrix
+    `seconds` (5e-11 in float64, 1.2e-11 in float32 and half of it), used by `runs` calls; reading
+    and widening 1.5e-9 and multiplying twice 0.5e-9 a query, each for about `products` Lanczos
+    iterations.
     """
-    return dim * 5e-11 / runs < products * (1.5e-9 + 0.5e-9 * num_queries)
+    return dim * seconds / runs < products * (1.5e-9 + 0.5e-9 * num_queries)
 
 
 def _primal_bytes(dim: int) -> int:
@@ -204,6 +212,15 @@ def _krylov_gram(
     kernel = gram(store, budget)
     lambdas = shifts(dampings, kernel.diagonal().double().sum(), store.dim, queries.device)
     return gram_solutions(kernel, queries, lambdas, budget.max_memory)
+
+
+def _krylov_compact(
+    store: Store, queries: torch.Tensor, dampings: Sequence[float], budget: Budget
+) -> torch.Tensor:
+    kernel = compact_gram(store, budget)
+    lambdas = shifts(dampings, trace(store, budget.device), store.dim, queries.device)
+    left = budget.max_memory - compact_bytes(store.dim)
+    return krylov_solutions(kernel.product, queries, lambdas, left, exact=row_product(store))
 
 
 def _krylov_rows(

@@ -56,7 +56,9 @@ def row_product(store: Store) -> Product:
 
     def product(vectors: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(vectors)
-        for _, block in store.tensor_blocks(stream_rows(store.dim), vectors.device):
+        # many vectors do not stay in cache either: larger blocks read them less often
+        rows = stream_rows(store.dim) * min(max(1, len(vectors) // 8), 32)
+        for _, block in store.tensor_blocks(rows, vectors.device):
             block = block.double()
             total.addmm_(vectors @ block.T, block)
         return total
@@ -65,13 +67,10 @@ def row_product(store: Store) -> Product:
 
 
 def gram_product(kernel: torch.Tensor) -> Product:
-    """v -> K v in float64 for rows v [n, k], K [k, k] held in float32 or float64."""
-    if kernel.dtype == torch.float64 and kernel.device.type == "cpu":
+    """v -> K v for rows v [n, k] and K [k, k], float64."""
+    if kernel.device.type == "cpu":
         return lambda vectors: _symmetric_product(kernel.numpy(), vectors.numpy())
-    if kernel.dtype == torch.float64:
-        return lambda vectors: vectors @ kernel
-    bands = kernel.split(stream_rows(len(kernel)))
-    return lambda vectors: torch.cat([vectors @ band.double().T for band in bands], dim=1)
+    return lambda vectors: vectors @ kernel
 
 
 def _symmetric_product(kernel: np.ndarray, vectors: np.ndarray) -> torch.Tensor:
@@ -80,6 +79,7 @@ def _symmetric_product(kernel: np.ndarray, vectors: np.ndarray) -> torch.Tensor:
     """
     if len(vectors) > SYMV_MAX:
         return torch.from_numpy(vectors @ kernel)
+    vectors = np.ascontiguousarray(vectors)
     transpose = kernel.T  # Fortran-ordered, so it is not copied
     return torch.from_numpy(np.stack([dsymv(1.0, transpose, vector) for vector in vectors]))
 
@@ -87,28 +87,27 @@ def _symmetric_product(kernel: np.ndarray, vectors: np.ndarray) -> torch.Tensor:
 # ---- the matrix
 
 
-def gram_path(store: Store, dtype: torch.dtype) -> Path:
+def gram_path(store: Store) -> Path:
     """Where K is cached: the name carries the store's checksum, so a changed store never meets an
     old K.
     """
-    return store.folder / f"gram-{str(dtype).removeprefix('torch.')}-{store.checksum[:16]}.npy"
+    return store.folder / f"gram-float64-{store.checksum[:16]}.npy"
 
 
 def gram(store: Store, budget: Budget) -> torch.Tensor:
-    """K = X^T X [k, k], float64 if that takes at most half of max_memory, else float32; read from
-    the cache if it is there. UserError if it does not fit at all.
+    """K = X^T X [k, k] float64, read from the cache if it is there. UserError if it takes more than
+    0.8 of max_memory.
     """
     values, memory = store.dim**2, budget.max_memory
-    dtype = torch.float64 if 8 * values <= memory // 2 else torch.float32
-    if 4 * values > 0.8 * memory:
+    if 8 * values > 0.8 * memory:
         raise UserError(
-            f"K takes {4 * values / 2**30:.1f} GiB: raise max_memory or use krylov_rows"
+            f"K takes {8 * values / 2**30:.1f} GiB: raise max_memory or use krylov_compact"
         )
-    path, identity = gram_path(store, dtype), {"store": store.checksum, "dtype": str(dtype)}
+    path, identity = gram_path(store), {"store": store.checksum, "dtype": "torch.float64"}
     known = read_cached(path, identity) if budget.cache else None
     if known is not None and known.shape == (store.dim, store.dim):
         return torch.from_numpy(known).to(budget.device)
-    kernel = compute_gram(store, dtype, memory, budget.device)
+    kernel = compute_gram(store, memory, budget.device)
     if budget.cache:
         _save_gram(path, identity, kernel)
     return kernel
@@ -119,33 +118,17 @@ def gram_rows(dim: int, max_memory: int) -> int:
     return max(1, min(GRAM_ROWS, max_memory // 32 // (8 * dim)))
 
 
-def compute_gram(
-    store: Store, dtype: torch.dtype, max_memory: int, device: str = "cpu"
-) -> torch.Tensor:
-    """K by bands of its rows, each summed over the blocks of X in float64; products in `dtype`;
-    only the upper half is computed.
-
-    A float64 K is one band and its own accumulator. A float32 K takes one pass over X for each band
-    of max_memory / 16 bytes.
-    """
-    dim, whole = store.dim, dtype == torch.float64
-    kernel = torch.zeros(dim, dim, dtype=dtype, device=device)
-    height = dim if whole else max(1, min(dim, max_memory // 16 // (8 * dim)))
-    rows = gram_rows(dim, max_memory)
-    for top in range(0, dim, height):
-        bottom = min(top + height, dim)
-        strips = [(s, min(s + GRAM_TILE, bottom)) for s in range(top, bottom, GRAM_TILE)]
-        band = kernel
-        if not whole:
-            band = torch.zeros(bottom - top, dim, dtype=torch.float64, device=device)
-        for _, block in store.tensor_blocks(rows, device):
-            block = block.to(dtype)
-            for start, stop in strips:
-                band[start - top : stop - top, start:] += block[:, start:stop].T @ block[:, start:]
-        if not whole:  # left of the band's diagonal stands what earlier bands mirrored
-            kernel[top:bottom, top:] = band[:, top:]
-        for start, stop in strips:  # columns of the lower half
-            kernel[stop:, start:stop] = kernel[start:stop, stop:].T
+def compute_gram(store: Store, max_memory: int, device: str = "cpu") -> torch.Tensor:
+    """K summed over the blocks of X in float64; only the upper half is computed."""
+    dim = store.dim
+    kernel = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    strips = [(s, min(s + GRAM_TILE, dim)) for s in range(0, dim, GRAM_TILE)]
+    for _, block in store.tensor_blocks(gram_rows(dim, max_memory), device):
+        block = block.double()
+        for start, stop in strips:
+            kernel[start:stop, start:].addmm_(block[:, start:stop].T, block[:, start:])
+    for start, stop in strips:  # columns of the lower half
+        kernel[stop:, start:stop] = kernel[start:stop, stop:].T
     return kernel
 
 

@@ -1,16 +1,20 @@
-"""Shifted Lanczos: solve (A + s_d I) z_d = q for all shifts s_d at once, with one product A v an
-iteration.
+"""Shifted block Lanczos: solve (A + s_d I) z = q for all shifts s_d and all queries at once, with
+one product A V an iteration.
 
-The Krylov space of (A, q) is the same for every shift. With orthonormal basis V_m,
-T_m = V_m^T A V_m tridiagonal (diagonal alpha_j, off-diagonal beta_j) and T_m + s I = L D L^T with
-pivots d_1 = alpha_1 + s, d_{j+1} = alpha_{j+1} + s - beta_j^2 / d_j:
+The Krylov space of A and the queries is the same for every shift, and queries share theirs: what
+one finds of the head of the spectrum serves all. With orthonormal blocks V_j (rows), the
+block-tridiagonal T (diagonal A_j, off-diagonal L_j, from V_j A = .. + L_j V_{j+1}), queries
+Q = C V_1 and pivots D_1 = A_1 + s, D_{j+1} = A_{j+1} + s - L_j^T D_j^-1 L_j:
 
-    z_m = ||q|| V_m (T_m + s I)^-1 e_1
-    ||q - (A + s I) z_m|| / ||q|| = prod_{j<=m} beta_j / d_j    (that of CG)
+    f_1 = C,   f_{j+1} = - f_j D_j^-1 L_j
+    z_m = y V,   y_m = f_m D_m^-1,   y_j = (f_j - y_{j+1} L_j^T) D_j^-1
+    Q - z_m (A + s I) = f_{m+1} V_{m+1}
 
-The basis is kept and reorthogonalised in full, so small shifts converge as in exact arithmetic: at
-most rank(A) + 1 iterations. Source: Paige & Saunders 1975; Frommer & Maass 1999 (shifted CG);
-Parlett, "The symmetric eigenvalue problem", ch. 13.
+so residuals come with the recursion, for all shifts in the same block: where memory ends the method
+starts again from V_{m+1}. The basis is reorthogonalised in full, so small shifts converge as in
+exact arithmetic. Source: Paige & Saunders 1975; O'Leary 1980 (block CG); Frommer & Maass 1999
+(shifted CG); Frommer & Simoncini 2008 (restarts); Parlett, "The symmetric eigenvalue problem",
+ch. 13.
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ import torch
 from ..errors import UserError
 from .gram import SYMV_MAX, Product, gram_product
 
-CHUNK = 32  # basis vectors allocated at a time
+CHUNK = 32  # basis vectors allocated at a time, at least
 TOLERANCE = 1e-8  # relative residual at which Lanczos stops; scores are stored as float32
 # Relative residual, recomputed from the solution, above which the answer is refused.
 ACCEPTED_RESIDUAL = 1e-6
 MAX_ITERATIONS = 1000
+HELD = 64  # blocks of a group's basis that fit in its memory, so that few groups start again
+NEGLIGIBLE = 1e-14  # relative norm of a direction below which rounding is all that it holds
+REFINEMENTS = 4  # solves again for what is left, where the product is not quite A's
+PROBES = 4  # random mixtures of a shift's residuals that are recomputed in place of each
 
 
 def gram_solutions(
@@ -36,7 +44,7 @@ def gram_solutions(
     wait for the cores: then torch keeps to one thread.
     """
     threads, on_cpu = torch.get_num_threads(), kernel.device.type == "cpu"
-    by_symv = kernel.dtype == torch.float64 and on_cpu and len(queries) <= SYMV_MAX
+    by_symv = on_cpu and len(queries) <= SYMV_MAX
     torch.set_num_threads(1 if by_symv else threads)
     try:
         return krylov_solutions(gram_product(kernel), queries, lambdas, max_memory)
@@ -45,38 +53,103 @@ def gram_solutions(
 
 
 def krylov_solutions(
-    product: Product, queries: torch.Tensor, lambdas: torch.Tensor, max_memory: int
+    product: Product,
+    queries: torch.Tensor,
+    lambdas: torch.Tensor,
+    max_memory: int,
+    exact: Product | None = None,
 ) -> torch.Tensor:
-    """(K + lambda I)^-1 q, [D, Q, k], by shifted Lanczos in groups of queries whose bases fit in
-    half of max_memory.
+    """(K + lambda I)^-1 q, [D, Q, k], in groups of queries whose basis fits in half of max_memory.
 
+    exact: a dearer product that is K's where `product` is K's up to rounding; residuals are
+    recomputed with it, and what is left is solved for again.
     Raises UserError when a recomputed relative residual exceeds ACCEPTED_RESIDUAL.
     """
-    dim = queries.shape[1]
-    iterations = min(dim + 1, MAX_ITERATIONS)
-    group = max(1, int(max_memory // 2 // (8 * dim * iterations)))
-    solved = []
-    for part in queries.split(group):
-        solution, _ = shifted_solve(product, part, lambdas, TOLERANCE, iterations)
-        residual = relative_residuals(product, part, lambdas, solution)
-        if residual.max() > ACCEPTED_RESIDUAL:
-            worst = lambdas[int(residual.max(dim=1).values.argmax())]
-            raise UserError(
-                f"the Krylov solver reached a relative residual of {residual.max():.1e} at lambda "
-                f"= {worst:.1e} after {iterations} iterations: drop the smallest dampings or use "
-                "method primal or dual"
-            )
-        solved.append(solution)
+    rows = max(2, int(max_memory // 2 // (8 * queries.shape[1])))
+    solve = _Solver(product, lambdas, rows)
+    groups = queries.split(max(1, rows // HELD))
+    if exact is None:
+        solved = [_verified(product, part, lambdas, solve(part)) for part in groups]
+    else:
+        solved = [_refined(exact, part, lambdas, solve) for part in groups]
     return torch.cat(solved, dim=1)
+
+
+class _Solver:
+    """queries [Q, k] -> solutions [D, Q, k], not verified."""
+
+    def __init__(self, product: Product, lambdas: torch.Tensor, rows: int) -> None:
+        self.product, self.lambdas, self.rows = product, lambdas, rows
+
+    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
+        asked = (self.product, queries, self.lambdas, TOLERANCE, MAX_ITERATIONS, self.rows)
+        return shifted_solve(*asked)[0]
+
+
+def _verified(
+    product: Product, queries: torch.Tensor, lambdas: torch.Tensor, solution: torch.Tensor
+) -> torch.Tensor:
+    """The solution [D, Q, k]; UserError if a residual is too large."""
+    found = relative_residuals(product, queries, lambdas, solution).amax(1)
+    if found.max() > ACCEPTED_RESIDUAL:
+        worst = int(found.argmax())
+        raise UserError(
+            f"the Krylov solver reached a relative residual of {found[worst]:.1e} at lambda = "
+            f"{lambdas[worst]:.1e} after {MAX_ITERATIONS} iterations: drop the smallest dampings "
+            "or use method primal or dual"
+        )
+    return solution
+
+
+def _refined(
+    exact: Product, queries: torch.Tensor, lambdas: torch.Tensor, solve: _Solver
+) -> torch.Tensor:
+    """Iterative refinement (Wilkinson 1963): solve for the residual, until the exact product finds
+    none.
+
+    Residuals of all shifts are one block of right-hand sides, for which the solver gives all
+    shifts; each takes its own.
+    """
+    solution, count = solve(queries), len(lambdas)
+    for _ in range(REFINEMENTS):
+        if _probed_residuals(exact, queries, lambdas, solution).max() <= ACCEPTED_RESIDUAL:
+            return solution
+        left = residuals(exact, queries, lambdas, solution)
+        again = solve(left.flatten(0, 1)).view(count, count, *queries.shape)
+        solution += again.diagonal().movedim(-1, 0)
+    return _verified(exact, queries, lambdas, solution)
+
+
+def _probed_residuals(
+    product: Product, queries: torch.Tensor, lambdas: torch.Tensor, solutions: torch.Tensor
+) -> torch.Tensor:
+    """Root of the sum over queries of the squared relative residuals, [D], estimated: the squared
+    norm of a mixture of residuals with standard normal weights has that sum as its mean (Freivalds
+    1979; Hutchinson 1990). Of few queries each is computed.
+    """
+    if len(queries) <= PROBES:
+        return relative_residuals(product, queries, lambdas, solutions).norm(dim=1)
+    generator = torch.Generator().manual_seed(len(queries))
+    weights = torch.randn(PROBES, len(queries), generator=generator, dtype=torch.float64)
+    weights = weights.to(queries.device) / _positive(queries.norm(dim=1))
+    left = residuals(product, weights @ queries, lambdas, weights @ solutions)
+    return left.norm(dim=2).square().mean(1).sqrt()
+
+
+def residuals(
+    product: Product, queries: torch.Tensor, lambdas: torch.Tensor, solutions: torch.Tensor
+) -> torch.Tensor:
+    """q - (K + lambda_d I) z: [D, Q, k]."""
+    images = product(solutions.flatten(0, 1)).view_as(solutions)
+    return queries - images - lambdas[:, None, None] * solutions
 
 
 def relative_residuals(
     product: Product, queries: torch.Tensor, lambdas: torch.Tensor, solutions: torch.Tensor
 ) -> torch.Tensor:
     """||(K + lambda_d I) z - q|| / ||q||: [D, Q]."""
-    images = product(solutions.flatten(0, 1)).view_as(solutions)
-    images = images + lambdas[:, None, None] * solutions
-    return (images - queries).norm(dim=2) / _positive(queries.norm(dim=1))
+    left = residuals(product, queries, lambdas, solutions)
+    return left.norm(dim=2) / _positive(queries.norm(dim=1))
 
 
 def shifted_solve(
@@ -85,38 +158,99 @@ def shifted_solve(
     shifts: torch.Tensor,
     tolerance: float,
     max_iterations: int,
+    max_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Solve (A + s_d I) z = q for every shift and query; A symmetric positive semidefinite.
 
     product: [n, k] -> [n, k], rows v -> A v. queries: [Q, k] float64. shifts: [D] float64,
-    positive. Returns solutions [D, Q, k] and the estimated relative residuals [D, Q] when all are
-    <= tolerance or iterations run out. The queries advance together. Memory: 8 Q k bytes an
-    iteration.
+    positive. max_rows: basis vectors to hold before it starts again; None: all. Returns solutions
+    [D, Q, k] and the relative residuals [D, Q] of the recursion when all are <= tolerance or
+    iterations run out. Memory: 8 Q k bytes an iteration.
     """
     norms = queries.norm(dim=1)
-    previous, vector = torch.zeros_like(queries), queries / _positive(norms)[:, None]
-    basis, betas, pivots = _Basis(vector), [], []
-    beta, scale = torch.zeros_like(norms), torch.zeros_like(norms)
-    residual = (norms > 0).to(queries.dtype).expand(len(shifts), -1)
+    coupling, block = _orthonormal(queries / _positive(norms)[:, None], NEGLIGIBLE)
+    space = _Space(coupling.expand(len(shifts), -1, -1), block, shifts)
+    solution = queries.new_zeros(len(shifts), *queries.shape)
     for _ in range(max_iterations):
-        basis.append(vector)
-        image = product(vector)
-        alpha = (image * vector).sum(1)
-        pivot = alpha + shifts[:, None] - (beta**2 / pivots[-1] if pivots else 0)
-        image = basis.remove_components(image - alpha[:, None] * vector - beta[:, None] * previous)
-        scale = torch.maximum(scale, alpha.abs() + beta)
-        beta = image.norm(dim=1)
-        # Below rounding the query's invariant subspace is exhausted: a zero vector ends that query,
-        # exactly solved.
-        beta = torch.where(beta > 1e-14 * scale, beta, 0.0)
-        following = torch.where(beta[:, None] > 0, image / _positive(beta)[:, None], 0.0)
-        previous, vector = vector, following
-        pivots.append(pivot)
-        betas.append(beta)
-        residual = residual * beta / pivot
-        if residual.max() <= tolerance:
+        if space.right.norm(dim=2).max() <= tolerance or not len(space.block):
             break
-    return basis.combine(_first_column_of_inverse(pivots, betas) * norms), residual
+        if max_rows and 0 < max_rows - len(space.block) < space.basis.length:
+            solution += space.solution()
+            space = _Space(space.right, space.block, shifts)
+        space.extend(product)
+    if space.basis.length:
+        solution += space.solution()
+    return solution * norms[:, None], space.right.norm(dim=2)
+
+
+class _Space:
+    """The Krylov space of a block, grown by a product at a time, with T's factors at all shifts.
+
+    right: f_1 [D, Q, p], later what is left of the queries, f_{m+1}. block: V_1 [p, k], later
+    V_{m+1}, of no rows when the space is exhausted.
+    """
+
+    def __init__(self, right: torch.Tensor, block: torch.Tensor, shifts: torch.Tensor) -> None:
+        self.right, self.block, self.shifts = right, block, shifts
+        self.previous, self.schur, self.scale = block[:0], block.new_zeros(()), 0.0
+        self.basis = _Basis()
+        self.factors: list[tuple[torch.Tensor, torch.Tensor]] = []  # D_j [D, p, p] as L U
+        self.forward: list[torch.Tensor] = []  # f_j [D, Q, p]
+        self.couplings: list[torch.Tensor] = []  # L_j [p, p of the next]
+
+    def extend(self, product: Product) -> None:
+        """From V_m to V_{m+1}."""
+        block = self.block
+        image = product(block)
+        inner = image @ block.T
+        inner = (inner + inner.T) / 2
+        rest = image - inner @ block
+        if self.couplings:
+            rest -= self.couplings[-1].T @ self.previous
+        self.basis.append(block)
+        rest = self.basis.remove_components(rest)
+        norm = inner.diagonal().abs().max() + rest.norm(dim=1).max()
+        self.scale = max(self.scale, float(norm))
+        coupling, following = self._next(rest)
+
+        identity = torch.eye(len(block), dtype=block.dtype, device=block.device)
+        factors = torch.linalg.lu_factor(inner + self.shifts[:, None, None] * identity - self.schur)
+        along = torch.linalg.lu_solve(*factors, coupling.expand(len(self.shifts), -1, -1))
+        self.factors.append(factors)
+        self.forward.append(self.right)
+        self.couplings.append(coupling)
+        self.schur, self.right = coupling.T @ along, -self.right @ along
+        self.previous, self.block = block, following
+
+    def _next(self, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(L_m, V_{m+1}) of what is left of an image. Directions far shorter than the image hold
+        much of its rounding: they are made orthogonal to the basis once more.
+        """
+        coupling, block = _orthonormal(rest, NEGLIGIBLE * self.scale)
+        if len(block) > 1:
+            again, block = _orthonormal(self.basis.remove_components(block), 0.5)
+            coupling = coupling @ again
+        return coupling, block
+
+    def solution(self) -> torch.Tensor:
+        """y V, [D, Q, k]."""
+        found: list[torch.Tensor] = []
+        for factors, forward, coupling in zip(
+            reversed(self.factors), reversed(self.forward), reversed(self.couplings), strict=True
+        ):
+            right = forward - found[-1] @ coupling.T if found else forward
+            found.append(torch.linalg.lu_solve(*factors, right.mT).mT)
+        return self.basis.combine(torch.cat(found[::-1], dim=2))
+
+
+def _orthonormal(rows: torch.Tensor, smallest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C [n, p], V [p, k]) with rows [n, k] = C V and V V^T = I, without directions of a norm of
+    at most `smallest`.
+    """
+    q, r = torch.linalg.qr(rows.T)
+    u, values, v = torch.linalg.svd(r, full_matrices=False)
+    kept = values > smallest
+    return v.T[:, kept] * values[kept], (q @ u[:, kept]).T.contiguous()
 
 
 def _positive(norms: torch.Tensor) -> torch.Tensor:
@@ -124,47 +258,37 @@ def _positive(norms: torch.Tensor) -> torch.Tensor:
     return norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def _first_column_of_inverse(pivots: list[torch.Tensor], betas: list[torch.Tensor]) -> torch.Tensor:
-    """(T + s I)^-1 e_1 from its L D L^T pivots: [m, D, Q]."""
-    forward = [torch.ones_like(pivots[0])]
-    for pivot, beta in zip(pivots[:-1], betas[:-1], strict=True):
-        forward.append(-beta / pivot * forward[-1])
-    solution = [forward[-1] / pivots[-1]]
-    for j in range(len(pivots) - 2, -1, -1):
-        solution.append((forward[j] - betas[j] * solution[-1]) / pivots[j])
-    return torch.stack(solution[::-1])
-
-
 class _Basis:
-    """Orthonormal rows of each query's Krylov space, grown in chunks [Q, CHUNK, k] so that nothing
-    is copied.
-    """
+    """Orthonormal rows, grown in chunks [>= CHUNK, k] so that nothing is copied."""
 
-    def __init__(self, like: torch.Tensor) -> None:
-        self.like, self.length = like, 0
+    def __init__(self) -> None:
+        self.length = 0
         self.chunks: list[torch.Tensor] = []
+        self.filled: list[int] = []  # rows of each chunk
 
-    def append(self, vector: torch.Tensor) -> None:
-        if self.length % CHUNK == 0:
-            self.chunks.append(self.like.new_zeros(len(vector), CHUNK, vector.shape[1]))
-        self.chunks[-1][:, self.length % CHUNK] = vector
-        self.length += 1
+    def append(self, block: torch.Tensor) -> None:
+        if not self.chunks or self.filled[-1] + len(block) > len(self.chunks[-1]):
+            self.chunks.append(block.new_zeros(max(CHUNK, len(block)), block.shape[1]))
+            self.filled.append(0)
+        self.chunks[-1][self.filled[-1] : self.filled[-1] + len(block)] = block
+        self.filled[-1] += len(block)
+        self.length += len(block)
 
-    def remove_components(self, vector: torch.Tensor) -> torch.Tensor:
-        """Classical Gram-Schmidt, again where it took most of the vector away: orthogonal to
-        working precision.
+    def remove_components(self, rows: torch.Tensor) -> torch.Tensor:
+        """Classical Gram-Schmidt, again where it took most of a row away: orthogonal to working
+        precision.
 
         Source: Daniel, Gragg, Kaufman & Stewart 1976, whose bound for "most" is 1 - 1/sqrt(2).
         """
         for _ in range(2):
-            removed = sum(chunk.mT @ (chunk @ vector[:, :, None]) for chunk in self.chunks)[:, :, 0]
-            before, vector = vector.norm(dim=1), vector - removed
-            if (vector.norm(dim=1) > 0.7 * before).all():
+            removed = sum((rows @ chunk.T) @ chunk for chunk in self.chunks)
+            before, rows = rows.norm(dim=1), rows - removed
+            if (rows.norm(dim=1) > 0.7 * before).all():
                 break
-        return vector
+        return rows
 
     def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """[m, D, Q] -> sum_j coefficients_j basis_j [D, Q, k]."""
-        pieces = coefficients.permute(2, 1, 0).split(CHUNK, dim=2)  # each [Q, D, <= CHUNK]
-        pairs = zip(pieces, self.chunks, strict=True)
-        return sum(piece @ chunk[:, : piece.shape[2]] for piece, chunk in pairs).transpose(0, 1)
+        """[D, Q, m] -> sum_j coefficients_j basis_j [D, Q, k]."""
+        pieces = coefficients.split(self.filled, dim=2)
+        pairs = zip(pieces, self.chunks, self.filled, strict=True)
+        return sum(piece @ chunk[:filled] for piece, chunk, filled in pairs)

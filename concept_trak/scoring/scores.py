@@ -57,7 +57,8 @@ def scores(
     out = _result(dampings * queries, store, max_memory)
     left = np.asarray(preconditioned, dtype=np.float64).reshape(-1, dim)
     left = torch.from_numpy(left).to(device)
-    rows = max(1, BLOCK_VALUES // dim)
+    # many queries do not stay in cache either: larger blocks read them less often
+    rows = max(1, BLOCK_VALUES // dim) * min(max(1, len(left) // 16), 16)
     for start, block in store.tensor_blocks(rows, device):
         out[:, start : start + len(block)] = (left @ block.double().T).cpu().numpy()
     if row_weight is not None:

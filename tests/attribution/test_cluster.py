@@ -272,7 +272,7 @@ def test_the_command_line_on_a_cluster_of_its_own(tiny_pipeline, tiny_data, tmp_
     mine = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs(mine, timeout=30)
+    _, alive = psutil.wait_procs(mine, timeout=120)  # Ray's agents ask now and then who is left
     assert not alive, f"left behind: {alive}"
     lost, (folder,) = in_flight(log), [path for path in (tmp_path / "ray").iterdir()]
     assert Store.read_manifest(folder).pending()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from concept_trak.errors import UserError
-from concept_trak.scoring import fisher, gram, krylov
+from concept_trak.scoring import compact, fisher, gram, krylov
 from concept_trak.scoring.fisher import BlockFisher, FullFisher, choose_method, fisher_for
 from concept_trak.scoring.krylov import shifted_solve
 from concept_trak.scoring.preconditioner import Budget
@@ -17,7 +17,7 @@ from concept_trak.store.shards import Layout, Store
 
 DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
 MEMORY = 2**30
-METHODS = ["primal", "dual", "krylov_gram", "krylov_rows"]
+METHODS = ["primal", "dual", "krylov_gram", "krylov_compact", "krylov_rows"]
 
 
 def synthetic(num_rows, dim, seed=0, decay=1.0):
@@ -157,17 +157,16 @@ def test_scaling_all_rows_changes_no_ranking(tmp_path, method):
     np.testing.assert_allclose(large * 4, small, rtol=1e-4, atol=1e-6 * np.abs(small).max())
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_gram_does_not_depend_on_tiles_blocks_or_shards(tmp_path, monkeypatch, dtype, tolerance):
+def test_gram_does_not_depend_on_tiles_blocks_or_shards(tmp_path, monkeypatch):
     rows = synthetic(101, 37)
     expected = rows.T.astype(np.float64) @ rows
     monkeypatch.setattr(gram, "GRAM_TILE", 5)
     monkeypatch.setattr(gram, "GRAM_ROWS", 7)
-    for num_split, memory in ((1, MEMORY), (4, MEMORY), (3, 16 * 8 * 37 * 11)):
+    for num_split in (1, 4):
         store = make(tmp_path / f"{num_split}", rows, num_split=num_split)
-        kernel = gram.compute_gram(store, dtype, memory).double().numpy()
+        kernel = gram.compute_gram(store, MEMORY).numpy()
         np.testing.assert_array_equal(kernel, kernel.T)
-        assert np.abs(kernel - expected).max() <= tolerance * np.abs(expected).max()
+        assert np.abs(kernel - expected).max() <= 1e-12 * np.abs(expected).max()
 
 
 def test_products_do_not_depend_on_the_block_size(tmp_path, monkeypatch):
@@ -176,10 +175,10 @@ def test_products_do_not_depend_on_the_block_size(tmp_path, monkeypatch):
     whole = gram.row_product(store)(vectors)
     monkeypatch.setattr(gram, "STREAM_VALUES", 60)
     torch.testing.assert_close(gram.row_product(store)(vectors), whole, rtol=1e-12, atol=1e-14)
-    kernel = torch.from_numpy(rows.T @ rows)
+    kernel = torch.from_numpy(rows.T @ rows).double()
     for some in (vectors, vectors[1:], vectors[:1]):
         torch.testing.assert_close(
-            gram.gram_product(kernel)(some), some @ kernel.double(), rtol=1e-12, atol=1e-14
+            gram.gram_product(kernel)(some), some @ kernel, rtol=1e-12, atol=1e-14
         )
 
 
@@ -225,12 +224,100 @@ def test_gram_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, reques
     assert not list(tmp_path.glob("gram-*"))
 
 
-def test_float32_gram_is_used_when_float64_does_not_fit(tmp_path):
-    rows = synthetic(400, 64, decay=0.2)
-    store, memory = make(tmp_path, rows), 12 * 64 * 64
-    assert gram.gram(store, Budget(memory, cache=False)).dtype == torch.float32
-    found = precondition(store, queries_for(rows), DAMPINGS, memory, "krylov_gram")
-    assert_close(found, direct(rows, queries_for(rows)), 1e-4)
+@pytest.fixture
+def small_bands(monkeypatch):
+    """Several bands of a K of a few dozen rows, and a head that leaves most of its spectrum."""
+    monkeypatch.setattr(compact, "BAND", 16)
+    monkeypatch.setattr(compact, "HEAD", 5)
+
+
+def test_compact_gram_is_k_up_to_the_rounding_of_its_remainder(tmp_path, small_bands):
+    rows = synthetic(300, 50) * np.float32(1e3)
+    store, eye = make(tmp_path, rows), torch.eye(50, dtype=torch.float64)
+    found = compact.compact_gram(store, Budget(MEMORY))
+    assert len(found.bands) == 4 and {band.dtype for band in found.bands} == {torch.float32}
+    whole = rows.T.astype(np.float64) @ rows
+    values = np.linalg.eigvalsh(whole)
+    error = np.linalg.norm(found.product(eye).numpy() - whole, 2)
+    # a float32 matrix errs by 1e-7 of the largest eigenvalue, this one of the sixth largest
+    assert error < 3e-7 * values[-6] < 0.1 * 3e-7 * values[-1]
+
+
+def test_rounding_of_a_compact_gram_is_taken_out(tmp_path, monkeypatch, small_bands):
+    """Where the spectrum falls over four orders below the head and the query is of all directions;
+    without refinement the answer is refused.
+    """
+    rows = synthetic(300, 50, decay=2.0)
+    store, queries = make(tmp_path, rows), np.random.default_rng(3).standard_normal((3, 50))
+    found = precondition(store, queries, (1e-7, 1e-2), MEMORY, "krylov_compact")
+    lambdas = gram.shifts((1e-7, 1e-2), gram.trace(store), 50)
+    asked = (torch.from_numpy(queries), lambdas, torch.from_numpy(found))
+    assert krylov.relative_residuals(gram.row_product(store), *asked).max() < 1e-6
+    monkeypatch.setattr(krylov, "REFINEMENTS", 0)
+    with pytest.raises(UserError, match="reached a relative residual"):
+        precondition(store, queries, (1e-7, 1e-2), MEMORY, "krylov_compact")
+
+
+def test_many_residuals_are_probed_together(tmp_path, monkeypatch, small_bands):
+    """The mixtures find what each would: one spoilt solution among twenty."""
+    rows = synthetic(200, 40)
+    queries = torch.from_numpy(queries_for(rows, 20))
+    lambdas = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    product = gram.row_product(make(tmp_path, rows))
+    exact = krylov.krylov_solutions(product, queries, lambdas, MEMORY)
+    assert krylov._probed_residuals(product, queries, lambdas, exact).max() < 1e-7
+    exact[1, 7] *= 1 + 1e-3
+    each = krylov.relative_residuals(product, queries, lambdas, exact).norm(dim=1)
+    probed = krylov._probed_residuals(product, queries, lambdas, exact)
+    assert probed[0] < 1e-7 and 0.2 < probed[1] / each[1] < 5
+
+
+def test_finished_bands_of_a_killed_run_are_not_made_again(tmp_path, monkeypatch, small_bands):
+    rows = synthetic(200, 50)
+    store, made, bands = make(tmp_path, rows), [], compact._bands
+
+    def killed(store, head, edges, device):
+        made.append(edges)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return bands(store, head, edges, device)
+
+    monkeypatch.setattr(compact, "_groups", lambda edges, dim, size: [[edge] for edge in edges])
+    monkeypatch.setattr(compact, "_bands", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compact.compact_gram(store, Budget(MEMORY))
+    found = compact.compact_gram(store, Budget(MEMORY))
+    assert [edge for edges in made for edge in edges] == [
+        (0, 16), (16, 32), (32, 48), (32, 48), (48, 50)
+    ]  # fmt: skip
+    again = compact.compact_gram(store, Budget(MEMORY))
+    assert len(made) == 5
+    fresh = compact.compact_gram(make(tmp_path / "other", rows), Budget(MEMORY, cache=False))
+    for one, two, three in zip(found.bands, again.bands, fresh.bands, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_a_compact_gram_of_another_store_is_removed_and_a_spoilt_file_made_again(
+    tmp_path, small_bands
+):
+    rows = synthetic(100, 50)
+    store = make(tmp_path, rows)
+    old = tmp_path / "compact-gram-0123456789abcdef"
+    old.mkdir()
+    first = compact.compact_gram(store, Budget(MEMORY))
+    assert not old.exists()
+    band = compact.compact_folder(store) / "band-16.npy"
+    band.write_bytes(band.read_bytes()[:-4])
+    assert torch.equal(compact.compact_gram(store, Budget(MEMORY)).bands[1], first.bands[1])
+
+
+def test_a_compact_gram_that_cannot_be_written_costs_only_a_warning(tmp_path, request):
+    rows = synthetic(50, 20)
+    store = make(tmp_path, rows)
+    request.getfixturevalue("full_disk")
+    with pytest.warns(UserWarning, match="could not be cached"):
+        found = precondition(store, queries_for(rows), DAMPINGS, MEMORY, "krylov_compact")
+    assert_close(found, direct(rows, queries_for(rows)), 1e-6)
 
 
 def test_auto_chooses_by_shape_and_memory(tmp_path, monkeypatch):
@@ -243,18 +330,48 @@ def test_auto_chooses_by_shape_and_memory(tmp_path, monkeypatch):
     assert choose_method(tall, 1, MEMORY) == "primal"
     assert choose_method(large, 1, MEMORY) == "krylov_gram"
     assert choose_method(large, 1, 2**14) == "krylov_rows"
-    assert not fisher._gram_pays(32768, 1) and fisher._gram_pays(4096, 1)
+    assert choose_method(large, 1, 5 * 8 * 64**2) == "krylov_gram"
+    monkeypatch.setattr(fisher, "compact_bytes", lambda dim: 2 * dim * dim)
+    assert choose_method(large, 1, 4 * 2 * 64**2) == "krylov_compact"
+    assert fisher._gram_pays(4096, 1, 5e-11) and not fisher._gram_pays(32768, 1, 5e-11)
+    assert fisher._gram_pays(32768, 1, 1.2e-11)
 
 
-def test_krylov_serves_many_queries_in_groups_and_zero_queries(tmp_path):
-    rows = synthetic(200, 50)
+@pytest.mark.parametrize("bases", [1, 3, 100])
+def test_krylov_serves_many_queries_in_groups_and_zero_queries(tmp_path, monkeypatch, bases):
+    """However many queries fit in the memory at a time, and although it starts again and again."""
+    monkeypatch.setattr(krylov, "HELD", 4)
+    rows = synthetic(200, 50, decay=0.3)
     store, queries = make(tmp_path, rows), queries_for(rows, count=7)
     queries[3] = 0
-    memory = 2 * 2 * 8 * 50 * 51  # bases of two queries at a time
-    found = precondition(store, queries, DAMPINGS, memory, "krylov_rows")
+    found = precondition(store, queries, DAMPINGS, 2 * 8 * 50 * 4 * bases, "krylov_rows")
     assert (found[:, 3] == 0).all()
     kept = [i for i in range(7) if i != 3]
     assert_close(found[:, kept], direct(rows, queries[kept]), 1e-6)
+
+
+def test_queries_share_what_they_find_of_the_spectrum():
+    """Eight together take fewer products than one alone: the head is found by all."""
+    rows = synthetic(400, 200, decay=1.0).astype(np.float64)
+    kernel = torch.from_numpy(rows.T @ rows)
+    queries = torch.randn(8, 200, dtype=torch.float64)
+    shift = kernel.diagonal().mean()[None] * 1e-3
+
+    def products(asked):
+        calls = []
+        krylov.shifted_solve(lambda v: calls.append(len(v)) or v @ kernel, asked, shift, 1e-8, 500)
+        return len(calls)
+
+    assert products(queries) < 0.5 * products(queries[:1])
+
+
+def test_dependent_queries_are_solved(tmp_path):
+    rows = synthetic(200, 50)
+    one = queries_for(rows, 2)
+    queries = np.concatenate([one, one, one[:1] + one[1:]])
+    for method in ("krylov_gram", "krylov_rows", "krylov_compact"):
+        found = precondition(make(tmp_path / method, rows), queries, DAMPINGS, MEMORY, method)
+        assert_close(found, direct(rows, queries), 1e-6)
 
 
 def test_krylov_estimates_its_true_residual():

@@ -65,7 +65,7 @@ def bench_scoring(case: Case, workdir: Path) -> dict:
     noise = np.random.default_rng(1).standard_normal((case.num_queries, case.k))
     queries = store.rows(own) + 0.1 * noise
     method = choose_method(store, case.num_queries, memory, case.method)
-    gram_path(store, torch.float64).unlink(missing_ok=True)
+    gram_path(store).unlink(missing_ok=True)
     fisher = FullFisher(Budget(memory), method)
     facts = {name: getattr(case, name) for name in ("n", "k", "num_queries", "dtype")}
     facts |= {"method": method, "threads": torch.get_num_threads()}
@@ -137,7 +137,7 @@ def columns_error(store: Store, query: np.ndarray, case: Case) -> float:
     """
     part, memory = FirstColumns(store, COLUMNS), case.max_memory
     query = query[:, :COLUMNS]
-    kernel = compute_gram(part, torch.float64, memory)
+    kernel = compute_gram(part, memory)
     lambdas = shifts(case.dampings, kernel.trace(), COLUMNS)
     solutions = krylov_solutions(row_product(part), torch.from_numpy(query), lambdas, memory)
     found = scores(part, solutions.numpy(), max_memory=memory)[:, 0]

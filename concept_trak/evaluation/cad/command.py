@@ -1,6 +1,6 @@
-"""`concept-trak cad-eval`, `cad-verify` and `cad-bench-sd14`: the table of component attribution on
-the embedded model, an edit with its certificate, and what scores cost on the architecture of Stable
-Diffusion.
+"""`concept-trak cad-eval`, `cad-verify`, `cad-protocol` and `cad-bench-sd14`: the table of
+component attribution on the embedded model, an edit with its certificate, the published protocols
+for an edited Stable Diffusion, and what scores cost on its architecture.
 
 The last line of output is one JSON object; experiments/cad/README.md explains it.
 """
@@ -15,7 +15,7 @@ from ...flags import add_setting_flags, settings_of
 
 
 def add_parser(verbs: Any) -> None:
-    """The three sub-commands, with the flags of `Settings`."""
+    """The sub-commands, with the flags of `Settings`."""
     says = "Erase concepts from the weights, and let the judge say what is gone and what is kept."
     sub = verbs.add_parser("cad-eval", help=says, description=says)
     uses = ("judged", "num_queries", "score_seeds", "gen_guidance_scale", "results_dir", "model")
@@ -27,6 +27,12 @@ def add_parser(verbs: Any) -> None:
     uses += ("score_seeds", "gen_guidance_scale", "results_dir", "model")
     add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
     sub.set_defaults(run=run_verify)
+    says = "Measure an edited pipeline by a published protocol: objects, nudity, styles, retention."
+    sub = verbs.add_parser("cad-protocol", help=says, description=says)
+    uses = ("protocols", "edits", "concept", "num_queries", "seed", "gen_guidance_scale")
+    uses += ("gen_num_inference_steps", "negative_prompt", "num_split", "shards", "batch_size")
+    add_setting_flags(sub, (*uses, "sd_model_path", "dtype", "results_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run_protocol)
     says = "Time component scores on the architecture of Stable Diffusion, with random weights."
     sub = verbs.add_parser("cad-bench-sd14", help=says, description=says)
     add_setting_flags(sub, ("selection", "device", "gpu_id"))
@@ -52,6 +58,17 @@ def run_verify(arguments: argparse.Namespace) -> None:
     words_of(given)  # an unknown concept is told before a model is loaded
     device = pick_device(given.device, given.gpu_id)
     print(json.dumps(certify(given.on(device), device)))
+
+
+def run_protocol(arguments: argparse.Namespace) -> None:
+    """Draw, measure, print the table and its line."""
+    given = settings_of(arguments)
+    from ...models.device import pick_device
+    from .protocol.run import protocol
+
+    device = pick_device(given.device, given.gpu_id)
+    if line := protocol(given.on(device), device):
+        print(json.dumps(line))
 
 
 def run(arguments: argparse.Namespace) -> None:

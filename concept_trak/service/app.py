@@ -1,0 +1,357 @@
+"""The addresses of the service. Whatever is wrong with a request is one sentence: {"error": ...}.
+
+Annotations are evaluated here: FastAPI reads those that name a model made at run time.
+"""
+
+import asyncio
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from ..datasets import emoji
+from ..datasets.listing import frequent_words
+from ..errors import UserError
+from ..reading import inside
+from ..report.index import PAGE
+from ..report.pictures import EMBED_SIDE, shrunk
+from ..report.results import image_bytes
+from ..settings import version
+from . import pages
+from .counts import CONTENT_TYPE_LATEST, Counts
+from .desk import Desk, Failed, Full, Job, Refused, Stopping, told_status
+from .guard import Guard, Limits
+from .told import AnswerTold, ErrorTold, StatusTold, Teller
+
+POLL_SECONDS = 1.0  # to wait again while the service stops: the connection is all that is left
+MEDIA = {".csv": "text/csv", ".txt": "text/plain", ".json": "application/json"}
+MEDIA |= {".html": "text/html", ".png": "image/png", ".jpg": "image/jpeg"}
+MEDIA |= {".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"}
+ABOUT = """Which training pictures taught a diffusion model a concept? A question is a prompt and
+words of it; the answer gives every training picture a score for each concept. A high score:
+removing the picture would weaken the concept."""
+SAYS: dict[int, tuple[str, type[BaseModel]]] = {
+    200: ("the answer", AnswerTold),
+    202: ("accepted; where the answer will be, and how many are before it", StatusTold),
+    401: ("API_TOKEN is set, and was not given", ErrorTold),
+    404: ("there is no such thing", ErrorTold),
+    413: ("the body is too large", ErrorTold),
+    422: ("words or values that do not fit", ErrorTold),
+    429: ("the queue is full; Retry-After says when to come again", ErrorTold),
+    500: ("the service could not; its log says more", ErrorTold),
+    503: ("the service is stopping", ErrorTold),
+}
+
+
+def says(*codes: int) -> Any:
+    """What an address may answer, for its description."""
+    return {code: {"description": SAYS[code][0], "model": SAYS[code][1]} for code in codes}
+
+
+FILE = {200: {"description": "the file", "content": {"application/octet-stream": {}}}}
+FILE |= says(401, 404, 422)
+
+
+def make_app(desk: Desk, limits: Limits, counts: Counts) -> FastAPI:
+    """The application. It owns nothing: whoever made the desk closes it."""
+    app = FastAPI(title="concept-trak", version=version(), description=ABOUT, docs_url=None)
+    app.router.redirect_slashes = False
+    counts.watch(lambda: desk.unanswered, desk.length)
+    add_errors(app)
+    add_answers(app, Service(desk, counts))
+    add_pictures(app, desk)
+    add_about(app, desk, counts)
+    app.add_middleware(Guard, limits=limits, counts=counts)
+    return app
+
+
+class Service:
+    """Takes questions for the addresses, and waits for their answers."""
+
+    def __init__(self, desk: Desk, counts: Counts) -> None:
+        self.desk, self.counts = desk, counts
+        self.teller = Teller(desk.corpus, desk.store)
+        self.links = pages.Links(desk.corpus.train)
+
+    async def accept(self, asked: BaseModel) -> str:
+        """The name of the answer, which is there or on its way.
+
+        Raises HTTPException for a question that is refused, or turned away.
+        """
+        return await run_in_threadpool(self._accept, asked)
+
+    def _accept(self, asked: BaseModel) -> str:
+        desk = self.desk
+        try:
+            settings = desk.read(asked)
+            name = desk.name_of(settings)
+            if desk.known(name):
+                self.counts.answered("known", 0.0)
+                return name
+            return desk.ask(settings, asked).name
+        except Refused as error:
+            self.counts.answered("refused", 0.0)
+            raise HTTPException(422, str(error)) from None
+        except Full as error:
+            self.counts.answered("turned away", 0.0)
+            raise HTTPException(429, str(error), {"Retry-After": str(error.after)}) from None
+        except Stopping:
+            told = "the service is stopping; ask again when it is back"
+            raise HTTPException(503, told, {"Retry-After": "30"}) from None
+
+    async def answered(self, name: str, wait: float) -> Job | None:
+        """Wait for an answer at most so many seconds; the job if it is still on its way.
+
+        HTTPException for one that could not be made, or of which nothing is known.
+        """
+        job = self.desk.job(name)
+        if job is not None:
+            made = asyncio.ensure_future(asyncio.wrap_future(job.made))
+            made.add_done_callback(lambda f: f.cancelled() or f.exception())  # told below
+            try:
+                await asyncio.wait([made], timeout=wait)
+                while not made.done() and self.desk.stopping:
+                    await asyncio.wait([made], timeout=POLL_SECONDS)
+            except asyncio.CancelledError:
+                if not self.desk.stopping:
+                    raise
+                told = "the service was ended at once; it answers when it is back"
+                raise HTTPException(503, told) from None
+            if not made.done():
+                return job
+        if (error := self.desk.failure(name)) is not None:
+            raise HTTPException(422 if isinstance(error, Refused) else 500, str(error))
+        if not await run_in_threadpool(self.desk.is_there, name):
+            raise HTTPException(404, f"there is no answer of the name {name[:300]!r}")
+        return None
+
+    async def told(self, name: str, wait: float, thumbnails: str) -> Response:
+        """An answer as JSON, or what is known of it so far."""
+        job = await self.answered(name, wait)
+        if job is not None:
+            after = math.ceil(self.desk.tally.mean())
+            headers = {"Location": f"/answers/{job.name}", "Retry-After": str(after)}
+            return JSONResponse(told_status(job, self.desk), 202, headers)
+        told = await run_in_threadpool(self.teller.told, self.desk.folder / name, thumbnails)
+        return JSONResponse(told)
+
+
+def add_answers(app: FastAPI, service: Service) -> None:
+    """To ask, and to read answers."""
+    desk, longest = service.desk, service.desk.wait
+    Asked, Wait = service.desk.question, Annotated[float, Query(ge=0, le=longest)]
+
+    @app.post(
+        "/answers", responses=says(200, 202, 401, 413, 422, 429, 500, 503), summary="Ask a question"
+    )
+    async def ask(
+        asked: Annotated[Asked, Body()],  # type: ignore[valid-type]
+        wait: Wait = longest,
+    ) -> Response:
+        """Answers within so many seconds (200), or says where the answer will be (202). The same
+        question is answered once: again, it is read from the results folder of the service, which
+        it shares with the command line.
+        """
+        return await service.told(await service.accept(asked), wait, asked.thumbnails)
+
+    @app.get(
+        "/answers/{name}", responses=says(200, 202, 401, 404, 422, 500), summary="Read an answer"
+    )
+    async def read(name: str, wait: Wait = 0.0, thumbnails: str = "links") -> Response:
+        """The answer of that id, waiting for it at most so many seconds. thumbnails: links, data,
+        none.
+        """
+        if name == "index.html":
+            return await run_in_threadpool(index_page, desk)
+        if thumbnails not in ("links", "data", "none"):
+            raise HTTPException(422, "thumbnails must be links, data or none")
+        return await service.told(name, wait, thumbnails)
+
+    @app.get("/answers/{name}/{file:path}", responses=FILE, summary="A file of an answer")
+    async def read_file(name: str, file: str) -> Response:
+        """report.html, scores.csv, scores.npy, ...: the files that the command line writes. While
+        the answer is on its way, report.html is a page that looks again by itself.
+        """
+        job = await service.answered(name, 0.0)
+        if job is not None:
+            if file != PAGE:
+                raise HTTPException(404, "the answer is on its way; its files come with it")
+            return HTMLResponse(pages.waiting(told_status(job, desk)), 202)
+        return await run_in_threadpool(file_of, desk.folder / name, file, service.links)
+
+    @app.post("/ask", include_in_schema=False)
+    async def ask_by_form(request: Request) -> Response:
+        given = pages.fields_of(await request.body())
+        try:
+            asked = desk.question(**pages.question_of(given, desk.question))
+            name = await service.accept(asked)
+        except ValidationError as error:
+            return HTMLResponse(pages.form(desk, given, sentence_of(error.errors()[0])), 422)
+        except UserError as error:
+            return HTMLResponse(pages.form(desk, given, str(error)), 422)
+        except HTTPException as error:
+            page = pages.form(desk, given, error.detail)
+            return HTMLResponse(page, error.status_code, error.headers)
+        return RedirectResponse(f"/answers/{name}/{PAGE}", 303)
+
+    @app.get("/", include_in_schema=False)
+    async def start() -> Response:
+        return HTMLResponse(await run_in_threadpool(pages.form, desk, {}, ""))
+
+
+def index_page(desk: Desk) -> Response:
+    """The list of all answers."""
+    path = desk.folder / "index.html"
+    if not path.is_file():
+        raise HTTPException(404, "there is no answer yet; ask one")
+    return HTMLResponse(path.read_text("utf-8"))
+
+
+def file_of(folder: Path, name: str, links: pages.Links) -> Response:
+    """A file of an answer. HTTPException for one that is not there."""
+    try:
+        path = inside(folder, name, "the file")
+    except UserError:
+        path = None
+    if path is None or not path.is_file() or any(p.startswith(".") for p in Path(name).parts):
+        raise HTTPException(404, f"the answer has no file {name[:300]!r}")
+    if name == PAGE:
+        return HTMLResponse(pages.report(path, links))
+    return FileResponse(path, media_type=MEDIA.get(path.suffix, "application/octet-stream"))
+
+
+def add_pictures(app: FastAPI, desk: Desk) -> None:
+    """The training pictures."""
+    data = desk.corpus.train
+    kept = {"Cache-Control": "private, max-age=3600"}
+
+    def checked(index: str) -> int:
+        row = int(index) if re.fullmatch(r"\d{1,12}", index, re.ASCII) else len(data)
+        if row >= len(data):
+            told = f"there is no training picture {index[:40]!r}; they are 0 to {len(data) - 1}"
+            raise HTTPException(404, told)
+        return row
+
+    @app.get("/pictures/{index}", responses=FILE, summary="A training picture")
+    def picture(index: str) -> Response:
+        """The file as it is."""
+        path = data.path(checked(index))
+        media = MEDIA.get(path.suffix.lower(), "application/octet-stream")
+        return FileResponse(path, media_type=media, headers=kept)
+
+    @app.get("/thumbnails/{index}", responses=FILE, summary="A training picture, small")
+    def thumbnail(index: str) -> Response:
+        """PNG of at most 128 pixels a side."""
+        small = shrunk(data.image(checked(index)), EMBED_SIDE)
+        return Response(image_bytes(small, "PNG"), media_type="image/png", headers=kept)
+
+
+def add_about(app: FastAPI, desk: Desk, counts: Counts) -> None:
+    """What the service knows, whether it lives, what it counts, how it is asked."""
+
+    @app.get(
+        "/concepts",
+        responses={200: {"description": "what is told"}},
+        summary="What can be asked about",
+    )
+    def concepts() -> dict[str, Any]:
+        """The concepts that the labels of the pictures name, with the number of pictures, and an
+        example; without labels the most frequent words of the captions.
+        """
+        return concepts_of(desk)
+
+    @app.get(
+        "/health",
+        responses={200: {"description": "what is told"}},
+        summary="Whether it takes questions",
+    )
+    def health() -> Response:
+        """200 while it does, 503 while it stops; told without API_TOKEN."""
+        told = {"status": "stopping" if desk.stopping else "ok"}
+        return JSONResponse(told, 503 if desk.stopping else 200)
+
+    @app.get(
+        "/metrics",
+        responses={200: {"description": "what is told"}},
+        summary="Counts for Prometheus",
+    )
+    def metrics() -> Response:
+        """Requests, questions, seconds and memory, in Prometheus' text format."""
+        return Response(counts.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> Response:
+        example = {"prompt": "...", "concepts": ["..."]}
+        if first := pages.example_of(desk):
+            example = {"prompt": first[0], "concepts": first[1]}
+        call = f"{request.base_url}answers", json.dumps(example, ensure_ascii=False)
+        return HTMLResponse(pages.docs(app.openapi(), *call))
+
+
+def concepts_of(desk: Desk) -> dict[str, Any]:
+    """{labelled, kinds: {kind: {word: pictures}}, example, num_images}."""
+    data = desk.corpus.train
+    if emoji.has_labels(data):
+        kinds = {column: emoji.values(data, column) for column in emoji.COLUMNS}
+        kinds = {column: found for column, found in kinds.items() if found}
+        first = pages.example_of(desk)
+        example = first and {"prompt": first[0], "concepts": first[1]}
+    else:
+        kinds, example = {"word": frequent_words(data)}, None
+    labelled = emoji.has_labels(data)
+    return {"labelled": labelled, "kinds": kinds, "example": example, "num_images": len(data)}
+
+
+def sentence_of(error: Any) -> str:
+    """What pydantic says of a value, as a sentence that names it."""
+    place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "path"))
+    text = " ".join(str(error["msg"]).split())
+    if error["type"] == "json_invalid":
+        return "the body is not JSON"
+    if error["type"] == "missing" and not place:
+        return 'the request has no body; send JSON such as {"prompt": ..., "concepts": [...]}'
+    if error["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return "the body must be a JSON object, sent as application/json"
+    return f"{place[:200]!r}: {text[:1].lower()}{text[1:]}"[:600]
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every error as {"error": one sentence}, or as a page for a browser."""
+
+    def said(request: Request, status: int, sentence: str, headers: Any = None) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(pages.refusal(status, sentence), status, headers)
+        return JSONResponse({"error": sentence}, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def misfit(request: Request, error: RequestValidationError) -> Response:
+        return said(request, 422, sentence_of(error.errors()[0]))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        sentence = " ".join(str(error.detail).split())
+        if error.status_code == 404 and sentence == "Not Found":
+            sentence = "there is nothing at this address; /docs lists those that there are"
+        if error.status_code == 405:
+            sentence = f"{request.method} is not for this address; /docs lists what is"
+        return said(request, error.status_code, sentence, error.headers)
+
+    @app.exception_handler(UserError)
+    async def mended(request: Request, error: UserError) -> Response:
+        return said(request, 500, " ".join(str(error).split()))
+
+    @app.exception_handler(Failed)
+    async def failed(request: Request, error: Failed) -> Response:
+        return said(request, 500, str(error))
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return said(request, 500, "the service met a fault of its own; see its log")
