@@ -21,10 +21,10 @@ REPOSITORY = Path(__file__).parents[2]
 def moto_server():
     """The program; the test is skipped where there is none."""
     own = REPOSITORY / ".venv-s3/bin/moto_server"
-    found = os.environ.get("MOTO_SERVER") or shutil.which("moto_server") or str(own)
-    if not os.access(found, os.X_OK):
+    found = os.environ.get("MOTO_SERVER") or (own if own.exists() else shutil.which("moto_server"))
+    if not found or not os.access(found, os.X_OK):
         pytest.skip(f"no moto_server in .venv-s3 (bash .ci/run makes it) or MOTO_SERVER: {found}")
-    return found
+    return str(found)
 
 
 class Server:
