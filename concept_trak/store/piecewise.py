@@ -13,7 +13,7 @@ import hashlib
 import os
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,16 +24,18 @@ from .writer import encoded
 
 if TYPE_CHECKING:
     from .folder import Series
-    from .shards import Store
 
 PIECE_BYTES = 2**25  # a row at a time would be a request at a time
 PIECE_SECONDS = 30.0  # a kill loses at most the appends of this long
 
 
 class PieceWriter:
-    """A shard's rows in order, or with gaps that are filled by others."""
+    """A shard's rows in order, or with gaps that are filled by others.
 
-    def __init__(self, store: Store, shard: int) -> None:
+    store: a `Store`, whose module imports this one.
+    """
+
+    def __init__(self, store: Any, shard: int) -> None:
         self.store, self.shard = store, shard
         self.next_row = store.resume_row(shard)
         self._waiting: list[list[np.ndarray]] = []  # [rows[, losses]] of each append
