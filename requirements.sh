@@ -20,7 +20,8 @@ check_disk() {
     local free
     free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1024) }')
     [ "$free" -ge "$MIN_FREE_MB" ] ||
-        die "only $free MB free on the disk of $1; the environment needs $MIN_FREE_MB"
+        die "only $free MB free on the disk of $1; the environment needs $MIN_FREE_MB;" \
+            "make room, or set PYTHON_BIN to a Python with concept-trak installed"
 }
 
 # Print the first interpreter that can make a virtual environment; prefer 3.11 and newer, for which
@@ -36,9 +37,9 @@ base_python() {
         done
     done
     [ -z "$found" ] || die "$found has no venv module; install it (Debian, Ubuntu:" \
-        "apt install python3-venv) or use conda"
+        "apt install python3-venv), or set ENV_KIND=conda"
     die "no Python >= 3.10 on the PATH (python3 is $(python3 --version 2>&1 || true));" \
-        "install one or use conda"
+        "install one, or set ENV_KIND=conda"
 }
 
 make_venv() {
@@ -49,7 +50,8 @@ make_venv() {
     base=$(base_python)
     echo "creating the virtual environment .venv with $base"
     "$base" -m venv --clear "$ROOT/.venv" ||
-        die "could not create $ROOT/.venv with $base -m venv"
+        die "could not create $ROOT/.venv with $base -m venv; remove it and run the same again:" \
+            "rm -r $ROOT/.venv"
 }
 
 make_conda_env() {
@@ -59,17 +61,19 @@ make_conda_env() {
     [ -z "$prefix" ] || action=update
     echo "conda env $action: $ENV_NAME"
     conda env "$action" -n "$ENV_NAME" -f "$ROOT/environment.yml" ||
-        die "conda env $action failed for $ROOT/environment.yml"
+        die "conda env $action failed for $ROOT/environment.yml; without conda:" \
+            "ENV_KIND=venv bash requirements.sh"
 }
 
 # pip_install WHAT ARGUMENT...: quiet, with a log; a failure is one line with pip's own last error.
 pip_install() {
     local what=$1 log="$prefix/concept-trak-install.log" cause
     shift
-    echo "installing $what into $prefix"
+    echo "installing $what into $prefix (some minutes)"
     if "$python" -m pip install "$@" >"$log" 2>&1; then return; fi
     cause=$(grep -E '^ERROR|No space left' "$log" | tail -n 1 || true)
-    die "pip could not install $what: ${cause:-unknown cause}. The whole log: $log"
+    die "pip could not install $what: ${cause:-unknown cause}. The whole log: $log. Then go on:" \
+        "bash requirements.sh"
 }
 
 # torch first and alone, because it is the one package with several builds: PyPI's for Linux on
@@ -111,7 +115,7 @@ main() {
         kind=venv
         ! command -v conda >/dev/null || kind=conda
     fi
-    case "$kind" in conda | venv) ;; *) die "ENV_KIND=$kind is neither conda nor venv" ;; esac
+    case "$kind" in conda | venv) ;; *) die "ENV_KIND=$kind is neither conda nor venv; set ENV_KIND=venv" ;; esac
     if python=$(ENV_KIND=$kind PYTHON_BIN='' find_python) &&
         stamp_is_current "$(env_prefix "$python")"; then
         echo "environment is up to date: $(env_prefix "$python")"
@@ -125,7 +129,8 @@ main() {
     check_disk "$ROOT"
     if [ "$kind" = conda ]; then make_conda_env; else make_venv; fi
     python=$(ENV_KIND=$kind PYTHON_BIN='' find_python) ||
-        die "the $kind environment was created but has no interpreter"
+        die "the $kind environment was created but has no interpreter; remove it:" \
+            "rm -r $ROOT/.venv, or conda env remove -n $ENV_NAME"
     prefix=$(env_prefix "$python")
     export PYTHONNOUSERSITE=1 # packages of the user's site would count as installed
     install_package

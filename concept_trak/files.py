@@ -200,5 +200,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
         raise UserError(
-            f"cannot write {path}: {reason}; mend that and run again: finished shards are kept"
+            f"cannot write {path}: {reason}; make room or set DATA_DIR, GRAD_DIR, "
+            "RESULTS_DIR to another disk and run the same again: finished shards are kept"
         ) from error

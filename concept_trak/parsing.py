@@ -64,13 +64,15 @@ class Option:
             raise UserError(unknown(variable, value, self.allowed()))
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(
-                f"{variable}={value} is not a number to compute with; give a finite one"
+                f"{variable}={value} is not a number to compute with; set {variable} to a "
+                "finite one"
             )
         above = self.low is None or value >= self.low
         below = self.high is None or value <= self.high
         if not (above and below):
             upper = "" if self.high is None else f" and at most {self.high}"
-            raise UserError(f"{variable}={value} is out of range; give at least {self.low}{upper}")
+            told = f"{variable}={value} is out of range"
+            raise UserError(f"{told}; set {variable} to at least {self.low}{upper}")
         if self.parse is not None:
             self.parse(value)
 
@@ -80,7 +82,10 @@ def refuse_no_text(variable: str, value: str) -> None:
     if bad := [
         c for c in value if (ord(c) < 32 and c not in "\t\n\r") or 0xD800 <= ord(c) < 0xE000
     ]:
-        raise UserError(f"{variable} holds {bad[0]!r}, which is no character of a text; remove it")
+        raise UserError(
+            f"{variable} holds {bad[0]!r}, which is no character of a text; remove it from "
+            f"{variable}"
+        )
 
 
 def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:
@@ -138,7 +143,7 @@ def number_ranges(variable: str, text: str) -> list[tuple[int, int]]:
         numbers = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part, re.ASCII)
         low, high = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (1, 0)
         if high < low:
-            raise UserError(f"{variable}={text!r} is not a list of numbers such as 3,7-9")
+            raise UserError(f"{variable}={text!r} is not a list of numbers; write {variable}=3,7-9")
         ranges.append((low, high))
     return ranges
 
@@ -152,7 +157,9 @@ def parse_memory(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
-        raise UserError(f"MAX_MEMORY={text!r} is not a size; write it as 6GB or 500MB")
+        raise UserError(
+            f"MAX_MEMORY={text!r} is not a size; write MAX_MEMORY=6GB or MAX_MEMORY=500MB"
+        )
     return size
 
 
@@ -163,11 +170,12 @@ def parse_gpu_ids(text: str) -> list[str]:
     ids = text.replace(",", " ").split()
     if bad := [i for i in ids if i != "cpu" and not i.isdecimal()]:
         raise UserError(
-            f"GPU_IDS={text!r} names {bad[0]!r}; give numbers of GPUs such as '0 1 2 3', or cpu"
+            f"GPU_IDS={text!r} names {bad[0]!r}; set GPU_IDS to numbers such as '0 1 2 3', or cpu"
         )
     if bad := [i for i in ids if i != "cpu" and ids.count(i) > 1]:
         raise UserError(
-            f"GPU_IDS={text!r} names GPU {bad[0]} twice; its processes would share the memory"
+            f"GPU_IDS={text!r} names GPU {bad[0]} twice, whose processes would share "
+            "the memory; name it once in GPU_IDS"
         )
     return ids
 
@@ -177,7 +185,7 @@ def parse_methods(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     known = RANKERS.names() if names else ()
     if bad := [name for name in names if name not in known]:
-        raise UserError(f"METHODS names {bad[0]!r}; choose among {', '.join(known)}")
+        raise UserError(f"METHODS names {bad[0]!r}; set METHODS to some of {', '.join(known)}")
     return names
 
 
@@ -187,5 +195,6 @@ def refuse_selection(text: str) -> None:
         if part not in SELECTIONS:
             known = ", ".join(SELECTIONS)
             raise UserError(
-                f"SELECTION names {part!r}; give one of, or several with '|' between, {known}"
+                f"SELECTION names {part!r}; set SELECTION to one of, or several with '|' "
+                f"between, {known}"
             )

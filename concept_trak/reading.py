@@ -30,16 +30,18 @@ def inside(root: Path, name: Any, what: str) -> Path:
     what: whose name it is, for the message. UserError for a name that is no text, is empty, or
     leads out of `root` once links are followed.
     """
-    mend = "it must name something below that folder; mend it, or get it from a source you trust"
+    mend = (
+        "give a name below that folder in the file it comes from, or get that from a trusted source"
+    )
     shown = repr(name) if len(repr(name)) < 120 else repr(name)[:116] + "..."
     if not isinstance(name, str) or not name.strip() or "\0" in name or _too_long(name):
-        raise UserError(f"{what} {shown} is no path below {root}: {mend}")
+        raise UserError(f"{what} {shown} is no path below {root}; {mend}")
     try:
         base, path = Path(root).resolve(), (Path(root) / name).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
-        raise UserError(f"{what} {shown} cannot be followed ({error}): {mend}") from None
+        raise UserError(f"{what} {shown} cannot be followed ({error}); {mend}") from None
     if path == base or not path.is_relative_to(base):
-        raise UserError(f"{what} {shown} lies outside {root}: {mend}")
+        raise UserError(f"{what} {shown} lies outside {root}; {mend}")
     return Path(root) / name
 
 

@@ -67,8 +67,10 @@ class Registry(Generic[T]):
 
 def unknown(variable: str, value: Any, names: tuple[str, ...]) -> str:
     """The line for a value that is not among `names`: of a variable (in capitals) or a thing."""
-    joint = "=" if variable.isupper() else " "
-    return f"{variable}{joint}{value!r} is unknown; use one of {', '.join(names)}"
+    joint = "" if variable.startswith("--") else "="
+    return (
+        f"{variable}{joint or ' '}{value!r} is unknown; set {variable} to one of {', '.join(names)}"
+    )
 
 
 OBJECTIVES: Registry[Any] = Registry("F", "concept_trak.rows.objectives")

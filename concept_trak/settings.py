@@ -106,7 +106,7 @@ def parse_damping(value: float) -> float:
     """One of DAMPINGS. UserError for another."""
     if min(abs(value / d - 1) for d in DAMPINGS) > 1e-6:
         sweep = ", ".join(f"{d:g}" for d in DAMPINGS)
-        raise UserError(f"DAMPING={value:g} is not one of the sweep {sweep}")
+        raise UserError(f"DAMPING={value:g} is not one of the sweep; set DAMPING to one of {sweep}")
     return value
 
 
@@ -503,7 +503,7 @@ def resolve(benchmark: str, overrides: dict[str, Any]) -> Settings:
     base = preset(benchmark)
     recipe = overrides.get("recipe", base.get("recipe", "default"))
     if recipe not in RECIPES:
-        raise UserError(f"RECIPE {recipe!r} is unknown; use one of {', '.join(RECIPES)}")
+        raise UserError(f"RECIPE={recipe!r} is unknown; set RECIPE to one of {', '.join(RECIPES)}")
     values = {**base, **RECIPES[recipe], **overrides}
     if benchmark == "emoji" and "sd_model_path" not in overrides:
         brought = Path(values["data_dir"]) / "pipeline"

@@ -9,5 +9,5 @@ trap 'rm -f "$marker"' EXIT
 bash "$ROOT/scripts/emoji/run_qual_free.sh" "$@"
 results=${RESULTS_DIR:-$ROOT/experiments/emoji/results}
 reports=$(find "$results" -name report.html -newer "$marker" 2>/dev/null || true)
-[ -n "$reports" ] || die "no report.html was written under $results"
+[ -n "$reports" ] || die "no report.html was written under $results; run the same again with another RESULTS_DIR"
 printf '\nOpen in a browser:\n%s\n' "$reports"

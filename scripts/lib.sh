@@ -66,7 +66,7 @@ has_package() {
 find_python() {
     local prefix
     if [ -n "${PYTHON_BIN:-}" ]; then
-        command -v "$PYTHON_BIN" || die "PYTHON_BIN=$PYTHON_BIN is not an executable; give a Python with concept-trak installed"
+        command -v "$PYTHON_BIN" || die "PYTHON_BIN=$PYTHON_BIN is not an executable; set PYTHON_BIN to a Python with concept-trak installed"
         return
     fi
     if [ -z "${ENV_KIND:-}" ]; then

@@ -74,14 +74,14 @@ def tiny_denoiser():
     return NetworkDenoiser(tiny_unet(), schedule, (2, 4, 4))
 
 
-def save_tiny_pipeline(folder, seed=0):
+def save_tiny_pipeline(folder, seed=0, objects=OBJECTS, styles=STYLES):
     """A whole pipeline folder (8x8 pictures, 4x4 latents) with random weights, made of the embedded
     model's parts.
     """
     from concept_trak.datasets.emoji import caption
     from concept_trak.workshop.embedded import pipeline as embedded
 
-    tokenizer = embedded.build_tokenizer([caption(f"a {o}", s) for o in OBJECTS for s in STYLES])
+    tokenizer = embedded.build_tokenizer([caption(f"a {o}", s) for o in objects for s in styles])
     unet = tiny_unet(seed)
     text_encoder, vae = tiny_text_encoder(tokenizer), tiny_vae()
     embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
@@ -138,13 +138,13 @@ def other_pipeline(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("model") / "other", seed=1)
 
 
-def save_tiny_data(root):
-    """Twelve labelled 8x8 pictures, object x style; the cell (cat, blob) is held out."""
+def save_tiny_data(root, objects=OBJECTS, styles=STYLES):
+    """Labelled 8x8 pictures, object x style, twelve of them; the first cell is held out."""
     from PIL import Image
 
     root.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(0), []
-    for name, style in [(o, s) for o in OBJECTS for s in STYLES]:
+    for name, style in [(o, s) for o in objects for s in styles]:
         file_name = f"{style}-{name}.png"
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / file_name)
         rows.append(
@@ -155,7 +155,7 @@ def save_tiny_data(root):
                 "object_phrase": f"a {name}",
                 "style": style,
                 "style_phrase": style,
-                "split": "held_out" if (name, style) == ("cat", "blob") else "train",
+                "split": "held_out" if (name, style) == (objects[0], styles[0]) else "train",
             }
         )
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

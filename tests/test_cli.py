@@ -102,7 +102,7 @@ def refused(capfd, verb, flags, **changes):
         ("train-grad", {"shards": "2-9"}, "0 to 2"),
         ("train-grad", {"shards": "2-1"}, "SHARDS"),
         ("train-grad", {"shards": "one"}, "SHARDS"),
-        ("train-grad", {"num_split": 99}, "num_split"),
+        ("train-grad", {"num_split": 99}, "NUM_SPLIT"),
         ("train-grad", {"proj_dim": 10**9, "proj_type": "random_mask"}, "random_mask"),
         ("train-grad", {"proj_type": "nonsense"}, "nonsense"),
         ("train-grad", {"f": "nonsense"}, "presence"),
@@ -767,7 +767,7 @@ def test_a_finished_shard_that_is_damaged_is_told_instead_of_nothing_to_compute(
         path.write_bytes(content)
         capfd.readouterr()
         assert run("train-grad", computed) == 2
-        assert "the train gradients with SHARDS=1 REPAIR=1" in capfd.readouterr().err
+        assert "make that shard again: SHARDS=1 REPAIR=1 " in capfd.readouterr().err
         assert run("train-grad", computed, shards="0") == 0
         assert run("train-grad", computed, shards="1", repair="1") == 0
         assert path.read_bytes() == good

@@ -26,6 +26,7 @@ SMALL = {
     **{"proj_dim": 32, "num_split": 2, "nfe": 3, "gen_num_inference_steps": 4, "epochs": 2},
     **{"batch_size": 4, "top_k": 3, "device": "cpu"},
 }
+PICTURES = 11  # to be encoded, of the tiny data
 TASKS = {"proj_dim": 64, "num_split": 2, "epochs": 1, "gen_num_inference_steps": 10}
 # says how far a shard, or a training, is: true at every moment, though not the same
 PROGRESS = re.compile(r"train_grad-\d+\.json|index\.html|checkpoints/\w+\.\w+$|\.checkpoint\.")
@@ -190,7 +191,7 @@ def download_train_grad(bench):
 
 
 test_grad.__test__ = False
-QUICK = (train_grad, attribute, prepare, train_judge)
+QUICK = (train_grad, attribute, train_judge)
 VERBS = (train_grad, attribute, attribute_again, evaluate, prepare, prepare_more, export)
 VERBS += (make_tasks, task_grad, test_grad, evaluate_tasks, train_model, train_judge, judge_model)
 VERBS += (train_token, download_abc, download_train_grad, suspects)
@@ -200,8 +201,10 @@ def part_of(content, folder):
     return {f: digest for f, digest in content.items() if folder in f}
 
 
-def check(bench, verb, count):
-    """Kill the verb at `count` moments, each from the same beginning."""
+def check(bench, verb, count, between=lambda: None, after=lambda: None):
+    """Kill the verb at `count` moments, each from the same beginning. between: called before the
+    verb is to be killed; after: when it was run again.
+    """
     shutil.rmtree(bench.work)
     bench.work.mkdir()
     first, last = verb(bench)
@@ -217,6 +220,7 @@ def check(bench, verb, count):
     for moment in kills.moments(changes, count):
         shutil.rmtree(bench.work)
         shutil.copytree(kept, bench.work, symlinks=True)
+        between()
         code, _, told = bench.run(last, moment)
         assert code == -signal.SIGKILL, told
         found = kills.content(bench.work)
@@ -229,12 +233,28 @@ def check(bench, verb, count):
         code, _, told = bench.run(last)
         assert code == 0, (moment, told)
         assert kills.content(bench.work) == new, moment
+        after()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("verb", QUICK, ids=lambda verb: verb.__name__)
 def test_a_kill_at_some_moments_leaves_the_old_or_the_new(bench, verb):
     check(bench, verb, 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_encoding_encodes_only_the_step_at_hand_again(bench):
+    told, counts = bench.root / "encoded.txt", []
+
+    def after():
+        rows = told.read_text().split()
+        assert len({*rows}) == PICTURES
+        counts.append(len(rows) - PICTURES)
+
+    check(bench, prepare, 5, lambda: told.unlink(missing_ok=True), after)
+    assert len(counts) == 5 and max(counts) <= SMALL["batch_size"]
+    # most kills come when some of it is on the disk, and none of that is encoded again
+    assert sum(count == 0 for count in counts) >= 3
 
 
 @pytest.mark.slow

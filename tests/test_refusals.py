@@ -1,5 +1,6 @@
 """A refusal ends in what to run: the line is one that bash reads, of a script that is there, with
-variables that it knows.
+variables that it knows. Where no line can mend it, it ends in what to change: which variable, flag,
+argument, or file of the user's own. Every refusal of the package is read from the source for that.
 """
 
 import re
@@ -8,7 +9,9 @@ import subprocess
 from dataclasses import asdict
 
 import pytest
+from refusals import Source
 
+from concept_trak import cli
 from concept_trak.attribution.early import check_rows
 from concept_trak.components.edits import load_edit
 from concept_trak.components.keep import load_scores
@@ -23,13 +26,40 @@ from concept_trak.evaluation.labelled.stages import Bench, Model
 from concept_trak.evaluation.retraining.plan import read_plan, retrain_line
 from concept_trak.evaluation.small_abc.tasks import REMEDY
 from concept_trak.files import write_json
-from concept_trak.settings import ROOT, TOKEN, resolve
+from concept_trak.flags import OF_SCRIPTS
+from concept_trak.settings import ROOT, TOKEN, names, resolve
 from concept_trak.workshop.judge.net import class_indices
 from concept_trak.workshop.judge.saved import load_judge
 
 TASK = abc.Task("synth/a/gpt/b/0.png", f"a {TOKEN}", "test", 0, "models/a/b", f"{TOKEN} x", "art")
 LINE = re.compile(r"(?:[A-Z_]+=(?:'[^']*'|[^\s',;])+ )*bash scripts/[\w/]+\.sh\b")
 VARIABLE = re.compile(r"\b[A-Z][A-Z_0-9]+\b")
+
+# ---- what a text may end in
+RUN = re.compile(
+    r"(?:bash (?:scripts/\S+(?: my_pictures)?|requirements\.sh)"
+    r"|python -m \S+|pip install \S+|git checkout -- \S+"
+    r"|git pull|rm (?:-r )?\S+|conda env remove .*|\{option\}\{.*\}|unset \S+)$"
+)
+DO = re.compile(
+    r"\b(?:set|unset|lower|raise|write|give|leave|name|use|remove|shorten|mend|make|choose|run)\b"
+)
+AGAIN = re.compile(r"\brun the same again\b")  # what was run, after what stands before is done
+FLAG = re.compile(r"(?<!\w)--[a-z{][\w{-]*")
+UNKNOWN = re.compile(r"\{(?:variable|name|name\.upper\(\))\}")  # a variable that a run knows
+OWN_FILE = re.compile(  # the user's own data: no line can know its captions
+    r"\b(?:write|put|mend|remove|leave|move)\b.*"
+    r"(?:\w\.(?:jsonl|csv|txt|tsv|json)\b|\{path\.name\}|\{root\})"
+)
+# Texts that end in another refusal's, or to which their one caller adds the line.
+PASSED_ON = {
+    ("attribution/corpus.py", "{told}"),
+    ("attribution/launch.py", "{last_line(log)}"),
+    ("models/tokens.py", "{error}"),
+}
+# scripts that take long, and so are named with how long, or how much they fetch
+LONG = re.compile(r"bash scripts/(?:truth/|emoji/(?:run_)?train_|abc/run_ti|abc/(?:run_)?download)")
+TIME = re.compile(r"\b(?:hours?|minutes?|steps|GB|min)\b|\{SIZES\[part\]\}|\{told\}")
 
 
 def bench(folder, name="synthetic_4x4", **given):
@@ -131,3 +161,87 @@ def test_values_that_bash_would_read_otherwise_are_quoted():
     line = call("demo.sh", PROMPT='it\'s $HOME; a "cat"')
     told, *_ = shlex.split(line)
     assert told == 'PROMPT=it\'s $HOME; a "cat"'
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """[(site, text)]: every text that a refusal of the package may have."""
+    source = Source()
+    assert len(source.sites) > 300
+    return [(s, text) for s in source.sites for text in source.texts(s.message, s.around)]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Names of variables that a user can set."""
+    (action,) = cli.parser()._subparsers._group_actions
+    flags = {f for verb in action.choices.values() for f in verb.complete()._option_string_actions}
+    known = {name.upper() for name in names()} | {*OF_SCRIPTS, "HF_ENDPOINT", "HF_TOKEN"}
+    return known | {flag.lstrip("-").replace("-", "_").upper() for flag in flags}
+
+
+def last_part(text):
+    """What follows the last semicolon, or, if there is none, the last colon."""
+    return text.rpartition("; " if "; " in text else ": ")[2]
+
+
+def mends(text, parameters, variables):
+    """Whether a text ends in what to run or to change."""
+    part = last_part(text)
+    named = (
+        DO.search(part)
+        and set(re.findall(r"\b[A-Z][A-Z_0-9]*\b", re.sub(r"\{.*?\}", "", part))) & variables
+    )
+    forms = (AGAIN, FLAG, UNKNOWN, OWN_FILE)
+    given = any(re.search(rf"\b(?:give|call|leave|rename|in)\b.*\b{p}\b", part) for p in parameters)
+    return bool(RUN.search(text) or named or given or any(form.search(part) for form in forms))
+
+
+def test_every_refusal_of_the_package_ends_in_what_to_run_or_to_change(refusals, variables):
+    bad, passed_on = [], set()
+    for site, text in refusals:
+        if (site.path, last_part(text)) in PASSED_ON:
+            passed_on.add((site.path, last_part(text)))
+        elif not mends(text, site.parameters(), variables):
+            bad.append(f"{site.path}:{site.line}: {text}")
+    assert not bad, "\n".join(bad)
+    assert passed_on == PASSED_ON
+
+
+def test_every_refusal_of_the_scripts_does_so_too(variables):
+    found = {}
+    for path in [*(ROOT / "scripts").rglob("*.sh"), ROOT / "requirements.sh"]:
+        source = re.sub(r'" \\\n\s*"', " ", path.read_text())  # a text over several lines
+        shown = {f"${k}": v for k, v in re.findall(r"^(\w+)='(.*)'$", source, re.M)}
+        for text in re.findall(r'\bdie "((?:[^"\\]|\\.)*)"', source):
+            for name, value in shown.items():
+                text = text.replace(name, value)
+            found[path.name, text] = path
+    assert len(found) > 10
+    more = variables | {"PATH", "GRAD_ROOT"}
+    bad = [f"{name}: {text}" for name, text in found if not mends(text, (), more)]
+    assert not bad, "\n".join(bad)
+
+
+def test_a_line_that_takes_long_says_how_long(refusals):
+    bad = [
+        f"{site.path}:{site.line}: {text}"
+        for site, text in refusals
+        if LONG.search(last_part(text)) and not TIME.search(text)
+    ]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DAMPING=7 is not one of the sweep 0.1, 1",
+        "the store is damaged; make it again",
+        "no rows in {folder}: run the train gradients first",
+        "{path} is missing; it is made again",
+        "the judge is missing; bash scripts/emoji/train_judge.sh, which takes long",
+        "k = {k}: recall needs more",
+    ],
+)
+def test_a_text_that_leaves_the_user_alone_is_noticed(text, variables):
+    assert not mends(text, {"k", "name"}, variables)

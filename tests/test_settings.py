@@ -67,18 +67,33 @@ def test_dampings_are_nine_decades_around_a_tenth_of_the_mean_eigenvalue():
 @pytest.mark.parametrize(
     "overrides,word",
     [
-        ({"recipe": "nonsense"}, "RECIPE 'nonsense' is unknown; use one of default, reference"),
+        (
+            {"recipe": "nonsense"},
+            "RECIPE='nonsense' is unknown; set RECIPE to one of default, reference",
+        ),
         ({"damping": 0.2}, "DAMPING=0.2"),
         ({"damping": float("nan")}, "DAMPING=nan"),
         ({"scope": "nonsense"}, "global"),
-        ({"f": "nonsense"}, "F='nonsense' is unknown; use one of .*presence"),
+        ({"f": "nonsense"}, "F='nonsense' is unknown; set F to one of .*presence"),
         ({"dtype": "fp8"}, "bf16"),
         ({"store_dtype": "int8"}, "bfloat16"),
-        ({"query_form": "slide"}, "QUERY_FORM='slide' is unknown; use one of slider, cfg, concept"),
+        (
+            {"query_form": "slide"},
+            "QUERY_FORM='slide' is unknown; set QUERY_FORM to one of slider, cfg, concept",
+        ),
         ({"blocks": "layer"}, "BLOCKS"),
-        ({"proj_type": "gauss"}, "PROJ_TYPE='gauss' is unknown; use one of identity, .*logra"),
-        ({"proj_mask": "a1000"}, "PROJ_MASK='a1000' is unknown; use one of auto, portable, a100"),
-        ({"proj_backend": "jax"}, "PROJ_BACKEND='jax' is unknown; use one of own, dattri, trak"),
+        (
+            {"proj_type": "gauss"},
+            "PROJ_TYPE='gauss' is unknown; set PROJ_TYPE to one of identity, .*logra",
+        ),
+        (
+            {"proj_mask": "a1000"},
+            "PROJ_MASK='a1000' is unknown; set PROJ_MASK to one of auto, portable, a100",
+        ),
+        (
+            {"proj_backend": "jax"},
+            "PROJ_BACKEND='jax' is unknown; set PROJ_BACKEND to one of own, dattri, trak",
+        ),
         ({"nfe": 1}, "NFE=1"),
         ({"epochs": 0}, "EPOCHS=0"),
         ({"batch_size": 0}, "BATCH_SIZE=0"),
@@ -95,7 +110,10 @@ def test_dampings_are_nine_decades_around_a_tenth_of_the_mean_eigenvalue():
         ({"shards": "4"}, "SHARDS='4' names 4 but there are only 4 shards"),
         ({"task_idx": "3-1"}, "TASK_IDX='3-1' is not a list"),
         ({"gpu_ids": "0 one"}, "GPU_IDS='0 one' names 'one'"),
-        ({"methods": "das,tracin"}, "METHODS names 'tracin'; choose among .*concept_trak"),
+        (
+            {"methods": "das,tracin"},
+            "METHODS names 'tracin'; set METHODS to some of .*concept_trak",
+        ),
     ],
 )
 def test_values_that_do_not_exist_are_refused_by_name(overrides, word):
@@ -109,7 +127,9 @@ def test_values_with_an_inner_grammar_are_kept_as_they_were_written():
 
 
 def test_an_unknown_benchmark_is_refused():
-    with pytest.raises(UserError, match="benchmark 'nonsense' is unknown; use one of emoji"):
+    with pytest.raises(
+        UserError, match="benchmark 'nonsense' is unknown; set --benchmark to one of emoji"
+    ):
         resolve("nonsense", {})
 
 
@@ -200,7 +220,7 @@ def test_the_home_of_a_registry_is_imported_when_it_is_first_asked(registry):
     registry.add("two", 2)
     assert registry.get("two") == 2 and "home_of_one" not in sys.modules
     assert registry.get("one") == 1 and registry.names() == ("two", "one")
-    with pytest.raises(UserError, match="NUMBER='three' is unknown; use one of two, one"):
+    with pytest.raises(UserError, match="NUMBER='three' is unknown; set NUMBER to one of two, one"):
         registry.get("three")
 
 

@@ -1,5 +1,6 @@
-"""The trainings of the workshop at a size that takes a second: small networks, a few steps, a
-checkpoint at every other one, and their folders below `root` instead of the repository.
+"""The trainings of the workshop, and other long work, at a size that takes a second: small
+networks, a few steps, a checkpoint at every other one, and their folders below `root` instead of
+the repository.
 """
 
 import functools
@@ -55,6 +56,23 @@ def train_token(root: Path) -> None:
     textual_inversion.SAVE_EVERY = 1
 
 
+def prepare(root: Path) -> None:
+    """For `concept-trak prepare`: a step is on the disk as soon as it is encoded, and each picture
+    that is encoded gets a line in encoded.txt beside `root`.
+    """
+    from concept_trak.datasets import prepare as module
+
+    encoded, told = module.encoded, root.parent / "encoded.txt"
+
+    def counted(model, data, rows):
+        made = encoded(model, data, rows)
+        with told.open("a") as file:  # after the work: what a kill stops was not encoded
+            file.writelines(f"{row}\n" for row in rows)
+        return made
+
+    module.SYNC_SECONDS, module.encoded = 0, counted
+
+
 def download(root: Path) -> None:
     """For the downloads: small pieces, and py7zr whatever the machine has."""
     from concept_trak.workshop.fetch import archives, folder, hub
@@ -67,6 +85,7 @@ SMALLER = {
     "train-judge": train_judge,
     "judge-model": judge_model,
     "train-token": train_token,
+    "prepare": prepare,
     "download-abc": download,
     "download-train-grad": download,
 }

@@ -24,7 +24,8 @@ def resolve_mask(proj_mask: str, store_identity: dict | None = None) -> str:
     """
     if proj_mask not in ("auto", "portable", *GPUS):
         raise UserError(
-            f"PROJ_MASK={proj_mask!r} is unknown; use auto, portable or one of {', '.join(GPUS)}"
+            f"PROJ_MASK={proj_mask!r} is unknown; set PROJ_MASK to auto, portable or "
+            f"one of {', '.join(GPUS)}"
         )
     if store_identity is None:
         return "portable" if proj_mask == "auto" else proj_mask
@@ -32,7 +33,7 @@ def resolve_mask(proj_mask: str, store_identity: dict | None = None) -> str:
     if not projection:
         raise UserError(
             "these train gradients do not record their mask; remove their manifest.json and "
-            "train_grad-*.json and adopt them again"
+            "train_grad-*.json and run the same again, or set GRAD_DIR to another folder"
         )
     names, generator = ["portable"], projection.get("generator")
     own = not {"backend", "modules"} & projection.keys() and "input_dim" in projection
@@ -42,7 +43,7 @@ def resolve_mask(proj_mask: str, store_identity: dict | None = None) -> str:
     if not names:
         raise UserError(
             f"these train gradients were masked by {generator!r}, which this version cannot "
-            "rebuild; update it"
+            "rebuild; update it: git pull"
         )
     if proj_mask != "auto" and proj_mask not in names:
         raise UserError(

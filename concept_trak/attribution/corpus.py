@@ -45,7 +45,9 @@ class FolderData:
         self.pictures = self.everything.split("train")
         if not len(self.pictures):
             raise UserError(
-                f"{root} has no picture in its train split; check the split column of its metadata"
+                f"{root} has no picture in its train split; write train into the column split "
+                "of its "
+                "metadata.jsonl or metadata.csv"
             )
 
     def __len__(self) -> int:
@@ -152,7 +154,8 @@ class Corpus:
         if len(encoders) > 1 or len(levels) > 1:
             raise UserError(
                 f"FIT_MODEL_PATH={s.fit_model_path} has another autoencoder or noise schedule than "
-                f"{s.sd_model_path}, so it cannot judge its latents; give a pipeline of its family"
+                f"{s.sd_model_path}, so it cannot judge its latents; set FIT_MODEL_PATH to a "
+                "pipeline of its family"
             )
         return judge
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..reading import read_json
 from ..settings import Settings, digest
 from ..store.checks import check_shard
@@ -81,7 +81,10 @@ def refuse_other_pictures(store: Store, shown: str) -> None:
     if not os.path.lexists(path):
         with contextlib.suppress(UserError):  # a folder that cannot be written
             store.keep_beside(SHOWN, {"pictures": shown})
-    elif read_json(path, "remove it if the pictures are as released").get("pictures") != shown:
+    elif (
+        read_json(path, removal(path, "run again if the pictures are as released")).get("pictures")
+        != shown
+    ):
         reason = "the pictures or captions beside the latents are not those of the first time"
         mend = "bring back laion_subset as it was, or, if it is as released now"
         raise UserError(f"{store.folder}: {reason}; {mend}: rm {shlex.quote(str(path))}")
@@ -90,7 +93,7 @@ def refuse_other_pictures(store: Store, shown: str) -> None:
 def _digests(store: Store) -> list[str]:
     """Of the pictures of a store; [] if it does not say, or not of all."""
     try:
-        record = read_json(store.beside(PICTURES), "it is not needed")
+        record = read_json(store.beside(PICTURES), removal(store.folder / PICTURES))
     except UserError:
         return []
     digests = record.get("digests")

@@ -107,7 +107,9 @@ def launch_shards(settings: Settings) -> None:
     """
     gpus = parse_gpu_ids(settings.gpu_ids)
     if not gpus:
-        raise UserError("GPU_IDS names no device; give e.g. '0 1', or leave it and EXECUTOR out")
+        raise UserError(
+            "GPU_IDS names no device; set GPU_IDS to e.g. '0 1', or leave it out: unset GPU_IDS"
+        )
     wanted = parse_shards(settings.shards, settings.num_split)
     print("loading the model once, to see what it needs", flush=True)
     store = Store.read_manifest(created(settings, gpus[0]))

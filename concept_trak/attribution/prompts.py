@@ -25,12 +25,12 @@ def find_target(prompt: str, target: str) -> re.Match:
     """
     if not prompt.strip():
         raise UserError(
-            "PROMPT is empty; say what to generate, e.g. PROMPT='a cat in the style of blob'"
+            "PROMPT is empty; set what to generate, e.g. PROMPT='a cat in the style of blob'"
         )
     if not target.strip():
         raise UserError(
-            "TARGET_CONCEPTS holds an empty concept; name words of the prompt, separated by ',' "
-            "or '|'"
+            "TARGET_CONCEPTS holds an empty concept; set TARGET_CONCEPTS to words of "
+            "PROMPT, separated by ',' or '|'"
         )
     match = _search(prompt, target)
     if match is None:
@@ -103,8 +103,8 @@ def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
     )  # the only negative may hold commas
     if len(items) != len(targets):
         raise UserError(
-            f"NEGATIVE_PROMPTS has {len(items)} items for {len(targets)} targets; give one each, "
-            "separated by '|'"
+            f"NEGATIVE_PROMPTS has {len(items)} items for {len(targets)} targets; give "
+            "NEGATIVE_PROMPTS one each, separated by '|'"
         )
     return items
 
@@ -118,7 +118,9 @@ def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> li
               takes part in the gradient
     """
     if form not in QUERY_FORMS:
-        raise UserError(f"QUERY_FORM={form!r} is unknown; use one of {', '.join(QUERY_FORMS)}")
+        raise UserError(
+            f"QUERY_FORM={form!r} is unknown; set QUERY_FORM to one of {', '.join(QUERY_FORMS)}"
+        )
     minus = negatives(prompt, targets, given)
     if form != "slider" and not given:
         minus = [""] * len(targets)

@@ -37,6 +37,7 @@ import numpy as np
 from ..errors import UserError
 from ..rows.gpu_mask import BLOCK, GPUS, can_rebuild, draw_masks, launch_threads
 from ..rows.projection import make_projection
+from ..store.manifest import ELSEWHERE, MAKE
 from ..store.shards import Store
 
 SAMPLED_ROWS = 2048  # rows whose columns are measured, spread over the artifact
@@ -107,7 +108,7 @@ def recognise(
     if store.dim >= sizes.sum():
         raise UserError(
             f"{store.folder} has {store.dim} columns, which no mask of {sizes.sum()} coordinates "
-            "leaves; state its proj_dim and layer"
+            "leaves; set PROJ_DIM and LAYER to those it was made with"
         )
     compared = compare_masks(column_scores(store, max_rows), sizes)
     evidence = {"rows": min(store.num_rows, max_rows), **compared}
@@ -124,7 +125,7 @@ def recognise(
         raise UserError(
             f"{store.folder} was made on a GPU that runs {best['threads'] // BLOCK} blocks of "
             f"{BLOCK} threads, not a known one; add it to GPUS in concept_trak/rows/gpu_mask.py, "
-            "or compute the train gradients again"
+            f"or make the train gradients again (about a minute for the embedded data): {MAKE}"
         )
     return best["mask"], evidence
 
@@ -146,15 +147,16 @@ def column_scores(store: Store, max_rows: int = SAMPLED_ROWS) -> np.ndarray:
         block = store.rows(rows[start : start + ROW_BATCH])
         if not (finite := np.isfinite(block).all(axis=1)).all():
             bad = rows[start + np.flatnonzero(~finite)[0]]
+            shard = int(np.searchsorted(store.bounds, bad, side="right")) - 1
             raise UserError(
-                f"{store.folder}: the row of sample {bad} is NaN or infinite: fetch its shard again"
+                f"{store.folder}: the row of sample {bad} is NaN or infinite; {store.remedy(shard)}"
             )
         squares += np.square(block, dtype=np.float64).sum(0)
     if not squares.all():
         column, count = np.flatnonzero(squares == 0)[0], (squares == 0).sum()
         raise UserError(
-            f"{store.folder}: column {column} ({count} in all) is zero in every sampled row: it "
-            "is damaged or not a masked gradient"
+            f"{store.folder}: column {column} ({count} in all) is zero in every sampled row, so it "
+            f"is damaged or not a masked gradient; {ELSEWHERE}"
         )
     from scipy.special import ndtri  # here: half a second of every start, of which few come here
     from scipy.stats import rankdata

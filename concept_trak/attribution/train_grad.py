@@ -10,12 +10,14 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..flags import command
 from ..models.condition import Condition
 from ..parsing import parse_shards
 from ..registry import OBJECTIVES
 from ..rows.objectives import train_rows
 from ..rows.row import Rows
 from ..rows.states import Judge, TrainPictures
+from ..settings import provenance
 from ..store.checks import still_to_make
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
@@ -23,7 +25,7 @@ from ..store.pieces import Piece
 from ..store.shards import Store
 from ..system import say
 from .corpus import Corpus
-from .early import rows_missing
+from .early import ROW_STAGES, rows_missing
 from .executor import Executor, InProcess
 from .known_rows import KnownRows, keep_digests, known_rows, refuse_other_pictures
 from .plan import train_states
@@ -66,7 +68,8 @@ def create_store(corpus: Corpus) -> Store:
     dim = corpus.projection.proj_dim
     layout = Layout(len(corpus.data), dim, s.num_split, s.store_dtype, losses=weighted)
     identity = corpus.train_identity()
-    store = Store.create(new_folder(s, identity), layout, identity)
+    made_by = {"command": command("train-grad", s, (*ROW_STAGES, "num_split"))}
+    store = Store.create(new_folder(s, identity), layout, identity, provenance() | made_by)
     keep_digests(store, corpus.data.digests())
     refuse_other_pictures(store, corpus.data.shown_hash())
     return store
@@ -98,7 +101,7 @@ def _open(corpus: Corpus) -> Store:
     if store.num_rows > len(corpus.data):
         raise UserError(
             f"{found} has {store.num_rows} rows but {s.data_dir} has {len(corpus.data)} pictures; "
-            "both must be of one release"
+            "set DATA_DIR or GRAD_DIR so that both are of one release"
         )
     return store
 

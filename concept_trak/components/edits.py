@@ -144,7 +144,7 @@ class EditedNetwork:
     def undo(self) -> Edit:
         """Take the last edit back, to the bit, and return it. UserError where there is none."""
         if not self.stack:
-            raise UserError("there is no edit to undo; apply one first")
+            raise UserError("there is no edit to undo; call apply first")
         weights, edit = dict(self.network.named_parameters()), self.stack.pop()
         for name, values in self._kept.pop().items():
             put(weights[name], edit.changes[name][0].to(values.device), values)

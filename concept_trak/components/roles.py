@@ -103,6 +103,7 @@ def select(network: nn.Module, selection: str) -> list[Component]:
     if not chosen:
         there = ", ".join(dict.fromkeys(c.role for c in components(network)))
         raise UserError(
-            f"SELECTION={selection} matches no weight of this model; it has {there or 'none'}"
+            f"SELECTION={selection} matches no weight of this model; set SELECTION to one or "
+            f"several of {there or 'another model'}"
         )
     return chosen

@@ -82,7 +82,7 @@ def score(
     UserError where a weight takes no part in the prediction, or a score is not finite.
     """
     if any(c.weight.dtype != torch.float32 for c in chosen):
-        raise UserError("scores are made of fp32 weights; load the model with DTYPE=fp32")
+        raise UserError("scores are made of fp32 weights; set DTYPE=fp32")
     mean = [torch.zeros_like(c.weight) for c in chosen]
     square = [torch.zeros_like(c.weight) for c in chosen]
     profile: list[np.ndarray] = []
@@ -121,7 +121,9 @@ def _accumulate(
             aim.of(denoiser, state, target).sum().backward()
         for c in chosen:
             if c.weight.grad is None:
-                raise UserError(f"{c.name} takes no part in the prediction; choose other weights")
+                raise UserError(
+                    f"{c.name} takes no part in the prediction; set SELECTION to others"
+                )
         sums.append(np.array([_dot(c.weight.detach(), c.weight.grad) for c in chosen]))
     return np.diff(np.stack(sums), axis=0)
 
@@ -140,4 +142,4 @@ def _welford(mean: torch.Tensor, square: torch.Tensor, value: torch.Tensor, n: i
 
 def _refuse_nan(name: str, values: torch.Tensor) -> None:
     if not values.isfinite().all():
-        raise UserError(f"scores of {name} are NaN or infinite; check the model's weights")
+        raise UserError(f"scores of {name} are NaN or infinite; set SD_MODEL_PATH to a whole model")

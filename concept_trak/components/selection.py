@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, call
 from .objective import AIMS
 from .roles import Component
 from .scores import Scores
@@ -73,14 +73,17 @@ def choose(scores: Scores, among: Sequence[Component], rule: Rule, removes: int 
     is empty, with what would mend it.
     """
     if not 0 < rule.ratio <= 1:
-        raise UserError(f"RATIO={rule.ratio:g} is out of range; give a share above 0 and at most 1")
+        raise UserError(f"RATIO={rule.ratio:g} is out of range; set RATIO above 0 and at most 1")
     signed = {}
     for c in among:
         if c.name not in scores.mean or scores.mean[c.name].shape != c.weight.shape:
             raise UserError(f"these scores do not hold {c.name}; make them for this SELECTION")
         signed[c.name] = removes * scores.mean[c.name]
         if not signed[c.name].isfinite().all():
-            raise UserError(f"scores of {c.name} are NaN or infinite; make them again")
+            raise UserError(
+                f"scores of {c.name} are NaN or infinite; make them again: "
+                f"{call('cad/run_cad.sh', CONCEPT='cat')}"
+            )
     picked = of_rows(signed, rule.ratio) if rule.paper else _of_groups(signed, among, rule)
     total = sum(c.weight.numel() for c in among)
     short = rule.paper and [c.name for c in among if not int(rule.ratio * _row_length(c))]
@@ -95,7 +98,7 @@ def _empty(rule: Rule, among: Sequence[Component]) -> str:
     if rule.paper and int(rule.ratio * longest) == 0:
         return (
             f"RATIO={rule.ratio:g} edits nothing: the published rule rounds down in each row, and "
-            f"the longest has {longest} weights; give at least {1 / longest:.2g}"
+            f"the longest has {longest} weights; set RATIO to at least {1 / longest:.2g}"
         )
     if rule.granularity == "head":
         return "no attention head is to be edited; use another SELECTION or GRANULARITY=module"

@@ -33,6 +33,7 @@ MODELS = {  # entries of json/{test_case}.json that the published tasks use
     "test_observed_imagenet": (11, 12, 17, 18, 19),
 }
 EVERY = 4  # the four pictures of a prompt follow one another; the first is asked about
+SIZES = {"json": "plain files", "exemplar": "about 17 GB"}  # of parts of the release
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _line_for(path: Path) -> str:
 
 def fetch(root: Path, part: str = "json") -> str:
     """What brings a part of the release to DATA_DIR."""
-    return f"fetch it: {call('abc/run_download.sh', DATA_DIR=root, PARTS=part)}"
+    return f"fetch it ({SIZES[part]}): {call('abc/run_download.sh', DATA_DIR=root, PARTS=part)}"
 
 
 def _task(where: str, entry: Any, mend: str) -> Task:
@@ -130,7 +131,9 @@ def exemplars(root: Path, task: Task) -> list[Path]:
     entries = entries_of(root, task.test_case)
     if not 0 <= index < len(entries):
         reason = f"has {len(entries)} entries but a task names entry {index}"
-        raise UserError(f"{file} {reason}; both must be of one release")
+        raise UserError(
+            f"{file} {reason}; set TASK_JSON and DATA_DIR so that both are of one release"
+        )
     listed = entries[index].get("exemplar")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{file}, entry {index} lists no exemplar; {fetch(root)}")

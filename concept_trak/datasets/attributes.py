@@ -17,14 +17,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, call, removal
 from ..files import atomic_folder, write_bytes, write_json
 from ..models.vocabulary import Vocabulary
 from ..reading import read_json
 from .folder import ImageCaptionDataset, load_folder
 
 ATTRIBUTES = "attributes.json"
-MEND = "make the data again"
+MEND = f"make the data again, e.g. {call('synthetic/run_all.sh', STAGE='generate')}"
 Labels = dict[str, str]  # attribute -> class
 
 
@@ -61,18 +61,21 @@ def parse_held_out(vocabulary: Vocabulary, text: str) -> tuple[Labels, ...]:
         labels = vocabulary.parse(",".join(part.replace(",", " ").split()))
         if len(labels) < 2:
             raise UserError(
-                f"HELD_OUT={text!r}: {part!r} is no combination; name classes of two attributes"
+                f"HELD_OUT={text!r}: {part!r} is no combination; name classes of two attributes "
+                "in HELD_OUT"
             )
         found.append(labels)
     return tuple(found)
 
 
-def read_scheme(root: str | Path) -> Scheme:
-    """The attributes of a folder. UserError when the file is missing or none."""
+def read_scheme(root: str | Path, mend: str = MEND) -> Scheme:
+    """The attributes of a folder. UserError, which ends with `mend`, when the file is missing or
+    none.
+    """
     path = Path(root) / ATTRIBUTES
     if not path.is_file():
-        raise UserError(f"{path} is missing: it names the attributes and classes; {MEND}")
-    found = read_json(path, MEND)
+        raise UserError(f"{path} is missing: it names the attributes and classes; {mend}")
+    found = read_json(path, mend)
     try:
         words = {str(name): tuple(map(str, classes)) for name, classes in found["attributes"]}
         vocabulary = Vocabulary(words)
@@ -80,24 +83,24 @@ def read_scheme(root: str | Path) -> Scheme:
         if not all(vocabulary.attribute_of(w) == (a, w) for p in pairs for a, w in p.items()):
             raise ValueError("held_out")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no list of attributes ({error!r:.80}); {MEND}") from None
+        raise UserError(f"{path} is no list of attributes ({error!r:.80}); {mend}") from None
     return Scheme(vocabulary, pairs)
 
 
-def load_labelled(root: str | Path) -> tuple[ImageCaptionDataset, Scheme]:
-    """Pictures and their scheme. UserError for a row whose label is no class, or a class that no
-    train picture shows: nothing can be asked about it.
+def load_labelled(root: str | Path, mend: str = MEND) -> tuple[ImageCaptionDataset, Scheme]:
+    """Pictures and their scheme. UserError, which ends with `mend`, for a row whose label is no
+    class, or a class that no train picture shows: nothing can be asked about it.
     """
-    scheme, data = read_scheme(root), load_folder(root)
+    scheme, data = read_scheme(root, mend), load_folder(root)
     for name, classes in scheme.vocabulary.attributes.items():
         values = data.column(name)
         for row, value in enumerate(values, 1):
             if value not in classes:
                 told = f"row {row} has {name}={value!r:.40}, which is none of {', '.join(classes)}"
-                raise UserError(f"{data.root}: {told}; {MEND}")
+                raise UserError(f"{data.root}: {told}; {mend}")
         shown = set(data.split("train").column(name))
         if missing := [c for c in classes if c not in shown]:
-            raise UserError(f"{data.root} has no train picture of {name} {missing[0]}; {MEND}")
+            raise UserError(f"{data.root} has no train picture of {name} {missing[0]}; {mend}")
     return data, scheme
 
 
@@ -128,7 +131,7 @@ def write_combinations(
     seen = [labels for labels in everything if not scheme.is_held_out(labels)]
     for name, classes in scheme.vocabulary.attributes.items():
         if lost := [c for c in classes if c not in {labels[name] for labels in seen}]:
-            raise UserError(f"HELD_OUT leaves no picture of {lost[0]}; hold out fewer combinations")
+            raise UserError(f"no picture of {lost[0]} is left; name fewer combinations in HELD_OUT")
     plans = {"train": seen, "held_out": everything, "classifier": everything}
     splits = {
         split: (pictures(balanced(among, count), stream=stream), count)
@@ -161,4 +164,4 @@ def write_labelled(
 def is_made_from(root: Path, made_from: dict[str, Any]) -> bool:
     """Whether a folder is there and was made from exactly this."""
     path = root / ATTRIBUTES
-    return path.is_file() and read_json(path, MEND).get("made_from") == made_from
+    return path.is_file() and read_json(path, removal(root)).get("made_from") == made_from

@@ -54,7 +54,7 @@ def read_list(source: Path, attributes: tuple[str, ...]) -> tuple[list[str], lis
 
     UserError for a missing or malformed list, or an attribute that it does not have.
     """
-    path, mend = source / LIST, f"download it again from {SITE}"
+    path, mend = source / LIST, f"download it again from {SITE} and set SOURCE to its folder"
     if not path.is_file():
         line = call("celeba_hq/run_all.sh", SOURCE="CelebAMask-HQ")
         raise UserError(f"the attribute file {path} is missing; give the folder of {SITE}: {line}")
@@ -67,7 +67,9 @@ def read_list(source: Path, attributes: tuple[str, ...]) -> tuple[list[str], lis
     for name in attributes:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3) or known
-            raise UserError(f"unknown attribute {name!r}; {path} has {', '.join(close)}")
+            raise UserError(
+                f"{path} has no attribute {name!r}; name in ATTRIBUTES e.g. {', '.join(close)}"
+            )
     places = {name: known.index(name) + 1 for name in attributes}
     labels = []
     for number, row in enumerate(rows, 3):
@@ -107,7 +109,7 @@ def make(root: Path, settings: CelebaSettings) -> None:
     """A folder of `datasets.attributes`, photos reduced to the size asked for."""
     scheme, source = settings.scheme(), Path(settings.source)
     if not settings.source:
-        raise UserError(f"SOURCE is empty; give it the folder of {SITE}")
+        raise UserError(f"SOURCE is empty; set SOURCE to the folder of {SITE}")
     names, labels = read_list(source, settings.attributes)
     records = [{"file_name": name} for name in names]
     photos = ImageCaptionDataset(source / IMAGES, records, names)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import UserError, call
+from ..errors import UserError, call, removal
 from ..files import sha256_file, write_json
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
@@ -50,13 +50,13 @@ def bring(root: Path) -> str:
     """What brings released arrays to a folder, or makes some of one's own pictures there."""
     fetch = call("abc/run_download.sh", DATA_DIR=root, PARTS="latents")
     prepare = call("abc/run_prepare.sh", SOURCE_DIR=SOURCE, DATA_DIR=root)
-    return f"make it: {prepare}, or fetch it: {fetch}"
+    return f"make it: {prepare}, or fetch it (some 20 GB): {fetch}"
 
 
 def fetch_shown(root: Path) -> str:
     """What brings the released pictures anew: what is there is not overwritten."""
     fetch = call("abc/run_download.sh", DATA_DIR=root, PARTS="laion_subset")
-    return f"move laion_subset away and fetch it again: {fetch}"
+    return f"move laion_subset away and fetch it again (about 265 GB): {fetch}"
 
 
 class EncodedData:
@@ -211,7 +211,7 @@ def _remembered(path: Path, stamps: Any, compute: Callable[[], dict[str, str]]) 
     of its own; else computed, and kept there if the disk takes it.
     """
     with contextlib.suppress(UserError):
-        known = read_json(path, "it is made again")
+        known = read_json(path, removal(path))
         kept = known.get("checksums")
         if known == {"stamps": stamps, "checksums": kept, "digest": digest([stamps, kept])}:
             return kept
@@ -245,7 +245,7 @@ def _laion(root: Path, count: int) -> ImageCaptionDataset:
     if not (root / "captions.txt").is_file() or not (root / "images").is_dir():
         missing = f"{root} (images/, captions.txt) is missing, so results cannot be shown"
         fetch = call("abc/run_download.sh", DATA_DIR=root.parent, PARTS="laion_subset")
-        raise UserError(f"{missing}; fetch it: {fetch}")
+        raise UserError(f"{missing}; fetch it (about 265 GB): {fetch}")
     images = (p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.name for p in images)[:count]
     mend = fetch_shown(root.parent)

@@ -42,6 +42,7 @@ TOPS = {"red_top": "#d11141", "blue_top": "#428bca", "green_top": "#00b159"}
 BACKGROUND = "white"
 LICENSE = "CC0 1.0"
 INSTALL = "pip install 'concept-trak[faces]'"
+PINNED = "pip install dicebear-styles==10.6.0"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class FaceSettings:
     def scheme(self) -> Scheme:
         """Attributes and held-out combinations. UserError for an attribute that there is not."""
         if bad := [a for a in self.attributes if a not in CLASSES]:
-            raise UserError(f"unknown attribute {bad[0]!r}; choose among {', '.join(CLASSES)}")
+            raise UserError(
+                f"unknown attribute {bad[0]!r}; set ATTRIBUTES to some of {', '.join(CLASSES)}"
+            )
         chosen = self.attributes or tuple(CLASSES)
         vocabulary = Vocabulary({name: CLASSES[name] for name in chosen})
         return Scheme(vocabulary, parse_held_out(vocabulary, self.held_out))
@@ -77,7 +80,7 @@ def definition() -> dict[str, Any]:
         raise UserError(f"dicebear-styles is not installed; {INSTALL}") from None
     found = json.loads(text)
     if (name := found["meta"]["license"]["name"]) != LICENSE:
-        raise UserError(f"the licence of {STYLE} is {name!r}, not {LICENSE}; install 10.6.0")
+        raise UserError(f"the licence of {STYLE} is {name!r}, not {LICENSE}; {PINNED}")
     return found
 
 

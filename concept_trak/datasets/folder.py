@@ -31,8 +31,11 @@ UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error),
     *(OverflowError, ZeroDivisionError, MemoryError, AttributeError, Image.DecompressionBombError),
 )
-MEND = "mend it: file_name and text of each picture, or one caption a line"
-REPLACE = "replace it or remove its row"
+MEND = (
+    "write in it the file_name and text of each picture (metadata.jsonl, metadata.csv), or one "
+    "caption a line (captions.txt)"
+)
+REPLACE = "put another picture there, or remove its row from the metadata.jsonl"
 TEXTS = ("split", "object", "object_phrase", "style", "style_phrase")  # columns of words
 MAX_PIXELS = 150_000_000  # of a picture: 450 MB once decoded; the largest cameras make as many
 
@@ -109,7 +112,7 @@ class ImageCaptionDataset:
         indices = [i for i, value in enumerate(splits) if value == name]
         if not indices:
             known = sorted({s for s in splits if s}) or ["train"]
-            raise UserError(f"{self.root} has no split {name!r}; it has {known}")
+            raise UserError(f"{self.root} has no split {name!r}; give name one of {known}")
         return self.subset(indices)
 
     def content_hash(self) -> str:
@@ -140,7 +143,7 @@ def refuse_bomb(path: Path, size: tuple[int, int]) -> None:
     """UserError for a picture whose header, all that was read yet, promises too many pixels."""
     if size[0] * size[1] > MAX_PIXELS:
         given = f"{size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}"
-        raise UserError(f"{path} has {given}; shrink it or remove its row")
+        raise UserError(f"{path} has {given}; {REPLACE}")
 
 
 def pictures(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
@@ -160,7 +163,7 @@ def pictures(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
             raise UserError(f"the picture {path} does not exist; {remedy}")
     if not found:
         where, kinds = " ".join(map(str, paths)) or "--images", ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{where} holds no picture ({kinds}); give exemplars")
+        raise UserError(f"{where} holds no picture ({kinds}); give --images exemplars")
     return ImageCaptionDataset("", [{"file_name": str(p)} for p in found], [prompt] * len(found))
 
 
@@ -174,15 +177,15 @@ def load_folder(root: str | Path) -> ImageCaptionDataset:
     if not root.is_dir():
         raise UserError(
             f"data folder {root} does not exist; give a folder with metadata.jsonl, metadata.csv "
-            "or captions.txt"
+            "or captions.txt, DATA_DIR=my_pictures"
         )
     path = next((root / name for name in READERS if (root / name).is_file()), None)
     if path is None:
         files = "metadata.jsonl, metadata.csv (file_name, text) or captions.txt"
-        raise UserError(f"{root} has no captions; add {files}")
+        raise UserError(f"{root} has no captions; put into it {files}")
     records = READERS[path.name](path)
     if not records:
-        raise UserError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows; {MEND}")
     captions = [_checked_caption(path, i, row) for i, row in enumerate(records, 1)]
     return ImageCaptionDataset(root, records, captions)
 
@@ -201,16 +204,21 @@ def _checked_caption(path: Path, number: int, record: Record) -> str:
     """The caption of row `number` (from 1) of the file `path`, after checking the row."""
     where, root, name = f"{path}, row {number}", path.parent, record.get("file_name")
     if not isinstance(name, str) or not name:
-        raise UserError(f"{where}: no file_name; every row needs one")
+        raise UserError(f"{where}: no file_name; write one into that row of {path.name}")
     if not inside(root, name, f"{where}: the file").is_file():
-        raise UserError(f"{where}: the file {name} does not exist in {root}")
+        raise UserError(
+            f"{where}: the file {name} does not exist in {root}; "
+            f"put it there, or remove the row from {path.name}"
+        )
     if wrong := [key for key in TEXTS if not isinstance(record.get(key), str | None)]:
         value = repr(record[wrong[0]])[:40]
-        raise UserError(f"{where}: {wrong[0]} is {value}, not text; mend it or leave it out")
+        raise UserError(
+            f"{where}: {wrong[0]} is {value}, not text; mend it, or leave it out of {path.name}"
+        )
     given = (record.get(key) for key in ("text", "caption"))
     caption = next((text for text in given if text is not None), None)
     if not isinstance(caption, str) or not caption.strip():
-        remedy = "every image needs one in the column text or caption"
+        remedy = f"write one into the column text of {path.name}"
         raise UserError(f"{where}: empty caption for {name}; {remedy}")
     return caption
 
@@ -239,7 +247,7 @@ def _read_captions(path: Path) -> list[Record]:
     names = sorted(p.relative_to(path.parent).as_posix() for p in images)
     if len(captions) != len(names):
         counts = f"has {len(captions)} captions but the folder has {len(names)} images"
-        remedy = "give one caption a line, in lexical order of the image paths"
+        remedy = "write one caption a line, in lexical order of the paths, into captions.txt"
         raise UserError(f"{path} {counts}; {remedy}")
     pairs = zip(names, captions, strict=True)
     return [{"file_name": name, "text": caption} for name, caption in pairs]

@@ -8,7 +8,12 @@ laion_text_embeddings.npy [N, T, d]
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
+import os
 import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,43 +22,188 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import UserError, call
-from ..files import atomic, make_folder, sha256_file, write_json
+from ..errors import UserError, call, removal
+from ..files import (
+    PART,
+    READ_BYTES,
+    disk_errors,
+    make_folder,
+    sha256_file,
+    sync_folder,
+    write_all,
+    write_json,
+)
 from ..models.text_to_image import TextToImage, load_pipeline
 from ..reading import read_json, read_npy
-from ..settings import Settings, provenance
+from ..settings import Settings, digest, provenance
 from .encoded import LATENTS, PREPARED, TEXT
 from .folder import ImageCaptionDataset, load_folder
 
-ANEW = "it is made again"
+SYNC_SECONDS = 10.0  # of work that a kill loses at most, beside the step at hand
+Shape = tuple[int, ...]
 
 
-class ArrayFile:
-    """A float16 .npy [n, ...] whose rows are written in any order."""
+class Parts:
+    """Both arrays while they are made, in hidden files of the folder; what a kill left there is
+    gone on with. Attributes: done, {first row: digest} of the steps that are safely on the disk;
+    made, the record of the finished arrays, {} until they are whole.
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
-        self.file, self.row_bytes = file, 2 * int(np.prod(shape[1:]))
-        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        self.begin = file.tell()
+    .laion_latents.npy.part            header and rows, at the end those of the mirrored pictures
+    .mirrored.part                     rows of the mirrored pictures until then
+    .laion_text_embeddings.npy.part    header and rows
+    .prepared.json.part                made_by, shapes, done, made
+    """
 
-    def write(self, start: int, rows: torch.Tensor) -> None:
-        """Put rows [b, ...] from `start` on. UserError for a NaN, or a number beyond float16."""
-        values = rows.float().half().cpu().numpy()
-        if not np.isfinite(values).all():
-            raise UserError(
-                "an encoded picture or caption is NaN or too large for float16; use DTYPE=fp32"
-            )
-        self.file.seek(self.begin + start * self.row_bytes)
-        self.file.write(values.tobytes())
+    def __init__(self, folder: Path, made_by: dict[str, Any], shapes: tuple[Shape, Shape]) -> None:
+        """made_by: what decides a row beside its picture (JSON). shapes: of a row of each array.
+
+        UserError while another process makes them.
+        """
+        self.folder, self.shapes = folder, shapes
+        self.like = {"made_by": made_by, "shapes": [list(shape) for shape in shapes]}
+        self.progress = folder / f".{PREPARED}{PART}"
+        self.paths = [folder / f".{name}{PART}" for name in (LATENTS, "mirrored", TEXT)]
+        self.row_bytes = [2 * int(np.prod(shapes[i])) for i in (0, 0, 1)]
+        self.begins = [len(_header(2, shapes[0])), 0, len(_header(1, shapes[1]))]
+        self.done: dict[int, str] = {}
+        self.made: dict[str, Any] = {}
+        self.files: list[BinaryIO] = []
+        self.synced = time.monotonic()
+
+    def __enter__(self) -> Parts:
+        with disk_errors(self.folder):
+            self.folder_lock = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self.folder_lock)
+                told = f"{self.folder} is being encoded by another process"
+                raise UserError(f"{told}; let it end, then run the same again") from None
+            self._read_progress()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            file.close()
+        os.close(self.folder_lock)  # and with it the lock
+
+    def _read_progress(self) -> None:
+        with contextlib.suppress(UserError, ValueError, AttributeError):
+            known = read_json(self.progress, removal(self.progress))
+            if self.like.items() <= known.items():
+                self.done = {int(start): str(name) for start, name in known["done"].items()}
+                self.made = dict(known.get("made") or {})
+
+    def open(self) -> None:
+        """Open the files to go on; steps that they do not hold are not counted as done."""
+        if not all(path.exists() for path in self.paths):
+            self.done = {}
+        self.made = {}
+        with disk_errors(self.folder):
+            for path in self.paths:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                self.files.append(open(fd, "r+b", buffering=0))
+
+    def left(self, steps: Sequence[range], digests: Sequence[list[str]]) -> list[int]:
+        """Which steps are not on the disk yet, of the very pictures and captions. The others of
+        before are not counted as done any more: their rows are about to change.
+        """
+        sizes = [os.fstat(file.fileno()).st_size for file in self.files]
+        room = min(
+            (size - begin) // each
+            for size, begin, each in zip(sizes, self.begins, self.row_bytes, strict=True)
+        )
+        done = {
+            rows.start: self.done[rows.start]
+            for rows, names in zip(steps, digests, strict=True)
+            if self.done.get(rows.start) == digest(names) and rows.stop <= room
+        }
+        if done != self.done:
+            self.done = done
+            self.sync()
+        return [i for i, rows in enumerate(steps) if rows.start not in done]
+
+    def write(self, rows: range, digests: list[str], parts: Sequence[torch.Tensor]) -> None:
+        """Put the rows of a step: latents, those of the mirrored pictures, captions, [b, ...] each.
+
+        UserError for a NaN, a number beyond float16, a full disk.
+        """
+        for i, part in enumerate(parts):
+            values = part.float().half().cpu().numpy()
+            if not np.isfinite(values).all():
+                raise UserError(
+                    "an encoded picture or caption is NaN or too large for float16; set DTYPE=fp32"
+                )
+            self._put(i, rows.start, values.tobytes())
+        self.done[rows.start] = digest(digests)
+        if time.monotonic() - self.synced >= SYNC_SECONDS:
+            self.sync()
+
+    def _put(self, i: int, row: int, content: bytes) -> None:
+        with disk_errors(self.paths[i]):
+            self.files[i].seek(self.begins[i] + row * self.row_bytes[i])
+            write_all(self.files[i].fileno(), content)
+
+    def sync(self, **also: Any) -> None:
+        """Put what was written on the disk, and then write down that it is there."""
+        with disk_errors(self.folder):
+            for file in self.files:
+                os.fsync(file.fileno())
+        write_json(self.progress, self.like | {"done": self.done} | also)
+        self.synced = time.monotonic()
+
+    def finish(self, rows: int, record: dict[str, Any]) -> None:
+        """Give the arrays of so many rows their names, and `record` with their checksums its own.
+        A kill on the way loses nothing: what is left of it is done by the next call.
+        """
+        self.sync()
+        latents, mirrored, text = self.files
+        step = max(1, READ_BYTES // self.row_bytes[1])
+        for start in range(0, rows, step):
+            mirrored.seek(start * self.row_bytes[1])
+            self._put(0, rows + start, mirrored.read(min(step, rows - start) * self.row_bytes[1]))
+        with disk_errors(self.folder):
+            for i, file, count in ((0, latents, 2 * rows), (2, text, rows)):
+                file.truncate(self.begins[i] + count * self.row_bytes[i])
+                file.seek(0)
+                write_all(file.fileno(), _header(count, self.shapes[i // 2]))
+        arrays = {n: sha256_file(self.folder / f".{n}{PART}") for n in (LATENTS, TEXT)}
+        self.made = record | {"arrays": arrays}
+        self.sync(made=self.made)
+        self.publish()
+
+    def publish(self) -> bool:
+        """Name what is finished, if it is what `made` says."""
+        with disk_errors(self.folder):
+            for name, path in ((LATENTS, self.paths[0]), (TEXT, self.paths[2])):
+                with contextlib.suppress(FileNotFoundError):  # a kill came right after
+                    os.replace(path, self.folder / name)
+            sync_folder(self.folder)
+        if _checksums(self.folder) != self.made["arrays"]:
+            return False
+        write_json(self.folder / PREPARED, self.made)
+        with disk_errors(self.folder):
+            self.progress.unlink(missing_ok=True)
+            self.paths[1].unlink(missing_ok=True)
+        return True
+
+
+def _header(count: int, shape: Shape) -> bytes:
+    """Of a float16 .npy [count, *shape]; as long for any count, as numpy leaves room for it."""
+    buffer = io.BytesIO()
+    fields = {"descr": "<f2", "fortran_order": False, "shape": (count, *shape)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
 
 
 def prepare(settings: Settings, device: str) -> Path:
     """Encode the train split of SOURCE_DIR into DATA_DIR (made if missing), which is returned;
     nothing to do when that was done already, and little when pictures were added since.
 
-    Arrays are float16 and get their names when complete; N (2 C h w + T d) 2 bytes. A killed run
-    begins again. Raises UserError for unreadable pictures, and a full disk.
+    Arrays are float16 and get their names when complete; N (2 C h w + T d) 2 bytes, and N C h w 2
+    more until then. A killed run goes on, to the same bytes, with what it had on the disk: a step
+    of BATCH_SIZE pictures is encoded again if one of them, or its caption, was changed. Raises
+    UserError for unreadable pictures, and a full disk.
     """
     source, folder = settings.source_dir, Path(settings.data_dir)
     if not source:
@@ -70,16 +220,21 @@ def prepare(settings: Settings, device: str) -> Path:
     made_from["digests"] = data.digests()
     before = Encoded({})
     with contextlib.suppress(UserError):  # none, or none that can be used
-        known = read_json(record, ANEW)
+        known = read_json(record, removal(record))
         if known.get("arrays") == _checksums(folder):
             if made_from.items() <= known.items():
                 return folder
             if made_by.items() <= known.items():
                 before = Encoded.read(folder, known.get("digests"))
     make_folder(folder)
-    encode(model, data, folder, settings.batch_size, before)
-    made = {"arrays": _checksums(folder), "sd_model_path": model_path, "provenance": provenance()}
-    write_json(record, made_from | made)
+    shapes = tuple(model.latent_shape), tuple(model.encode_prompts([""]).embeddings.shape[1:])
+    with Parts(folder, made_by, shapes) as parts:
+        if made_from.items() <= parts.made.items() and parts.publish():
+            return folder
+        parts.open()
+        encode(model, data, parts, settings.batch_size, before)
+        made = {"sd_model_path": model_path, "provenance": provenance()}
+        parts.finish(len(data), made_from | made)
     return folder
 
 
@@ -99,10 +254,13 @@ class Encoded:
         """The arrays of a folder, whose rows have these digests. UserError when they cannot be
         read or the digests, as a record has them, are none.
         """
-        latents, text = (read_npy(folder / name, ANEW, mmap=True) for name in (LATENTS, TEXT))
+        paths = (folder / LATENTS, folder / TEXT)
+        latents, text = (read_npy(path, removal(path), mmap=True) for path in paths)
         named = isinstance(digests, list) and all(isinstance(name, str) for name in digests)
         if not named or not len(digests) == len(text) == len(latents) / 2:
-            raise UserError(f"{folder / PREPARED} is not of the arrays beside it; {ANEW}")
+            raise UserError(
+                f"{folder / PREPARED} is not of the arrays beside it; {removal(folder)}"
+            )
         return cls({name: row for row, name in enumerate(digests)}, latents, text)
 
     def pick(self, digests: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -123,28 +281,26 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def encode(
-    model: TextToImage, data: ImageCaptionDataset, folder: Path, step: int, before: Encoded
+    model: TextToImage, data: ImageCaptionDataset, parts: Parts, step: int, before: Encoded
 ) -> None:
-    """Write both arrays, `step` pictures at a time; what was encoded before is copied where all of
-    a step is known. UserError for a disk that is too small.
+    """Write all rows, `step` pictures at a time; what was encoded before is copied where all of a
+    step is known. UserError for a disk that is too small.
     """
-    n = len(data)
-    text_shape = tuple(model.encode_prompts([""]).embeddings.shape[1:])
-    needed = 2 * n * int(2 * np.prod(model.latent_shape) + np.prod(text_shape))
-    print(f"{folder}: {n} pictures, {needed / 1e6:.0f} MB when complete")
+    n, folder = len(data), parts.folder
+    steps = [range(start, min(start + step, n)) for start in range(0, n, step)]
+    digests = [data.digests()[rows.start : rows.stop] for rows in steps]
+    todo = parts.left(steps, digests)
+    wide, narrow = parts.row_bytes[0], parts.row_bytes[2]
+    told = f"{n} pictures, {n * (2 * wide + narrow) / 1e6:.0f} MB when complete"
+    found = n - sum(len(steps[i]) for i in todo)
+    print(f"{folder}: {told}" + (f", {found} encoded before the last stop" if found else ""))
+    needed = n * (3 * wide + narrow) - found * (2 * wide + narrow)  # the mirrored ones twice
     if (free := shutil.disk_usage(folder).free) < needed:  # asked before hours of work
         has = f"has {free / 1e6:.0f} MB free but {needed / 1e6:.0f} MB are needed"
-        raise UserError(f"{folder} {has}; free some or choose another folder")
-    with atomic(folder / LATENTS) as latent_file, atomic(folder / TEXT) as text_file:
-        latents = ArrayFile(latent_file, (2 * n, *model.latent_shape))
-        text = ArrayFile(text_file, (n, *text_shape))
-        for start in tqdm(range(0, n, step), desc="encoding", unit=f" x {step} pictures"):
-            rows = range(start, min(start + step, n))
-            known = before.pick(data.digests()[rows.start : rows.stop])
-            plain, mirrored, captions = known or encoded(model, data, rows)
-            latents.write(start, plain)
-            latents.write(n + start, mirrored)
-            text.write(start, captions)
+        raise UserError(f"{folder} {has}; free some or set DATA_DIR to another folder")
+    for i in tqdm(todo, desc="encoding", unit=f" x {step} pictures"):
+        known = before.pick(digests[i])
+        parts.write(steps[i], digests[i], known or encoded(model, data, steps[i]))
 
 
 def encoded(

@@ -52,7 +52,9 @@ class SyntheticSettings:
             ("COLORS", self.colors, COLORS),
         ):
             if bad := [c for c in chosen if c not in known]:
-                raise UserError(f"{name} names {bad[0]!r}; choose among {', '.join(known)}")
+                raise UserError(
+                    f"{name} holds {bad[0]!r}; set {name} to some of {', '.join(known)}"
+                )
         vocabulary = Vocabulary({"shape": self.shapes, "color": self.colors})
         return Scheme(vocabulary, parse_held_out(vocabulary, self.held_out))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import restoration
 from ..reading import read_json
 from ..settings import ROOT
 
@@ -28,7 +29,6 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 }
 PAPER_ABLATION = (0.04, 0.261, 0.335, 0.564, 0.955)
 STEPS = ("TRAK", "+ concept query", "+ DPS train gradient", "+ DDIM inversion", "+ unit norm")
-MEND = "take it from the repository again"
 
 
 def add_parser(verbs: Any) -> None:
@@ -61,7 +61,7 @@ def of_splits(path: Path, script: str) -> str:
     name = path.parent.name
     if not path.is_file():
         return f"**{name}**: no table.json yet; `bash {script}` makes it"
-    told = read_json(path, MEND)
+    told = read_json(path, restoration(path))
     paper = {s: v | {"reference": v["concept_trak"]} for s, v in PAPER[name].items()}
     rows = [
         [method, _cell(told["id"], method), _cell(paper["id"], method)]
@@ -78,7 +78,7 @@ def of_abc(path: Path) -> str:
     """AbC in small: {"published", "blind", "crowd": {method: value}}."""
     if not path.is_file():
         return "**AbC in small**: no abc_table.json yet; `bash scripts/emoji/run_abc.sh` makes it"
-    told = read_json(path, MEND)
+    told = read_json(path, restoration(path))
     names = [name for name in ("published", "blind", "crowd") if name in told]
     rows = [
         [method, *(_cell(told[protocol], method) for protocol in names)]
@@ -89,7 +89,7 @@ def of_abc(path: Path) -> str:
 
 def of_ablation(path: Path) -> str:
     """Each step of the paper's ablation, with what it adds."""
-    told = read_json(path, MEND) if path.is_file() else {}
+    told = read_json(path, restoration(path)) if path.is_file() else {}
     if "ablation" not in told:
         return "**ablation**: not in abc_table.json yet"
     changes = ["", *(_change(step) for step in told.get("steps", []))]
@@ -106,7 +106,7 @@ def of_emoji(path: Path) -> str:
     """The emoji benchmark, generated queries, held-out pairs."""
     if not path.is_file():
         return "**emoji**: no table.json yet; `bash scripts/emoji/run_eval.sh` makes it"
-    told = read_json(path, MEND)["ood"]
+    told = read_json(path, restoration(path))["ood"]
     rows = [
         [method, *(f"{told[c][method]['recall_at_10']:.2f}" for c in ("object", "style"))]
         for method in told["object"]

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, call
 from ..files import atomic_folder, write_bytes, write_json
 from ..reading import read_json, read_safetensors
 from .condition import Condition
@@ -33,7 +33,10 @@ from .vocabulary import Vocabulary
 
 NETWORKS = ("unet", "dit")
 CONFIG, WEIGHTS = "class_conditional.json", "network.safetensors"
-MEND = "train it again"
+MEND = (
+    "remove its folder and train it again (about an hour), e.g. "
+    f"{call('synthetic/run_all.sh', STAGE='train')}"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Architecture:
         """Fresh weights, which depend on the seed alone. UserError for an unknown network."""
         if self.network not in NETWORKS:
             known = ", ".join(NETWORKS)
-            raise UserError(f"NETWORK={self.network!r} is unknown; use one of {known}")
+            raise UserError(f"NETWORK={self.network!r} is unknown; set NETWORKS to some of {known}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return (_unet if self.network == "unet" else _transformer)(self, vocabulary)

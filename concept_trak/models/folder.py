@@ -9,10 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, restoration
 from ..reading import read_json
+from ..settings import EMOJI
 
 MOST_LAYERS, MOST = 1000, 2**24  # in a network's configuration: of layers, of anything
+COMMITTED = Path(EMOJI["sd_model_path"])
 MOST_HEADER = 2**26  # bytes of a safetensors header
 
 
@@ -21,6 +23,13 @@ def is_local(source: str) -> bool:
     if Path(source).exists() or source.startswith("."):
         return True
     return source.count("/") != 1 or source.startswith("/")
+
+
+def copy_again(path: str | Path) -> str:
+    """What mends a file of a model: the committed one is in the repository."""
+    if Path(path).resolve().is_relative_to(COMMITTED):
+        return restoration(COMMITTED)
+    return "copy or download the model again, or set SD_MODEL_PATH to another"
 
 
 def refuse_other_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
@@ -32,9 +41,9 @@ def refuse_other_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
         raise UserError(f"{folder} {reason}; give {variable} a folder or a hub id")
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is not a regular file; copy the model again")
+            raise UserError(f"{path} is not a regular file; {copy_again(path)}")
     for path in folder.glob("*/config.json"):
-        refuse_endless(read_json(path, "copy the model again"), str(path))
+        refuse_endless(read_json(path, copy_again(path)), str(path))
 
 
 def refuse_endless(config: Any, where: str, key: str = "") -> None:
@@ -46,13 +55,13 @@ def refuse_endless(config: Any, where: str, key: str = "") -> None:
     for inner, value in items:
         refuse_endless(value, where, str(inner))
     if isinstance(config, int) and config > (MOST_LAYERS if "layers" in key else MOST):
-        raise UserError(f"{where}: {key}={str(config)[:40]} is too large; copy the model again")
+        raise UserError(f"{where}: {key}={str(config)[:40]} is too large; {copy_again(where)}")
 
 
 def unet_size(folder: Path) -> tuple[int, int] | None:
     """(parameters, side of a latent) of a pipeline's UNet; None where its files do not tell."""
     try:
-        side = read_json(folder / "unet/config.json", "")["sample_size"]
+        side = read_json(folder / "unet/config.json", copy_again(folder))["sample_size"]
         shapes = [
             shape for file in (folder / "unet").glob("*.safetensors") for shape in _shapes(file)
         ]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..reading import read_json, read_text
+from .folder import copy_again
 from .pipelines import part_folder
 
 # Stores made before the reading was hashed name a model by its weights alone. This is the reading
@@ -22,7 +23,6 @@ COMMITTED = "db009b6998033fcec2cbe7b94a547125b72ed4a253f67cb6a9678926daccfec8"
 PARTS = ("unet", "text_encoder", "vae", "scheduler", "tokenizer")
 ENCODERS = ("text_encoder", "vae", "tokenizer")
 FORMAL = ("transformers_version", "dtype", "torch_dtype", "is_local", "local_files_only", "backend")
-MEND = "copy or download the model again"
 
 
 def hash_of_weights(parts: Iterable[nn.Module]) -> str:
@@ -63,10 +63,10 @@ def hash_of(value: Any) -> str:
 def _said(path: Path) -> Any:
     """What a file says of how the model works, JSON; None for one that says nothing of it."""
     if path.suffix == ".txt":
-        return read_text(path, MEND)
+        return read_text(path, copy_again(path))
     if path.suffix != ".json" or path.name.endswith(".index.json"):
         return None
-    said = read_json(path, MEND, object)
+    said = read_json(path, copy_again(path), object)
     if not isinstance(said, dict):
         return said
     return {k: v for k, v in said.items() if not k.startswith("_") and k not in FORMAL}

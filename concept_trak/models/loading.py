@@ -17,5 +17,8 @@ def load_model(source: str, device: str = "cpu", dtype: str = "fp32", lora_path:
     if not is_class_conditional(source):
         return load_pipeline(source, device, dtype, lora_path)
     if lora_path:
-        raise UserError("LORA_PATH is for Stable Diffusion; a class-conditional model takes none")
+        raise UserError(
+            "LORA_PATH is for Stable Diffusion; a class-conditional model takes none: unset "
+            "LORA_PATH"
+        )
     return load_class_conditional(source, device, DTYPES[dtype])

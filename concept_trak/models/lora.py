@@ -42,13 +42,13 @@ def load_lora(pipe: Any, path: str) -> None:
         remedy = "install it with: pip install peft"
         raise UserError(f"the LoRA {path} needs the package peft; {remedy}")
     try:
-        weights = read_safetensors(file, "check LORA_PATH")
+        weights = read_safetensors(file, "set LORA_PATH to a whole one")
         with quiet_diffusers():
             insert(pipe, file)
     except UNFIT as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot use the LoRA {file} with this model: {reason}; check LORA_PATH"
+            f"cannot use the LoRA {file} with this model: {reason}; set LORA_PATH to another"
         ) from error
     parts = (pipe.unet, pipe.text_encoder)
     placed = {name: p for part in parts for name, p in part.named_parameters() if "lora_" in name}
@@ -69,7 +69,7 @@ def lora_file(path: Path) -> Path:
     only a pickle.
     """
     if not path.exists():
-        remedy = "give a safetensors file or a folder that holds one"
+        remedy = "set LORA_PATH to a safetensors file, or a folder that holds one"
         raise UserError(f"LORA_PATH={path} does not exist; {remedy}")
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     files = [f for name in LORA_NAMES for f in files if f.name == name][:1] or files
@@ -78,7 +78,7 @@ def lora_file(path: Path) -> Path:
         raise UserError(f"{path} holds {len(files)} safetensors files; {remedy}")
     if not files or files[0].suffix != ".safetensors":
         reason = "is no safetensors file and holds none; loading a pickle can run code"
-        raise UserError(f"{path} {reason}, so convert the LoRA to safetensors")
+        raise UserError(f"{path} {reason}, so set LORA_PATH to the LoRA as safetensors")
     return files[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import UserError
-from .folder import is_local, refuse_endless, refuse_other_folder
+from .folder import copy_again, is_local, refuse_endless, refuse_other_folder
 from .schedule import NUM_TRAIN_TIMESTEPS
 
 FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
@@ -76,7 +76,7 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     except Exception as error:  # noqa: BLE001 - whatever a damaged part makes the libraries raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"cannot load the pipeline {source}: {reason}; check SD_MODEL_PATH"
+            f"cannot load the pipeline {source}: {reason}; {copy_again(source)}"
         ) from error
     if len(getattr(pipe.scheduler, "alphas_cumprod", ())) != NUM_TRAIN_TIMESTEPS:
         reason = f"has no noise schedule of 1000 steps ({type(pipe.scheduler).__name__})"

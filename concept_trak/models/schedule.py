@@ -57,7 +57,7 @@ class VariancePreserving:
         if prediction not in ("epsilon", "v_prediction"):
             raise UserError(
                 f"prediction type {prediction!r} is not supported; "
-                "use an epsilon or v_prediction model"
+                "set SD_MODEL_PATH to an epsilon or v_prediction model"
             )
         self.alpha_bar, self.prediction = alpha_bar.double().cpu(), prediction
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, call
 from .condition import Condition
 from .denoiser import NetworkDenoiser
 from .identity import COMMITTED, ENCODERS, hash_of, hash_of_reading, hash_of_weights
@@ -20,6 +20,7 @@ from .lora import load_lora
 from .pipelines import open_pipeline
 from .schedule import VariancePreserving
 
+TRAIN_TOKEN = f"train it again (3,000 steps of the model): {call('abc/run_ti.sh')}"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -121,18 +122,20 @@ class TextToImage(NetworkDenoiser):
         if row.shape != (width,):
             raise UserError(
                 f"the embedding of {token} has shape {list(row.shape)}, but this text encoder's "
-                f"have [{width}]; it is of another model"
+                f"have [{width}], so it is of another model; set TI_MODEL_PATH, "
+                "TI_WEIGHT_NAME to one "
+                "of this model"
             )
         if not row.isfinite().all():
-            raise UserError(f"the embedding of {token} is NaN or infinite; train it again")
+            raise UserError(f"the embedding of {token} is NaN or infinite; {TRAIN_TOKEN}")
         if type(table) is not nn.Embedding:
             raise UserError(
-                f"the text encoder's word table is a {type(table).__name__}; use a LoRA that "
-                "leaves token_embedding alone"
+                f"the text encoder's word table is a {type(table).__name__}; set "
+                "LORA_PATH to one that leaves token_embedding alone"
             )
         if token not in self.tokens:
             if not token or token in tokenizer.get_vocab():
-                raise UserError(f"{token!r} is a word of this model already; choose another token")
+                raise UserError(f"{token!r} is a word of this model already; give --token another")
             tokenizer.add_tokens([token])
         number = tokenizer.convert_tokens_to_ids(token)
         if (
@@ -194,7 +197,7 @@ def load_pipeline(
     from diffusers.models.attention_processor import AttnProcessor
 
     if dtype not in DTYPES:
-        raise UserError(f"DTYPE={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        raise UserError(f"DTYPE={dtype!r} is unknown; set DTYPE to one of {', '.join(DTYPES)}")
     # bf16 rounds away what the hash of the weights is over, so it is taken before
     pipe = open_pipeline(source, DTYPES["fp32" if dtype == "bf16" else dtype])
     if lora_path:

@@ -11,7 +11,7 @@ import torch
 from ..errors import UserError
 from ..reading import read_safetensors
 from ..settings import TOKEN
-from .text_to_image import TextToImage
+from .text_to_image import TRAIN_TOKEN, TextToImage
 
 
 def load_token(model: TextToImage, path: str | Path, token: str = TOKEN) -> None:
@@ -24,14 +24,16 @@ def load_token(model: TextToImage, path: str | Path, token: str = TOKEN) -> None
     """
     path = Path(path)
     if not path.is_file():
-        remedy = "train it with train-token or give the path of a new1.bin"
+        remedy = f"give the path of a new1.bin, or {TRAIN_TOKEN}"
         raise UserError(f"the token file {path} does not exist; {remedy}")
     content = read_tensors(path)
     values = list(content.values()) if isinstance(content, dict) else []
     is_tensor = [isinstance(v, torch.Tensor) and v.is_floating_point() for v in values]
     if is_tensor != [True]:
         found = f"holds {len(values)} entries instead of one embedding"
-        raise UserError(f"{path} {found}; give a file with {{token: embedding}} of one token")
+        raise UserError(
+            f"{path} {found}; give a file with {{token: embedding}} of one token, or {TRAIN_TOKEN}"
+        )
     (row,) = values
     try:
         model.add_token(token, row[0] if row.dim() == 2 and len(row) == 1 else row)
@@ -44,7 +46,7 @@ def read_tensors(path: Path) -> Any:
     is damaged or holds more.
     """
     if path.suffix == ".safetensors":
-        return read_safetensors(path, "copy or train it again")
+        return read_safetensors(path, f"copy it again, or {TRAIN_TOKEN}")
     try:
         with warnings.catch_warnings():
             # about a pickle's version: it is read or refused
@@ -54,6 +56,6 @@ def read_tensors(path: Path) -> Any:
     except Exception as error:
         more = "weights_only" in str(error) or "Unsupported" in str(error)
         reason = "holds more than tensors" if more else "is damaged"
-        remedy = "give a file with {token: embedding} only"
+        remedy = f"give a file with {{token: embedding}} only, or {TRAIN_TOKEN}"
         told = f"so it is not loaded ({type(error).__name__}); {remedy}"
         raise UserError(f"{path} {reason}, {told}") from None

@@ -30,12 +30,16 @@ class Vocabulary:
         words = [word for classes in self.attributes.values() for word in classes]
         for name, classes in self.attributes.items():
             if len(classes) < 2:
-                raise UserError(f"attribute {name!r} has {len(classes)} classes; give it two")
+                raise UserError(
+                    f"attribute {name!r} has {len(classes)} classes; give attributes two of it"
+                )
         for word in words:
             if words.count(word) > 1:
-                raise UserError(f"the class {word!r} is there twice; rename one of them")
+                raise UserError(f"the class {word!r} is there twice; rename one in attributes")
             if not re.fullmatch(r"\w+", word):
-                raise UserError(f"the class {word!r} is not one word; write it with _")
+                raise UserError(
+                    f"the class {word!r} is not one word; write it with _ in attributes"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,7 +61,10 @@ class Vocabulary:
             attribute, word = self.attribute_of(part)
             if attribute in found:
                 told = f"{found[attribute]!r} and {word!r}"
-                raise UserError(f"{caption!r} names two of {attribute}, {told}; leave one out")
+                raise UserError(
+                    f"{caption!r} names two of {attribute}, {told}; leave one out of PROMPT, "
+                    "or HELD_OUT"
+                )
             found[attribute] = word
         return found
 
@@ -68,7 +75,10 @@ class Vocabulary:
             return known[word.casefold()]
         close = difflib.get_close_matches(word.casefold(), known, n=3)
         choices = [known[c][1] for c in close] or [c for _, c in known.values()][:40]
-        raise UserError(f"unknown class {word!r}; use one of {', '.join(choices)}")
+        raise UserError(
+            f"unknown class {word!r}; in PROMPT, TARGET_CONCEPTS and HELD_OUT use "
+            f"{', '.join(choices)}"
+        )
 
     def caption(self, labels: Mapping[str, str]) -> str:
         """Inverse of `parse`, attributes in their order."""

@@ -35,7 +35,7 @@ from .sheets import Sheets
 
 EXPLORER = "explorer.html"
 OURS = "concept_trak"
-MEND = "ask it again"
+MEND = f"ask it again, e.g. {line_of('attribute', 'emoji', {})}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def explore(settings: Settings) -> Path:
     folders, path = places(settings)
     found, unreadable = answers_in(folders)
     if unreadable:
-        print(f"{unreadable} answers of an earlier version are left out; {MEND} to see them")
+        print(f"{unreadable} answers of an earlier version are left out; to see one, {MEND}")
     if not found:
         ask = line_of("attribute", "emoji", {})
         raise UserError(f"there is no answer to explore yet; make one (about 10 s): {ask}")

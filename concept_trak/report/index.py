@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attribution.plan import NOT_DECIDING
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..files import link, locked, write_bytes
 from ..reading import read_json
 from ..settings import EMOJI, Settings
@@ -37,7 +37,7 @@ def _made(folder: Path) -> float:
 def _row(folder: Path) -> dict[str, Any]:
     """What the index says of an answer; little of one that another version wrote."""
     try:
-        asked = read_json(folder / QUESTION, "ask it again")
+        asked = read_json(folder / QUESTION, removal(folder, "ask it again"))
     except UserError:
         asked = {}
     settings = asked.get("settings") or {}

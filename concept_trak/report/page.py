@@ -59,8 +59,8 @@ def _check(concepts: list[ConceptResult], shown: Shown) -> None:
         shown.check(concept)
         if concept.dampings != concepts[0].dampings:
             raise UserError(
-                f"{concept.target!r} and {concepts[0].target!r} have different dampings: score "
-                "them in one sweep"
+                f"{concept.target!r} and {concepts[0].target!r} have different dampings; give "
+                "concepts of one sweep"
             )
 
 

@@ -42,7 +42,9 @@ def influence_of(corpus: Corpus, prompt: str) -> Influence:
     """Of all training pictures on J_erase of a prompt, through the weights of SELECTION."""
     s, model = corpus.settings, corpus.model
     if s.granularity not in ("module", "head"):
-        raise UserError(f"GRANULARITY={s.granularity} is too fine for this; use module or head")
+        raise UserError(
+            f"GRANULARITY={s.granularity} is too fine for this; set GRANULARITY to module or head"
+        )
     chosen, aim = select(model.network, s.selection), AIMS["erase"]
     asked = Asked(prompt, s.base_prompt, s.score_seeds, Sampling(s.gen_guidance_scale, 20, 10))
     states = [x for seed in range(s.score_seeds) for x in asked.states(model, aim, seed)]

@@ -52,7 +52,7 @@ class Shown:
         if concept.num_images != num_rows:
             raise UserError(
                 f"scores of {concept.target!r} are for {concept.num_images} images but the dataset "
-                f"has {num_rows}: pass the train split that was scored"
+                f"has {num_rows}; give dataset the train split that was scored"
             )
         if self.top_k < 1:
-            raise UserError(f"TOP_K is {self.top_k}: show at least 1 picture")
+            raise UserError(f"TOP_K={self.top_k} shows no picture; set TOP_K to at least 1")

@@ -65,7 +65,7 @@ def words_of(settings: Settings) -> Words:
         named = [t for t in split_list(s.target_concepts) if t and is_in(s.prompt, t)]
         name = named[0] if named else s.prompt.strip()
     if not name:
-        raise UserError("CONCEPT and PROMPT are empty; say what to score, e.g. CONCEPT=rocket")
+        raise UserError("CONCEPT and PROMPT are empty; set what to score, e.g. CONCEPT=rocket")
     if data is None or (not s.concept and not is_in(s.prompt, name)):
         return Words(name, name, [name], [])
     if name == s.prompt.strip():

@@ -71,7 +71,7 @@ def key_bits(input_dim: int) -> int:
 def launch_threads(gpu_name: str, input_dim: int) -> int:
     """G: threads that fill input_dim keys on this GPU. UserError for a GPU that is not in GPUS."""
     if gpu_name not in GPUS:
-        raise UserError(f"unknown GPU {gpu_name!r}: choose one of {', '.join(GPUS)}")
+        raise UserError(f"unknown GPU {gpu_name!r}; set PROJ_MASK to one of {', '.join(GPUS)}")
     multiprocessors, resident = GPUS[gpu_name]
     return BLOCK * min(multiprocessors * (resident // BLOCK), -(-input_dim // BLOCK))
 
@@ -100,17 +100,19 @@ def gpu_mask(gpu_name: str, input_dim: int, proj_dim: int, seed: int) -> np.ndar
     threads = launch_threads(gpu_name, input_dim)
     if not 1 <= proj_dim <= input_dim:
         raise UserError(
-            f"random_mask cannot keep {proj_dim} of {input_dim} coordinates: lower proj_dim"
+            f"random_mask cannot keep {proj_dim} of {input_dim} coordinates; lower PROJ_DIM"
         )
     if not 0 <= seed < 2**64:
-        raise UserError(f"the mask of a GPU needs a seed from 0 to 2^64 - 1, not {seed}")
+        raise UserError(
+            f"the mask of a GPU cannot be drawn from {seed}; set PROJ_SEED from 0 to 2^64 - 1"
+        )
     if not can_rebuild(input_dim):
         reason = "PyTorch's releases draw them differently"
         if input_dim > MAX_INPUT_DIM:
             reason = "dattri cuts so many into several masks"
         raise UserError(
             f"the mask {gpu_name} draws from {input_dim} coordinates cannot be rebuilt "
-            f"({reason}): use the mask portable"
+            f"({reason}); set PROJ_MASK=portable"
         )
     return _draw(threads, input_dim, proj_dim, seed)
 
@@ -150,7 +152,7 @@ def draw_masks(
         if proj_dim < input_dim and keys[inside[-2]] == keys[inside[-1]]:
             raise UserError(
                 f"seed {seed} gives two equal keys at the edge of the mask, which PyTorch settles "
-                "at random: use another seed"
+                "at random; set PROJ_SEED to another"
             )
         yield np.sort(position[inside[:proj_dim]])
 

@@ -88,7 +88,7 @@ def _check(spec: Spec, backend: str, by_module: bool) -> None:
     cuda = spec.device.type == "cuda"
     if backend not in LIBRARIES:
         known = ", ".join(("own", *LIBRARIES))
-        raise UserError(f"PROJ_BACKEND={backend!r} is unknown; use one of {known}")
+        raise UserError(f"PROJ_BACKEND={backend!r} is unknown; set PROJ_BACKEND to one of {known}")
     kinds, asked = (ON_CUDA if cuda else ON_CPU)[backend], f"PROJ_BACKEND={backend}"
     if spec.kind not in kinds:
         raise UserError(
@@ -119,8 +119,8 @@ def _check_fast_jl(spec: Spec) -> None:
     """
     if spec.proj_dim % FAST_JL_COLUMNS:
         raise UserError(
-            f"PROJ_BACKEND=trak on cuda needs PROJ_DIM a multiple of {FAST_JL_COLUMNS}, not "
-            f"{spec.proj_dim}"
+            f"PROJ_BACKEND=trak on cuda cannot make {spec.proj_dim} features; set PROJ_DIM to a "
+            f"multiple of {FAST_JL_COLUMNS}"
         )
     if spec.input_dim * KERNEL_BATCH >= 2**32:  # it counts in 32 bits
         raise UserError(

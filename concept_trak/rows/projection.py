@@ -219,21 +219,23 @@ def _check(spec: Spec, options: Options) -> None:
     """The UserErrors of `make_projection` that concern every kind."""
     kind, k = spec.kind, spec.proj_dim
     if kind not in PROJECTIONS:
-        raise UserError(f"unknown projection {kind!r}: choose one of {', '.join(PROJECTIONS)}")
+        raise UserError(
+            f"unknown projection {kind!r}; set PROJ_TYPE to one of {', '.join(PROJECTIONS)}"
+        )
     if kind == "identity" and k != spec.input_dim:
         raise UserError(
-            f"projection identity keeps all {spec.input_dim} coordinates: set proj_dim to 0, not "
-            f"{k}"
+            f"projection identity keeps all {spec.input_dim} coordinates, not {k}; set "
+            "PROJ_TYPE to another, or proj_dim to 0"
         )
     if not k or k < 1:
-        raise UserError(f"proj_dim must be at least 1, not {k}")
+        raise UserError(f"no row has {k} features; set PROJ_DIM to at least 1")
     if kind == "random_mask" and k > spec.input_dim:
         raise UserError(
-            f"random_mask cannot keep {k} of {spec.input_dim} coordinates: lower proj_dim"
+            f"random_mask cannot keep {k} of {spec.input_dim} coordinates; lower PROJ_DIM"
         )
     if spec.mask != "portable" and (kind != "random_mask" or options.layout is not None):
         own = "random_mask module by module" if kind == "random_mask" else kind
         raise UserError(
-            f"projection {own} has no mask of a GPU: leave the mask {spec.mask!r} out, or use "
-            "random_mask and BLOCKS=all"
+            f"projection {own} has no mask of a GPU; leave PROJ_MASK={spec.mask} out, or set "
+            "PROJ_TYPE=random_mask and BLOCKS=all"
         )

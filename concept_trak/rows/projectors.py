@@ -85,8 +85,8 @@ class Projection:
         """grads [B, P] -> [B, k] float32."""
         if grads.shape[1] != self.input_dim:
             raise UserError(
-                f"projection {self.kind} expects {self.input_dim} coordinates a row but was given "
-                f"{grads.shape[1]}"
+                f"projection {self.kind} was made for other parameters than these rows of "
+                f"{grads.shape[1]}; give grads of {self.input_dim} coordinates"
             )
         out = torch.zeros(len(grads), self.proj_dim, dtype=torch.float32, device=grads.device)
         self.accumulate(out, grads, 0)
@@ -147,7 +147,7 @@ def refuse_large_dense(spec: Spec) -> None:
     if spec.input_dim * spec.proj_dim > DENSE_MAX_ENTRIES:
         raise UserError(
             f"a dense {spec.kind} projection of {spec.input_dim} x {spec.proj_dim} is too large to "
-            "draw for every batch: use sjlt, grass or random_mask, or a smaller proj_dim"
+            "draw for every batch; set PROJ_TYPE to sjlt, grass or random_mask, or lower PROJ_DIM"
         )
 
 
@@ -208,8 +208,9 @@ class SparseJL(Projection):
         self.nonzeros = spec.nonzeros
         if not 1 <= self.nonzeros <= self.proj_dim:
             raise UserError(
-                f"sjlt needs between 1 and proj_dim={self.proj_dim} nonzeros a coordinate, not "
-                f"{self.nonzeros}"
+                f"sjlt cannot put {self.nonzeros} values a coordinate into {self.proj_dim} "
+                "features; "
+                f"give nonzeros between 1 and {self.proj_dim}, or raise PROJ_DIM"
             )
         self._codes: list[torch.Tensor] | None = None
 

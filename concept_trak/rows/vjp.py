@@ -53,7 +53,7 @@ def select_parameters(
             }
         )
         raise UserError(
-            f"LAYER={layer!r} matches no parameter of the model; its module names are: "
+            f"LAYER={layer!r} matches no parameter of the model; set LAYER to one of "
             f"{', '.join(kinds)}"
         )
     return chosen

@@ -75,7 +75,7 @@ def compact_gram(store: Store, budget: Budget) -> CompactGram:
     """
     if (needed := compact_bytes(store.dim)) > 0.6 * budget.max_memory:
         raise UserError(
-            f"K takes {needed / 2**30:.1f} GiB in its compact form: raise max_memory or use "
+            f"K takes {needed / 2**30:.1f} GiB in its compact form; raise MAX_MEMORY or use "
             "krylov_rows"
         )
     files = _Files(store, budget)

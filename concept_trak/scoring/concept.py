@@ -52,26 +52,27 @@ class ConceptResult:
             if self.relevant.shape != self.scores.shape[1:]:
                 raise UserError(
                     f"truth of {self.target!r} is for {self.relevant.size} images, scores for "
-                    f"{self.num_images}"
+                    f"{self.num_images}; give relevant a value for each image of scores"
                 )
 
     def _check_scores(self) -> None:
         shape, num_dampings = self.scores.shape, len(self.dampings)
         if len(shape) != 2 or shape[0] != num_dampings or 0 in shape:
             raise UserError(
-                f"scores of {self.target!r} have shape {shape}: expected "
+                f"scores of {self.target!r} have shape {shape}; give scores "
                 f"[{num_dampings} dampings, N images]"
             )
         if not np.isfinite(self.scores).all():
             row, column = (int(i) for i in np.argwhere(~np.isfinite(self.scores))[0])
             raise UserError(
                 f"score of {self.target!r} for training image {column} at damping "
-                f"{self.dampings[row]:g} is not finite: recompute the scores"
+                f"{self.dampings[row]:g} is not finite; make the scores again with "
+                "FORCE_RECOMPUTE_CONCEPT_GRAD=1"
             )
         if len(set(map(lambda_label, self.dampings))) < num_dampings:
             raise UserError(
-                f"dampings {self.dampings} of {self.target!r} share a file name: leave one of "
-                "them out"
+                f"dampings {self.dampings} of {self.target!r} share a file name; leave "
+                "one out of dampings"
             )
 
     @property
@@ -88,8 +89,8 @@ class ConceptResult:
         close = np.flatnonzero(np.isclose(self.dampings, damping, rtol=1e-6, atol=0))
         if close.size == 0:
             raise UserError(
-                f"damping {damping:g} is not in the sweep of {self.target!r}: choose one of "
-                f"{self.dampings}"
+                f"damping {damping:g} is not in the sweep of {self.target!r}; set DAMPING to one "
+                f"of {self.dampings}"
             )
         return int(close[0])
 

@@ -99,14 +99,14 @@ class BlockFisher:
         widths = self.widths
         if sum(widths) != store.dim:
             raise UserError(
-                f"blocks of {sum(widths)} features do not fit {store.folder}, whose rows have "
-                f"{store.dim}"
+                f"blocks of {sum(widths)} features do not fit {store.folder}; give widths "
+                f"that add up to the {store.dim} of its rows"
             )
         needed = sum(8 * w * w for w in widths) + _primal_bytes(max(widths))
         if needed > self.budget.max_memory:
             raise UserError(
                 f"{len(widths)} blocks of up to {max(widths)} features need "
-                f"{needed / 2**30:.1f} GiB: raise MAX_MEMORY or lower PROJ_DIM"
+                f"{needed / 2**30:.1f} GiB; raise MAX_MEMORY or lower PROJ_DIM"
             )
 
     def _kernels(self, store: Store) -> list[torch.Tensor]:
@@ -125,7 +125,7 @@ def choose_method(store: Store, num_queries: int, max_memory: int, method: str =
     with the cheaper product.
     """
     if method not in METHODS:
-        raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        raise UserError(f"unknown method {method!r}; give method one of {', '.join(METHODS)}")
     rows, dim = store.num_rows, store.dim
     if method == "auto":
         if rows < dim and rows <= DIRECT_MAX and _dual_bytes(rows, dim) <= max_memory:
@@ -141,7 +141,7 @@ def choose_method(store: Store, num_queries: int, max_memory: int, method: str =
     needed = {"dual": _dual_bytes(rows, dim), "primal": _primal_bytes(dim)}.get(method, 0)
     if needed > max_memory:
         raise UserError(
-            f"method {method} needs {needed / 2**30:.1f} GiB: raise max_memory or use krylov"
+            f"method {method} needs {needed / 2**30:.1f} GiB; raise MAX_MEMORY or use krylov"
         )
     return method
 

@@ -33,7 +33,9 @@ def shifts(
 ) -> torch.Tensor:
     """lambda = damping * trace(K) / k: [D] float64. UserError for a store of zeros."""
     if not trace > 0:
-        raise UserError("every row of the store is zero: nothing can be attributed")
+        raise UserError(
+            "every row of the store is zero, so nothing can be attributed; set GRAD_DIR to another"
+        )
     return torch.tensor(dampings, dtype=torch.float64, device=device) * (float(trace) / dim)
 
 
@@ -101,7 +103,7 @@ def gram(store: Store, budget: Budget) -> torch.Tensor:
     values, memory = store.dim**2, budget.max_memory
     if 8 * values > 0.8 * memory:
         raise UserError(
-            f"K takes {8 * values / 2**30:.1f} GiB: raise max_memory or use krylov_compact"
+            f"K takes {8 * values / 2**30:.1f} GiB; raise MAX_MEMORY or use krylov_compact"
         )
     path, identity = gram_path(store), {"store": store.checksum, "dtype": "torch.float64"}
     known = read_cached(path, identity) if budget.cache else None

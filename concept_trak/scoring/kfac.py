@@ -77,7 +77,7 @@ class Ekfac:
                     for total, new in zip(known, part, strict=True):
                         total += new
         if not sums or not all(m.isfinite().all() for known in sums for m in known):
-            raise UserError("EK-FAC needs finite gradients of at least one picture")
+            raise UserError("EK-FAC had no finite gradient; give gradients of at least one picture")
         found = cls([_basis(known) for known in sums])
         found._correct(gradients())
         return found

@@ -95,8 +95,8 @@ def _verified(
         worst = int(found.argmax())
         raise UserError(
             f"the Krylov solver reached a relative residual of {found[worst]:.1e} at lambda = "
-            f"{lambdas[worst]:.1e} after {MAX_ITERATIONS} iterations: drop the smallest dampings "
-            "or use method primal or dual"
+            f"{lambdas[worst]:.1e} after {MAX_ITERATIONS} iterations; raise MAX_MEMORY or lower "
+            "PROJ_DIM, so that it is solved directly"
         )
     return solution
 

@@ -29,23 +29,27 @@ def _ranked_relevance(
     relevant = np.asarray(relevant, dtype=bool)
     if relevant.shape[-1:] != order.shape[-1:]:
         raise UserError(
-            f"scores are for {order.shape[-1]} images but truth is for {relevant.shape[-1]}: pass "
-            "the same images"
+            f"scores are for {order.shape[-1]} images but truth is for {relevant.shape[-1]}; give "
+            "scores and relevant of the same images"
         )
     relevant = np.broadcast_to(relevant, order.shape)
     count = relevant.sum(-1)
     if (count == 0).any():
         raise UserError(
-            "no relevant image: recall and average precision are undefined, leave this concept out"
+            "no relevant image, so recall and average precision are undefined; give relevant a row "
+            "of a concept that some image carries"
         )
     return np.take_along_axis(relevant, order, axis=-1), count
 
 
 def _divisor(count: np.ndarray, k: int, denominator: str) -> np.ndarray:
     if denominator not in DENOMINATORS:
-        raise UserError(f"denominator {denominator!r} is not one of {', '.join(DENOMINATORS)}")
+        raise UserError(
+            f"denominator {denominator!r} is unknown; give denominator one of "
+            f"{', '.join(DENOMINATORS)}"
+        )
     if k < 1:
-        raise UserError(f"k = {k}: recall needs k >= 1")
+        raise UserError(f"recall at {k} is undefined; give k >= 1")
     return np.minimum(count, k) if denominator == "min" else count
 
 
@@ -111,7 +115,9 @@ def chance_average_precision(num_items: int, num_relevant: int) -> float:
 def _check_counts(num_items: int, num_relevant: int) -> None:
     if not 1 <= num_relevant <= num_items:
         raise UserError(
-            f"{num_relevant} relevant of {num_items} images: chance needs 1 <= relevant <= images"
+            f"{num_relevant} relevant of {num_items} images have no chance; give num_relevant "
+            "from 1 "
+            "to num_items"
         )
 
 
@@ -137,11 +143,12 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise UserError(
-            "bootstrap needs a non-empty vector of finite values, one a query; got shape "
-            f"{values.shape}"
+            f"no bootstrap of shape {values.shape}; give values a finite number a query, and "
+            "one at "
+            "least"
         )
     if not 0 < level < 1 or n < 1:
-        raise UserError(f"bootstrap needs 0 < level < 1 and n >= 1, got level {level} and n {n}")
+        raise UserError(f"no bootstrap of level {level} and n {n}; give 0 < level < 1 and n >= 1")
     means = resampled_means(values, seed, n)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

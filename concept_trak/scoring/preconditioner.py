@@ -50,11 +50,15 @@ def checked_queries(
     asked = torch.as_tensor(np.asarray(queries, dtype=np.float64), device=device)
     if asked.ndim != 2 or asked.shape[1] != store.dim:
         raise UserError(
-            f"the query gradient has shape {list(asked.shape)} but {store.folder} holds rows of "
-            f"{store.dim}"
+            f"the query gradient has shape {list(asked.shape)}; give queries of {store.dim} "
+            "values, "
+            f"as {store.folder} holds them"
         )
     if not asked.isfinite().all():
-        raise UserError("the query gradient is NaN or infinite: compute it again")
+        raise UserError(
+            "the query gradient is NaN or infinite; make it again with "
+            "FORCE_RECOMPUTE_CONCEPT_GRAD=1"
+        )
     if min(dampings) <= 0:
-        raise UserError(f"dampings must be positive, not {min(dampings)}")
+        raise UserError(f"a damping of {min(dampings)} divides by nothing; give dampings above 0")
     return asked

@@ -18,6 +18,6 @@ def ranking(scores: np.ndarray, largest: bool = True, k: int | None = None) -> n
         scores = scores.astype(np.float64)
     if (bad := np.isnan(scores)).any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise UserError(f"score {first} is NaN: recompute the scores, a NaN cannot be ranked")
+        raise UserError(f"score {first} is NaN, which cannot be ranked; give scores without")
     # Negation is exact, and a stable ascending sort keeps the lower index first in both directions.
     return np.argsort(-scores if largest else scores, axis=-1, kind="stable")[..., :k]

@@ -52,7 +52,8 @@ def scores(
     dampings, queries, dim = np.shape(preconditioned)
     if dim != store.dim:
         raise UserError(
-            f"preconditioned queries have {dim} values but {store.folder} holds rows of {store.dim}"
+            f"queries of {dim} values do not fit {store.folder}; give preconditioned ones of "
+            f"{store.dim}"
         )
     out = _result(dampings * queries, store, max_memory)
     left = np.asarray(preconditioned, dtype=np.float64).reshape(-1, dim)
@@ -69,8 +70,8 @@ def scores(
 def _result(count: int, store: Store, max_memory: int) -> np.ndarray:
     if (needed := 4 * count * store.num_rows) > max_memory:
         raise UserError(
-            f"{count} x {store.num_rows} scores take {needed / 2**30:.1f} GiB: score fewer "
-            "queries at a time"
+            f"{count} x {store.num_rows} scores take {needed / 2**30:.1f} GiB; raise MAX_MEMORY "
+            "or score fewer queries at a time"
         )
     return np.empty((count, store.num_rows), np.float32)
 
@@ -79,9 +80,11 @@ def _checked_weight(row_weight: np.ndarray, store: Store) -> np.ndarray:
     row_weight = np.asarray(row_weight, dtype=np.float32)
     if row_weight.shape != (store.num_rows,):
         raise UserError(
-            f"row weights have shape {list(row_weight.shape)} but {store.folder} holds "
-            f"{store.num_rows} rows"
+            f"row weights have shape {list(row_weight.shape)}; give row_weight a value for each of "
+            f"the {store.num_rows} rows of {store.folder}"
         )
     if (bad := np.flatnonzero(~np.isfinite(row_weight))).size:
-        raise UserError(f"the row weight of sample {int(bad[0])} is NaN or infinite")
+        raise UserError(
+            f"the row weight of sample {int(bad[0])} is NaN or infinite; give a finite row_weight"
+        )
     return row_weight

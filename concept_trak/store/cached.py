@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..files import atomic, disk_errors, sha256_file, write_json
 from ..reading import read_json, read_npy
 from .encoding import npy_header
-
-MEND = "it is made again"
 
 
 def cached_array(
@@ -37,10 +35,10 @@ def cached_array(
 def read_cached(path: Path, identity: dict) -> np.ndarray | None:
     """The array that was kept for `identity`; None if there is none, or it is not whole."""
     try:
-        record = read_json(path.with_suffix(".json"), MEND)
+        record = read_json(path.with_suffix(".json"), removal(path))
         if record.get("identity") != json.loads(json.dumps(identity)):
             return None
-        array = read_npy(path, MEND)
+        array = read_npy(path, removal(path))
         return array if record.get("sha256") == sha256_file(path) else None
     except (UserError, OSError):
         return None

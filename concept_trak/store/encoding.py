@@ -44,11 +44,11 @@ def encode_checked(rows: np.ndarray, dtype: str, first_row: int) -> np.ndarray:
     """As `encode`, with a UserError that names the first sample whose row is not finite or does not
     fit.
     """
-    message = "the gradient of sample {} is NaN or infinite: check its image and the dtype"
+    message = "the gradient of sample {} is NaN or infinite; mend its picture, or set DTYPE=fp32"
     refuse_bad_rows(np.isfinite(rows), first_row, message)
     stored = encode(rows, dtype)
-    remedy = "store bfloat16 or float32, or normalise it"
-    message = f"the gradient of sample {{}} is too large for {dtype}: {remedy}"
+    remedy = "set STORE_DTYPE to bfloat16 or float32, or NORMALIZE=1"
+    message = f"the gradient of sample {{}} is too large for {dtype}; {remedy}"
     refuse_bad_rows(finite(stored, dtype), first_row, message)
     return stored
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..files import READ_BYTES, atomic, atomic_folder, disk_errors, sha256_file, write_json
 from ..reading import inside, read_json
 from ..registry import unknown
@@ -41,15 +41,15 @@ def export(store: Store, folder: Path, kind: str) -> Path:
     UserError for an unknown kind, an unfinished store, a folder with content, a full disk.
     """
     if kind not in KINDS:
-        raise UserError(unknown("export kind", kind, tuple(KINDS)))
+        raise UserError(unknown("--kind", kind, tuple(KINDS)))
     store.refuse_unfinished()
     folder, (write, how) = Path(folder).absolute(), KINDS[kind]
     with disk_errors(folder):
         if folder.is_dir() and any(folder.iterdir()):
             if _is_there(store, folder, how):
                 return folder
-            remedy = "remove what is there or name another folder"
-            raise UserError(f"{folder} is not empty: {remedy}")
+            remedy = f"give --out-dir another folder, or {removal(folder)}"
+            raise UserError(f"{folder} is not empty; {remedy}")
     with atomic_folder(folder) as made:
         with tqdm(total=store.num_rows, desc=f"export {kind}", unit="row", delay=1) as bar:
             digests = write(store, made, bar)
@@ -60,7 +60,7 @@ def export(store: Store, folder: Path, kind: str) -> Path:
 def _is_there(store: Store, folder: Path, how: str) -> bool:
     """Whether the folder holds the export of this store, whole."""
     with contextlib.suppress(UserError, OSError, TypeError, AttributeError):
-        known = read_json(folder / "rows.json", "export again")
+        known = read_json(folder / "rows.json", removal(folder, "export again"))
         digests = known["sha256"] if known.get("sha256") else {"rows.json": ""}
         whole = all(sha256_file(inside(folder, f, "the file")) == d for f, d in digests.items())
         return whole and known == json.loads(json.dumps(_description(store, digests, how)))

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..reading import read_json
 from .encoding import STORED_TYPES, npy_header
-from .manifest import listed
+from .manifest import FETCH, MAKE, listed
 from .pieces import Piece, gaps
 from .remote import remote_of
 
@@ -125,7 +126,7 @@ class ShardFolder:
         """UserError that lists the shards that are not finished."""
         if unfinished := self.pending():
             what = f"shard {listed(unfinished)} of {self.num_split} is not finished"
-            raise UserError(f"{self.folder}: {what}: run the train gradients again")
+            raise UserError(f"{self.folder}: {what}; go on with it: {self.line()}")
 
     def resume_row(self, shard: int) -> int:
         """First row (global index) of the shard that is not yet safely on disk."""
@@ -201,5 +202,14 @@ class ShardFolder:
     def remedy(self, shard: int) -> str:
         """What mends a shard."""
         if self.grads.raw:  # came from elsewhere
-            return f"remove train_grad-{shard}.* and fetch it again"
-        return f"make that shard again: the train gradients with SHARDS={shard} REPAIR=1"
+            files = shlex.quote(str(self.folder / f"train_grad-{shard}."))
+            return f"remove it, rm {files}*, and fetch it again (0.8 GB): {FETCH}"
+        return f"make that shard again: {self.line(SHARDS=shard, REPAIR=1)}"
+
+    def line(self, **also: int) -> str:
+        """The command line that made the store, with further variables."""
+        made = self.manifest["provenance"].get("command")
+        made = made if isinstance(made, str) else MAKE
+        if "bash " in made:
+            return " ".join([*(f"{name}={value}" for name, value in also.items()), made])
+        return " ".join([made, *(f"--{name.lower()}={value}" for name, value in also.items())])

@@ -10,11 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, call, removal
 from ..reading import read_json
 from .encoding import STORED_TYPES
 
 FORMAT = 1
+FETCH = call("abc/download_train_grad.sh")
+MAKE = call("emoji/run_train_grad.sh")
+ELSEWHERE = f"set GRAD_DIR to another folder, or fetch the release (13.1 GB): {FETCH}"
 COMPARED = ("num_rows", "dim", "dtype", "layout", "bounds", "identity")  # every manifest has these
 
 
@@ -37,12 +40,14 @@ class Layout:
     def __post_init__(self) -> None:
         if self.dtype not in STORED_TYPES:
             known = ", ".join(STORED_TYPES)
-            raise UserError(f"unknown store dtype {self.dtype!r}: choose one of {known}")
+            raise UserError(
+                f"unknown store dtype {self.dtype!r}; set STORE_DTYPE to one of {known}"
+            )
         if self.kind not in ("npy", "raw"):
-            raise UserError(f"unknown store layout {self.kind!r}: choose npy or raw")
+            raise UserError(f"unknown store layout {self.kind!r}; give kind npy or raw")
         if not 1 <= self.num_split <= self.num_rows:
             limit = f"between 1 and the number of rows, {self.num_rows}"
-            raise UserError(f"num_split must be {limit}, not {self.num_split}")
+            raise UserError(f"{self.num_split} shards are too many or none; set NUM_SPLIT {limit}")
 
     def manifest(self) -> dict:
         """All of the manifest but identity and provenance; "losses" stands there only if true, so
@@ -59,15 +64,18 @@ def read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
     if not os.path.lexists(path):
         what = "holds no gradient store (no manifest.json)"
-        raise UserError(f"{folder} {what}: run the train gradients first")
-    manifest = read_json(path, REMEDY)
+        raise UserError(
+            f"{folder} {what}; make the train gradients first, e.g. (about a minute) {MAKE}"
+        )
+    mend = removal(path, "make the train gradients again, whose rows are kept")
+    manifest = read_json(path, mend)
     refuse_difference(folder, "format", FORMAT, manifest.get("format"))
     fault = next((key for key, right in FORMS.items() if not right(manifest.get(key))), None)
     if fault is None and not _whole(manifest["bounds"], manifest["num_rows"]):
         fault = "bounds"
     if fault is not None:
         value = repr(manifest.get(fault))[:80]
-        raise UserError(f"{path} cannot be read as a store manifest ({fault}: {value}); {REMEDY}")
+        raise UserError(f"{path} cannot be read as a store manifest ({fault}: {value}); {mend}")
     return manifest
 
 
@@ -84,7 +92,6 @@ def _projection(value: Any) -> bool:
     return isinstance(value.get("kind"), str) and all(map(_count, sizes))
 
 
-REMEDY = "remove it and make the store again"
 FORMS: dict[str, Callable[[Any], bool]] = {  # what each value of a manifest must be
     "num_rows": _count,
     "dim": _count,
@@ -113,18 +120,22 @@ def raw_manifest(folder: Path, dim: int) -> dict:
     numbers = sorted(int(name[1]) for name in names if name)
     if not numbers or numbers != list(range(len(numbers))):
         what = "expected train_grad-0.npy, -1.npy, ... without gaps"
-        raise UserError(f"{folder}: {what}, found {listed(numbers)}")
+        raise UserError(
+            f"{folder}: {what}, found {listed(numbers)}; fetch the others (13.1 GB in all): {FETCH}"
+        )
     bounds = [0]
     for number in numbers:
         path = folder / f"train_grad-{number}.npy"
         with open(path, "rb") as file:
             if file.read(6) == b"\x93NUMPY":
                 what = "is a real .npy file, not raw float32"
-                raise UserError(f"{path} {what}: it cannot be adopted")
+                raise UserError(f"{path} {what}; {ELSEWHERE}")
         rows, rest = divmod(path.stat().st_size, 4 * dim)
         if rest or not rows:
             what = f"is truncated or not of {dim} float32 values a row"
-            raise UserError(f"{path} {what}: fetch it again")
+            raise UserError(
+                f"{path} {what}; remove it and fetch it again (13.1 GB in all): {FETCH}"
+            )
         bounds.append(bounds[-1] + rows)
     layout = Layout(bounds[-1], dim, len(numbers), "float32", "raw")
     return layout.manifest() | {"bounds": bounds}
@@ -138,7 +149,7 @@ def refuse_difference(folder: Path, name: str, wanted: Any, found: Any) -> None:
         for key in sorted(wanted.keys() | found.keys()):
             refuse_difference(folder, f"{name}.{key}", wanted.get(key), found.get(key))
     made = f"{folder} was made with {name} = {found!r}, not {wanted!r}"
-    raise UserError(f"{made}: use the same settings or another folder")
+    raise UserError(f"{made}; use the same settings, or set GRAD_DIR to another folder")
 
 
 def listed(values: list[int]) -> str:

@@ -292,8 +292,8 @@ class Store(ShardFolder):
         """float32 [len(indices), dim] of the given global rows, in that order."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not (0 <= indices.min() and indices.max() < self.num_rows):
-            given = f"not {indices.min()} to {indices.max()}"
-            raise UserError(f"{self.folder} has rows 0 to {self.num_rows - 1}, {given}")
+            given = indices.min() if indices.min() < 0 else indices.max()
+            raise UserError(f"{self.folder} has no row {given}; give indices below {self.num_rows}")
         out = np.empty((len(indices), self.dim), np.float32)
         shards = np.searchsorted(self.bounds, indices, side="right") - 1
         for shard in np.unique(shards):
@@ -309,8 +309,8 @@ class Store(ShardFolder):
         one that is not finished.
         """
         if not self.has_losses:
-            mend = "make the train gradients again into another folder, with losses"
-            raise UserError(f"{self.folder} keeps no losses: {mend}")
+            mend = "make the train gradients again with F=contrast_llr, which keeps them"
+            raise UserError(f"{self.folder} keeps no losses; {mend}")
         self.refuse_unfinished()
         return np.concatenate([self.shard_losses(shard) for shard in range(self.num_split)])
 

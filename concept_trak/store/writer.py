@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import TransientError, UserError
+from ..errors import TransientError, UserError, removal
 from ..files import disk_errors, sha256_file, sync_folder, write_all
 from .encoding import encode_checked, refuse_bad_rows
 from .folder import Series, ShardFolder
@@ -35,8 +35,8 @@ def encoded(
     """
     rows = np.asarray(rows, dtype=np.float32)
     if rows.ndim != 2 or rows.shape[1] != store.dim:
-        given = f"not arrays of shape {list(rows.shape)}"
-        raise UserError(f"{store.folder} holds rows of {store.dim} values, {given}")
+        given = f"rows of shape {list(rows.shape)} do not fit {store.folder}"
+        raise UserError(f"{given}; give rows [b, {store.dim}]")
     stored = [encode_checked(rows, store.dtype, first_row)]
     if (losses is not None) != store.has_losses:
         keeps = "keeps a loss with each row" if losses is None else "keeps no losses"
@@ -46,7 +46,7 @@ def encoded(
     losses = np.asarray(losses, dtype="<f4")
     if losses.shape != (len(rows),):
         raise ValueError(f"{len(rows)} rows have {len(rows)} losses, not {list(losses.shape)}")
-    message = "the loss of sample {} is NaN or infinite: check its image and the dtype"
+    message = "the loss of sample {} is NaN or infinite; mend its picture, or set DTYPE=fp32"
     refuse_bad_rows(np.isfinite(losses), first_row, message)
     return [*stored, losses]
 
@@ -79,14 +79,14 @@ class ShardWriter:
         try:
             fcntl.flock(self.fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            remedy = "let it end, or give each its own shards"
-            raise TransientError(f"{part} is being written by another process: {remedy}") from None
+            remedy = "let it end, or give each its own SHARDS"
+            raise TransientError(f"{part} is being written by another process; {remedy}") from None
         # Asked only under the lock: until then another process may still have been finishing this
         # very file.
         if final.exists():
             part.unlink(missing_ok=True)
-            remedy = "remove it to compute it again"
-            raise UserError(f"{final} is there already and is never overwritten: {remedy}")
+            remedy = removal(final)
+            raise UserError(f"{final} is there already and is never overwritten; {remedy}")
         for series in others:
             with contextlib.suppress(FileNotFoundError):  # a kill came before the rows' final name
                 os.replace(self._path(series, ".npy"), self._path(series, ".npy.part"))

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..files import write_bytes
 from ..reading import parse_json, read_safetensors
 from ..settings import digest
@@ -62,7 +62,7 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[st
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Inverse of `save_checkpoint`. UserError when the file is not one of its, or was changed."""
-    mend = "remove it and train again"
+    mend = removal(path)
     tensors = read_safetensors(path, mend)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
@@ -199,7 +199,7 @@ class Progress:
             tensors, state = load_checkpoint(path)
             self.step, self.mean = state["step"], state.get("mean")
             found = state.get("identity", {})
-            refuse_other(self.identity(self.step), found, path, "remove it to train anew")
+            refuse_other(self.identity(self.step), found, path, removal(path))
             for name, p in self.params.items():
                 p.copy_(tensors[f"param/{name}"])
                 self.ema.shadow[name].copy_(tensors[f"ema/{name}"])

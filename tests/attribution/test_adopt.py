@@ -209,7 +209,9 @@ def test_another_mask_than_the_stores_is_refused_by_both_names():
         UserError, match="=portable but .* mask a100; set PROJ_MASK to auto or a100"
     ):
         resolve_mask("portable", identity("a100"))
-    with pytest.raises(UserError, match="is unknown; use auto, portable or one of a100"):
+    with pytest.raises(
+        UserError, match="is unknown; set PROJ_MASK to auto, portable or one of a100"
+    ):
         resolve_mask("gpu")
     with pytest.raises(UserError, match="do not record their mask; remove their manifest.json"):
         resolve_mask("auto", {"adopted": "raw float32"})

@@ -100,7 +100,7 @@ def test_images_x_weights_are_a_table_a_map_and_an_array(flags, tmp_path, capsys
     np.testing.assert_allclose(listed, np.sort(values.sum(1))[::-1], rtol=1e-3)
     assert (folder / "influence.png").stat().st_size > 5000
     assert cli.main(["cad-images", *flags, "--granularity=row"]) == 2
-    assert "use module or head" in capsys.readouterr().err
+    assert "set GRANULARITY to module or head" in capsys.readouterr().err
 
 
 def test_an_edit_of_another_model_is_refused_in_one_line(flags, other_pipeline, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Encoding a folder once: the arrays, their bytes, and when they are made again."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from concept_trak.datasets import prepare as module
 from concept_trak.datasets.encoded import LATENTS, PREPARED, TEXT, EncodedData
 from concept_trak.datasets.folder import load_folder
-from concept_trak.datasets.prepare import ArrayFile, prepare
+from concept_trak.datasets.prepare import Parts, prepare
 from concept_trak.errors import UserError
+from concept_trak.files import PART
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import resolve
 
@@ -38,14 +40,21 @@ def test_both_arrays_hold_what_the_model_encodes(settings, tiny_data, tiny_model
     assert np.array_equal(x0, latents[3:7]) and cond.embeddings.shape == (4, 16, 6)
 
 
-def test_rows_written_in_any_order_are_the_bytes_of_numpy(tmp_path):
-    values = np.random.default_rng(0).standard_normal((7, 2, 3)).astype(np.float16)
-    np.save(tmp_path / "numpy.npy", values)
-    with open(tmp_path / "ours.npy", "wb") as file:
-        array = ArrayFile(file, values.shape)
-        for start, stop in ((5, 7), (0, 2), (2, 5)):
-            array.write(start, torch.from_numpy(values[start:stop]))
-    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+def test_steps_written_in_any_order_are_the_bytes_of_numpy(tmp_path):
+    rng = np.random.default_rng(0)
+    plain, mirrored = rng.standard_normal((2, 7, 2, 3, 3)).astype(np.float16)
+    text = rng.standard_normal((7, 5, 4)).astype(np.float16)
+    np.save(tmp_path / "latents.npy", np.concatenate([plain, mirrored]))
+    np.save(tmp_path / "text.npy", text)
+    with Parts(tmp_path, {}, ((2, 3, 3), (5, 4))) as parts:
+        parts.open()
+        for rows in (range(5, 7), range(0, 2), range(2, 5)):
+            part = slice(rows.start, rows.stop)
+            given = [torch.from_numpy(x[part].copy()) for x in (plain, mirrored, text)]
+            parts.write(rows, ["x"], given)
+        parts.finish(7, {})
+    for ours, numpy in ((LATENTS, "latents.npy"), (TEXT, "text.npy")):
+        assert (tmp_path / ours).read_bytes() == (tmp_path / numpy).read_bytes()
 
 
 def test_what_was_prepared_is_kept_until_the_source_changes(settings, tmp_path, monkeypatch):
@@ -58,26 +67,85 @@ def test_what_was_prepared_is_kept_until_the_source_changes(settings, tmp_path, 
         prepare(settings, "cpu")
 
 
-def test_a_killed_run_leaves_no_array_and_no_record(settings, tmp_path, monkeypatch):
-    write = ArrayFile.write
+@pytest.fixture
+def seen(monkeypatch):
+    """The ranges of pictures that are encoded, in order; the disk has each step at once."""
+    found, made = [], module.encoded
+    monkeypatch.setattr(module, "encoded", lambda *a: found.append(a[2]) or made(*a))
+    monkeypatch.setattr(module, "SYNC_SECONDS", 0)
+    return found
 
-    def dying(self, start, rows):
-        if start == 8:
+
+def stopped(settings, monkeypatch, after):
+    """Prepare, and stop like Ctrl-C in the write of step number `after`."""
+    write = Parts.write
+
+    def dying(self, rows, digests, parts):
+        if rows.start == 4 * after:
             raise KeyboardInterrupt
-        write(self, start, rows)
+        write(self, rows, digests, parts)
 
-    monkeypatch.setattr(ArrayFile, "write", dying)
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings, "cpu")
+
+
+def named_files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if PART not in p.name}
+
+
+def bytes_of(folder):
+    return [(Path(folder) / name).read_bytes() for name in (LATENTS, TEXT)]
+
+
+def test_a_stopped_run_leaves_no_array_and_goes_on_to_the_same_bytes(
+    settings, tmp_path, monkeypatch, seen
+):
+    whole = prepare(settings.but(data_dir=str(tmp_path / "whole")), "cpu")
+    seen.clear()
+    stopped(settings, monkeypatch, 2)
+    assert not named_files(tmp_path / "encoded")
+    prepare(settings, "cpu")
+    assert seen == [range(0, 4), range(4, 8), range(8, 11), range(8, 11)]
+    assert bytes_of(settings.data_dir) == bytes_of(whole)
+    assert sorted(p.name for p in whole.iterdir()) == sorted(named_files(tmp_path / "encoded"))
+    assert not [p for p in (tmp_path / "encoded").iterdir() if PART in p.name]
+
+
+def test_what_the_disk_may_not_have_is_encoded_again(settings, monkeypatch, seen):
+    monkeypatch.setattr(module, "SYNC_SECONDS", 1e9)
+    stopped(settings, monkeypatch, 2)
+    prepare(settings, "cpu")
+    assert seen[3:] == [range(0, 4), range(4, 8), range(8, 11)]
+
+
+def test_files_shorter_than_their_record_are_encoded_again(settings, tmp_path, monkeypatch, seen):
+    stopped(settings, monkeypatch, 2)
+    os.truncate(tmp_path / f"encoded/.mirrored{PART}", 5)
+    prepare(settings, "cpu")
+    assert seen[3:] == [range(0, 4), range(4, 8), range(8, 11)]
+
+
+def test_another_process_is_told_that_one_is_at_work(settings, tmp_path, monkeypatch):
+    def another(*_):
+        with pytest.raises(UserError, match="by another process.*run the same again"):
+            Parts(tmp_path / "encoded", {}, ((1,), (1,))).__enter__()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "encode", another)
     with pytest.raises(KeyboardInterrupt):
         prepare(settings, "cpu")
-    assert not list((tmp_path / "encoded").iterdir())
 
 
 def test_numbers_beyond_float16_and_a_small_disk_are_refused(settings, tmp_path, monkeypatch):
-    with open(tmp_path / "a.npy", "wb") as file, pytest.raises(UserError, match="DTYPE=fp32"):
-        ArrayFile(file, (1, 2)).write(0, torch.tensor([[1.0, 1e6]]))
+    bad = torch.tensor([[1.0, 1e6]])
+    with Parts(tmp_path, {}, ((2,), (2,))) as parts, pytest.raises(UserError, match="DTYPE=fp32"):
+        parts.open()
+        parts.write(range(1), ["x"], (bad, bad, bad))
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="MB are needed"):
+    with pytest.raises(UserError, match="MB are needed.*DATA_DIR"):
         prepare(settings, "cpu")
 
 
@@ -129,6 +197,24 @@ def test_a_picture_or_caption_that_was_changed_since_is_told(own, tiny_model, ch
         EncodedData(settings.data_dir, tiny_model).pictures  # noqa: B018
     prepare(settings, "cpu")
     assert len(EncodedData(settings.data_dir, tiny_model).pictures) == 11
+
+
+@pytest.mark.parametrize("change,back", [(another_picture, False), (another_caption, True)])
+def test_what_was_changed_while_a_run_was_stopped_is_encoded_again(
+    settings, tmp_path, tiny_data, monkeypatch, seen, change, back
+):
+    source = tmp_path / "own"
+    shutil.copytree(tiny_data, source)
+    shutil.copytree(tiny_data, tmp_path / "kept")
+    settings = settings.but(source_dir=str(source))
+    stopped(settings, monkeypatch, 2)
+    change(source)
+    if back:  # changed again after a second stop: rows of the first run may be overwritten by then
+        stopped(settings, monkeypatch, 2)
+        shutil.copytree(tmp_path / "kept", source, dirs_exist_ok=True)
+    prepare(settings, "cpu")
+    whole = prepare(settings.but(data_dir=str(tmp_path / "whole")), "cpu")
+    assert bytes_of(settings.data_dir) == bytes_of(whole)
 
 
 @pytest.mark.parametrize("name", [LATENTS, TEXT])

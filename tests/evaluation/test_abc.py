@@ -166,7 +166,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, corpus, release, name, arr
 def test_a_truncated_array_is_refused(tmp_path, corpus, release):
     for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
         (tmp_path / file).write_bytes((release / file).read_bytes()[:5000])
-    with pytest.raises(UserError, match="remove it and make it: .* or fetch it: "):
+    with pytest.raises(UserError, match=r"remove it and make it: .* or fetch it \(some 20 GB\): "):
         EncodedData(tmp_path, corpus.model)
 
 
@@ -269,7 +269,7 @@ def test_shards_whose_mask_is_not_clear_are_refused_with_the_reason(released):
 def test_more_released_rows_than_pictures_are_refused(released):
     corpus, folder = released
     np.zeros((10, 300), np.float32).tofile(folder / "train_grad-2.npy")
-    with pytest.raises(UserError, match="both must be of one release"):
+    with pytest.raises(UserError, match="so that both are of one release"):
         open_store(corpus)
 
 

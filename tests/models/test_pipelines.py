@@ -360,5 +360,5 @@ def test_a_network_that_would_take_forever_to_build_is_refused_at_once(
     shutil.copytree(tiny_pipeline, tmp_path / "other")
     path = tmp_path / "other" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=f"{key}=.* is too large; copy the model again"):
+    with pytest.raises(UserError, match=f"{key}=.* is too large; copy or download the model again"):
         load_pipeline(str(tmp_path / "other"))

@@ -382,7 +382,7 @@ def test_bad_arguments_are_one_clear_line_and_leave_nothing(tmp_path):
     path = tmp_path / "report.html"
     with pytest.raises(UserError, match="not in the sweep"):
         report(path, fixed_damping=0.5)
-    with pytest.raises(UserError, match="TOP_K is 0"):
+    with pytest.raises(UserError, match="TOP_K=0 shows"):
         report(path, top_k=0)
     with pytest.raises(UserError, match="at least one target"):
         report(path, [])

@@ -169,9 +169,9 @@ def test_sizes_without_a_certain_rule_are_refused():
 
 
 def test_bad_requests_are_named():
-    with pytest.raises(UserError, match="unknown GPU 'a1000': choose one of a100"):
+    with pytest.raises(UserError, match="unknown GPU 'a1000'; set PROJ_MASK to one of a100"):
         gpu_mask("a1000", ATTN2, K, 0)
     with pytest.raises(UserError, match="cannot keep 50000 of 40000"):
         gpu_mask("a100", 40_000, 50_000, 0)
-    with pytest.raises(UserError, match="seed from 0"):
+    with pytest.raises(UserError, match="PROJ_SEED from 0"):
         gpu_mask("a100", 40_000, 100, -1)

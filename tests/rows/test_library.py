@@ -139,13 +139,17 @@ def test_what_a_library_cannot_do_is_refused_in_one_line(monkeypatch):
     for backend, kind in (("dattri", "sjlt"), ("dattri", "grass"), ("trak", "random_mask")):
         with pytest.raises(UserError, match=f"{backend} has no projection {kind} on cpu; use"):
             build(backend, kind)
-    with pytest.raises(UserError, match="'jax' is unknown; use one of own, dattri, trak"):
+    with pytest.raises(
+        UserError, match="'jax' is unknown; set PROJ_BACKEND to one of own, dattri, trak"
+    ):
         build("jax", "normal")
     with pytest.raises(UserError, match="dattri draws its own mask; leave PROJ_MASK=a100 out"):
         build("dattri", "random_mask", mask="a100")
     with pytest.raises(UserError, match="too large to draw"):
         make_projection("normal", 43_962_560, 2**15, 0, backend="trak")
-    with pytest.raises(UserError, match="a multiple of 512, not 230"):
+    with pytest.raises(
+        UserError, match="cannot make 230 features; set PROJ_DIM to a multiple of 512"
+    ):
         build("trak", "normal", device="cuda")
     with pytest.raises(UserError, match="trak on cuda cannot count 300000000 coordinates"):
         make_projection("normal", 300_000_000, 512, 0, "cuda", backend="trak")

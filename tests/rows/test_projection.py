@@ -175,7 +175,7 @@ def test_bad_requests_are_named():
         make_projection("identity", P, K, 0)
     with pytest.raises(UserError, match="too large to draw"):
         make_projection("normal", 43_962_560, 2**15, 0)
-    with pytest.raises(UserError, match="expects 3001 coordinates"):
+    with pytest.raises(UserError, match="give grads of 3001 coordinates"):
         build("sjlt").project(grads(dim=10))
     with pytest.raises(UserError, match="at least 1"):
         make_projection("sjlt", P, 0, 0)

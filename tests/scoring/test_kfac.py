@@ -97,5 +97,5 @@ def test_several_tensors_are_blocks_of_their_own():
 
 
 def test_nothing_to_fit_on_is_refused():
-    with pytest.raises(UserError, match="EK-FAC needs"):
+    with pytest.raises(UserError, match="EK-FAC had no"):
         Ekfac.fit(lambda: [])

@@ -112,8 +112,8 @@ def test_bootstrap_is_seeded_nested_in_level_and_exact_on_constants():
             "denominator 'all'",
         ),
         (lambda: metrics.recall_at_k(np.ones(3), np.ones(3, bool), k=0), "k >= 1"),
-        (lambda: metrics.chance_recall_at_k(5, 0), "chance needs"),
-        (lambda: metrics.bootstrap_interval(np.array([])), "non-empty"),
+        (lambda: metrics.chance_recall_at_k(5, 0), "have no chance"),
+        (lambda: metrics.bootstrap_interval(np.array([])), "no bootstrap of shape"),
         (lambda: metrics.bootstrap_interval(np.array([0.1, np.inf])), "finite"),
     ],
 )

@@ -33,6 +33,6 @@ def test_more_than_all_gives_all():
 
 
 def test_nan_has_no_rank_and_infinity_has():
-    with pytest.raises(UserError, match=r"score \(1, 2\) is NaN: recompute"):
+    with pytest.raises(UserError, match=r"score \(1, 2\) is NaN, which cannot be ranked"):
         ranking(np.array([[0.0, 1.0, 2.0], [0.0, 1.0, np.nan]]), k=1)
     assert ranking([1.0, np.inf], k=1).tolist() == [1]

@@ -108,9 +108,9 @@ def test_solving_and_scoring_in_one_is_both_in_turn(tmp_path, widths):
 def test_bad_input_is_named(tmp_path):
     rows, queries = rows_and_queries()
     store = make(tmp_path, rows)
-    with pytest.raises(UserError, match="have 11 values but .* rows of 12"):
+    with pytest.raises(UserError, match="queries of 11 values do not fit .* of 12"):
         scores(store, queries[:, :, :11])
-    with pytest.raises(UserError, match=r"shape \[52\] but .* 53 rows"):
+    with pytest.raises(UserError, match=r"shape \[52\]; give row_weight .* 53 rows"):
         scores(store, queries, np.ones(52))
     with pytest.raises(UserError, match="weight of sample 5 is NaN"):
         scores(store, queries, np.where(np.arange(N) == 5, np.nan, 1.0))

@@ -237,7 +237,7 @@ def test_dattri_batches_fill_chunks_as_its_own_do(tmp_path):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path, store):
-    with pytest.raises(UserError, match="export kind 'hdf5' is unknown.*numpy, trak, dattri"):
+    with pytest.raises(UserError, match="--kind 'hdf5' is unknown.*numpy, trak, dattri"):
         export(store, tmp_path / "out", "hdf5")
     assert not (tmp_path / "out").exists()
 
@@ -253,7 +253,7 @@ def test_a_folder_with_content_is_refused_and_left_alone(tmp_path, store):
     (tmp_path / "out").mkdir()
     export(store, tmp_path / "out", "numpy")
     before = (tmp_path / "out/rows.npy").stat().st_mtime_ns
-    with pytest.raises(UserError, match="is not empty: remove what is there or name another"):
+    with pytest.raises(UserError, match="is not empty; give --out-dir another folder"):
         export(store, tmp_path / "out", "trak")
     assert files_of(tmp_path / "out") == ["rows.json", "rows.npy"]
     assert (tmp_path / "out/rows.npy").stat().st_mtime_ns == before

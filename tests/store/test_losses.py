@@ -48,7 +48,7 @@ def test_the_checksum_follows_the_losses(tmp_path):
 
 def test_a_store_without_losses_says_so(tmp_path):
     fill(make(tmp_path), some_rows())
-    with pytest.raises(UserError, match="keeps no losses: make the train gradients again") as error:
+    with pytest.raises(UserError, match="keeps no losses; make the train gradients again") as error:
         Store.open(tmp_path).losses()
     assert "\n" not in str(error.value)
 
@@ -122,7 +122,9 @@ def test_open_refuses_damaged_losses_and_its_remedy_mends_them(tmp_path, damage,
     with pytest.raises(UserError) as error:
         Store.open(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert "the train gradients with SHARDS=2 REPAIR=1" in str(error.value)
+    assert "make that shard again: SHARDS=2 REPAIR=1 bash scripts/emoji/run_train_grad.sh" in str(
+        error.value
+    )
     store = Store.read_manifest(tmp_path)
     with pytest.raises(UserError, match="REPAIR=1"):
         still_to_make(store, range(store.num_split), repair=False)

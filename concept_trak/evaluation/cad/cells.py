@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import removal, restoration
 from ...files import make_folder, write_bytes, write_json
 from ...reading import read_json
 from ...scoring.metrics import bootstrap_interval
 from ...settings import ROOT, digest
 from .bed import DRAW_STEPS, Bed, Target
 
-MEND = "delete it, and it is measured again"
 KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 
 
@@ -31,7 +31,7 @@ class Cells:
         self.bed = bed
         s = bed.corpus.settings
         self.folder = make_folder(Path(s.results_dir).parent / "cad/cells")
-        self.kept = read_json(KEPT, MEND) if KEPT.exists() else {}
+        self.kept = read_json(KEPT, restoration(KEPT)) if KEPT.exists() else {}
         self.origin = [bed.model.identity(), bed.corpus.data.content_hash(), DRAW_STEPS]
         self.origin += [bed.guidance, bed.num_seeds]
 
@@ -44,11 +44,11 @@ class Cells:
         path = self.folder / f"{name}.json"
         if not path.exists():
             write_json(path, make() | {"what": what})
-        return read_json(path, MEND)
+        return read_json(path, removal(path))
 
     def gather(self, path: Path) -> None:
         """Write all cells there are as one file, as `KEPT` is."""
-        found = self.kept | {p.stem: read_json(p, MEND) for p in self.folder.glob("*.json")}
+        found = self.kept | {p.stem: read_json(p, removal(p)) for p in self.folder.glob("*.json")}
         lines = (f"{json.dumps(k)}: {json.dumps(found[k], sort_keys=True)}" for k in sorted(found))
         body = ",\n".join(lines)
         write_bytes(path, f"{{\n{body}\n}}\n".encode())

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...components.edits import Edit
 from ...datasets import emoji
-from ...errors import UserError
+from ...errors import UserError, call
 from ...report.weights import words_of
 from .attempts import Attempt, judged, unedited
 from .bed import Bed, Target
@@ -61,7 +61,9 @@ def target_of(bed: Bed) -> Target:
     kind, name = emoji.concept(bed.corpus.train, words.name)
     known = bed.judge.objects if kind == "object" else bed.judge.styles
     if name not in known:
-        raise UserError(f"the judge does not know {name!r}; use a concept of the embedded data")
+        raise UserError(
+            f"the judge does not know {name!r}; set CONCEPT to one of these: {call('concepts.sh')}"
+        )
     record = next(r for r in bed.corpus.train.records if r[kind] == name)
     return Target(kind, name, record.get(f"{kind}_phrase") or name)
 

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = [name.strip() for name in arguments.benches.split(",") if name.strip()]
     benches = {name: bench_of(arguments, name) for name in names}
     if not benches:
-        raise UserError(f"BENCHES is empty; name {', '.join(BENCHES)}")
+        raise UserError(f"BENCHES is empty; set BENCHES to some of {', '.join(BENCHES)}")
     found = {name: result_of(bench, arguments.stage) for name, bench in benches.items()}
     first, *others = found
     print(json.dumps(found[first] | {name: found[name] for name in others}))

@@ -81,7 +81,7 @@ class LabelledBenchmark:
         if vocabulary is None:
             raise UserError(
                 f"{corpus.settings.sd_model_path} is no class-conditional model; "
-                f"train one: {call('synthetic/run_all.sh', STAGE='train')}"
+                f"train one (about an hour): {call('synthetic/run_all.sh', STAGE='train')}"
             )
         self.vocabulary: Vocabulary = vocabulary
         self.concepts = self.vocabulary.names
@@ -105,7 +105,10 @@ class LabelledBenchmark:
             name, word = self.vocabulary.attribute_of(question.words)
             found = np.array(self.corpus.train.column(name)) == word
             if not found.any():
-                raise UserError(f"no train picture shows {word}; nothing is to be found")
+                raise UserError(
+                    f"no train picture shows {word}; ask without it: set HELD_OUT or "
+                    "TARGET_CONCEPTS"
+                )
             self._relevant[question.words] = found
         return self._relevant[question.words]
 

@@ -70,7 +70,8 @@ class LabelledSettings:
         for name, least in (low | {"lds_subsets": 3, "truth_steps": 1}).items():
             if not getattr(self, name) >= least:
                 value = getattr(self, name)
-                raise UserError(f"{name.upper()}={value} is out of range; give at least {least}")
+                told = f"{name.upper()}={value} is out of range"
+                raise UserError(f"{told}; set {name.upper()} to at least {least}")
         parse_numbers("SEEDS", self.seeds, 1000, "seeds")
         parse_numbers("REFERENCE_SEEDS", self.reference_seeds, 1000, "seeds")
 
@@ -169,7 +170,7 @@ QUICK = {  # what QUICK=1 changes: seconds instead of an hour, and tables that m
 def of_bench(name: str, given: Mapping[str, Any], quick: bool = False) -> LabelledSettings:
     """Settings of a bench with what the user set on top. UserError for one that there is not."""
     if name not in BENCHES:
-        raise UserError(f"BENCH={name!r} is unknown; use one of {', '.join(BENCHES)}")
+        raise UserError(f"BENCHES names {name!r}; set BENCHES to some of {', '.join(BENCHES)}")
     base = replace(LabelledSettings(), **BENCHES[name])
     values = {**(QUICK if quick else {}), **given}
     found = replace(base, **values)

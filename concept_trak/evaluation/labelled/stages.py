@@ -5,6 +5,7 @@ goes on where it was killed.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -64,14 +65,15 @@ class Bench:
         if not (self.data_dir / "metadata.jsonl").is_file():
             line = self.own.line("generate")
             raise UserError(f"{self.data_dir} has no pictures; make them: {line}")
-        return load_labelled(self.data_dir)
+        again = f"remove it and make it again: rm -r {shlex.quote(str(self.data_dir))}; "
+        return load_labelled(self.data_dir, again + self.own.line("generate"))
 
     @property
     def models(self) -> list[Model]:
         """Every network with every seed."""
         networks = [n.strip() for n in self.own.networks.split(",") if n.strip()]
         if not networks:
-            raise UserError("NETWORKS is empty; name unet, dit or both")
+            raise UserError("NETWORKS is empty; set NETWORKS to unet, dit or unet,dit")
         return [Model(n, seed) for n in networks for seed in self.own.seed_list()]
 
     def architecture(self, network: str) -> Architecture:
@@ -79,7 +81,9 @@ class Bench:
         o = self.own
         widths = {"unet": (o.unet_width, o.unet_depth), "dit": (o.dit_width, o.dit_depth)}
         if network not in widths:
-            raise UserError(f"NETWORKS names {network!r}; choose among {', '.join(widths)}")
+            raise UserError(
+                f"NETWORKS names {network!r}; set NETWORKS to some of {', '.join(widths)}"
+            )
         width, depth = widths[network]
         return Architecture(network, o.size, o.patch, width, depth)
 

@@ -96,7 +96,7 @@ def retrain(bench: Any, plan: Plan, work: Work | None = None) -> None:
                 process.terminate()
             raise
     if died:
-        raise UserError(f"{len(died)} models died: {'; '.join(died)}; run it again to go on")
+        raise UserError(f"{len(died)} models died: {'; '.join(died)}; run the same again to go on")
 
 
 @contextlib.contextmanager

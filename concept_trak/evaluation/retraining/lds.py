@@ -23,7 +23,7 @@ from ...scoring.ranking import ranking
 from .asked import Asked
 from .plan import Plan
 from .presence import Presences
-from .statistics import lds, partial_lds
+from .statistics import TRAIN, lds, partial_lds
 
 MOST_POINTS, LEAST_POINTS = 8, 5  # of a curve; concepts and subsets behind each
 
@@ -101,7 +101,7 @@ def ceiling(
         by_removed.setdefault(s.removed, []).append(values)
     pairs = [values for values in by_removed.values() if len(values) > 1]
     if not pairs:
-        raise UserError("no subset was trained with two seeds; train more with RETRAIN=1")
+        raise UserError(f"no subset was trained with two seeds; {TRAIN}")
     first, second = (np.stack([values[i] for values in pairs]) for i in (0, 1))
     return lds(second.T, first, np.eye(len(pairs), dtype=bool))
 

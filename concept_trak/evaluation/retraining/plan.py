@@ -113,8 +113,8 @@ def retrain_line(plan: str, work: Path) -> str:
 def mend(path: Path) -> str:
     """What restores a committed plan, or presences; those of one's own are made anew."""
     where = shlex.quote(os.path.relpath(path))
-    again = f"rm {where} and RETRAIN=1 makes it again"
-    return f"restore the committed one, git checkout -- {where}, or {again}"
+    again = f"have RETRAIN=1 make one of your own again: rm {where}"
+    return f"bring back a committed one, git checkout -- {where}, or {again}"
 
 
 # ---- concepts and groups

@@ -72,7 +72,8 @@ def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
     if path.exists():
         model = load(corpus.model, path)
     else:
-        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
+        line = retrain_line(plan, bench.work)
+        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work, line)
     measured = bench.presences(plan, subset)
     if measured.exists() and weights_of(measured) != model.weight_hash():
         raise UserError(
@@ -85,7 +86,8 @@ def keep_model(corpus: Corpus, subset: Subset) -> None:
     """Write a model of TRUTH_DIR where it is committed, unless one is there."""
     bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"
     if not path.exists():
-        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work)
+        line = retrain_line("lies", bench.work)  # whose table keeps models
+        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work, line)
         make_folder(path.parent)
         save(model, path, bench.settings)
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ...errors import UserError
+from ...errors import UserError, restoration
 from ...models.text_to_image import TextToImage
 from ...workshop.embedded import pipeline as embedded
 from ...workshop.training import load_checkpoint, save_checkpoint
@@ -101,7 +101,7 @@ def load(like: TextToImage, path: Path) -> TextToImage:
                 p.copy_(tensors[name])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no small model ({reason}); restore the committed one") from None
+        raise UserError(f"{path} is no small model ({reason}); {restoration(path)}") from None
     return frozen(model)
 
 

@@ -19,7 +19,9 @@ from dattri.metric import lds as dattri_lds
 from dattri.metric import mislabel_detection_auc
 from scipy.stats import ConstantInputWarning, rankdata
 
-from ...errors import UserError
+from ...errors import UserError, call
+
+TRAIN = f"train more (some six minutes each): {call('truth/run_lds.sh', RETRAIN=1)}"
 
 
 def lds(scores: np.ndarray, presences: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -29,7 +31,7 @@ def lds(scores: np.ndarray, presences: np.ndarray, kept: np.ndarray) -> np.ndarr
     has 0. UserError for fewer than three subsets.
     """
     if len(kept) < 3:
-        raise UserError(f"{len(kept)} subsets give no correlation; train more with RETRAIN=1")
+        raise UserError(f"{len(kept)} subsets give no correlation; {TRAIN}")
     nothing = scores.shape[1]  # a row without a score fills subsets up to one size
     most = int(kept.sum(1).max())
     rows = [np.flatnonzero(k) for k in kept]

@@ -36,6 +36,7 @@ from .plan import Subset, texts_of
 from .small import SmallSettings, build, frozen, parameters
 
 ALPHA_BAR = build_scheduler().alphas_cumprod
+LASTS = "train it (some six minutes on one core)"
 SAVE_EVERY = 400  # steps
 
 
@@ -116,15 +117,18 @@ def trained(
     subset: Subset,
     settings: SmallSettings,
     work: Path,
+    line: str,
 ) -> TextToImage:
-    """The finished model of a subset from its checkpoint. UserError when there is none."""
+    """The finished model of a subset from its checkpoint. UserError, which ends in the line that
+    trains it, when there is none.
+    """
     made_from = identity(like, data, subset, settings)
     path = folder_of(work, subset, made_from) / "model.safetensors"
     if not path.exists():
-        raise UserError(f"no model of {subset.name} in {work}; train it with RETRAIN=1")
+        raise UserError(f"no model of {subset.name} in {work}; {LASTS}: {line}")
     tensors, state = load_checkpoint(path)
     if state.get("step") != settings.steps:
-        raise UserError(f"{path} is not finished; go on with RETRAIN=1")
+        raise UserError(f"{path} is not finished; {LASTS}: {line}")
     model = build(like, settings, subset.seed)
     with torch.no_grad():
         for name, p in parameters(model).items():

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...datasets.emoji import STYLE_JOINT, caption
 from ...datasets.folder import ImageCaptionDataset
-from ...errors import UserError
+from ...errors import UserError, restoration
 from ...reading import named, read_text
 from ...settings import TOKEN
 
@@ -63,7 +63,7 @@ def read_tokens(root: Path) -> list[Token]:
     fit.
     """
     table, path = root / "tables/exemplars.tsv", root / "exemplars.npz"
-    text = io.StringIO(read_text(table, "take it from the repository again"), newline="")
+    text = io.StringIO(read_text(table, restoration(table)), newline="")
     rows = list(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not path.is_file():
         raise UserError(f"the exemplars {path} are missing; {REMEDY}")

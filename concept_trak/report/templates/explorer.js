@@ -2,7 +2,7 @@
 // State lives in the address (#...), everything on the page follows from it: see `render`.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const OURS = "concept_trak", GAP = 4, LINES = 80; // px between cards; under a picture
+const OURS = "concept_trak", GAP = 4, LINES = 96; // px between cards; under a picture
 const BINS = 60, TOP = 10;
 
 // --- what is on the page: text of a script element, once the parser has come to it
@@ -164,7 +164,8 @@ class Pane {
     this.name = about.methods[m] ? m : OURS;
     options(this.concept, a.concepts.map((x, i) => [i, x.target]), a.concepts.indexOf(about));
     options(this.method, Object.keys(about.methods).map((x) => [x, x]), this.name);
-    this.title.textContent = `“${about.target}”`;
+    const several = Object.keys(about.methods).length > 1;
+    this.title.replaceChildren(`“${about.target}”`, several ? element("small", {}, ` by ${this.name}`) : "");
     this.scroller.setAttribute("aria-label", `training images by their score for ${about.target}, ${this.name}`);
     this.found = ranked(about, this.name);
     this.relevant = kept(`relevant ${a.id} ${a.concepts.indexOf(about)}`, () => new Set(about.relevant || []));

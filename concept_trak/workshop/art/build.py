@@ -30,10 +30,10 @@ import numpy as np
 from PIL import Image
 
 from ...datasets.emoji import caption
-from ...errors import UserError
+from ...errors import UserError, restoration
 from ...files import write_bytes
 from ...reading import read_json
-from .sources import fetch, icon_pictures
+from .sources import PINNED, fetch, icon_pictures
 
 TABLES = Path(__file__).resolve().parents[3] / "data" / "emoji" / "tables"
 DEFAULT_PRESET = "s8-n128"
@@ -57,11 +57,11 @@ def preset_rows(preset: str, tables: Path = TABLES) -> tuple[list[Row], list[Row
     Returns (rows, icons, sources): rows are the metadata rows; icons[i] is the row of objects.tsv
     for rows[i]; sources is sources.json. Raises UserError if the preset is unknown.
     """
-    sources = read_json(tables / "sources.json", "take it from the repository again")
+    sources = read_json(tables / "sources.json", restoration(tables / "sources.json"))
     held_out = {row["object"]: row for row in read_table(tables / "held_out.tsv")}
     known = [name for name in next(iter(held_out.values())) if name != "object"]
     if preset not in known:
-        raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(known)}")
+        raise UserError(f"unknown preset {preset!r}; set PRESET to one of {', '.join(known)}")
     style_set, size = preset.split("-n")
     styles = sources["style_sets"][style_set]
     rows, icons = [], []
@@ -130,13 +130,14 @@ def check_pictures(rows: list[Row], pictures: list[Image.Image]) -> None:
         pixels = np.asarray(picture)
         if (pixels.min(axis=2) < 250).mean() < MIN_INK:
             raise UserError(
-                f"{row['file_name']} is nearly empty; the source package or the renderer is not "
-                "the pinned one"
+                f"{row['file_name']} is nearly empty, so the source package or the renderer is not "
+                f"the pinned one; {PINNED}"
             )
         key = (row["style"], pixels.tobytes())
         if key in seen:
             raise UserError(
-                f"{row['file_name']} shows the same picture as {seen[key]}; check objects.tsv"
+                f"{row['file_name']} shows the same picture as {seen[key]}; mend its row of "
+                "tables/objects.tsv"
             )
         seen[key] = row["file_name"]
 

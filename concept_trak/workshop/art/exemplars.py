@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, restoration
 from ...files import write_bytes
 from ...reading import read_json
 from .build import TABLES, check_pictures, frame, read_table
@@ -36,7 +36,9 @@ def build(out: Path, work: Path, size: int = 64, tables: Path = TABLES) -> Path:
     UserError for a failed or altered download, or a picture that cannot be drawn.
     """
     rows = read_table(tables / "exemplars.tsv")
-    sources = read_json(tables / "exemplar_sources.json", "take it from the repository again")
+    sources = read_json(
+        tables / "exemplar_sources.json", restoration(tables / "exemplar_sources.json")
+    )
     pictures: list[Any] = [None] * len(rows)
     for style in dict.fromkeys(row["style"] for row in rows):
         info = sources["styles"][style]

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...errors import UserError
+from ...errors import UserError, removal
 from ...reading import parse_json
 
 RENDER_SIZE = 256  # width in pixels; drawings are scaled down from here
@@ -27,6 +27,8 @@ SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
     'viewBox="{box}">{body}</svg>'
 )
+PINNED = "install it: pip install 'concept-trak[build-data]'"
+NODE = "install Node.js from https://nodejs.org and run the same again"
 
 
 def integrity_of(path: Path) -> str:
@@ -46,7 +48,7 @@ def fetch(name: str, version: str, integrity: str, work: Path) -> Path:
     if found != integrity:
         raise UserError(
             f"{tarball} is not the pinned {name}@{version}: found {found}, expected {integrity}; "
-            "delete it and try again"
+            f"{removal(tarball)}"
         )
     return tarball
 
@@ -54,7 +56,7 @@ def fetch(name: str, version: str, integrity: str, work: Path) -> Path:
 def npm_pack(name: str, version: str, tarball: Path) -> None:
     """Download one package; the tarball gets its final name when it is complete."""
     if shutil.which("npm") is None:
-        raise UserError("npm is needed to build the data and is not on the PATH; install Node.js")
+        raise UserError(f"npm is needed to build the data and is not on the PATH; {NODE}")
     part = tarball.with_name(tarball.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -63,7 +65,9 @@ def npm_pack(name: str, version: str, tarball: Path) -> None:
     packed = list(part.glob("*.tgz"))
     if done.returncode or len(packed) != 1:
         reason = (done.stderr.strip().splitlines() or ["no tarball came back"])[-1]
-        raise UserError(f"npm could not download {name}@{version}: {reason}")
+        raise UserError(
+            f"npm could not download {name}@{version} ({reason}); connect and run the same again"
+        )
     os.replace(packed[0], tarball)
     shutil.rmtree(part)
 
@@ -74,7 +78,7 @@ def read_members(tarball: Path, names: set[str]) -> dict[str, bytes]:
         wanted = (member for member in archive if member.name in names)
         found = {member.name: archive.extractfile(member).read() for member in wanted}
     for name in sorted(names - found.keys()):
-        raise UserError(f"{tarball} holds no file {name}; check objects.tsv")
+        raise UserError(f"{tarball} holds no file {name}; mend its row of tables/objects.tsv")
     return found
 
 
@@ -94,9 +98,7 @@ def render_svg(svg: str, name: str) -> Image.Image:
     try:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, skip_system_fonts=True)
     except ValueError as error:
-        raise UserError(
-            f"resvg cannot draw {name}: {error}; is the installed resvg-py the pinned version?"
-        ) from None
+        raise UserError(f"resvg cannot draw {name}: {error}; {PINNED}") from None
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
@@ -108,7 +110,8 @@ def iconify_svg(icons: dict[str, Any], name: str) -> str:
     icon = icons["icons"].get(name) or icons["icons"].get(parent)
     if icon is None:
         raise UserError(
-            f"icon {name!r} is not in the iconify set {icons.get('prefix')!r}; check objects.tsv"
+            f"icon {name!r} is not in the iconify set {icons.get('prefix')!r}; mend its row "
+            "of tables/objects.tsv"
         )
     defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
     box = " ".join(str(icon.get(k, icons.get(k, v))) for k, v in defaults.items())
@@ -147,7 +150,7 @@ def icon_pictures(
     """
     if kind == "iconify":
         content = read_members(tarball, {"package/icons.json"})["package/icons.json"]
-        icons = parse_json(content, f"icons.json of {tarball}", "remove that and run again", dict)
+        icons = parse_json(content, f"icons.json of {tarball}", removal(tarball), dict)
         names = [item[style] for item in items]
         return [render_svg(iconify_svg(icons, name), f"{style}/{name}") for name in names]
     # Sets without a column of their own name their files by the code point in capitals.
@@ -163,4 +166,5 @@ def icon_pictures(
         points = [item["unicode"] for item in items]
         fonts = [(files[name], point) for name, point in zip(names, points, strict=True)]
         return [render_svg(glyph_svg(font, int(p, 16)), f"{style}/{p}") for font, p in fonts]
-    raise UserError(f"sources.json: style {style!r} has the unknown kind {kind!r}")
+    told = f"sources.json: style {style!r} has the unknown kind {kind!r}"
+    raise UserError(f"{told}; write svg, webp or font into sources.json")

@@ -57,7 +57,7 @@ class Examples:
 
     def __post_init__(self) -> None:
         if not self.kept.any():
-            raise UserError("no picture is left to train on; remove fewer")
+            raise UserError("no picture is left to train on; give kept some")
 
 
 def examples_of(

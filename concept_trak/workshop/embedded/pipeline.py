@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ...errors import removal
 from ...files import write_bytes
 from ...reading import read_json
 
@@ -148,5 +149,5 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     # transformers loads in the dtype its config names, diffusers in fp32: name fp32, or the two
     # would not fit together.
     path = Path(folder) / "text_encoder" / "config.json"
-    config = {**read_json(path, "make the pipeline again"), "dtype": "float32"}
+    config = {**read_json(path, removal(folder)), "dtype": "float32"}
     write_bytes(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

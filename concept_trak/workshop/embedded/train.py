@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ...datasets.folder import ImageCaptionDataset
+from ...errors import removal
 from ...files import atomic_folder, write_bytes
 from ...reading import parse_json, read_text
 from ..training import Phase, Run, fingerprint, phase_of, run_training, step_generator
@@ -210,5 +211,6 @@ def loss_curve(path: Path) -> list[dict[str, Any]]:
     """The lines of a training's log; none of a training too short to have one."""
     if not path.stat().st_size:
         return []
-    lines = read_text(path, "remove it and its checkpoint").splitlines()
-    return [parse_json(line, path, "remove it and its checkpoint", dict) for line in lines]
+    mend = removal(path.parent)  # of no use without its checkpoint
+    lines = read_text(path, mend).splitlines()
+    return [parse_json(line, path, mend, dict) for line in lines]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UserError
+from ...errors import UserError, removal
 from ...files import disk_errors
 from .progress import bytes_bar
 
@@ -44,8 +44,8 @@ def volumes(names: list[str]) -> dict[str, list[str]]:
     for archive, numbered in found.items():
         if missing := sorted(set(range(1, max(numbered) + 1)) - set(numbered)):
             raise UserError(
-                f"{archive}.{missing[0]:03d} is not on the hub although later volumes are; try "
-                "again later"
+                f"{archive}.{missing[0]:03d} is not on the hub although later volumes are; "
+                "run the same again later"
             )
     return {archive: [numbered[i] for i in sorted(numbered)] for archive, numbered in found.items()}
 
@@ -58,8 +58,7 @@ def find_tool() -> str:
     if importlib.util.find_spec("py7zr"):
         return "py7zr"
     raise UserError(
-        "nothing here unpacks 7z archives; run `pip install py7zr`, or install 7-Zip (7z, 7za or "
-        "7zz on the PATH)"
+        "nothing here unpacks 7z archives; put 7z, 7za or 7zz on the PATH, or pip install py7zr"
     )
 
 
@@ -109,8 +108,8 @@ def damage_named(first: Path) -> Iterator[None]:
         kind = "" if isinstance(error, RuntimeError) else type(error).__name__
         reason = " ".join(f"{kind} {error}".split())[:200]
         raise UserError(
-            f"{first} cannot be unpacked ({reason}); all its volumes are kept. If they are "
-            f"damaged, remove {first.parent} and run again to fetch them anew"
+            f"{first} cannot be unpacked ({reason}); all its volumes are kept; if they are "
+            f"damaged, {removal(first.parent)}"
         ) from error
 
 

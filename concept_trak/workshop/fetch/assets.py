@@ -59,7 +59,7 @@ def chosen_parts(text: str) -> list[Part]:
     """Parts from "a b" or "a,b"; all of them from the empty text."""
     names = re.split(r"[\s,]+", text.strip()) if text.strip() else list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
-        raise UserError(f"PARTS: {unknown[0]!r} is unknown; use some of {' '.join(PARTS)}")
+        raise UserError(f"PARTS: {unknown[0]!r} is unknown; set PARTS to some of {' '.join(PARTS)}")
     return [part for name, part in PARTS.items() if name in names]
 
 
@@ -156,8 +156,8 @@ def unpack_part(folder: DownloadFolder, part: Part, paths: list[str], tool: str)
     if lacking := [name for name in part.holds if not (root / name).exists()]:
         found = ", ".join(entry.name for entry in entries[:5]) or "nothing"
         raise UserError(
-            f"{root} holds {found} but no {lacking[0]}; put it in place by hand, the archives are "
-            "kept"
+            f"{root} holds {found} but no {lacking[0]}; move it below {root} and run the same "
+            "again, the archives are kept"
         )
     moves = [(root, part.into)] if part.into else [(entry, entry.name) for entry in entries]
     folder.place(part.name, moves)

@@ -98,4 +98,5 @@ def refuse_below_one(arguments: argparse.Namespace, *names: str) -> None:
     """UserError for the first of the named numbers that is not positive."""
     for name in names:
         if (given := getattr(arguments, name)) < 1:
-            raise UserError(f"{name.upper()}={given} is out of range; give at least 1")
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{name.upper()}={given} is out of range; give {flag} at least 1")

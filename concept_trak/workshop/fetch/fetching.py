@@ -50,7 +50,8 @@ def fetch(file: RemoteFile, part: Path, target: Path, meter: Meter, stop: thread
             say(f"{file.path}: the checksum differs; fetching it anew")
     raise UserError(
         f"{file.path}: what {file.repo.endpoint} sends twice differs from the checksum it gives; "
-        "check for a proxy in between, then run again: finished files are kept"
+        "set HF_ENDPOINT and https_proxy to ones that leave files as they are, then run the same "
+        "again: finished files are kept"
     )
 
 
@@ -67,7 +68,7 @@ def _fill(file: RemoteFile, out: FileIO, meter: Meter, stop: threading.Event) ->
                     out.truncate(0)
                     raise UserError(
                         f"{file.path}: {file.repo.endpoint} sends more than the {file.size} bytes "
-                        "that it lists; run again, or check HF_ENDPOINT and the proxy"
+                        "that it lists; run the same again, or set HF_ENDPOINT to another"
                     )
                 with disk_errors(Path(out.name)):
                     if offset < have:

@@ -16,7 +16,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import UserError, removal
 from ...files import disk_errors, write_json
 from ...reading import inside, read_json
 from .fetching import fetch, has_digest, in_parallel
@@ -65,14 +65,15 @@ class DownloadFolder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another download into {self.root} is running; wait for it or stop it"
+                f"another download into {self.root} is running; wait for it, then run the "
+                "same again"
             ) from None
         except OSError:
             pass  # a network disk without locks: then it is up to the user
 
     def _read_record(self) -> None:
-        mend = "remove it: files found complete are not fetched again"
         path = self._record_path
+        mend = removal(path, "run the same again, which keeps complete files")
         if not os.path.lexists(path):
             return
         known = read_json(path, mend)
@@ -129,7 +130,8 @@ class DownloadFolder:
                 left.append((file, path))
             else:
                 raise UserError(
-                    f"{found} is there but is not the file on the hub; move it away and run again"
+                    f"{found} is there but is not the file on the hub; move it away and run "
+                    "the same again"
                 )
         return left
 
@@ -225,5 +227,5 @@ class DownloadFolder:
         if count + SPARE > free:
             raise UserError(
                 f"{what} needs {human(count + SPARE)} on the disk of {self.root} but "
-                f"{human(free)} are free; make room, or use another folder"
+                f"{human(free)} are free; make room, or set DATA_DIR or GRAD_ROOT to another disk"
             )

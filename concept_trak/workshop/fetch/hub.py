@@ -127,7 +127,7 @@ class Repo:
 
         if not constants.HF_HUB_OFFLINE:  # which the session says itself, better
             refuse_offline(
-                self.endpoint, "connect, or set HF_ENDPOINT to a mirror; what is here is kept"
+                self.endpoint, "what is here is kept; connect, or set HF_ENDPOINT to a mirror"
             )
         root = f"{self.endpoint}/api/{self.repo_type}s/{self.repo_id}"
         self.commit = self._page(get_session(), root)[0]["sha"]
@@ -195,7 +195,7 @@ class Patience:
     def _refusal(self, error: Exception, status: int | None) -> UserError:
         host = self.repo.endpoint
         if _is_offline(error):
-            return UserError("HF_HUB_OFFLINE is set; unset it to download")
+            return UserError("HF_HUB_OFFLINE is set; to download, unset HF_HUB_OFFLINE")
         if status in (401, 403):
             return UserError(
                 f"{self.what}: {host} refuses access ({status}): private, gated or not there; "
@@ -203,12 +203,13 @@ class Patience:
             )
         if status == 404:
             return UserError(
-                f"{self.what} is not on {host} ({self.repo.repo_type}); check the name, or run "
-                "again later: finished files are kept"
+                f"{self.what} is not on {host} ({self.repo.repo_type}); check the name in "
+                "PATH_IN_REPO or PARTS, "
+                "or run the same again later: finished files are kept"
             )
         return UserError(
             f"{self.what}: no success with {host} in {self.failures} tries ({short(error)}); "
-            "check the network and HF_ENDPOINT, then run again: what is here is kept"
+            "check the network and HF_ENDPOINT, then run the same again: what is here is kept"
         )
 
 

@@ -143,7 +143,7 @@ class Judge(nn.Module):
         n, objects, styles = len(pictures), len(true_objects), len(true_styles)
         if not n == objects == styles:
             told = f"{n} pictures, {objects} objects, {styles} styles"
-            raise UserError(f"{told}: give one object and one style a picture")
+            raise UserError(f"{told}; give pictures a true_objects and a true_styles each")
         wanted_objects = class_indices(true_objects, self.objects, "object")
         wanted = np.array([wanted_objects, class_indices(true_styles, self.styles, "style")])
         right = np.array(self.predict(pictures)[:2]) == wanted
@@ -176,7 +176,7 @@ def class_indices(names: Sequence[str], classes: list[str], what: str) -> list[i
     if unknown := sorted({name for name in names if name not in classes}):
         raise UserError(
             f"the judge does not know the {what} {unknown[0]!r}; train it on data that has "
-            f"it: {call('emoji/train_judge.sh', DATA_DIR='my_pictures')}"
+            f"it (two hours on one core): {call('emoji/train_judge.sh', DATA_DIR='my_pictures')}"
         )
     return [classes.index(name) for name in names]
 
@@ -191,8 +191,7 @@ def to_input(images: np.ndarray, settings: JudgeSettings) -> torch.Tensor:
     if not (fits and len(images)):
         got = f"{images.dtype} {list(images.shape)}"
         raise UserError(
-            f"the judge takes uint8 pictures [n, {side}, {side}, 3], got {got}; resize or convert "
-            "them first"
+            f"the judge takes uint8 pictures [n, {side}, {side}, 3], got {got}; give images so"
         )
     x = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
     return F.interpolate(x, size=settings.inner_size, mode="bilinear", antialias=True)

@@ -14,7 +14,10 @@ from ...files import disk_errors, sha256_file, write_bytes, write_json
 from ...reading import read_json, read_safetensors
 from .net import Judge, JudgeSettings
 
-AGAIN = f"make the judge again: {call('emoji/train_judge.sh')}"
+AGAIN = (
+    "bring back the committed one, git checkout -- data/emoji/judge, or make the judge again (two "
+    f"hours on one core): {call('emoji/train_judge.sh')}"
+)
 
 
 def save_judge(judge: Judge, folder: str | Path, facts: dict[str, Any]) -> None:

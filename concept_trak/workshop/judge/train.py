@@ -127,8 +127,8 @@ def fold_of_cells(
         for name in np.unique(names):
             if len(np.unique(fold[names == name])) < 2:
                 raise UserError(
-                    f"all pictures of {name!r} fall in one of {folds} folds; it needs more, or "
-                    "folds=0 to skip this"
+                    f"all pictures of {name!r} fall in one of {folds} folds; give it more, or "
+                    "leave this out with folds=0"
                 )
     return fold
 
@@ -198,7 +198,7 @@ def train_and_save(
     if None in names[0] or None in names[1]:
         raise UserError(
             f"{dataset.root} has rows without an object or a style; the judge learns both, so "
-            "every row needs both"
+            f"write them into each row of {dataset.root}/metadata.jsonl"
         )
     rows = range(len(dataset))
     decoded = model.reconstruct(dataset.images(rows, model.image_size))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...errors import UserError
 
+FLAGS = {"steps": "steps", "lr": "learning-rate", "batch_size": "batch-size"}
 PROMPT = "A picture in the style of {} art"  # AbC's train prompt of a style
 
 
@@ -27,4 +28,5 @@ class TokenSettings:
         for name in ("steps", "lr", "batch_size"):
             value = getattr(self, name)
             if not value > 0:  # a NaN is refused, too
-                raise UserError(f"{name}={value} of the token's training must be above 0")
+                told = f"{name}={value} of the token's training is not above 0"
+                raise UserError(f"{told}; give --{FLAGS[name]} more")

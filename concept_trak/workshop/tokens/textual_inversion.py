@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...datasets.folder import ImageCaptionDataset, pictures
-from ...errors import UserError
+from ...errors import UserError, removal
 from ...files import disk_errors, sha256_file, write_json
 from ...models.condition import Condition
 from ...models.schedule import NUM_TRAIN_TIMESTEPS
@@ -43,7 +44,6 @@ from ..training import (
 from .settings import PROMPT, TokenSettings
 
 SAVE_EVERY = 100  # steps between checkpoints; a killed run repeats the steps since the last
-REMEDY = "give another --out-dir or remove it"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Lesson:
     settings: TokenSettings
 
 
+def other_folder(path: Path) -> str:
+    """What to do about a file of another run."""
+    return f"give another --out-dir, or {removal(path)}"
+
+
 def initial_embedding(model: TextToImage, word: str) -> tuple[torch.Tensor, str]:
     """(embedding [d], the token it is of): the first token of a word or phrase, as the method asks
     for one. UserError for none.
@@ -64,7 +69,7 @@ def initial_embedding(model: TextToImage, word: str) -> tuple[torch.Tensor, str]
     numbers = tokenizer(word, add_special_tokens=False).input_ids
     if not numbers:
         raise UserError(
-            f"--init-word={word!r} has no token; give a word that describes the pictures"
+            f"--init-word={word!r} has no token; give --init-word one that describes the pictures"
         )
     row = table.weight[numbers[0]].detach().float().cpu().clone()
     return row, tokenizer.convert_ids_to_tokens(numbers[0])
@@ -139,7 +144,7 @@ def fit(
     optimizer = torch.optim.AdamW([row], lr=settings.lr, weight_decay=settings.weight_decay)
     if checkpoint.exists():
         tensors, state = load_checkpoint(checkpoint)
-        refuse_other(identity, state.get("identity", {}), checkpoint, REMEDY)
+        refuse_other(identity, state.get("identity", {}), checkpoint, other_folder(checkpoint))
         first, mean, row.data = state["step"], state["mean"], tensors.pop("row").to(device)
         moments = {k: v.to(device) for k, v in tensors.items()}
         optimizer.state[row] = moments | {"step": torch.tensor(float(first))}
@@ -150,7 +155,7 @@ def fit(
             loss = token_loss(lesson, step)
             value = loss.item()
             if not math.isfinite(value):
-                remedy = f"lower --learning-rate and remove {checkpoint}"
+                remedy = f"give a lower --learning-rate: rm {shlex.quote(str(checkpoint))}"
                 raise UserError(f"the token's loss is {value} at step {step}; {remedy}")
             (row.grad,) = torch.autograd.grad(loss, [row])
             optimizer.step()
@@ -183,8 +188,8 @@ def train_token(
     stem = stem_of(token, prompt)
     if model.dtype == torch.float16:
         raise UserError(
-            "a token's gradient is lost in DTYPE=fp16; train it with fp32 or bf16, it can be used "
-            "with any"
+            "a token's gradient is lost in DTYPE=fp16; set DTYPE to fp32 or bf16, the token can "
+            "be used with any"
         )
     path, data = Path(out_dir) / f"{stem}.safetensors", pictures(images, prompt)
     start, start_token = initial_embedding(model, settings.init_word or init_word_of(prompt, token))
@@ -226,11 +231,11 @@ def is_finished(path: Path, identity: dict[str, Any]) -> bool:
     record = path.with_suffix(".json")
     if not (path.exists() and record.exists()):
         return False
-    facts = read_json(record, "remove it and train the token again")
+    facts = read_json(record, removal(record, "train the token again"))
     if facts.get("sha256") != sha256_file(path):
         return False
     known = facts.get("identity")
-    refuse_other(identity, known if isinstance(known, dict) else {}, path, REMEDY)
+    refuse_other(identity, known if isinstance(known, dict) else {}, path, other_folder(path))
     return True
 
 
@@ -241,6 +246,6 @@ def prompt_ids(model: TextToImage, prompt: str, number: int) -> torch.Tensor:
     ).input_ids.to(model.device)
     if number not in ids:
         token = model.pipe.tokenizer.convert_ids_to_tokens(number)
-        reason = f"lies beyond the {ids.shape[1]} tokens of a prompt; shorten the prompt"
+        reason = f"lies beyond the {ids.shape[1]} tokens of a prompt; shorten --prompt"
         raise UserError(f"the token {token} {reason}")
     return ids

@@ -220,7 +220,7 @@ def test_a_kept_model_is_the_one_that_was_trained(tiny_model, data, latents, tmp
     assert torch.equal(weights(again), weights(model).half().float())
     assert again.weight_hash() == model.weight_hash()
     finished = trainer.trained(
-        tiny_model, data.split("train"), Subset("x", 0), TINY, tmp_path / "work"
+        tiny_model, data.split("train"), Subset("x", 0), TINY, tmp_path / "work", "a line"
     )
     assert torch.equal(weights(finished), weights(model))
 
@@ -233,8 +233,8 @@ def test_a_model_that_does_not_fit_is_one_line(tiny_model, data, tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="is not a safetensors file"):
         small.load(tiny_model, path)
-    with pytest.raises(UserError, match="no model of x .*; train it with RETRAIN=1"):
-        trainer.trained(tiny_model, data.split("train"), Subset("x", 0), TINY, tmp_path)
+    with pytest.raises(UserError, match="no model of x .*one core.: a line$"):
+        trainer.trained(tiny_model, data.split("train"), Subset("x", 0), TINY, tmp_path, "a line")
 
 
 def test_a_process_of_the_fleet_ends_with_the_one_that_started_it(tmp_path):

@@ -762,7 +762,7 @@ def test_offline_mode_is_one_line(abc, server):
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and not server.log
-    assert done.stderr == "error: HF_HUB_OFFLINE is set; unset it to download\n"
+    assert done.stderr == "error: HF_HUB_OFFLINE is set; to download, unset HF_HUB_OFFLINE\n"
 
 
 def test_a_token_that_may_not_be_sent_unasked_is_not(abc, server, monkeypatch):

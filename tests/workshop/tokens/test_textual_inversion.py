@@ -156,7 +156,9 @@ def test_a_checkpoint_of_other_settings_is_refused(model, images, tmp_path, monk
     with pytest.raises(UserError, match="another lr"):
         train_token(model, images, tmp_path, prompt=PROMPT, settings=TokenSettings(steps=2, lr=1.0))
     (tmp_path / "new1.checkpoint.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="not a safetensors file.*remove it and train again"):
+    with pytest.raises(
+        UserError, match="not a safetensors file.*remove it and run the same again: rm "
+    ):
         train_token(model, images, tmp_path, prompt=PROMPT, settings=TokenSettings(steps=2))
 
 
