@@ -74,8 +74,7 @@ def run_train_grad(settings: Settings, device: str) -> None:
 
     store = train_grad(Corpus(settings, device))
     print(
-        f"{os.path.relpath(store.folder)}: {store.num_rows} rows of {store.dim}, shards left: "
-        f"{len(store.pending())}"
+        f"{store.where}: {store.num_rows} rows of {store.dim}, shards left: {len(store.pending())}"
     )
 
 
@@ -205,7 +204,8 @@ class Verb:
 
 PLACE = ("device", "gpu_id")
 MODEL = ("model", "data_dir", *PLACE)
-ROWS = ("rows", "projection", "grad_dir", "batch_size", "num_train", *MODEL)
+CLUSTER = ("executor", "num_cpus", "num_gpus", "piece_rows", "task_retries")
+ROWS = ("rows", "projection", "grad_dir", "store_cache", "batch_size", "num_train", *MODEL)
 TASK_ROWS = ("tasks", "force_recompute_concept_grad", *ROWS)
 PICTURES = ("negative_prompt", "gen_guidance_scale", "gen_num_inference_steps")
 OF_WEIGHTS = (
@@ -257,7 +257,7 @@ VERBS = {
         run_train_grad,
         "Compute the rows of the training pictures, and keep them; goes on where it stopped.",
         "--nfe 5 --shards 0-1",
-        ("store", "gpu_ids", *ROWS),
+        ("store", "gpu_ids", *CLUSTER, *ROWS),
         check="check_model",
     ),
     "build-index": Verb(
@@ -335,6 +335,7 @@ VERBS = {
 # arguments.
 WITH_OWN_FLAGS = (
     *("evaluation.bench.command", "evaluation.bench.many", "evaluation.bench.index_command"),
+    "evaluation.bench.cluster_command",
     *("evaluation.retraining.command", "evaluation.labelled.command"),
     *("evaluation.small_abc.command", "evaluation.overview", "evaluation.cad.command"),
     *("report.weights_command", "service.bench"),
@@ -399,7 +400,11 @@ def run_with_settings(
         getattr(importlib.import_module(".attribution.early", __package__), verb.check)(settings)
     say(f"loading the model {settings.sd_model_path.removeprefix(f'{ROOT}/')} ...")
     # the other verbs have no use for GPU_IDS; the processes pick their own devices
-    if settings.gpu_ids and run is run_train_grad:
+    if run is run_train_grad and settings.executor == "ray":
+        from .attribution.cluster import launch_tasks
+
+        return launch_tasks(settings)
+    if run is run_train_grad and (settings.gpu_ids or settings.executor == "gpus"):
         from .attribution.launch import launch_shards
 
         return launch_shards(settings)

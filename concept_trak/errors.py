@@ -12,6 +12,12 @@ class UserError(Exception):
     """
 
 
+class TransientError(UserError):
+    """What passes by itself: a cut connection, a lock that another process holds. Whoever has the
+    time may try again; the message says what was tried.
+    """
+
+
 def call(script: str, **variables: object) -> str:
     """The line that runs a script of the checkout with these variables, to end a refusal with."""
     given = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]

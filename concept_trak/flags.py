@@ -30,8 +30,8 @@ from .settings import (
 FROM_ENV = "CONCEPT_TRAK_FROM_ENV"  # set by the scripts, which make flags of variables
 # variables of the scripts that are no settings
 OF_SCRIPTS = (
-    "PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split()
-    + ["API_TOKEN"]
+    *"PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split(),
+    *("API_TOKEN", "RAY_ADDRESS"),
 )
 # what works with the scores of all pictures: LDS, tables of recall and average precision
 NEED_ALL_SCORES = ("evaluate", "evaluate-tasks", "truth", "labelled", "small-abc")

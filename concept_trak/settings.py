@@ -260,7 +260,15 @@ class Data:
 class Store:
     """Where rows are kept."""
 
-    grad_dir: str = option(str(ROOT / "experiments/abc/results/grads"), "folder of the stores")
+    grad_dir: str = option(
+        str(ROOT / "experiments/abc/results/grads"),
+        "folder of the stores, or an address on object storage: s3://bucket/prefix",
+    )
+    store_cache: str = option(
+        "",
+        "folder for copies of stores on object storage; empty: .cache/concept-trak/stores of the "
+        "home folder",
+    )
     num_split: int = option(16, "into how many files rows are split", "shards", low=1)
     shards: str = option(
         "", "which to compute, e.g. 3,7-9; empty: all", parse=partial(number_ranges, "SHARDS")
@@ -281,6 +289,22 @@ class Run:
     gpu_id: str = option("", "number of the GPU; empty: the first")
     gpu_ids: str = option(
         "", "one process on each, e.g. '0 1 2 3'; cpu for one on the CPU", parse=parse_gpu_ids
+    )
+    executor: str = option(
+        "local",
+        "who computes the train gradients: local (this process), gpus (processes on GPU_IDS, as "
+        "whenever those are set), ray (the cluster of RAY_ADDRESS, or one that is started here)",
+        choices=("local", "gpus", "ray"),
+    )
+    num_cpus: float = option(1.0, "that a task of EXECUTOR=ray takes", "CPUs", low=0, high=1024)
+    num_gpus: float = option(
+        0.0, "that a task of EXECUTOR=ray takes; 0: it computes on the CPU", "GPUs", low=0, high=64
+    )
+    piece_rows: int = option(
+        1024, "that a task of EXECUTOR=ray computes, and keeps, at once", "rows", low=1
+    )
+    task_retries: int = option(
+        5, "of a task of EXECUTOR=ray whose worker or node died", "times", low=0, high=1000
     )
 
 

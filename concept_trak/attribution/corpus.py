@@ -27,15 +27,21 @@ from ..settings import Settings
 from .plan import row_settings
 from .stores import mask_of
 
+ENCODED_TOGETHER = 64  # pictures
+
 
 class FolderData:
     """Pictures and captions of a folder (`datasets.folder`), encoded by the model itself.
 
-    Attributes: everything, all pictures; pictures, its train split.
+    Attributes: everything, all pictures; pictures, its train split; apart, whether only the
+    pictures that are asked for are encoded, by one of many who share the work.
     """
+
+    apart = False
 
     def __init__(self, root: str, model: TextToImage) -> None:
         self.everything, self.model = load_folder(root), model
+        self._kept: dict[int, torch.Tensor] = {}  # the blocks of the last batch
         self.pictures = self.everything.split("train")
         if not len(self.pictures):
             raise UserError(
@@ -53,14 +59,28 @@ class FolderData:
 
         For more, see `prepare`.
         """
-        size, step, n = self.model.image_size, 64, len(self)
-        parts = (self.pictures.images(range(i, min(i + step, n)), size) for i in range(0, n, step))
-        return torch.cat([self.model.encode_images(part).cpu() for part in parts])
+        blocks = range(-(-len(self) // ENCODED_TOGETHER))
+        return torch.cat([self._encoded(block) for block in blocks])
+
+    def _encoded(self, block: int) -> torch.Tensor:
+        """[b, C, h, w] of the block's pictures: those encoded together, whoever wants them."""
+        first = block * ENCODED_TOGETHER
+        rows = range(first, min(first + ENCODED_TOGETHER, len(self)))
+        return self.model.encode_images(self.pictures.images(rows, self.model.image_size)).cpu()
+
+    def _latents(self, rows: range) -> torch.Tensor:
+        """[b, C, h, w] of consecutive pictures; of their blocks, if they are encoded apart."""
+        if not self.apart:
+            return self.latents[rows.start : rows.stop]
+        blocks = range(rows.start // ENCODED_TOGETHER, (rows.stop - 1) // ENCODED_TOGETHER + 1)
+        first = blocks.start * ENCODED_TOGETHER
+        self._kept = {b: self._kept[b] if b in self._kept else self._encoded(b) for b in blocks}
+        return torch.cat([*self._kept.values()])[rows.start - first : rows.stop - first]
 
     def batch(self, rows: range) -> tuple[torch.Tensor, Condition]:
         """x0 [b, C, h, w] and captions of consecutive train pictures, on the model's device."""
         cond = self.model.encode_prompts([self.pictures.captions[i] for i in rows])
-        return self.latents[rows.start : rows.stop].to(self.model.device), cond
+        return self._latents(rows).to(self.model.device), cond
 
     def content_hash(self) -> str:
         """Of the train pictures and captions; see `ImageCaptionDataset`."""
@@ -150,7 +170,7 @@ class Corpus:
 
         UserError when that is another than PROJ_MASK, or not clear.
         """
-        wanted = self._origin() | {"data": self.data.content_hash()}
+        wanted = self.origin() | {"data": self.data.content_hash()}
         mask = mask_of(self.settings, wanted, self.parameters)
         return projection_for(self.parameters, self.settings, self.device, mask)
 
@@ -173,13 +193,13 @@ class Corpus:
         The one identity of stores and caches. BATCH_SIZE and MAX_MEMORY are not part of it: they
         change nothing but speed and memory.
         """
-        return self._origin() | {"projection": self.projection.describe(), **made_from}
+        return self.origin() | {"projection": self.projection.describe(), **made_from}
 
     def train_identity(self) -> dict[str, Any]:
         """What a store of this corpus must have been made from."""
         return self.identity(data=self.data.content_hash())
 
-    def _origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
         """What a row depends on beside its projection."""
         judge = self.fit_judge
         own = {"rows": row_settings(self.settings), "model": self.model.identity()}

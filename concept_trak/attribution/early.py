@@ -14,8 +14,9 @@ from ..index.library import FOLDER, faiss
 from ..models.folder import is_local, refuse_other_folder, unet_size
 from ..parsing import parse_methods
 from ..settings import Settings
+from ..store.remote import bring_manifests, is_address
 from . import prompts
-from .plan import folder_name
+from .plan import folder_name, store_base
 
 LATENTS = "laion_latents.npy"  # of encoded pictures, see `datasets.encoded`
 ROW_STAGES = ("rows", "projection", "model", "data_dir", "num_train", "grad_dir")
@@ -91,14 +92,16 @@ def there_are_rows(settings: Settings) -> bool:
 def stores_there(settings: Settings) -> list[Path]:
     """What there is under the name of the settings' store."""
     name = folder_name(settings)
-    bases = Path(settings.grad_dir), Path(settings.data_dir) / "grads"
+    bases = store_base(settings), Path(settings.data_dir) / "grads"
+    bring_manifests(bases[0], name)
     there = [f for base in bases if base.is_dir() for f in base.iterdir()]
     return [folder for folder in there if folder.name.startswith(name)]
 
 
 def rows_missing(settings: Settings) -> str:
     """What to run for rows that are not there, and how long it takes."""
-    s, where = settings, os.path.relpath(Path(settings.grad_dir) / folder_name(settings))
+    s, where = settings, f"{settings.grad_dir}/{folder_name(settings)}"
+    where = where if is_address(where) else os.path.relpath(where)
     takes = estimate(s, number_of_pictures(s))
     told = f" ({takes})" if takes else ""
     return f"no train gradients in {where}; make them{told}: {command('train-grad', s, ROW_STAGES)}"
@@ -153,7 +156,7 @@ def own_estimate(settings: Settings) -> str:
     values = 2 * LATENT_CHANNELS * side**2 + TEXT_VALUES
     wide = 4 if s.store_dtype == "float32" else 2
     needed = count * (2 * values + wide * s.proj_dim)
-    place = Path(s.grad_dir)
+    place = store_base(s)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

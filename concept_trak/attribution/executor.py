@@ -1,23 +1,28 @@
-"""Who computes the shards of a store: this process, or several at a time."""
+"""Who computes the shards of a store: this process, several at a time, or a cluster
+(`ray_tasks`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import UserError
 
 POLL_SECONDS = 0.5
 
-Compute = Callable[[int], None]
+Compute = Callable[[Any], None]  # of a shard's number, or whatever names a part of the work
 
 
 class Executor(Protocol):
-    """Gets `compute(shard)`, which makes a shard complete, and has it called for every shard."""
+    """Gets `compute(shard)`, which makes a shard complete, and has it called for every shard.
 
-    def run(self, compute: Compute, shards: Sequence[int]) -> None:
+    `compute` may be called again for what was complete already: it must do nothing then.
+    """
+
+    def run(self, compute: Compute, shards: Sequence[Any]) -> None:
         """UserError at the end, naming them, if some shards failed; the others are complete."""
         ...
 

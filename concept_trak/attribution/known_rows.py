@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError, removal
-from ..files import write_json
 from ..reading import read_json
 from ..settings import Settings, digest
 from ..store.checks import check_shard
 from ..store.shards import Store
-from .plan import folder_name
+from .plan import folder_name, store_base
 from .stores import stores_named
 
 PICTURES = "pictures.json"  # digests of a store's pictures, row by row
@@ -64,9 +63,9 @@ class KnownRows:
 
 def keep_digests(store: Store, digests: Sequence[str]) -> None:
     """Write down which pictures the rows are of, beside them."""
-    path = store.folder / PICTURES
     if _digests(store) != list(digests):
-        write_json(path, {"digests": list(digests), "checksum": digest(list(digests))})
+        named = {"digests": list(digests), "checksum": digest(list(digests))}
+        store.keep_beside(PICTURES, named)
 
 
 def refuse_other_pictures(store: Store, shown: str) -> None:
@@ -76,12 +75,12 @@ def refuse_other_pictures(store: Store, shown: str) -> None:
     Nothing in a release says which picture a row is of; that nothing changed since is all that can
     be known. shown: `EncodedData.shown_hash`, empty if there is nothing to check.
     """
-    path = store.folder / SHOWN
     if not shown:
         return
+    path = store.beside(SHOWN)
     if not os.path.lexists(path):
         with contextlib.suppress(UserError):  # a folder that cannot be written
-            write_json(path, {"pictures": shown})
+            store.keep_beside(SHOWN, {"pictures": shown})
     elif (
         read_json(path, removal(path, "run again if the pictures are as released")).get("pictures")
         != shown
@@ -94,7 +93,7 @@ def refuse_other_pictures(store: Store, shown: str) -> None:
 def _digests(store: Store) -> list[str]:
     """Of the pictures of a store; [] if it does not say, or not of all."""
     try:
-        record = read_json(store.folder / PICTURES, removal(store.folder / PICTURES))
+        record = read_json(store.beside(PICTURES), removal(store.folder / PICTURES))
     except UserError:
         return []
     digests = record.get("digests")
@@ -110,7 +109,7 @@ def known_rows(store: Store, settings: Settings, digests: Sequence[str]) -> Know
     for row, name in enumerate(digests):
         places.setdefault(name, []).append(row)
     sources: dict[int, Source] = {}
-    for folder in stores_named(Path(settings.grad_dir) / folder_name(settings)):
+    for folder in stores_named(store_base(settings) / folder_name(settings)):
         if folder != store.folder and (other := _sibling(folder, store)):
             theirs = _digests(other)
             for shard in range(other.num_split if theirs else 0):

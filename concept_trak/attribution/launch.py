@@ -42,7 +42,8 @@ def command(settings: Settings, shard: int, gpu: str) -> list[str]:
     """
     place = ["--cpu"] if gpu == "cpu" else ["--gpu_ids", gpu]
     device = "cpu" if gpu == "cpu" else ""
-    child = settings.but(shards=str(shard), gpu_ids="", gpu_id="", device=device, repair=False)
+    here = {"gpu_ids": "", "gpu_id": "", "device": device, "executor": "local"}
+    child = settings.but(shards=str(shard), repair=False, **here)
     flags = [
         f"--{name.replace('_', '-')}={int(v) if isinstance(v, bool) else v}"
         for name, v in child.flat().items()

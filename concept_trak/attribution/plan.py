@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..registry import OBJECTIVES
 from ..settings import Settings, as_dict, digest
+from ..store.remote import local_base
 from . import prompts
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ def row_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
+def store_base(settings: Settings) -> Path:
+    """The folder of GRAD_DIR's stores; for an address on object storage, that of their copies."""
+    return local_base(settings.grad_dir, settings.store_cache)
+
+
 def folder_name(settings: Settings) -> str:
     """Of a store: {layer}-{f}-NFE{n}[-norm][-ddim-gs_{g}] as in the reference; our own inversion
     grid and other projections are appended.
@@ -81,6 +87,7 @@ OF_WEIGHTS = (
 NOT_DECIDING = {
     *("results_dir", "grad_dir", "data_dir", "source_dir", "sd_model_path", "lora_path", "device"),
     "fit_model_path",
+    *("store_cache", "executor", "num_cpus", "num_gpus", "piece_rows", "task_retries"),
     *("gpu_id", "gpu_ids", "batch_size", "max_memory", "num_split", "shards", "num_queries"),
     *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
     *("force_recompute_concept_grad", "repair", "retrain", "truth_dir", "replay_steps"),

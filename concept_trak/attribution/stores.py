@@ -13,9 +13,10 @@ from torch import nn
 
 from ..errors import UserError
 from ..settings import Settings, digest
+from ..store.remote import bring_manifests
 from ..store.shards import Store
 from .adopt import adopt_release, resolve_mask
-from .plan import folder_name
+from .plan import folder_name, store_base
 
 MARKS = ("manifest.json", "train_grad-0.npy")
 Identity = dict[str, Any]  # what a store was made from, or a part of it; JSON
@@ -25,7 +26,7 @@ def find_store(settings: Settings, wanted: Identity) -> Path | None:
     """The folder of the store whose identity agrees best with what is wanted of it, under GRAD_DIR
     or, as for embedded data, DATA_DIR/grads. None if there is none of the settings' name.
     """
-    bases = Path(settings.grad_dir), Path(settings.data_dir) / "grads"
+    bases = store_base(settings), Path(settings.data_dir) / "grads"
     there = [f for base in bases for f in stores_named(base / folder_name(settings))]
     return max(there, key=lambda folder: _agreement(folder, wanted), default=None)
 
@@ -34,7 +35,7 @@ def new_folder(settings: Settings, identity: Identity) -> Path:
     """Where the rows of this identity go: named as in the reference, or with the hash of the
     identity where a store of that name is of something else.
     """
-    folder = Path(settings.grad_dir) / folder_name(settings)
+    folder = store_base(settings) / folder_name(settings)
     fitting = [f for f in stores_named(folder) if _agreement(f, identity)[0] == len(identity)]
     if fitting or not (folder / "manifest.json").exists() or _identity(folder) is None:
         return next(iter(fitting), folder)
@@ -43,6 +44,7 @@ def new_folder(settings: Settings, identity: Identity) -> Path:
 
 def stores_named(folder: Path) -> list[Path]:
     """The stores of a name: the plain one first, then those with a hash behind it."""
+    bring_manifests(folder.parent, folder.name)
     others = sorted(folder.parent.glob(f"{glob.escape(folder.name)}-*"))
     named = [f for f in others if re.fullmatch(r"-[0-9a-f]{10}", f.name[len(folder.name) :])]
     return [f for f in (folder, *named) if any((f / mark).exists() for mark in MARKS)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ..settings import provenance
 from ..store.checks import still_to_make
 from ..store.encoding import STORED_TYPES
 from ..store.manifest import Layout
+from ..store.pieces import Piece
 from ..store.shards import Store
 from ..system import say
 from .corpus import Corpus
@@ -49,12 +51,12 @@ def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:
     s, store = corpus.settings, create_store(corpus)
     pending = still_to_make(store, parse_shards(s.shards, store.num_split), s.repair)
     known = known_rows(store, s, corpus.data.digests()) if pending else KnownRows({})
-    rows = [range(store.resume_row(i), store.shard_range(i)[1]) for i in pending]
+    rows = [range(*run) for i in pending for run in store.missing(i)]
     taken = sum(map(known.count, rows))
     todo = sum(map(len, rows)) - taken
     size = store.num_rows * store.dim * STORED_TYPES[store.dtype].itemsize / 1e6
     progress = f"{todo} of {store.num_rows} rows to compute, {size:.0f} MB on disk when complete"
-    say(f"{store.folder}: {progress}" + (f", {taken} known from before" if taken else ""))
+    say(f"{store.where}: {progress}" + (f", {taken} known from before" if taken else ""))
     with tqdm(total=todo, desc="train gradients", unit="image") as bar:
         (executor or InProcess()).run(lambda i: fill(corpus, store, i, known, bar), pending)
     return store
@@ -105,21 +107,49 @@ def _open(corpus: Corpus, verify: bool) -> Store:
 
 
 def fill(corpus: Corpus, store: Store, shard: int, known: KnownRows, bar: tqdm) -> None:
-    """Make what a shard lacks and finish it. Batches start where they would in an uninterrupted
-    run, so its bytes are the same.
-    """
-    (start, stop), size = store.shard_range(shard), corpus.settings.batch_size
-    first = store.resume_row(shard)
-    for low in range(start + (first - start) // size * size, stop, size):
-        for is_known, run in known.runs(range(low, min(low + size, stop))):
-            missing = max(first - run.start, 0)
-            if missing >= len(run):
-                continue
-            rows, losses = known.read(run) if is_known else computed(corpus, run)
-            kept = losses[missing:] if store.has_losses else None
-            store.append(shard, rows[missing:], run.start + missing, kept)
-            bar.update(0 if is_known else len(run) - missing)
+    """Make what a shard lacks, in order, and finish it."""
+    while True:
+        store.absorb(shard)
+        missing = store.missing(shard)
+        if not missing:
+            break
+        for made in batches(corpus, store, Piece(shard, *missing[0]), known):
+            losses = made.losses if store.has_losses else None
+            store.append(shard, made.values, made.rows.start, losses)
+            bar.update(0 if made.known else len(made.rows))
     store.finish(shard)
+
+
+def fill_piece(corpus: Corpus, store: Store, piece: Piece, known: KnownRows) -> None:
+    """Make a piece, whole, and keep it."""
+    made = list(batches(corpus, store, piece, known))
+    losses = np.concatenate([part.losses for part in made]) if store.has_losses else None
+    store.put_piece(piece, np.concatenate([part.values for part in made]), losses)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """values [b, k] and losses [b] of consecutive rows; known: taken from another store."""
+
+    rows: range
+    values: np.ndarray
+    losses: np.ndarray
+    known: bool
+
+
+def batches(corpus: Corpus, store: Store, piece: Piece, known: KnownRows) -> Iterator[Batch]:
+    """Yield the rows of a piece. Batches are those of an uninterrupted run over the shard, whatever
+    of them is wanted, so the bytes are the same.
+    """
+    (start, stop), size = store.shard_range(piece.shard), corpus.settings.batch_size
+    for low in range(start + (piece.first - start) // size * size, piece.stop, size):
+        for is_known, run in known.runs(range(low, min(low + size, stop))):
+            rows = range(max(run.start, piece.first), min(run.stop, piece.stop))
+            if not rows:
+                continue
+            values, losses = known.read(run) if is_known else computed(corpus, run)
+            here = slice(rows.start - run.start, rows.stop - run.start)
+            yield Batch(rows, values[here], losses[here], is_known)
 
 
 def computed(corpus: Corpus, rows: range) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from ..attribution.corpus import Corpus
-from ..attribution.plan import folder_name
+from ..attribution.plan import folder_name, store_base
 from ..attribution.question import Picture, Question, generated
 from ..attribution.rankers import GradientRanker
 from ..attribution.train_grad import make_rows, open_store
@@ -95,7 +95,7 @@ def exemplar_rows(corpus: Corpus, number: int, task: Task) -> np.ndarray:
             rows.append(torch.cat(parts, 1).cpu().numpy())
         return np.concatenate(rows)
 
-    path = Path(s.grad_dir) / folder_name(s) / f"task_grad-{number}.npy"
+    path = store_base(s) / folder_name(s) / f"task_grad-{number}.npy"
     return cached_array(path, made_from, compute, s.force_recompute_concept_grad)
 
 
@@ -110,7 +110,7 @@ def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
     ranker = GradientRanker(corpus)
     layer, guidance = s.layer.replace("|", "+"), s.concept_guidance_scale
     name = f"{layer}-test_grad-NFE{s.nfe}-gs_{guidance}-eta_{s.eta}"
-    path = Path(s.grad_dir) / (name + ("-norm" if s.normalize else "")) / f"test_grad-{number}.npy"
+    path = store_base(s) / (name + ("-norm" if s.normalize else "")) / f"test_grad-{number}.npy"
     made_from, force = ranker.identity(question), s.force_recompute_concept_grad
     return cached_array(path, made_from, lambda: ranker.row(question), force)
 

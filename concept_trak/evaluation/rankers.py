@@ -24,7 +24,6 @@ unless the settings ask for an inversion. Beside them the controls of `controls`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..registry import RANKERS
@@ -82,13 +81,14 @@ class GradientMethod:
         """[Q, k] query rows in a store of their own: resumed when killed, reused if unchanged."""
         from tqdm import tqdm
 
+        from ..attribution.plan import store_base
         from ..settings import digest
         from ..store.manifest import Layout
         from ..store.shards import Store
 
         made_from = {"method": self.name, "rows": [ranker.identity(q) for q in questions]}
         kind = next(iter(questions[0].picture.source), "given")
-        grads, dim = Path(ranker.corpus.settings.grad_dir), ranker.corpus.projection.proj_dim
+        grads, dim = store_base(ranker.corpus.settings), ranker.corpus.projection.proj_dim
         folder = grads / f"queries-{self.name}-{kind}-{digest(made_from)}"
         layout = Layout(len(questions), dim, 1, "float32")
         store = Store.create(folder, layout, {"method": self.name, "made_from": digest(made_from)})

@@ -6,6 +6,9 @@ train_grad-{i}.npy       finished rows of shard i: a real .npy, or raw values wi
 train_loss-{i}.npy       a store with losses only: one float32 for each of these rows
 train_grad-{i}.npy.part  rows being written; likewise train_loss-{i}.npy.part
 train_grad-{i}.json      rows safe in every file and, once finished, the files' sha256
+train_grad-{i}.piece-*   rows made apart from their neighbours; see `pieces`
+
+On object storage (`remote`) the files are there; the folder is a copy of what was read.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from ..files import write_json
 from ..reading import read_json
 from .encoding import STORED_TYPES, npy_header
 from .manifest import FETCH, MAKE, listed
+from .pieces import Piece, gaps
+from .remote import remote_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,12 @@ class ShardFolder:
         self.series, self.has_losses = [self.grads], manifest.get("losses", False)
         if self.has_losses:
             self.series.append(Series("train_loss", (), "float32", raw, "loss_sha256"))
+        self.remote = remote_of(self.folder)
+
+    @property
+    def where(self) -> str:
+        """The folder, or the address it is a copy of."""
+        return os.path.relpath(self.folder) if self.remote is None else self.remote.url
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """(first row, last row + 1) of a shard."""
@@ -94,7 +105,17 @@ class ShardFolder:
 
     def finished(self, shard: int) -> bool:
         """Whether the shard has its final name and its checksum."""
-        return self.path(shard, ".npy").exists() and "sha256" in self.record(shard)
+        rows = self.path(shard, ".npy")
+        there = rows.exists() if self.remote is None else rows.name in self.remote.names()
+        return there and "sha256" in self.record(shard)
+
+    def pieces(self, shard: int) -> list[Piece]:
+        """The pieces of a shard that are there, in order."""
+        if self.remote is None:
+            names = [path.name for path in self.folder.glob(f"train_grad-{shard}.piece-*")]
+        else:
+            names = [*self.remote.names()]
+        return sorted(p for name in names if (p := Piece.of(name)) and p.shard == shard)
 
     def pending(self, splits: Iterable[int] | None = None) -> list[int]:
         """Shards (of `splits`, default all) that are not finished, in order."""
@@ -112,6 +133,8 @@ class ShardFolder:
         start, stop = self.shard_range(shard)
         if self.finished(shard):
             return stop
+        if self.remote is not None:
+            return (gaps(start, stop, self.pieces(shard)) or [(stop, stop)])[0][0]
         on_disk = [self._on_disk(shard, series) for series in self.series]
         return start + max(0, min(self.record(shard).get("rows", 0), *on_disk))
 
@@ -137,6 +160,10 @@ class ShardFolder:
     def record(self, shard: int) -> dict:
         """Progress of the shard: {} or {"store", "rows"[, "sha256"[, "loss_sha256"]]}."""
         path = self.path(shard, ".json")
+        if self.remote is not None:
+            if path.name not in self.remote.names():
+                return {}
+            self.remote.bring(path.name)
         if not os.path.lexists(path):
             return {}
         record = read_json(path, self.remedy(shard))
@@ -150,7 +177,10 @@ class ShardFolder:
     def write_record(self, shard: int, rows: int, digests: dict[str, str] | None = None) -> None:
         """Count `rows` of the shard as safe; with the files' digests, all of them as final."""
         record = {"store": self.store_id, "rows": int(rows), **(digests or {})}
-        write_json(self.path(shard, ".json"), record)
+        path = self.path(shard, ".json")
+        write_json(path, record)
+        if self.remote is not None:
+            self.remote.keep(path.name)
 
     def shard_blocks(
         self, shard: int, series: Series, max_rows: int

@@ -2,7 +2,8 @@
 
 Rows are appended to the .part file and counted in the .json only after fsync, so a killed run
 resumes at the last counted row and ends byte-identical. Each shard has files of its own: several
-processes may fill different shards of one store at once. This module imports no torch.
+processes may fill different shards of one store at once, and several machines one shard, in
+`pieces`. A store may lie on object storage (`remote`). This module imports no torch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import disk_errors, locked, sha256_file, write_json
-from .checks import check_shard, refuse_non_finite
+from ..files import disk_errors, locked, sha256_file, write_bytes, write_json
+from ..system import say
+from .checks import check_shard, fetch_all, refuse_non_finite
 from .encoding import decode
 from .folder import ShardFolder
 from .manifest import COMPARED, Layout, raw_manifest, read_manifest, refuse_difference
-from .writer import ShardWriter
+from .pieces import Piece, gaps, pack, unpack
+from .piecewise import PieceWriter
+from .remote import MANIFEST, remote_of
+from .writer import ShardWriter, encoded
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +38,8 @@ class Store(ShardFolder):
 
     def __init__(self, folder: Path, manifest: dict) -> None:
         super().__init__(folder, manifest)
-        self._writers: dict[int, ShardWriter] = {}
+        self._writers: dict[int, ShardWriter | PieceWriter] = {}
+        self.keeps_copies = True  # of the shards that are finished here, on object storage
 
     # ---- making and opening
 
@@ -56,9 +62,13 @@ class Store(ShardFolder):
         folder = Path(folder)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        remote = remote_of(folder)
         with locked(folder):
-            if not (folder / "manifest.json").exists():
-                write_json(folder / "manifest.json", manifest)
+            path = folder / MANIFEST if remote is None else remote.bring(MANIFEST)
+            if not path.exists():
+                write_json(path, manifest)
+                if remote is not None:
+                    remote.keep(MANIFEST)
         store = cls.read_manifest(folder)
         for key in COMPARED:
             refuse_difference(folder, key, manifest[key], store.manifest[key])
@@ -68,6 +78,8 @@ class Store(ShardFolder):
     @classmethod
     def read_manifest(cls, folder: Path) -> Store:
         """The store of a folder, finished or not; UserError if there is none."""
+        if (remote := remote_of(folder)) is not None:
+            remote.bring(MANIFEST)
         return cls(folder, read_manifest(folder))
 
     @classmethod
@@ -81,6 +93,7 @@ class Store(ShardFolder):
         store = cls.read_manifest(Path(folder))
         store.expect(expect or {})
         store.refuse_unfinished()
+        fetch_all(store)
         for shard in range(store.num_split):
             check_shard(store, shard, verify)
         return store
@@ -142,22 +155,115 @@ class Store(ShardFolder):
         a finished one.
         """
         if not self.finished(shard):
-            self._with_writer(shard, ShardWriter.finish)
+            self._with_writer(shard, lambda writer: writer.finish())
             self._writers.pop(shard).close()
+        self.remove_pieces(shard)
 
-    def _with_writer(self, shard: int, action: Callable[[ShardWriter], None]) -> None:
+    def _with_writer(self, shard: int, action: Callable[[ShardWriter | PieceWriter], None]) -> None:
         """On any error forget the writer, so that the next append starts again from the last
         counted row.
         """
         try:
             if shard not in self._writers:
-                self._writers[shard] = ShardWriter(self, shard)
+                kind = ShardWriter if self.remote is None else PieceWriter
+                self._writers[shard] = kind(self, shard)
             with disk_errors(self.path(shard, ".npy.part")):
                 action(self._writers[shard])
         except BaseException:
             if writer := self._writers.pop(shard, None):
                 writer.close()
             raise
+
+    # ---- pieces
+
+    def put_piece(self, piece: Piece, rows: np.ndarray, losses: np.ndarray | None = None) -> None:
+        """Keep rows [b, dim] float32, and their losses [b], of a shard that others may be working
+        at, too. UserError as `append`.
+        """
+        stored = encoded(self, rows, piece.first, losses)
+        if len(rows) != len(piece):
+            raise ValueError(f"{piece.name} takes {len(piece)} rows, not {len(rows)}")
+        self.write_piece(
+            piece, pack(self.store_id, stored[0], None if losses is None else stored[1])
+        )
+
+    def write_piece(self, piece: Piece, content: bytes) -> None:
+        """Keep the content of a piece; see `pieces.pack`."""
+        if self.remote is None:
+            write_bytes(self.folder / piece.name, content)
+        else:
+            self.remote.write(piece.name, content)
+
+    def stored_piece(self, piece: Piece) -> list[np.ndarray]:
+        """[stored rows [b, dim][, losses [b]]]. UserError for a piece that is not whole, which is
+        removed: its rows are to be made again.
+        """
+        if self.remote is None:
+            content = (self.folder / piece.name).read_bytes()
+        else:
+            content = self.remote.read(piece.name) or b""
+        try:
+            shape = (len(piece), self.dim)
+            rows, losses = unpack(content, self.store_id, shape, self.has_losses)
+        except UserError as error:
+            self._remove(piece)
+            what = f"{self.where}/{piece.name} {error}; it is removed"
+            raise UserError(f"{what}: run the train gradients again") from None
+        return [rows] if losses is None else [rows, losses]
+
+    def absorb(self, shard: int) -> None:
+        """Append the rows that come next as long as pieces hold them; a piece that is not whole is
+        told and removed. Nothing to do on object storage, where shards are made of pieces.
+        """
+        row = self.next_row(shard)
+        for piece in self.pieces(shard) if self.remote is None else ():
+            if not piece.first <= row < piece.stop or self.finished(shard):
+                continue
+            try:
+                rows, *losses = (part[row - piece.first :] for part in self.stored_piece(piece))
+            except UserError as error:
+                say(str(error))
+                return
+            self.append(shard, decode(rows, self.dtype), row, losses[0] if losses else None)
+            row = piece.stop
+
+    def next_row(self, shard: int) -> int:
+        """First row of the shard that was not appended."""
+        writer = self._writers.get(shard)
+        return self.resume_row(shard) if writer is None else writer.next_row
+
+    def missing(self, shard: int) -> list[tuple[int, int]]:
+        """(first, stop) of the runs of rows that nobody has made yet, in order."""
+        start, stop = self.shard_range(shard)
+        if self.finished(shard):
+            return []
+        done, writer = self.pieces(shard), self._writers.get(shard)
+        if isinstance(writer, PieceWriter):
+            return gaps(start, stop, [*done, *writer.waiting])
+        return gaps(self.next_row(shard), stop, done)
+
+    def remove_pieces(self, shard: int) -> None:
+        """Of a finished shard."""
+        for piece in self.pieces(shard):
+            self._remove(piece)
+
+    def _remove(self, piece: Piece) -> None:
+        if self.remote is not None:
+            return self.remote.remove(piece.name)
+        with disk_errors(self.folder):
+            (self.folder / piece.name).unlink(missing_ok=True)
+
+    # ---- files beside the rows
+
+    def beside(self, name: str) -> Path:
+        """Where a small file of the store is, or would be; brought from object storage."""
+        return self.folder / name if self.remote is None else self.remote.bring(name)
+
+    def keep_beside(self, name: str, value: Any) -> None:
+        """Keep a small file of the store, JSON."""
+        write_json(self.folder / name, value)
+        if self.remote is not None:
+            self.remote.keep(name)
 
     # ---- reading
 

@@ -17,12 +17,38 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError, removal
+from ..errors import TransientError, UserError, removal
 from ..files import disk_errors, sha256_file, sync_folder, write_all
 from .encoding import encode_checked, refuse_bad_rows
 from .folder import Series, ShardFolder
 
 SYNC_SECONDS = 1.0  # a kill loses at most the appends of this long
+
+
+def encoded(
+    store: ShardFolder, rows: np.ndarray, first_row: int, losses: np.ndarray | None
+) -> list[np.ndarray]:
+    """[rows [b, dim] in the stored type] and, in a store with losses, theirs [b] float32.
+
+    UserError for rows of another length, and naming the sample of a value that is not finite or
+    does not fit. ValueError for losses too many, too few or none.
+    """
+    rows = np.asarray(rows, dtype=np.float32)
+    if rows.ndim != 2 or rows.shape[1] != store.dim:
+        given = f"rows of shape {list(rows.shape)} do not fit {store.folder}"
+        raise UserError(f"{given}; give rows [b, {store.dim}]")
+    stored = [encode_checked(rows, store.dtype, first_row)]
+    if (losses is not None) != store.has_losses:
+        keeps = "keeps a loss with each row" if losses is None else "keeps no losses"
+        raise ValueError(f"{store.folder} {keeps}")
+    if losses is None:
+        return stored
+    losses = np.asarray(losses, dtype="<f4")
+    if losses.shape != (len(rows),):
+        raise ValueError(f"{len(rows)} rows have {len(rows)} losses, not {list(losses.shape)}")
+    message = "the loss of sample {} is NaN or infinite; mend its picture, or set DTYPE=fp32"
+    refuse_bad_rows(np.isfinite(losses), first_row, message)
+    return [*stored, losses]
 
 
 class ShardWriter:
@@ -54,7 +80,7 @@ class ShardWriter:
             fcntl.flock(self.fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             remedy = "let it end, or give each its own SHARDS"
-            raise UserError(f"{part} is being written by another process; {remedy}") from None
+            raise TransientError(f"{part} is being written by another process; {remedy}") from None
         # Asked only under the lock: until then another process may still have been finishing this
         # very file.
         if final.exists():
@@ -86,33 +112,12 @@ class ShardWriter:
         if first_row != self.next_row or first_row + len(rows) > self.stop:
             given = f"not with {len(rows)} rows from {first_row}"
             raise ValueError(f"shard {self.shard} continues at row {self.next_row}, {given}")
-        rows = np.asarray(rows, dtype=np.float32)
-        if rows.ndim != 2 or rows.shape[1] != self.store.dim:
-            given = f"rows of shape {list(rows.shape)} do not fit {self.store.folder}"
-            raise UserError(f"{given}; give rows [b, {self.store.dim}]")
-        stored = [encode_checked(rows, self.store.dtype, first_row)]
-        stored += self._checked_losses(losses, first_row, len(rows))
+        stored = encoded(self.store, rows, first_row, losses)
         for fd, values in zip(self.fds, stored, strict=True):
             write_all(fd, values.tobytes())
         self.next_row += len(rows)
         if time.monotonic() - self.synced >= SYNC_SECONDS:
             self.sync()
-
-    def _checked_losses(
-        self, losses: np.ndarray | None, first_row: int, count: int
-    ) -> list[np.ndarray]:
-        """[losses [count] float32], or [] in a store without."""
-        if (losses is not None) != (len(self.fds) > 1):
-            keeps = "keeps a loss with each row" if losses is None else "keeps no losses"
-            raise ValueError(f"{self.store.folder} {keeps}")
-        if losses is None:
-            return []
-        losses = np.asarray(losses, dtype="<f4")
-        if losses.shape != (count,):
-            raise ValueError(f"{count} rows have {count} losses, not {list(losses.shape)}")
-        message = "the loss of sample {} is NaN or infinite; mend its picture, or set DTYPE=fp32"
-        refuse_bad_rows(np.isfinite(losses), first_row, message)
-        return [losses]
 
     def sync(self) -> None:
         """Rows and losses to disk first, then their count."""

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ...attribution.corpus import Corpus
+from ...attribution.plan import store_base
 from ...attribution.question import Picture, Question, generated
 from ...attribution.rankers import GradientRanker
 from ...attribution.train_grad import make_rows
@@ -113,4 +114,4 @@ def exemplar_rows(corpus: Corpus, token: Token, caption: str, folder: Path) -> n
 
 def folder_of(corpus: Corpus, store: Store) -> Path:
     """Where the rows that belong to a store of train rows are kept."""
-    return Path(corpus.settings.grad_dir) / f"{store.folder.name}-small_abc"
+    return store_base(corpus.settings) / f"{store.folder.name}-small_abc"

@@ -1,0 +1,183 @@
+"""A store on object storage: the same rows as on disk, through kills and cut connections.
+
+Against a server that speaks S3 (`s3`) where there is one, and fsspec's own in memory.
+"""
+
+import urllib.request
+
+import numpy as np
+import pytest
+import s3
+from stores import K, contents, fill, make, read, some_rows
+
+from concept_trak.errors import TransientError, UserError
+from concept_trak.store import piecewise, remote
+from concept_trak.store.checks import still_to_make
+from concept_trak.store.manifest import Layout
+from concept_trak.store.pieces import Piece
+from concept_trak.store.shards import Store
+
+fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed (extra s3)")
+ROWS = some_rows()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    pytest.importorskip("obstore", reason="obstore is not installed (extra s3)")
+    running = s3.Server(tmp_path_factory.mktemp("moto") / "log")
+    made = urllib.request.Request(f"http://127.0.0.1:{running.port}/bucket", method="PUT")
+    urllib.request.urlopen(made).close()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def proxy(server, monkeypatch):
+    running = s3.Proxy(server.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setattr(remote, "WAITS", (0.05, 0.1, 0.2))
+    remote.filesystem.cache_clear()
+    yield running
+    running.stop()
+    remote.filesystem.cache_clear()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def address(request, tmp_path):
+    if request.param == "s3":
+        request.getfixturevalue("proxy")
+        return f"s3://bucket/{tmp_path.name}"
+    remote.filesystem.cache_clear()
+    return f"memory://bucket/{tmp_path.name}"
+
+
+def base(address, tmp_path, machine="one"):
+    """The copies on one of several machines."""
+    return remote.local_base(address, str(tmp_path / machine))
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_rows_on_object_storage_are_those_on_disk(address, tmp_path, losses):
+    """Written by one machine, read by another; the files are the very ones."""
+    whole = fill(make(tmp_path / "whole", "float16", losses=losses), ROWS)
+    fill(make(base(address, tmp_path) / "x", "float16", losses=losses), ROWS)
+    store = Store.open(base(address, tmp_path, "two") / "x")
+    assert read(store).tobytes() == read(whole).tobytes()
+    assert store.checksum == whole.checksum and store.where == f"{address}/x"
+    assert (store.rows([22, 3]) == whole.rows([22, 3])).all()
+    assert contents(store.folder) == contents(whole.folder)
+    names = store.remote.names()
+    assert {*contents(whole.folder)} == {*names}, "no piece is left"
+
+
+def test_another_machine_goes_on_behind_the_last_piece(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(piecewise, "PIECE_BYTES", 2 * 4 * K)  # two rows
+    first = make(base(address, tmp_path) / "x")
+    (start, stop), made = first.shard_range(1), []
+    first.append(1, ROWS[start : start + 2], start)
+    first.append(1, ROWS[start + 2 : start + 3], start + 2)  # waits; lost with the machine
+    second = make(base(address, tmp_path, "two") / "x")
+    assert second.resume_row(1) == start + 2 and second.missing(1) == [(start + 2, stop)]
+    for shard in second.pending():
+        for row in range(second.resume_row(shard), second.shard_range(shard)[1]):
+            second.append(shard, ROWS[row : row + 1], row)
+            made.append(row)
+        second.finish(shard)
+    assert set(range(23)) - {*made} == {start, start + 1} and len(made) == len({*made})
+    third = Store.open(base(address, tmp_path, "three") / "x")
+    assert (read(third) == ROWS).all()
+
+
+def test_a_shard_without_its_record_is_not_finished(address, tmp_path):
+    """Killed between the rows and the commit."""
+    store = make(base(address, tmp_path) / "x")
+    fill(store, ROWS)
+    store.remote.remove("train_grad-2.json")
+    again = make(base(address, tmp_path, "two") / "x")
+    assert again.pending() == [2] and still_to_make(again, range(4), repair=False) == [2]
+    fill(again, ROWS)
+    assert (read(Store.open(base(address, tmp_path, "three") / "x")) == ROWS).all()
+
+
+def test_a_changed_object_is_refused_and_repaired(address, tmp_path):
+    store = fill(make(base(address, tmp_path) / "x"), ROWS)
+    content = bytearray(store.remote.read("train_grad-1.npy"))
+    content[-1] ^= 1
+    store.remote.write("train_grad-1.npy", bytes(content))
+    with pytest.raises(UserError, match="train_grad-1.npy.*checksum differs.*SHARDS=1 REPAIR=1"):
+        Store.open(base(address, tmp_path, "two") / "x")
+    store.remote.write("train_grad-1.npy", bytes(content[:-4]))
+    again = make(base(address, tmp_path, "three") / "x")
+    with pytest.raises(UserError, match="bytes, not"):
+        still_to_make(again, range(4), repair=False)
+    assert still_to_make(again, range(4), repair=True) == [1]
+    fill(again, ROWS)
+    assert "train_grad-1.npy.damaged" in again.remote.names()
+    assert (read(Store.open(base(address, tmp_path, "four") / "x")) == ROWS).all()
+
+
+def test_a_copy_that_was_changed_is_fetched_again(address, tmp_path):
+    fill(make(base(address, tmp_path) / "x"), ROWS)
+    copy = base(address, tmp_path) / "x" / "train_grad-0.npy"
+    copy.write_bytes(copy.read_bytes()[:-1] + b"\0")
+    assert (read(Store.open(copy.parent)) == ROWS).all()
+
+
+def test_a_disk_too_small_for_the_copy_is_told_before(address, tmp_path, monkeypatch):
+    fill(make(base(address, tmp_path) / "x"), ROWS)
+    full = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("concept_trak.store.checks.shutil.disk_usage", lambda _: full)
+    with pytest.raises(UserError, match="MB free; free some or set STORE_CACHE"):
+        Store.open(base(address, tmp_path, "two") / "x")
+
+
+def test_other_settings_are_refused(address, tmp_path):
+    make(base(address, tmp_path) / "x")
+    with pytest.raises(UserError, match="was made with identity.model_hash"):
+        make(base(address, tmp_path, "two") / "x", identity={"model_hash": "other"})
+
+
+def test_cut_connections_lose_nothing(proxy, tmp_path):
+    """Connections are reset in the middle of requests and of answers, at many places."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((400, 512)).astype(np.float32)
+    whole = Store.create(tmp_path / "whole", Layout(400, 512, 2, "float32"), {}, {})
+    fill(whole, rows, batch=50)
+    address = f"s3://bucket/{tmp_path.name}"
+    proxy.cut_after(*rng.integers(100, 300_000, 12))
+    store = Store.create(base(address, tmp_path) / "x", Layout(400, 512, 2, "float32"), {}, {})
+    for shard in (0, 1):
+        start, stop = store.shard_range(shard)
+        for first in range(start, stop, 50):
+            store.put_piece(Piece(shard, first, first + 50), rows[first : first + 50])
+        store.finish(shard)
+    written = proxy.counted
+    proxy.cut_after(*rng.integers(100, 300_000, 4))
+    copy = Store.open(base(address, tmp_path, "two") / "x")
+    assert written >= 3 and proxy.counted > written, (written, proxy.counted)
+    assert contents(copy.folder) == contents(whole.folder)
+
+
+def test_a_server_that_is_gone_is_told_and_what_was_committed_is_kept(proxy, tmp_path):
+    address = f"s3://bucket/{tmp_path.name}"
+    store = make(base(address, tmp_path) / "x")
+    store.put_piece(Piece(0, 0, 3), ROWS[:3])
+    proxy.down = True
+    with pytest.raises(TransientError, match="run the same command again"):
+        store.put_piece(Piece(0, 3, 5), ROWS[3:5])
+    proxy.down = False
+    again = fill(make(base(address, tmp_path, "two") / "x"), ROWS)
+    assert again.pending() == [] and (read(Store.open(again.folder)) == ROWS).all()
+
+
+def test_a_bucket_that_is_not_there_is_told_at_once(proxy, tmp_path):
+    with pytest.raises(UserError, match="s3://nowhere/x.*mend the address"):
+        make(base("s3://nowhere", tmp_path) / "x")
+
+
+def test_an_address_that_nothing_serves_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"pip install 'concept-trak\[s3\]'"):
+        make(base("gopher://bucket/y", tmp_path) / "x")
