@@ -40,7 +40,7 @@ from ...components.scores import Scores
 from ...components.selection import Chosen, Picked, choose
 from ...components.states import Sampling
 from ...datasets.folder import ImageCaptionDataset
-from ...errors import removal
+from ...errors import call, removal
 from ...files import make_folder, write_bytes, write_json
 from ...models.text_to_image import TextToImage
 from ...reading import read_json
@@ -140,7 +140,8 @@ def _model(corpus: Corpus, subset: Subset, settings: small.SmallSettings) -> Tex
     if committed and not _checkpoint(corpus, subset, settings).exists():
         return small.load(corpus.model, committed)
     work = Path(corpus.settings.truth_dir)
-    return trainer.trained(corpus.model, corpus.train, subset, settings, work)
+    line = call("cad/run_counterfactual.sh", TRUTH_DIR=work)
+    return trainer.trained(corpus.model, corpus.train, subset, settings, work, line)
 
 
 # ---- cells
