@@ -18,7 +18,7 @@ from concept_trak.errors import UserError
 
 PACKAGE = Path(concept_trak.__file__).parent
 MOST = 200  # texts that one part may have
-DEPTH = 12  # steps from a text to where its parts come from
+DEPTH = 14  # steps from a text to where its parts come from
 # functions that return a command line, whatever they are asked
 LINES = {"command", "line_of", "line"}
 REFUSALS = {"UserError", *(c.__name__ for c in UserError.__subclasses__())}
@@ -53,6 +53,7 @@ class Source:
 
     def __init__(self) -> None:
         self.sites: list[Site] = []
+        self.found: dict[tuple[ast.expr, Around, int], set[str]] = {}  # what `texts` found before
         # {name: {module: values}}; what a module imports is under its name there, too
         self.constants: dict[str, dict[str, list[ast.expr]]] = {}
         self.functions: dict[str, dict[str, list[ast.AST]]] = {}
@@ -99,9 +100,12 @@ class Source:
 
     def texts(self, node: ast.expr, around: Around, depth: int = DEPTH) -> set[str]:
         """Whatever the expression may be, unknown parts as {their source}."""
-        found = self._texts(node, around, depth) if depth else set()
-        found = {text for text in found if not re.fullmatch(r"\{[^{}]*\}", text)}
-        return set(itertools.islice(sorted(found), MOST)) or {unfollowed(node)}
+        if (known := self.found.get((node, around, depth))) is None:
+            found = self._texts(node, around, depth) if depth else set()
+            found = {text for text in found if not re.fullmatch(r"\{[^{}]*\}", text)}
+            known = set(itertools.islice(sorted(found), MOST)) or {unfollowed(node)}
+            self.found[node, around, depth] = known
+        return known
 
     def _texts(self, node: ast.expr, around: Around, depth: int) -> set[str]:
         match node:
@@ -156,18 +160,20 @@ class Source:
         """What the callers of a function give a parameter."""
         function = around[-1]
         place = args.index(name) - (args[0] in ("self", "cls"))
+        by_keyword = [a.arg for a in function.args.kwonlyargs]
+        keyword = dict(zip(by_keyword, function.args.kw_defaults, strict=True))
         found: set[str] = set()
         for node, there in self.calls.get(function.name, []):
             by_name = [k.value for k in node.keywords if k.arg == name]
-            value = by_name or node.args[place : place + 1]
+            value = by_name or ([] if name in keyword else node.args[place : place + 1])
             for given in value:
                 if not isinstance(given, ast.Starred):
                     found |= self.texts(given, there, depth - 1)
-        defaults = function.args.defaults
-        if defaults and len(args) - args.index(name) <= len(defaults):
-            default = defaults[args.index(name) - len(args)]
-            if isinstance(default, ast.Constant | ast.Name):
-                found |= self.texts(default, (around[0],), depth - 1)
+        positional, defaults = args[: len(args) - len(keyword)], function.args.defaults
+        ends = dict(zip(reversed(positional), reversed(defaults), strict=False))
+        default = (ends | keyword).get(name)
+        if isinstance(default, ast.Constant | ast.Name):
+            found |= self.texts(default, (around[0],), depth - 1)
         return found
 
     def _called(self, node: ast.Call, around: Around, depth: int) -> set[str]:

@@ -38,7 +38,7 @@ VARIABLE = re.compile(r"\b[A-Z][A-Z_0-9]+\b")
 # ---- what a text may end in
 RUN = re.compile(
     r"(?:bash (?:scripts/\S+(?: my_pictures)?|requirements\.sh)"
-    r"|python -m \S+|pip install \S+|git checkout -- \S+"
+    r"|python (?:-m \S+|-c \".*\")|pip install (?:-e )?\S+|curl -LO \S+|git checkout -- \S+"
     r"|git pull|rm (?:-r )?\S+|conda env remove .*|\{option\}\{.*\}|unset \S+)$"
 )
 DO = re.compile(
@@ -51,11 +51,17 @@ OWN_FILE = re.compile(  # the user's own data: no line can know its captions
     r"\b(?:write|put|mend|remove|leave|move)\b.*"
     r"(?:\w\.(?:jsonl|csv|txt|tsv|json)\b|\{path\.name\}|\{root\})"
 )
+# What the service answers: whoever asked cannot change its variables or files, but the request: a
+# field of the question, or what to send instead.
+ANSWERS = ("service/asked.py", "service/pages.py", "service/told.py")
+FIELDS = {*names(), "concepts", "thumbnails"}  # of a question, most of them are settings
+SENT = re.compile(r"\b(?:GET|POST) /\w+$")
 # Texts that end in another refusal's, or to which their one caller adds the line.
 PASSED_ON = {
     ("attribution/corpus.py", "{told}"),
     ("attribution/launch.py", "{last_line(log)}"),
     ("models/tokens.py", "{error}"),
+    ("report/weights_section.py", "{error}"),
 }
 # scripts that take long, and so are named with how long, or how much they fetch
 LONG = re.compile(r"bash scripts/(?:truth/|emoji/(?:run_)?train_|abc/run_ti|abc/(?:run_)?download)")
@@ -197,11 +203,20 @@ def mends(text, parameters, variables):
     return bool(RUN.search(text) or named or given or any(form.search(part) for form in forms))
 
 
+def mends_request(text):
+    """Whether an answer of the service ends in what to change of the request."""
+    part = last_part(text)
+    field = DO.search(part) and set(re.findall(r"\b[a-z_]+\b", part)) & FIELDS
+    return bool(field or SENT.search(text))
+
+
 def test_every_refusal_of_the_package_ends_in_what_to_run_or_to_change(refusals, variables):
     bad, passed_on = [], set()
     for site, text in refusals:
         if (site.path, last_part(text)) in PASSED_ON:
             passed_on.add((site.path, last_part(text)))
+        elif site.path in ANSWERS and mends_request(text):
+            continue
         elif not mends(text, site.parameters(), variables):
             bad.append(f"{site.path}:{site.line}: {text}")
     assert not bad, "\n".join(bad)
@@ -245,3 +260,10 @@ def test_a_line_that_takes_long_says_how_long(refusals):
 )
 def test_a_text_that_leaves_the_user_alone_is_noticed(text, variables):
     assert not mends(text, {"k", "name"}, variables)
+
+
+def test_an_answer_of_the_service_ends_in_what_to_change_of_the_request():
+    for told in ("two are the same; give concepts that differ", "is gone; ask again: POST /x"):
+        assert mends_request(told)
+    for told in ("two are the same; ask with other words", "concepts are the same", "see the log"):
+        assert not mends_request(told)

@@ -66,7 +66,9 @@ class Work:
         """
         if self.code != version():
             told = f"a node has version {version()} of concept-trak, the driver {self.code}"
-            raise UserError(f"{told}; install one of them everywhere")
+            raise UserError(
+                f"{told}; bring both to one commit, git pull, and run there: pip install -e ."
+            )
         store = _store(self.settings, self.name)
         if store.remote is not None:
             store.remote.refresh()
@@ -98,7 +100,7 @@ def _store(settings: Settings, name: str) -> Store:
     except UserError as error:
         import socket
 
-        shared = "GRAD_DIR must be one place for all nodes: a shared disk or s3://"
+        shared = "set GRAD_DIR to one place for all nodes, a shared disk or s3://..."
         raise UserError(f"{socket.gethostname()}: {error}; {shared}") from None
     store.keeps_copies = False
     return store

@@ -112,7 +112,7 @@ class RayTasks:
             if failures >= FAILURES:
                 waiting.clear()
         if failures:
-            raise UserError(f"{failures} tasks failed; run again to make what is missing")
+            raise UserError(f"{failures} tasks failed; run the same again to make what is missing")
 
     def _nodes(self, ray: Any) -> tuple[int, int]:
         """(nodes that are alive, tasks that they can run at a time)."""
@@ -125,7 +125,10 @@ class RayTasks:
         has = ray.cluster_resources()
         told = f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs in all"
         asked = f"NUM_CPUS={self.num_cpus:g} NUM_GPUS={self.num_gpus:g}"
-        return f"no node of the Ray cluster ({told}) can run a task of {asked}; set them lower"
+        return (
+            f"no node of the Ray cluster ({told}) can run a task of {asked}; lower NUM_CPUS or "
+            "NUM_GPUS"
+        )
 
 
 def _call(compute: Compute, task: Any) -> None:

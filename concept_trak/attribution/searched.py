@@ -84,7 +84,7 @@ def searched(
     rows.
     """
     corpus, s = ranker.corpus, ranker.corpus.settings
-    index, search = Index.open(store, how_to_build(s)), search_of(s)
+    index, search = Index.open(store, mend=how_to_build(s)), search_of(s)
     weight, labels = ranker.row_weight(), corpus.train
     chance = np.random.default_rng(SAMPLE_SEED)
     size = min(SAMPLE, store.num_rows)

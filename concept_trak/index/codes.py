@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from ..errors import UserError, call
 from ..files import atomic, locked, make_folder, sha256_file, write_json
 from ..reading import read_json
+from ..store.manifest import MAKE
 from ..store.shards import Store
 from .library import FOLDER, faiss
 from .whitening import Whitening, whitening
@@ -41,7 +43,7 @@ BLOCK_VALUES = 2**23  # values of rows whitened at a time: 32 MB
 class Index:
     """The codes beside a store. `Index.create` makes or reopens it, `Index.open` wants it whole."""
 
-    def __init__(self, folder: Path, store: Store, manifest: dict, mend: str = MEND) -> None:
+    def __init__(self, folder: Path, store: Store, manifest: dict, *, mend: str = MEND) -> None:
         self.folder, self.store, self.manifest, self.mend = folder, store, manifest, mend
         core = {key: value for key, value in manifest.items() if key != "provenance"}
         self.index_id = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
@@ -63,7 +65,10 @@ class Index:
         """
         folder, wanted = store.folder / place, _wanted(store, widths, damping, share)
         if len(store.pending()) == store.num_split:
-            raise UserError(f"{store.folder} has no finished shard: compute the train rows first")
+            raise UserError(
+                f"{store.folder} has no finished shard; make the train gradients first, e.g. "
+                f"(about a minute) {MAKE}"
+            )
         make_folder(folder)
         with locked(folder):
             if not (folder / "manifest.json").exists():
@@ -81,15 +86,15 @@ class Index:
         return index
 
     @classmethod
-    def read_manifest(cls, store: Store, mend: str = MEND, place: str = FOLDER) -> Index:
+    def read_manifest(cls, store: Store, *, mend: str = MEND, place: str = FOLDER) -> Index:
         """The index of a store, whole or not. mend: what makes it. UserError if there is none, or
         one of another store, and for a file that was changed.
         """
         folder = store.folder / place
         if not (folder / "manifest.json").exists():
             raise UserError(f"{store.folder} has no index; {mend}")
-        manifest = read_json(folder / "manifest.json", f"remove {folder} and {mend}")
-        index = cls(folder, store, manifest, mend)
+        manifest = read_json(folder / "manifest.json", remade(folder, mend))
+        index = cls(folder, store, manifest, mend=mend)
         if manifest.get("format") != FORMAT or manifest.get("store") != store.store_id:
             raise index._refused("belongs to another store")
         files = manifest.get("files")
@@ -101,19 +106,19 @@ class Index:
         return index
 
     @classmethod
-    def open(cls, store: Store, mend: str = MEND, place: str = FOLDER) -> Index:
+    def open(cls, store: Store, *, mend: str = MEND, place: str = FOLDER) -> Index:
         """A whole index, for searching. UserError, beside those of `read_manifest`, for shards that
         are missing, of another length, or of rows that were made again since. Their content is
         compared when the index is built again: to read all of it for each question takes too long.
         """
-        index = cls.read_manifest(store, mend, place)
+        index = cls.read_manifest(store, mend=mend, place=place)
         if missing := index.missing(verify=False):
             listed = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise UserError(f"{index.folder} lacks the codes of shard {listed}; {mend}")
         return index
 
     def _refused(self, what: str) -> UserError:
-        return UserError(f"{self.folder} {what}: remove that folder and {self.mend}")
+        return UserError(f"{self.folder} {what}; {remade(self.folder, self.mend)}")
 
     # ---- building
 
@@ -176,7 +181,8 @@ class Index:
     @cached_property
     def space(self) -> Whitening:
         """Where the codes live."""
-        return Whitening.load(self.folder / "whitening.safetensors", self.manifest["widths"])
+        path, mend = self.folder / "whitening.safetensors", remade(self.folder, self.mend)
+        return Whitening.load(path, self.manifest["widths"], mend=mend)
 
     @property
     def row_bytes(self) -> int:
@@ -219,6 +225,11 @@ class Index:
             near, places = (np.take_along_axis(x, best, 1) for x in (near, places))
         order = np.argsort(-near, axis=1, kind="stable")
         return np.take_along_axis(near, order, 1), np.take_along_axis(places, order, 1)
+
+
+def remade(folder: Path, mend: str) -> str:
+    """What mends an index that cannot be used, to end a refusal with. mend: what makes one."""
+    return f"remove it, rm -r {shlex.quote(str(folder))}, and {mend}"
 
 
 def _wanted(store: Store, widths: Sequence[int], damping: float, share: float) -> dict:

@@ -89,14 +89,14 @@ class Whitening:
         write_bytes(path, save(named, {"widths": json.dumps(self.widths)}))
 
     @classmethod
-    def load(cls, path: Path, widths: Sequence[int]) -> Whitening:
-        """What `save` wrote. UserError for a file that is not that."""
+    def load(cls, path: Path, widths: Sequence[int], *, mend: str) -> Whitening:
+        """What `save` wrote. UserError, ended by `mend`, for a file that is not that."""
         try:
             named = load_file(path)
             vectors = tuple(named.pop(f"vectors.{i}") for i in range(len(widths)))
             return cls(vectors, tuple(widths), **named)
         except (SafetensorError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from None
+            raise UserError(f"{path} cannot be read ({error}); {mend}") from None
 
 
 def whitening(store: Store, widths: Sequence[int], damping: float, share: float = 1.0) -> Whitening:
@@ -109,7 +109,7 @@ def whitening(store: Store, widths: Sequence[int], damping: float, share: float 
     if sum(widths) != store.dim:
         raise UserError(
             f"blocks of {sum(widths)} features do not fit {store.folder}, whose rows have "
-            f"{store.dim}"
+            f"{store.dim}; give widths that make up that"
         )
     sample = sampled_rows(store)
     vectors, scales, shares = [], [], []

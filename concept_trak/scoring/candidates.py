@@ -41,7 +41,8 @@ class CandidateResult(ConceptResult):
         if not fits or self.rows[0] < 0 or self.rows[-1] >= self.num_rows:
             raise UserError(
                 f"the {self.rows.size} candidates of {self.target!r} do not fit its scores "
-                f"{list(self.scores.shape)} of {self.num_rows} images: search again"
+                f"{list(self.scores.shape)} of {self.num_rows} images; give rows in "
+                f"ascending order below {self.num_rows}, one for each score"
             )
 
     @property

@@ -84,10 +84,10 @@ def settings_of(asked: BaseModel, base: Settings) -> Settings:
     text = "|".join(concepts)
     if prompts.split_list(text) != [concept.strip() for concept in concepts]:
         raise UserError(
-            "a concept may hold no '|', nor ',' where it is the only one; ask with other words"
+            "a concept may hold no '|', nor ',' where it is the only one; give concepts without"
         )
     if len({prompts.target_slug(concept) for concept in concepts}) < len(concepts):
-        raise UserError(f"two of the concepts {concepts} are the same; ask each once")
+        raise UserError(f"two of {concepts} are the same; give concepts that differ, each once")
     given |= {"target_concepts": text}
     if "negative_prompts" in given:
         given["negative_prompts"] = _joined(given["negative_prompts"], len(concepts))
@@ -104,11 +104,14 @@ def _joined(negatives: list[str], count: int) -> str:
     """
     if len(negatives) != count or not any(text.strip() for text in negatives):
         raise UserError(
-            f"negative_prompts has {len(negatives)} items for {count} concepts; give one for each, "
-            "or leave it out"
+            f"negative_prompts has {len(negatives)} items for {count} concepts; give "
+            "negative_prompts one for each, not all empty, or leave it out"
         )
     if count > 1 and any("|" in text for text in negatives):
-        raise UserError("a negative prompt may hold no '|' where there are several; leave it out")
+        raise UserError(
+            "a negative prompt may hold no '|' where there are several; give "
+            "negative_prompts without"
+        )
     return "|".join(negatives) if count > 1 else negatives[0]
 
 

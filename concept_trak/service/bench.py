@@ -28,13 +28,12 @@ from urllib.parse import urlsplit
 from ..datasets.folder import load_folder
 from ..datasets.listing import labelled_questions
 from ..errors import UserError
-from ..flags import add_setting_flags, settings_of
+from ..flags import add_setting_flags, command, settings_of
 from ..settings import Settings, as_dict, provenance
 
 START_SECONDS, STOP_SECONDS = 600, 600
 MARK = "service: "
 USES = ("service", "query", "generation", "rows", "projection", "model", "data_dir", "device")
-GIVES_UP = "the service could not be measured"
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
@@ -82,7 +81,10 @@ def bench(arguments: argparse.Namespace) -> None:
     print(json.dumps(result))
     if result["errors"]:
         first = next(r.errors[0] for r in rounds.values() if r.errors)
-        raise UserError(f"{result['errors']} requests were not answered; the first: {first}")
+        raise UserError(
+            f"{result['errors']} requests were not answered, the first: {first}; see what the "
+            f"service says alone: {command('serve', settings, USES)}"
+        )
 
 
 def questions(settings: Settings, count: int) -> list[dict[str, Any]]:
@@ -159,21 +161,21 @@ def started(settings: Settings, folder: Path) -> Iterator[Running]:
     flags = [f"--{k.replace('_', '-')}={int(v) if v is True else v}" for k, v in given.items()]
     log = folder / "service.log"
     with open(log, "wb") as told:
-        command = [sys.executable, "-m", "concept_trak", "serve", *flags]
-        process = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT)
+        line = [sys.executable, "-m", "concept_trak", "serve", *flags]
+        process = subprocess.Popen(line, stdout=told, stderr=subprocess.STDOUT)
     try:
-        yield Running(process, _address(process, log), log)
+        yield Running(process, _address(process, log, settings), log)
         process.send_signal(signal.SIGTERM)
         if process.wait(STOP_SECONDS) != 0:
-            raise UserError(f"{GIVES_UP}: it ended with {process.returncode} ({_last_line(log)})")
+            raise _gives_up(settings, f"it ended with {process.returncode} ({_last_line(log)})")
     except subprocess.TimeoutExpired:
-        raise UserError(f"{GIVES_UP}: it did not stop within {STOP_SECONDS} s") from None
+        raise _gives_up(settings, f"it did not stop within {STOP_SECONDS} s") from None
     finally:
         process.kill()
         process.wait()
 
 
-def _address(process: subprocess.Popen, log: Path) -> str:
+def _address(process: subprocess.Popen, log: Path, settings: Settings) -> str:
     """Where it listens, once it says so."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
@@ -181,7 +183,13 @@ def _address(process: subprocess.Popen, log: Path) -> str:
             if line.startswith(MARK):
                 return line.removeprefix(MARK)
         time.sleep(0.1)
-    raise UserError(f"{GIVES_UP}: {_last_line(log)}")
+    raise _gives_up(settings, _last_line(log))
+
+
+def _gives_up(settings: Settings, what: str) -> UserError:
+    """Of a service that did not start or stop well."""
+    alone = command("serve", settings, USES)
+    return UserError(f"the service could not be measured: {what}; see what it says alone: {alone}")
 
 
 def _last_line(log: Path) -> str:

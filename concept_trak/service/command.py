@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from .desk import Desk
 
 TOKEN = "API_TOKEN"  # a variable and no setting: settings are written beside every answer
-NEEDS = "the service needs fastapi, uvicorn and prometheus_client; pip install -e '.[serve]'"
+NEEDS = (
+    "the service needs fastapi, uvicorn and prometheus_client; run: "
+    "pip install 'concept-trak[serve]'"
+)
 CONNECTIONS = 512  # beyond the queue, at a time
 SECOND_INTERRUPT = 130
 

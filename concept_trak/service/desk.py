@@ -24,7 +24,7 @@ from ..attribution.answer import asked_words
 from ..attribution.corpus import Corpus
 from ..attribution.plan import question_folder
 from ..attribution.train_grad import open_store
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..files import disk_errors, make_folder, write_json
 from ..reading import NAME_BYTES, read_json
 from ..report.answer import attribute
@@ -131,7 +131,8 @@ class Desk:
         if self.corpus.settings.force_recompute_concept_grad or not self.is_there(name):
             return None
         try:
-            record = read_json(next(folder.glob("target_*/metrics.json")), "it is made again")
+            path = next(folder.glob("target_*/metrics.json"))
+            record = read_json(path, removal(path, "ask again"))
         except (UserError, StopIteration):
             return None
         return folder if record.get("provenance") == self.provenance else None
@@ -246,7 +247,7 @@ class Desk:
         taken = 0
         for slip in sorted((self.folder / ASKED).glob("*.json"), key=_modified):
             try:
-                asked = self.question(**read_json(slip, "remove it"))
+                asked = self.question(**read_json(slip, removal(slip, "ask again")))
                 settings = self.read(asked)
             except (UserError, Refused, ValidationError, TypeError) as error:
                 say(f"warning: {slip} is passed over ({_sentence(error)})")

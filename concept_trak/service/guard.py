@@ -30,6 +30,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health",)  # told without a token: whether it lives, and nothing else
 SHORTEST_TOKEN = 16
+MAKE_TOKEN = "export API_TOKEN=$(openssl rand -hex 16)"
 SAFE = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -67,13 +68,11 @@ def checked_token(token: str, host: str) -> str:
             f"API_TOKEN=$(openssl rand -hex 16) LISTEN_HOST={host} bash scripts/serve.sh"
         )
     if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(
-            "API_TOKEN holds what is no letter of a header; make one: openssl rand -hex 16"
-        )
+        raise UserError(f"API_TOKEN holds what is no letter of a header; set another: {MAKE_TOKEN}")
     if token and len(token) < SHORTEST_TOKEN:
         raise UserError(
-            f"API_TOKEN has {len(token)} letters and is soon guessed; give at least "
-            f"{SHORTEST_TOKEN}: openssl rand -hex 16"
+            f"API_TOKEN has {len(token)} letters and is soon guessed; set one of at least "
+            f"{SHORTEST_TOKEN}: {MAKE_TOKEN}"
         )
     return token
 

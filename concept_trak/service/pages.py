@@ -158,7 +158,7 @@ def question_of(given: dict[str, str], question: type[BaseModel]) -> dict[str, A
             try:
                 values[name] = kind(text)
             except ValueError:
-                raise UserError(f"{name}: {text[:40]!r} is no number") from None
+                raise UserError(f"{name}: {text[:40]!r} is no number; give {name} one") from None
         else:
             values[name] = text
     return values

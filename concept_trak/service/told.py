@@ -16,7 +16,7 @@ from ..attribution.answer import caption_fits
 from ..attribution.corpus import Corpus
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
-from ..errors import UserError
+from ..errors import UserError, removal
 from ..reading import inside, read_json, read_npy
 from ..report.answer import pictures_digest
 from ..report.index import PAGE, QUESTION
@@ -25,7 +25,6 @@ from ..report.scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY
 from ..scoring.ranking import ranking
 from ..store.shards import Store
 
-MEND = "remove its folder and ask again"
 METRICS = "metrics.json"
 
 
@@ -122,22 +121,24 @@ class Teller:
 
         thumbnails: links, data (data URLs) or none. UserError for a folder that is not whole.
         """
-        asked = read_json(folder / QUESTION, MEND)
+        mend = removal(folder, "ask again")
+        asked = read_json(folder / QUESTION, mend)
         settings, base = asked["settings"], f"/answers/{folder.name}"
         if asked["pictures"]["digest"] != self.digest:
             raise UserError(
-                f"{folder.name} is about other pictures than this service's; see {PAGE}"
+                f"{folder.name} is about other pictures than this service's; its page is "
+                f"{base}/{PAGE}, and the question is asked again with POST /answers"
             )
-        records = [read_json(folder / f / METRICS, MEND) for f in asked["folders"]]
+        records = [read_json(folder / f / METRICS, mend) for f in asked["folders"]]
         row = int(np.argmin(np.abs(np.log(np.array(asked["dampings"]) / settings["damping"]))))
         concepts = []
         for name, record in zip(asked["folders"], records, strict=True):
             by_index = asked.get("search") == "index"
             file = inside(folder, f"{name}/{CANDIDATES if by_index else NPY}", "the file")
-            values = read_npy(file, MEND, dims=2)[row]
+            values = read_npy(file, mend, dims=2)[row]
             rows = np.arange(len(values))
             if by_index:
-                rows = read_npy(file.with_name(CANDIDATE_ROWS), MEND, dims=1).astype(np.int64)
+                rows = read_npy(file.with_name(CANDIDATE_ROWS), mend, dims=1).astype(np.int64)
             known = Known(rows, values, file.name)
             concepts.append(self._concept(record, known, f"{base}/{name}", settings["top_k"]))
         if thumbnails == "data":

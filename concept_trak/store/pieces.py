@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
-
 NAME = re.compile(r"train_grad-(0|[1-9]\d*)\.piece-(0|[1-9]\d*)-([1-9]\d*)\.safetensors")
 
 
@@ -57,8 +55,8 @@ def pack(store_id: str, rows: np.ndarray, losses: np.ndarray | None) -> bytes:
 def unpack(
     content: bytes, store_id: str, shape: tuple[int, int], losses: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(stored rows [b, k], losses [b] or None). UserError, without a remedy, for content that is
-    not whole, or of another store or shape.
+    """(stored rows [b, k], losses [b] or None). ValueError for content that is not whole, or of
+    another store or shape.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -68,14 +66,14 @@ def unpack(
         head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         told = head.get("__metadata__", {})
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"is truncated or damaged ({' '.join(str(error).split())[:80]})") from None
+        raise ValueError(f"is truncated or damaged ({' '.join(str(error).split())[:80]})") from None
     if told.get("store") != store_id:
-        raise UserError("belongs to another store")
+        raise ValueError("belongs to another store")
     wanted = {"rows": shape} | ({"losses": shape[:1]} if losses else {})
     if {name: array.shape for name, array in tensors.items()} != wanted:
-        raise UserError("does not hold the rows of its name")
+        raise ValueError("does not hold the rows of its name")
     if told.get("sha256") != _digest(tensors):
-        raise UserError("was changed since it was written (checksum differs)")
+        raise ValueError("was changed since it was written (checksum differs)")
     return tensors["rows"], tensors.get("losses")
 
 

@@ -41,8 +41,10 @@ class PieceWriter:
         self._waiting: list[list[np.ndarray]] = []  # [rows[, losses]] of each append
         self._first, self._since = self.next_row, time.monotonic()
         if store.finished(shard):
-            remedy = "remove it to compute it again"
-            raise UserError(f"{store.where}: shard {shard} is there already: {remedy}")
+            raise UserError(
+                f"{store.where}: shard {shard} is there already; set GRAD_DIR to another place, or "
+                f"remove its .json there to compute it again"
+            )
 
     def append(self, rows: np.ndarray, first_row: int, losses: np.ndarray | None) -> None:
         """See `Store.append`; rows may begin behind a gap."""

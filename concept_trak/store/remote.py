@@ -20,6 +20,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -71,7 +72,8 @@ def address_of(base: Path) -> str | None:
     mark = base / MARK
     if not mark.exists():
         return None
-    return read_json(mark, "remove the folder: it holds copies alone")["url"]
+    mend = f"remove the folder, which holds copies alone: rm -r {shlex.quote(str(base))}"
+    return read_json(mark, mend)["url"]
 
 
 def remote_of(folder: Path) -> Remote | None:
@@ -272,13 +274,15 @@ class Remote:
             except Exception as error:  # noqa: BLE001 - each library has classes of its own
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 if _lasting(error):
-                    mend = "mend the address, or the credentials (AWS_ACCESS_KEY_ID, ...)"
+                    mend = (
+                        "set GRAD_DIR to what is there, or the credentials (AWS_ACCESS_KEY_ID, ...)"
+                    )
                     raise UserError(f"cannot {what} {self.url}: {reason}; {mend}") from None
                 if wait is None:
                     tried = f"tried {len(WAITS) + 1} times over {sum(WAITS):.0f} s"
                     raise TransientError(
                         f"cannot {what} {self.url}: {reason} ({tried}); check the connection and "
-                        "run the same command again: what was committed is kept"
+                        "run the same again: what was committed is kept"
                     ) from None
                 time.sleep(wait * random.uniform(0.5, 1.5))
         raise AssertionError("the last try returns or raises")

@@ -205,10 +205,12 @@ class Store(ShardFolder):
         try:
             shape = (len(piece), self.dim)
             rows, losses = unpack(content, self.store_id, shape, self.has_losses)
-        except UserError as error:
+        except ValueError as error:
             self._remove(piece)
-            what = f"{self.where}/{piece.name} {error}; it is removed"
-            raise UserError(f"{what}: run the train gradients again") from None
+            raise UserError(
+                f"{self.where}/{piece.name} {error}; it is removed, and its rows are made again "
+                f"by: {self.line(SHARDS=piece.shard)}"
+            ) from None
         return [rows] if losses is None else [rows, losses]
 
     def absorb(self, shard: int) -> None:

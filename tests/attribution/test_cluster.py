@@ -223,7 +223,7 @@ def test_errors_of_the_work_are_told_and_only_transient_ones_tried_again(nodes, 
     store, log = store_of(tmp_path), tmp_path / "log"
     work = FailingWork(Settings.of({"grad_dir": str(tmp_path)}), "rows", log=str(log), seconds=0)
     pieces = clusters.tasks_of(store, range(3), 8)
-    with clusters.cluster(), pytest.raises(UserError, match="1 tasks failed; run again"):
+    with clusters.cluster(), pytest.raises(UserError, match="1 tasks failed; run the same again"):
         clusters.run_tasks(work, store, [0, 1, 2], pieces, clusters.Progress(96, 0))
     begun = Counter(line[1] for line in notes(log) if line[0] == "begin")
     assert begun[pieces[1].name] == 1, "its own error: not tried again"

@@ -93,7 +93,7 @@ def test_a_kill_leaves_whole_shards_and_the_next_run_ends_with_the_same_bytes(st
 
 
 def test_what_does_not_belong_is_refused_with_what_mends_it(store, tmp_path):
-    with pytest.raises(UserError, match=r"another damping.*remove that folder.*build_index.sh"):
+    with pytest.raises(UserError, match=r"another damping; remove it, rm -r .*build_index.sh"):
         Index.create(store, WIDTHS, 10.0)
     with pytest.raises(UserError, match="another widths"):
         Index.create(store, (160, 160), 1.0)

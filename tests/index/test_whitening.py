@@ -49,13 +49,13 @@ def test_a_whitened_row_has_no_direction_that_rules(store):
 def test_the_same_store_gives_the_same_space_and_a_file_keeps_it(store, tmp_path):
     one, other = (whitening(store, WIDTHS, 1.0) for _ in range(2))
     one.save(tmp_path / "space.safetensors")
-    kept = Whitening.load(tmp_path / "space.safetensors", WIDTHS)
+    kept = Whitening.load(tmp_path / "space.safetensors", WIDTHS, mend="make it")
     rows = store.tensor_rows(range(20))
     assert torch.equal(one.rows(rows), other.rows(rows))
     assert torch.equal(one.rows(rows), kept.rows(rows))
     (tmp_path / "space.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="space.safetensors cannot be read"):
-        Whitening.load(tmp_path / "space.safetensors", WIDTHS)
+    with pytest.raises(UserError, match="space.safetensors cannot be read.*; make it"):
+        Whitening.load(tmp_path / "space.safetensors", WIDTHS, mend="make it")
 
 
 def test_a_block_without_any_gradient_and_a_wide_one_do(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ...errors import removal
 from ...files import write_json
 from ...index.codes import Index
 from ...index.recall import Ends, scanned, share_found
@@ -168,7 +169,7 @@ def built(case: Case) -> tuple[Index, float]:
     """
     store, place = case.store, f"index-{case.share:g}"
     path = store.folder / f"{place}.json"
-    known = read_json(path, "remove it") if path.exists() else {"rows": 0, "seconds": 0.0}
+    known = read_json(path, removal(path)) if path.exists() else {"rows": 0, "seconds": 0.0}
     begin = time.perf_counter()
     index = Index.create(store, case.widths, case.damping, case.share, place)
     made = sum(store.count(shard) for shard in index.update())

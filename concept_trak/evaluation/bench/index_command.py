@@ -64,7 +64,7 @@ def bench(arguments: argparse.Namespace) -> None:
     """
     parts = [part for part in arguments.parts.split(",") if part]
     if wrong := [part for part in parts if part not in PARTS]:
-        raise UserError(f"--parts={wrong[0]!r} is unknown; use some of {', '.join(PARTS)}")
+        raise UserError(f"--parts={wrong[0]!r} is unknown; give --parts some of {', '.join(PARTS)}")
     if arguments.rows < 2048:
         raise UserError("--rows must be at least 2048")
     from ...index.library import faiss

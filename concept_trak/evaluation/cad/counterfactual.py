@@ -40,6 +40,7 @@ from ...components.scores import Scores
 from ...components.selection import Chosen, Picked, choose
 from ...components.states import Sampling
 from ...datasets.folder import ImageCaptionDataset
+from ...errors import call, removal
 from ...files import make_folder, write_bytes, write_json
 from ...models.text_to_image import TextToImage
 from ...reading import read_json
@@ -71,7 +72,6 @@ STATES = ("unedited", "edited")
 OTHERS = 8  # objects, a held-out picture each
 SAMPLING = Sampling(3.0, 20, 10)
 MEASURE = Measure(drawn=8)
-MEND = "delete it, and it is measured again"
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def _model(corpus: Corpus, subset: Subset, settings: small.SmallSettings) -> Tex
     if committed and not _checkpoint(corpus, subset, settings).exists():
         return small.load(corpus.model, committed)
     work = Path(corpus.settings.truth_dir)
-    return trainer.trained(corpus.model, corpus.train, subset, settings, work)
+    line = call("cad/run_counterfactual.sh", TRUTH_DIR=work)
+    return trainer.trained(corpus.model, corpus.train, subset, settings, work, line)
 
 
 # ---- cells
@@ -179,7 +180,7 @@ class Cells:
         decides += [s.score_seeds, repr((MEASURE, SAMPLING)), self.others.content_hash()]
         path = self.folder / f"{arm}-{concept.name.replace(' ', '_')}-{digest(decides)}.json"
         if path.exists():
-            return read_json(path, MEND)
+            return read_json(path, removal(path))
         say(f"{LABELS[arm]}: {concept.name}")
         found = self._measured(arm, place)
         write_json(path, found)

@@ -109,7 +109,7 @@ def test_tables_and_refusals(tmp_path):
     entry = {"k": 4032, "recall_at_10": 0.8, "ci95": [0.7, 0.9], "same_at_10": 1, "same_at_100": 1}
     assert "| 4,032 | 0.800 [0.700, 0.900] | 1.000 | 1.000 |" in width_lines([entry])
     given = {"parts": "nothing", "rows": 4096, "workdir": str(tmp_path), "benchmark": "emoji"}
-    with pytest.raises(UserError, match="--parts='nothing' is unknown; use some of embedded"):
+    with pytest.raises(UserError, match="--parts='nothing' is unknown; give --parts some of"):
         command(SimpleNamespace(**given))
     with pytest.raises(UserError, match="--rows must be at least 2048"):
         command(SimpleNamespace(**given | {"parts": "paper", "rows": 5}))

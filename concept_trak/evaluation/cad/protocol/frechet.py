@@ -49,7 +49,9 @@ def refuse_few(n: int) -> None:
     """UserError for fewer than FEWEST pictures."""
     if n < FEWEST:
         told = f"{n} pictures are too few for a Frechet distance, which takes {FEWEST}"
-        raise UserError(f"{told}; ask for more: SEEDS_PER_PROMPT={FEWEST}")
+        raise UserError(
+            f"{told}; set SEEDS_PER_PROMPT={FEWEST} or more, or give PROMPTS_FILE more prompts"
+        )
 
 
 def jackknife(n: int, of: Callable[[np.ndarray], np.ndarray]) -> list[dict]:

@@ -28,7 +28,9 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in
 READ_AT = (1, 4, 7, 9, 11)  # the ReLUs among AlexNet's features
 WIDTHS = (64, 192, 384, 256, 256)
 URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-MEND = f"get AlexNet's weights (233 MB): curl -LO {URL}; then ALEXNET_PATH=alexnet-owt-7be5be79.pth"
+MEND = (
+    f"get AlexNet's weights (233 MB) and set ALEXNET_PATH=alexnet-owt-7be5be79.pth: curl -LO {URL}"
+)
 
 
 def alexnet_features() -> nn.Sequential:

@@ -83,7 +83,7 @@ class Pretrained:
         save = (
             f"import transformers as t; t.{self.kind}.from_pretrained('net').save_pretrained('net')"
         )
-        return f'make a whole copy, then {self.variable}=net: python -c "{get}; {save}"'
+        return f'make a whole copy and set {self.variable}=net: python -c "{get}; {save}"'
 
     def about(self) -> dict[str, str]:
         """What measured: where it came from, and the sha256 of its weights."""
@@ -120,7 +120,10 @@ class Classifier(Pretrained):
                 return number
         some = ", ".join(map(str, list(self.labels.values())[:4]))
         known = f"CLASSIFIER={self.source} has no class {name!r} (it has {some} ...)"
-        raise UserError(f"{known}; give a classifier of these classes, e.g. microsoft/resnet-50")
+        raise UserError(
+            f"{known}; set CLASSIFIER to one that has, e.g. CLASSIFIER={USUAL['CLASSIFIER']} for "
+            "the classes of ImageNet"
+        )
 
     @torch.no_grad()
     def top(self, paths: Sequence[Path], size: int) -> np.ndarray:
@@ -206,7 +209,11 @@ class Inception:
 
         fid = need("torchmetrics.image.fid")
         if not weights.is_file():
-            raise UserError(f"FEATURE_MODEL={weights} is missing; get it: curl -LO {INCEPTION_URL}")
+            name = INCEPTION_URL.rpartition("/")[2]
+            raise UserError(
+                f"FEATURE_MODEL={weights} is missing; get it and set FEATURE_MODEL={name}: "
+                f"curl -LO {INCEPTION_URL}"
+            )
         try:
             importlib.import_module("torch_fidelity")
         except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ....attribution.prompts import split_list
 from ....components.edits import Edit, EditedNetwork, load_edit
-from ....errors import UserError, call
+from ....errors import UserError, call, removal
 from ....files import make_folder, write_bytes, write_json
 from ....models.generation import Generation, initial_noise, sample
 from ....models.text_to_image import DTYPES, TextToImage, load_pipeline
@@ -98,7 +98,7 @@ class Drawer:
         for ask, latent in zip(asks, x0, strict=True):
             if not latent.isfinite().all():
                 told = f"the picture of {ask.prompt[:60]!r} (seed {ask.seed}) is NaN or infinite"
-                raise UserError(f"{told}; draw in another type: DTYPE=fp32")
+                raise UserError(f"{told}; set DTYPE=fp32")
         for path, picture in zip(paths, model.decode(x0), strict=True):
             png = io.BytesIO()
             picture.save(png, "png")
@@ -112,4 +112,4 @@ def read_picture(path: Path) -> Image.Image:
             return opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no picture ({reason}); remove it and run again") from None
+        raise UserError(f"{path} is no picture ({reason}); {removal(path)}") from None

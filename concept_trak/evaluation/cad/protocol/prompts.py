@@ -82,7 +82,10 @@ def read_lines(path: Path, sentences: Sequence[str] = ()) -> list[Line]:
     if not lines:
         raise UserError(f"{path} holds no prompt; {MEND}")
     if sentences and not all(line.of for line in lines):
-        raise UserError(f"{path} has no column {' or '.join(COLUMNS['of'])}; add one to each row")
+        raise UserError(
+            f"{path} has no column {' or '.join(COLUMNS['of'])} that is filled in each row; give "
+            "PROMPTS_FILE a .csv that has, or a .txt of the names alone"
+        )
     return lines
 
 
@@ -106,14 +109,19 @@ def _of_csv(path: Path, text: str) -> list[Line]:
         given = {k: (row.get(name) or "").strip() for k, name in names.items() if name}
         where = f"{path}, row {number}"
         if not given["prompt"]:
-            raise UserError(f"{where}: the prompt is empty; fill it in, or remove the row")
+            raise UserError(f"{where}: the prompt is empty; remove the row from {path.name}")
         try:
             seed = int(given["seed"]) if given.get("seed") else None
             guidance = float(given["guidance"]) if given.get("guidance") else None
         except ValueError as error:
-            raise UserError(f"{where}: {error}; mend the number, or leave it empty") from None
+            raise UserError(
+                f"{where}: {error}; mend the number in {path.name}, or leave it empty"
+            ) from None
         if not 0 <= (seed or 0) < 2**63 or not abs(guidance or 0) < 1000:  # refuses NaN, too
-            raise UserError(f"{where}: a seed or guidance is out of range; mend it")
+            raise UserError(
+                f"{where}: a seed or guidance is out of range (0 to 2^63 - 1, below 1000 in size); "
+                f"mend it in {path.name}"
+            )
         lines.append(Line(given["prompt"], given.get("of", ""), seed, guidance))
     return lines
 

@@ -95,7 +95,7 @@ def erased_among(settings: Settings, edits: Sequence[Edit], lines: Sequence[Line
         if not named(name):
             some = ", ".join(known[:12])
             raise UserError(
-                f"no prompt asks for CONCEPT={name}; use one of {some}, or leave it out"
+                f"no prompt asks for CONCEPT={name}; set CONCEPT to one of {some}, or leave it out"
             )
     return list(dict.fromkeys(k for word in words for k in named(word)))
 
