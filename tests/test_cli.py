@@ -589,6 +589,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "bench-scoring",
         "bench-index",
         "bench-service",
+        "bench-cluster",
         "labelled",
         "train-token",
         "truth",
@@ -606,7 +607,6 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "cad-counterfactual",
         "cad-protocol",
         "cad-bench-sd14",
-        "bench-service",
     }
     assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}
     flags = {f"--{name.replace('_', '-')}" for name in names()}

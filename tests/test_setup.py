@@ -427,6 +427,7 @@ PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # where the name of the import is another
 DISTRIBUTIONS = {"PIL": "pillow", "trak": "traker", "dicebear": "dicebear-core"}
+DISTRIBUTIONS |= {"faiss": "faiss-cpu"}
 # declared for the user, or for what another package imports by itself
 NOT_IMPORTED = {"accelerate", "traker"}
 

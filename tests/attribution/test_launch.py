@@ -22,7 +22,13 @@ def of_shards(launcher):
     return found
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        signal.SIGTERM,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGKILL)),
+    ],
+)
 def test_a_launcher_that_is_ended_leaves_no_process(tiny_pipeline, tiny_data, tmp_path, ending):
     places = f"--sd-model-path={tiny_pipeline} --data-dir={tiny_data} --grad-dir={tmp_path}"
     flags = [*places.split(), "--gpu-ids=cpu cpu", "--num-split=2", "--proj-dim=32"]
