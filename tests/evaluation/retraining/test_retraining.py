@@ -237,6 +237,7 @@ def test_a_model_that_does_not_fit_is_one_line(tiny_model, data, tmp_path):
         trainer.trained(tiny_model, data.split("train"), Subset("x", 0), TINY, tmp_path, "a line")
 
 
+@pytest.mark.slow
 def test_a_process_of_the_fleet_ends_with_the_one_that_started_it(tmp_path):
     """Even when that is killed: nothing trains on behind its back."""
     context = multiprocessing.get_context("spawn")
