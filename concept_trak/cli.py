@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import UserError
 from .flags import FROM_ENV, Parser, add_setting_flags, refuse_misspelt, settings_of
-from .settings import JUDGE, ROOT, Settings, version
+from .settings import JUDGE, OF_WEIGHTS, ROOT, Settings, version
 from .system import VERBOSITY, ended_by_sigterm, say, speak
 
 
@@ -208,10 +208,6 @@ CLUSTER = ("executor", "num_cpus", "num_gpus", "piece_rows", "task_retries")
 ROWS = ("rows", "projection", "grad_dir", "store_cache", "batch_size", "num_train", *MODEL)
 TASK_ROWS = ("tasks", "force_recompute_concept_grad", *ROWS)
 PICTURES = ("negative_prompt", "gen_guidance_scale", "gen_num_inference_steps")
-OF_WEIGHTS = (
-    *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
-    *("spare", "edits"),
-)
 QUERIES = ("scope", "concept_guidance_scale", "eta", "epochs", "gen_num_inference_steps")
 VERBS = {
     "attribute": Verb(

@@ -496,6 +496,11 @@ class Settings:
         return self.but(dtype="fp32" if device == "cpu" else "fp16")
 
 
+# what the section "weights" of an answer is made with, and no ranking
+OF_WEIGHTS = (
+    *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
+    *("spare", "edits"),
+)
 STAGES = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 STAGE_OF = {f.name: name for name, stage in STAGES.items() for f in dataclasses.fields(stage)}
 

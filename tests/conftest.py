@@ -167,6 +167,15 @@ def tiny_data(tmp_path_factory):
     return save_tiny_data(tmp_path_factory.mktemp("data"))
 
 
+def small_run(pipeline, data, base):
+    """{name: value} of settings with which rows and answers take a second, below `base`."""
+    places = {"sd_model_path": pipeline, "data_dir": data}
+    places |= {"grad_dir": base / "grads", "results_dir": base / "results"}
+    sizes = {"proj_dim": 32, "num_split": 3, "nfe": 3, "gen_num_inference_steps": 4, "epochs": 2}
+    sizes |= {"batch_size": 2, "top_k": 3, "device": "cpu"}
+    return places | sizes
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tiny_pipeline):
     from concept_trak.models.text_to_image import load_pipeline

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_data
+from conftest import save_tiny_data, small_run
 from PIL import Image
 
 from concept_trak import cli
@@ -30,22 +30,8 @@ from concept_trak.store.shards import Store
 @pytest.fixture
 def flags(tiny_pipeline, tiny_data, tmp_path):
     """{name: value} of a run that takes a second."""
-    return {
-        "sd_model_path": tiny_pipeline,
-        "data_dir": tiny_data,
-        "grad_dir": tmp_path / "grads",
-        "results_dir": tmp_path / "results",
-        "prompt": "a cat in the style of blob",
-        "target_concepts": "cat,blob",
-        "proj_dim": 32,
-        "num_split": 3,
-        "nfe": 3,
-        "gen_num_inference_steps": 4,
-        "epochs": 2,
-        "batch_size": 2,
-        "top_k": 3,
-        "device": "cpu",
-    }
+    asked = {"prompt": "a cat in the style of blob", "target_concepts": "cat,blob"}
+    return small_run(tiny_pipeline, tiny_data, tmp_path) | asked
 
 
 def run(verb, flags, **changes):

@@ -26,6 +26,7 @@ from ..store.shards import Store
 from ..system import say
 from . import prompts
 from .corpus import Corpus
+from .early import check_words
 from .plan import folder_name
 from .question import Picture, Question, generated
 from .rankers import GradientRanker
@@ -109,10 +110,7 @@ def asked_words(corpus: Corpus) -> tuple[list[str], list[tuple[str, str]], list[
     """(targets, (c+, c-) of each, what a reader must know of them, a sentence each) of PROMPT and
     TARGET_CONCEPTS. UserError for words that do not fit.
     """
-    s = corpus.settings
-    targets = prompts.split_list(s.target_concepts)
-    contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
-    emoji.refuse_unknown(corpus.everything, s.prompt, targets)
+    targets, contrasts = check_words(corpus.settings, corpus.everything)
     warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
     return targets, contrasts, warnings + _unfamiliar(corpus, targets)
 

@@ -70,8 +70,8 @@ class Work:
                 f"{told}; bring both to one commit, git pull, and run there: pip install -e ."
             )
         store = _store(self.settings, self.name)
-        if store.remote is not None:
-            store.remote.refresh()
+        if store.remote is not None and isinstance(task, Finish):
+            store.remote.refresh()  # a piece may do with a listing of some seconds ago
         if store.finished(task.shard):
             return
         if isinstance(task, Piece):
@@ -144,6 +144,11 @@ def tasks_of(store: Store, shards: Sequence[int], rows: int) -> list[Piece]:
     ]
 
 
+def rows_of_a_piece(settings: Settings) -> int:
+    """PIECE_ROWS, up to whole batches."""
+    return -(-settings.piece_rows // settings.batch_size) * settings.batch_size
+
+
 class Progress:
     """Rows of all nodes on one bar; a line now and then where nobody looks at one."""
 
@@ -180,8 +185,7 @@ def launch_tasks(settings: Settings) -> None:
     print("loading the model once, to see what it needs", flush=True)
     store = Store.read_manifest(prepared(settings))
     left = still_to_make(store, wanted, settings.repair)
-    step = -(-settings.piece_rows // settings.batch_size) * settings.batch_size
-    pieces = tasks_of(store, left, step)
+    pieces = tasks_of(store, left, rows_of_a_piece(settings))
     todo, total = sum(map(len, pieces)), sum(map(store.count, wanted))
     say(f"{store.where}: {todo} of {total} rows to compute, in {len(pieces)} tasks")
     progress = Progress(total, total - todo)

@@ -46,8 +46,7 @@ class FolderData:
         if not len(self.pictures):
             raise UserError(
                 f"{root} has no picture in its train split; write train into the column split "
-                "of its "
-                "metadata.jsonl or metadata.csv"
+                "of its metadata.jsonl or metadata.csv"
             )
 
     def __len__(self) -> int:

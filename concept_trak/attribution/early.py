@@ -32,14 +32,24 @@ def check_question(settings: Settings) -> None:
     """UserError for words, pictures or a model that `attribution.answer` could not use, and for
     rows that are not there.
     """
-    s = settings
-    targets = prompts.split_list(s.target_concepts)
-    prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
-    if not (Path(s.data_dir) / LATENTS).exists():
-        emoji.refuse_unknown(load_folder(s.data_dir), s.prompt, targets)
+    s, encoded = settings, (Path(settings.data_dir) / LATENTS).exists()
+    check_words(s, None if encoded else load_folder(s.data_dir))
     if s.search == "index":
         refuse_all_scores(s)
     check_rows(s)
+
+
+def check_words(
+    settings: Settings, everything: ImageCaptionDataset | None
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """(targets, (c+, c-) of each) of PROMPT and TARGET_CONCEPTS. everything: the pictures whose
+    labels know words; None for encoded ones. UserError for words that do not fit.
+    """
+    s, targets = settings, prompts.split_list(settings.target_concepts)
+    contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
+    if everything is not None:
+        emoji.refuse_unknown(everything, s.prompt, targets)
+    return targets, contrasts
 
 
 def refuse_all_scores(settings: Settings) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..registry import OBJECTIVES
-from ..settings import Settings, as_dict, digest
+from ..settings import OF_WEIGHTS, Settings, as_dict, digest
 from ..store.remote import local_base
 from . import prompts
 
@@ -78,11 +78,6 @@ def folder_name(settings: Settings) -> str:
     return name if projection == "random_mask_32768" else f"{name}-{projection}"
 
 
-# of the section "weights" of an answer, which decides no ranking
-OF_WEIGHTS = (
-    *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
-    *("spare", "edits"),
-)
 # what changes where, when and how fast a question is answered, but not the answer
 NOT_DECIDING = {
     *("results_dir", "grad_dir", "data_dir", "source_dir", "sd_model_path", "lora_path", "device"),

@@ -23,14 +23,14 @@ from safetensors.torch import save
 
 from ..attribution.answer import Answer, answer, drawn
 from ..attribution.corpus import Corpus
-from ..attribution.plan import OF_WEIGHTS, question_folder
+from ..attribution.plan import question_folder
 from ..attribution.prompts import target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
 from ..datasets import ImageCaptionDataset
 from ..files import atomic_folder, make_folder, write_bytes, write_json
 from ..flags import command
-from ..settings import ROOT, Settings, as_dict, digest
+from ..settings import OF_WEIGHTS, ROOT, Settings, as_dict, digest
 from ..store.cached import cached_array
 from ..store.shards import Store
 from .index import PAGE, QUESTION, write_index
@@ -83,12 +83,12 @@ def attribute(corpus: Corpus, store: Store | None = None) -> Path:
             x0 = cached_array(path, made_from, draw, force=True)
         return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
 
-    found, weights = answer(corpus, kept_rows, kept_picture, store), None
+    found, weights = answer(corpus, kept_rows, kept_picture, store), []
     if s.weights:
         from .weights_section import of_concepts  # diffusion, which a page does without
 
         weights = of_concepts(corpus)
-    return write_answer(found, s, kept, weights or ())
+    return write_answer(found, s, kept, weights)
 
 
 def write_answer(

@@ -9,7 +9,6 @@ influence.json    groups, totals, settings and versions
 
 from __future__ import annotations
 
-import csv
 import io
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from ..files import atomic_folder, link, write_bytes, write_json
 from ..registry import OBJECTIVES
 from ..rows.states import train_states_of
 from ..settings import as_dict, digest, provenance
+from .tables import csv_bytes
 from .weights import words_of
 
 SHOWN, NAMED = 24, 3  # pictures of the map and the table's beginning; groups named for each
@@ -77,7 +77,7 @@ def write_influence(corpus: Corpus) -> Path:
         npy = io.BytesIO()
         np.save(npy, found.values)
         write_bytes(made / "influence.npy", npy.getvalue())
-        write_bytes(made / "influence.csv", _csv(rows))
+        write_bytes(made / "influence.csv", csv_bytes(HEADER, rows))
         write_bytes(made / "influence.png", heat_map(found, data.captions, order, shows))
         write_json(made / "influence.json", told | _made_by(corpus))
     link(folder.parent / "latest", folder)
@@ -95,14 +95,6 @@ def _row(found: Influence, data: ImageCaptionDataset, rank: int, i: int) -> tupl
     caption = " ".join(data.captions[i].split())
     name = str(data.records[i].get("file_name", i))
     return rank, f"{found.scores[i]:+.4g}", name, caption, " ".join(found.groups[g] for g in most)
-
-
-def _csv(rows: list[tuple]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    writer.writerows(rows)
-    return text.getvalue().encode(errors="backslashreplace")
 
 
 def heat_map(

@@ -14,7 +14,6 @@ candidates-rows.npy int64 [candidates], the pictures they are of: rows of the st
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..files import write_bytes
 from ..scoring.candidates import CandidateResult
 from ..scoring.concept import ConceptResult
 from .shown import Shown
+from .tables import csv_bytes
 
 CSV, NPY = "scores.csv", "scores.npy"
 CANDIDATES, CANDIDATE_ROWS = "candidates.npy", "candidates-rows.npy"
@@ -75,11 +75,9 @@ def _table(concept: ConceptResult, shown: Shown) -> bytes:
         known["fit"] = [f"{value:.3f}" for value in shown.fit]
     if concept.relevant is not None:
         known["match"] = concept.relevant.astype(int).tolist()
-    places, text = percentiles(scores, concept.spread(d)[1]), io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "score", "percentile", "file_name", "caption", *known, "index"])
+    places, rows = percentiles(scores, concept.spread(d)[1]), []
     listed = zip(ranked, scores, places, strict=True)
     for rank, (i, score, place) in enumerate(listed, 1):
         about = [f"{score:.6e}", f"{place:.2f}", records[i].get("file_name", ""), captions[i]]
-        writer.writerow([rank, *about, *(values[i] for values in known.values()), i])
-    return text.getvalue().encode(errors="backslashreplace")
+        rows.append([rank, *about, *(values[i] for values in known.values()), i])
+    return csv_bytes(["rank", "score", "percentile", "file_name", "caption", *known, "index"], rows)

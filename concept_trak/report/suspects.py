@@ -7,8 +7,6 @@ suspects.json   how many, with the settings and versions that made it
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from ..rows.fit import MIDDLE
 from ..settings import as_dict, provenance
 from .pictures import load_pictures, picture_grid
 from .results import image_bytes
+from .tables import csv_bytes
 
 SHOWN = 40  # pictures of the grid
 HEADER = ("rank", "fit", "file_name", "caption")
@@ -46,7 +45,7 @@ def suspects(corpus: Corpus) -> Path:
     ]
     folder = Path(s.results_dir).parent / "suspects" / deciding(s, store.checksum)
     with atomic_folder(folder) as made:
-        write_bytes(made / "suspects.csv", _csv(rows))
+        write_bytes(made / "suspects.csv", csv_bytes(HEADER, rows))
         if found:
             write_bytes(made / "suspects.jpg", _grid(corpus, fit, found[:SHOWN]))
         counts = {"pictures": len(fit), "suspects": len(found), "below": MIDDLE}
@@ -57,14 +56,6 @@ def suspects(corpus: Corpus) -> Path:
     for row in rows[:SHOWN]:
         print("\t".join(map(str, row)))
     return folder
-
-
-def _csv(rows: list[tuple]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    writer.writerows(rows)
-    return text.getvalue().encode(errors="backslashreplace")
 
 
 def _grid(corpus: Corpus, fit: np.ndarray, indices: list[int]) -> bytes:

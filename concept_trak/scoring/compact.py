@@ -14,8 +14,6 @@ thousands of times as large. What error is left, `krylov.krylov_solutions` takes
 from __future__ import annotations
 
 import hashlib
-import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..store.cached import keep, read_cached
+from ..store.cached import read_cached
 from ..store.shards import Store
-from .gram import GRAM_ROWS, row_product
+from .gram import GRAM_ROWS, keep_if_possible, row_product
 from .preconditioner import Budget
 
 HEAD = 128  # r
@@ -98,29 +96,26 @@ class _Files:
     """The arrays beside a store. One that cannot be written costs time, not the result."""
 
     def __init__(self, store: Store, budget: Budget) -> None:
-        self.folder, self.cache, self.warned = compact_folder(store), budget.cache, False
+        self.folder, self.cache = compact_folder(store), budget.cache
+        of_stores = self.folder.parent.glob("compact-gram-*")
+        self.others = [old for old in of_stores if old != self.folder]
         self.identity = {"store": store.checksum, "head": HEAD, "band": BAND, "sweeps": SWEEPS}
 
     def read(self, name: str, made_from: dict) -> np.ndarray | None:
         """An array that was kept, of exactly this."""
         identity = self.identity | {"made_from": made_from}
-        return read_cached(self.folder / f"{name}.npy", identity) if self.cache else None
+        return read_cached(self._path(name), identity) if self.cache else None
 
     def write(self, name: str, made_from: dict, array: np.ndarray) -> np.ndarray:
         """Keep an array, and give it back."""
-        if self.cache and not self.warned:
-            try:
-                for old in self.folder.parent.glob("compact-gram-*"):
-                    if old != self.folder:
-                        shutil.rmtree(old, ignore_errors=True)
-                identity = self.identity | {"made_from": made_from}
-                keep(self.folder / f"{name}.npy", identity, np.ascontiguousarray(array))
-            except UserError as error:
-                reason = getattr(error.__cause__, "strerror", None) or error
-                told = f"the Gram matrix could not be cached in {self.folder}: {reason}"
-                warnings.warn(told, stacklevel=2)
-                self.warned = True
+        if self.cache:
+            identity = self.identity | {"made_from": made_from}
+            self.cache = keep_if_possible(self._path(name), identity, array, self.others)
+            self.others = []
         return array
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
 
 
 def _groups(edges: list[tuple[int, int]], dim: int, max_bytes: int) -> list[list[tuple[int, int]]]:

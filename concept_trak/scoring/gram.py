@@ -4,8 +4,9 @@ cached beside the store.
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +136,22 @@ def compute_gram(store: Store, max_memory: int, device: str = "cpu") -> torch.Te
 
 
 def save_gram(path: Path, identity: dict, kernel: torch.Tensor) -> None:
-    """A cache that cannot be written costs time, not the result."""
+    """Keep K in the place of any other store's."""
+    others = [old for old in path.parent.glob("gram-*") if old.stem != path.stem]
+    keep_if_possible(path, identity, kernel.cpu().numpy(), others)
+
+
+def keep_if_possible(path: Path, identity: dict, array: np.ndarray, others: Iterable[Path]) -> bool:
+    """Keep an array once `others`, files or folders, are removed. One that cannot be written costs
+    time, not the result: False, and a warning.
+    """
     try:
         with disk_errors(path):
-            for old in path.parent.glob("gram-*"):
-                if old.stem != path.stem:
-                    old.unlink()
-        keep(path, identity, kernel.cpu().numpy())
+            for old in others:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        keep(path, identity, array)
     except UserError as error:
         reason = getattr(error.__cause__, "strerror", None) or error
         warnings.warn(f"the Gram matrix could not be cached at {path}: {reason}", stacklevel=2)
+        return False
+    return True

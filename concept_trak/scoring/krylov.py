@@ -19,6 +19,8 @@ ch. 13.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..errors import UserError
@@ -66,24 +68,16 @@ def krylov_solutions(
     Raises UserError when a recomputed relative residual exceeds ACCEPTED_RESIDUAL.
     """
     rows = max(2, int(max_memory // 2 // (8 * queries.shape[1])))
-    solve = _Solver(product, lambdas, rows)
+
+    def solve(right: torch.Tensor) -> torch.Tensor:
+        return shifted_solve(product, right, lambdas, TOLERANCE, MAX_ITERATIONS, rows)[0]
+
     groups = queries.split(max(1, rows // HELD))
     if exact is None:
         solved = [_verified(product, part, lambdas, solve(part)) for part in groups]
     else:
         solved = [_refined(exact, part, lambdas, solve) for part in groups]
     return torch.cat(solved, dim=1)
-
-
-class _Solver:
-    """queries [Q, k] -> solutions [D, Q, k], not verified."""
-
-    def __init__(self, product: Product, lambdas: torch.Tensor, rows: int) -> None:
-        self.product, self.lambdas, self.rows = product, lambdas, rows
-
-    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
-        asked = (self.product, queries, self.lambdas, TOLERANCE, MAX_ITERATIONS, self.rows)
-        return shifted_solve(*asked)[0]
 
 
 def _verified(
@@ -102,10 +96,13 @@ def _verified(
 
 
 def _refined(
-    exact: Product, queries: torch.Tensor, lambdas: torch.Tensor, solve: _Solver
+    exact: Product,
+    queries: torch.Tensor,
+    lambdas: torch.Tensor,
+    solve: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Iterative refinement (Wilkinson 1963): solve for the residual, until the exact product finds
-    none.
+    none. solve: right-hand sides [n, k] -> [D, n, k], not verified.
 
     Residuals of all shifts are one block of right-hand sides, for which the solver gives all
     shifts; each takes its own.

@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from ..attribution import prompts
-from ..datasets import emoji
-from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
 from ..parsing import Option
 from ..settings import Settings, flat_fields
@@ -113,14 +111,6 @@ def _joined(negatives: list[str], count: int) -> str:
             "negative_prompts without"
         )
     return "|".join(negatives) if count > 1 else negatives[0]
-
-
-def check_words(settings: Settings, everything: ImageCaptionDataset) -> None:
-    """UserError for words that need no model to be refused; see `attribution.early`."""
-    s = settings
-    targets = prompts.split_list(s.target_concepts)
-    prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
-    emoji.refuse_unknown(everything, s.prompt, targets)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..attribution.answer import asked_words
 from ..attribution.corpus import Corpus
+from ..attribution.early import check_words
 from ..attribution.plan import question_folder
 from ..attribution.train_grad import open_store
 from ..errors import UserError, removal
@@ -31,7 +32,7 @@ from ..report.answer import attribute
 from ..report.index import PAGE
 from ..settings import Settings, provenance
 from ..system import say
-from .asked import asked_model, check_words, settings_of, usual_service
+from .asked import asked_model, settings_of, usual_service
 
 ASKED = ".asked"  # folder of what is accepted and not yet answered, beside the answers
 KEPT_FAILURES = 256  # so many of the last ones are told to who asks again

@@ -17,12 +17,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..attribution import prompts
+from ..attribution.early import check_words
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
 from ..datasets.listing import labelled_questions
 from ..errors import UserError
 from ..report import page
-from .asked import check_words
 from .desk import Desk
 
 FORM_FIELDS = 40  # of a form, at most

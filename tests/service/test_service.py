@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import small_run
 
 pytest.importorskip("fastapi", reason="no fastapi: pip install -e .[serve]")
 pytest.importorskip("prometheus_client", reason="no prometheus_client: pip install -e .[serve]")
@@ -54,21 +55,8 @@ LIMITS = Limits("", 2**16, 5.0)
 @pytest.fixture(scope="module")
 def flags(tiny_pipeline, tiny_data, tmp_path_factory):
     """{name: value} of a small service whose train gradients exist."""
-    base = tmp_path_factory.mktemp("served")
-    given = {
-        "sd_model_path": str(tiny_pipeline),
-        "data_dir": str(tiny_data),
-        "grad_dir": str(base / "grads"),
-        "results_dir": str(base / "results"),
-        "proj_dim": 32,
-        "num_split": 3,
-        "nfe": 3,
-        "gen_num_inference_steps": 4,
-        "epochs": 2,
-        "batch_size": 2,
-        "top_k": 3,
-        "device": "cpu",
-    }
+    given = small_run(tiny_pipeline, tiny_data, tmp_path_factory.mktemp("served"))
+    given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     assert run("train-grad", given) == 0
     return given
 

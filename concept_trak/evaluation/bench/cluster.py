@@ -151,8 +151,8 @@ def _on_ray(settings: Settings, rows: int, count: int, folder: Path) -> float:
     name = _store(settings, folder, rows)
     store = Store.read_manifest(folder / name)
     here = settings.but(grad_dir=str(folder))
-    step = -(-settings.piece_rows // settings.batch_size) * settings.batch_size
-    pieces = cluster.tasks_of(store, (0, 1), min(step, max(settings.batch_size, rows // 8)))
+    step = min(cluster.rows_of_a_piece(settings), max(settings.batch_size, rows // 8))
+    pieces = cluster.tasks_of(store, (0, 1), step)
     start = time.perf_counter()
     progress = cluster.Progress(rows, 0)
     cluster.run_tasks(BenchWork(here, name, loaded=settings), store, [0, 1], pieces, progress)

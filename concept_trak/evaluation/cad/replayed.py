@@ -16,7 +16,6 @@ replay.json   sums, completeness, agreement with METHODS and labels, settings an
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import io
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from ...models.text_to_image import TextToImage
 from ...parsing import parse_methods
 from ...registry import RANKERS
 from ...report.pictures_weights import heat_map
+from ...report.tables import csv_bytes
 from ...report.weights import Words, asked_of, words_of
 from ...scoring.metrics import recall_at_k
 from ...scoring.ranking import ranking
@@ -120,9 +120,10 @@ def replay(corpus: Corpus) -> dict[str, Any]:
         known = Small.of(corpus)
         direction, picked = _asked(known.model, s, words)
         masks = _mask(select(known.model.network, s.selection), picked)
-        decides = [known.training(s.selection).run.made_from, words.prompt, _deciding(s)]
+        training = known.training(s.selection)
+        decides = [training.run.made_from, words.prompt, _deciding(s)]
         state = Path(s.truth_dir) / f"replay-{slug(words.name, 32)}-{digest(decides)}"
-        run = Replay(known.training(s.selection), direction, state, [masks])
+        run = Replay(training, direction, state, [masks])
         count = sum(len(index) for index in picked.values())
         say(
             f"replay of {run.run.steps} steps, twice through: {len(corpus.train)} pictures, "
@@ -238,7 +239,7 @@ def _written(known: Small, found: Split, words: Words, told: dict[str, Any]) -> 
         npy = io.BytesIO()
         np.save(npy, found.pictures)
         write_bytes(made / "replay.npy", npy.getvalue())
-        write_bytes(made / "replay.csv", _csv(rows))
+        write_bytes(made / "replay.csv", csv_bytes(HEADER, rows))
         label = "part of the concept's score in these weights"
         write_bytes(made / "replay.png", heat_map(edited, data.captions, order, shows, label))
         made_by = {"groups": groups, "settings": as_dict(s), "provenance": provenance()}
@@ -261,11 +262,3 @@ def _row(
     known = "" if shows is None else int(shows[i])
     name = str(data.records[i].get("file_name", i))
     return rank, *parts, known, name, caption, " ".join(groups[g] for g in most)
-
-
-def _csv(rows: list[tuple]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    writer.writerows(rows)
-    return text.getvalue().encode(errors="backslashreplace")

@@ -50,9 +50,10 @@ class Objects:
         """A row a class, of accuracies; see `run.Published`."""
         size = self.settings.batch_size
         tops = [self.classifier.top(paths, size) for paths in (before, after)]
-        wanted = np.array([self.classifier.index(ask.of) for ask in asked])
-        right = [(top == wanted).astype(float) for top in tops]
         of = np.array([ask.of for ask in asked])
+        names, places = np.unique(of, return_inverse=True)
+        wanted = np.array([self.classifier.index(name) for name in names.tolist()])[places]
+        right = [(top == wanted).astype(float) for top in tops]
         gone = np.isin(of, erased)
         found = Found(("original", "edited", "change"))
         found.scores = {"right_original": right[0], "right_edited": right[1]}
@@ -67,8 +68,8 @@ class Objects:
         if not gone.all():
             found.line["kept"] = shares(*(r[~gone] for r in right))
         if gone.any():
-            names = Counter(str(self.classifier.labels[int(i)]) for i in tops[1][gone])
-            found.line["became"] = dict(names.most_common(NAMED))
+            became = Counter(str(self.classifier.labels[int(i)]) for i in tops[1][gone])
+            found.line["became"] = dict(became.most_common(NAMED))
         else:
             found.notes.append("no class of the prompts is erased: every class is to be kept")
         return found

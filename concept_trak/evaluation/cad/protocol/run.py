@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +11,7 @@ from ....attribution.prompts import is_in, split_list
 from ....components.edits import Edit
 from ....errors import UserError
 from ....files import write_bytes
+from ....report.tables import csv_bytes
 from ....settings import Settings
 from ....system import say
 from ...results import results, write_metrics
@@ -122,23 +121,22 @@ def _write(
     with results(s, "protocol", s.protocol, made_from) as folder:
         write_metrics(folder, "metrics", told, s)
         write_bytes(folder / "table.md", f"{found.markdown()}\n".encode())
-        write_bytes(folder / "pictures.csv", _per_picture(found, asked, drawn).encode())
+        write_bytes(folder / "pictures.csv", _per_picture(found, asked, drawn))
     print(found.markdown())
     for note in found.notes:
         print(note)
     return line
 
 
-def _per_picture(found: Found, asked: Sequence[Ask], drawn: tuple[list[Path], list[Path]]) -> str:
+def _per_picture(found: Found, asked: Sequence[Ask], drawn: tuple[list[Path], list[Path]]) -> bytes:
     """A row a pair: prompt, seed, guidance, files below pictures/, and its numbers."""
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(["prompt", "of", "seed", "guidance", "original", "edited", *found.scores])
+    rows = []
     for i, (ask, *paths) in enumerate(zip(asked, *drawn, strict=True)):
         files = [f"{path.parent.name}/{path.name}" for path in paths]
         numbers = [values[i] for values in found.scores.values()]
-        rows.writerow([ask.prompt, ask.of, ask.seed, ask.guidance, *files, *numbers])
-    return text.getvalue()
+        rows.append([ask.prompt, ask.of, ask.seed, ask.guidance, *files, *numbers])
+    head = ["prompt", "of", "seed", "guidance", "original", "edited", *found.scores]
+    return csv_bytes(head, rows)
 
 
 def _versions() -> dict[str, str]:
