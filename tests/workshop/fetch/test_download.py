@@ -296,11 +296,11 @@ def test_a_fault_that_passes_is_recovered_by_the_same_call(
 @pytest.mark.parametrize(
     "fault,words",
     [
-        ("missing!", ["is not on", "run again"]),
-        ("status:503!", ["503", "5 tries", "run again"]),
+        ("missing!", ["is not on", "run the same again"]),
+        ("status:503!", ["503", "5 tries", "run the same again"]),
         ("wrong!", ["checksum", "proxy"]),
-        ("truncate:600!", ["tries", "run again"]),
-        ("cut:0!", ["tries", "run again"]),
+        ("truncate:600!", ["tries", "run the same again"]),
+        ("cut:0!", ["tries", "run the same again"]),
         ("status:403!", ["403", "HF_TOKEN"]),
     ],
     ids=str,
@@ -452,7 +452,7 @@ def test_a_disk_that_fills_while_the_program_unpacks_is_one_line(abc, capfd, mon
 def test_without_a_tool_both_are_named_before_anything_is_fetched(abc, server, capfd, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused(capfd, abc, "exemplar")
-    assert "pip install py7zr" in message and "7-Zip" in message and not server.log
+    assert "pip install py7zr" in message and "7zz" in message and not server.log
 
 
 def stand_in(folder, monkeypatch):
