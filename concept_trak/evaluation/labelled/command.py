@@ -35,7 +35,7 @@ OWN = {
     "source": "folder of CelebAMask-HQ",
     "lds_subsets": "subsets of the LDS",
     "truth_steps": "optimizer steps of a training of --stage lds and counterfactual",
-    "work": "folder of pictures, models and scores; empty: the results of the experiment",
+    "work": "a folder of it a bench, of pictures, models, scores; empty: the experiment's results",
 }
 
 

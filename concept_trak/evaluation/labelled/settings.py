@@ -63,6 +63,7 @@ class LabelledSettings:
     truth_batch: int = 24
     truth_lr: float = 5e-3
     work: str = ""
+    quick: bool = False
 
     def __post_init__(self) -> None:
         low = {"samples": 1, "tune": 1, "most": 1, "steps": 1, "batch": 1, "size": 8}
@@ -78,7 +79,8 @@ class LabelledSettings:
     @property
     def folder(self) -> Path:
         """Where everything of the bench goes that is not committed."""
-        return Path(self.work or ROOT / "experiments" / self.home / "results" / self.bench)
+        within = Path(self.work or ROOT / "experiments" / self.home / "results")
+        return within / (f"{self.bench}-quick" if self.quick else self.bench)
 
     @property
     def home(self) -> str:
@@ -92,12 +94,11 @@ class LabelledSettings:
 
     def line(self, stage: str, **also: object) -> str:
         """The command that runs a stage of this bench under these settings."""
-        quick = self.folder.name.endswith("-quick")
-        usual = of_bench(self.bench, {}, quick)
-        names = [field.name for field in fields(self) if field.name != "bench"]
+        usual = of_bench(self.bench, {}, self.quick)
+        names = [field.name for field in fields(self) if field.name not in ("bench", "quick")]
         changed = {n.upper(): v for n in names if (v := getattr(self, n)) != getattr(usual, n)}
         several = {"BENCHES": self.bench} if self.data == "synthetic" else {}
-        given = also | ({"QUICK": 1} if quick else {}) | several | changed
+        given = also | ({"QUICK": 1} if self.quick else {}) | several | changed
         return call(f"{self.home}/run_all.sh", STAGE=stage, **given)
 
     def seed_list(self) -> list[int]:
@@ -173,7 +174,4 @@ def of_bench(name: str, given: Mapping[str, Any], quick: bool = False) -> Labell
         raise UserError(f"BENCHES names {name!r}; set BENCHES to some of {', '.join(BENCHES)}")
     base = replace(LabelledSettings(), **BENCHES[name])
     values = {**(QUICK if quick else {}), **given}
-    found = replace(base, **values)
-    if quick and not found.work:
-        found = replace(found, work=str(found.folder.with_name(f"{found.bench}-quick")))
-    return found
+    return replace(base, quick=quick, **values)

@@ -68,8 +68,7 @@ class Truth:
         self.data, self.held_out = (bench.labelled[0].split(s) for s in ("train", "held_out"))
         own = bench.own
         self.network = own.truth_network
-        quick = own.folder.name.endswith("-quick")
-        kept = own.folder / "truth" if quick else own.kept / own.bench
+        kept = own.folder / "truth" if own.quick else own.kept / own.bench
         self.plans = kept / "plans"
         self.models = LabelledBench(
             str(bench.data_dir),

@@ -24,7 +24,7 @@ from concept_trak.settings import DAMPINGS, resolve
 from concept_trak.workshop.class_conditional import train as training
 
 METHODS = "concept_trak,trak"
-TINY = {"networks": "unet", "steps": 4, "count": 36, "lds_subsets": 4, "truth_steps": 2}
+TINY = {"networks": "unet", "steps": 4, "count": 36, "lds_subsets": 4, "truth_steps": 2, "most": 2}
 
 
 def bench_at(folder, bench="synthetic", **changes):
@@ -37,7 +37,7 @@ def bench_at(folder, bench="synthetic", **changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A bench after all stages, and what the last one found."""
-    bench = bench_at(tmp_path_factory.mktemp("labelled") / "shapes-quick")
+    bench = bench_at(tmp_path_factory.mktemp("labelled") / "shapes")
     return bench, command.result_of(bench, "all")
 
 
@@ -69,12 +69,12 @@ def test_a_second_run_computes_nothing_and_says_the_same(made, monkeypatch):
     monkeypatch.setattr(scored, "compute", no)
     monkeypatch.setattr(training, "loss_of_step", no)
     monkeypatch.setattr("concept_trak.evaluation.labelled.questions.generated", no)
-    again = bench_at(bench.own.folder)
+    again = bench_at(bench.own.work)
     assert command.result_of(again, "all") == found
 
 
 def test_other_settings_of_pictures_or_trainings_are_refused(made):
-    folder = made[0].own.folder
+    folder = made[0].own.work
     with pytest.raises(UserError, match="made from other settings"):
         bench_at(folder, held_out="circle blue").generate()
     with pytest.raises(UserError, match="trained with other settings"):
@@ -84,8 +84,8 @@ def test_other_settings_of_pictures_or_trainings_are_refused(made):
 def test_a_killed_training_goes_on_to_the_same_weights(made, tmp_path, monkeypatch):
     bench, _ = made
     whole = bench.corpus(Model("unet", 0)).model.identity()
-    shutil.copytree(bench.data_dir, tmp_path / "b-quick/data")
-    other = bench_at(tmp_path / "b-quick")
+    shutil.copytree(bench.data_dir, tmp_path / "synthetic-quick/data")
+    other = bench_at(tmp_path)
     real = training.loss_of_step
 
     def killed(model, examples, settings, seed, step):
@@ -139,7 +139,7 @@ def test_celeba_hq_runs_from_its_download_to_its_table(tmp_path):
     source = stand_in(tmp_path / "source", count=200)
     changes = {"source": str(source), "attributes": "Smiling,Eyeglasses", "size": 16, "count": 0}
     changes |= {"held_out": "Smiling Eyeglasses", "most": 4}
-    found = command.result_of(bench_at(tmp_path / "c-quick", "celeba_hq", **changes), "all")
+    found = command.result_of(bench_at(tmp_path / "c", "celeba_hq", **changes), "all")
     assert found["ood"]["caption_similarity"] == found["id"]["caption_similarity"] == 1.0
     assert {"concept_trak", "trak"} <= found["ood"].keys()
 
@@ -148,7 +148,7 @@ def test_faces_run_from_nothing_to_their_table(tmp_path):
     for name in ("dicebear", "dicebear_styles", "resvg_py"):
         pytest.importorskip(name, reason="needs the extra faces")
     changes = {"attributes": "hat,beard", "held_out": "hat beard", "count": 48}
-    found = command.result_of(bench_at(tmp_path / "f-quick", "faces", **changes), "all")
+    found = command.result_of(bench_at(tmp_path / "f", "faces", **changes), "all")
     assert found["ood"]["caption_similarity"] == 1.0 and found["control"] == 1.0
 
 
@@ -239,7 +239,7 @@ def test_lds_and_counterfactual_tell_every_ranker_from_kept_presences(retrained)
     for name in ("concept_trak", "trak", "caption_similarity"):
         assert -1 <= told[name]["lds"] <= 1 and len(told[name]["ci95"]) == 2
     assert abs(told["caption_similarity"]["partial"]) < 1e-9  # counts labels, which is given
-    again = command.result_of(bench_at(retrained.own.folder), "lds")
+    again = command.result_of(bench_at(retrained.own.work), "lds")
     assert again["trak"] == told["trak"]
     found = command.result_of(retrained, "counterfactual")
     arms = {"concept_trak", "trak", "labels", "random", "least"}
@@ -290,7 +290,7 @@ def test_a_presence_is_what_a_label_takes_off_the_loss(made):
     ],
 )
 def test_bad_input_is_one_line_that_names_it(tmp_path, capsys, arguments, named):
-    given = ["labelled", *arguments, "--quick", "1", "--work", str(tmp_path / "w-quick")]
+    given = ["labelled", *arguments, "--quick", "1", "--work", str(tmp_path / "w")]
     assert main(given) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert named in lines[-1] and lines[-1].startswith("error: ")
