@@ -22,7 +22,7 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
     torch.manual_seed(0)
     judge = Judge(OBJECTS, STYLES, JudgeSettings(size=8, inner_size=16, width=4)).eval()
     monkeypatch.setattr(beds, "load_judge", lambda _: judge)
-    monkeypatch.setattr(tuning, "VARIANTS", (("scalar", "gradient", 1.0),))
+    monkeypatch.setattr(tuning, "SPARED", (2.0,))
     monkeypatch.setattr(tuning, "SELECTIONS", ("cross_attention",))
     monkeypatch.setattr(tuning, "PAPER_RATIOS", (0.2,))
     monkeypatch.setattr(tuning, "RATIOS", (0.1,))
@@ -82,7 +82,7 @@ def test_the_twin_that_draws_is_as_it_was_after_an_edit(bed):
     before = {k: v.clone() for k, v in bed.drawer.network.state_dict().items()}
     measured = tuning.Measured(bed, cells.Cells(bed))
     target = bed.targets["object"][0]
-    plan = tuning.plan_from(("cross_attention", 0.5, "scalar", "zero", 0.0))
+    plan = tuning.Key("cross_attention", 0.5).plan
     edit, _ = edit_of(bed.model, measured.scores(target), plan, bed.asked(target))
     bed.measure(target, edit, (2, 2))
     assert all(torch.equal(v, before[k]) for k, v in bed.drawer.network.state_dict().items())
@@ -97,7 +97,7 @@ def test_a_control_takes_as_many_weights_of_the_same_tensors(bed):
     asked, among = bed.asked(target), select(bed.model.network, "cross_attention")
     elsewhere = measured.scores(other)
     scores = measured.scores(target)
-    plan = tuning.plan_from(("cross_attention", 0.2, "scalar", "zero", 0.0))
+    plan = tuning.Key("cross_attention", 0.2).plan
     edit, _ = edit_of(bed.model, scores, plan, asked)
     picked = {k: index for k, (index, _, _) in edit.changes.items()}
     for name in controls.CONTROLS:
@@ -129,6 +129,30 @@ def test_figures_are_those_of_unlearncanvas_as_a_share_of_the_unedited_model():
     found = cells.figures(target, cell, bare)
     assert found["ua"] == 0.75
     assert found["ira"] == pytest.approx(2 / 3) and found["cra"] == pytest.approx(1 / 2)
+
+
+def test_a_style_has_no_say_in_its_own_ratio():
+    bad, good = ({"ua": u, "ira": 1.0, "cra": 1.0} for u in (0.1, 1.0))
+    by_ratio = {0.1: {"a": good, "b": bad, "c": good}, 0.2: {"a": bad, "b": good, "c": bad}}
+    found = table.chosen_by_others(by_ratio, (0.9, 0.9, 0.9))
+    assert {name: f["ratio"] for name, f in found.items()} == {"a": 0.1, "b": 0.1, "c": 0.1}
+    by_ratio[0.2]["b"] = bad  # what b itself would gain or lose moves the others alone
+    assert table.chosen_by_others(by_ratio, (0.9, 0.9, 0.9))["b"]["ratio"] == 0.1
+    assert table.chosen_by_others({0.1: {"a": bad}}, (0.9, 0.9, 0.9))["a"]["ratio"] == 0.1
+
+
+def test_what_shows_the_target_is_not_spared(bed):
+    measured = tuning.Measured(bed, cells.Cells(bed))
+    target = bed.targets["style"][0]
+    key = tuning.Key("cross_attention", 0.2, spared=1.0, others="captions")
+    names = [shown for shown, _ in measured._captions]
+    assert {n[1] for n in names} == {t.name for t in bed.targets["style"]}
+    own = measured.scores(target).mean
+    left = [need.mean for shown, need in measured._captions if target.name not in shown]
+    assert 0 < len(left) < len(names)
+    for name, spared in measured.spared(target, key).mean.items():
+        mean = sum(need[name].abs() for need in left) / len(left)
+        torch.testing.assert_close(spared, own[name] - mean)
 
 
 def test_masks_are_uniform_over_all_scalars(bed):

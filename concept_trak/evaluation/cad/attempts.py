@@ -17,7 +17,7 @@ from ...components.concept import Plan, edit_of, plan_of
 from ...components.edits import Edit
 from ...components.operators import Operator
 from .bed import Bed, Target
-from .tuning import SPARED, Key, Measured
+from .tuning import Key, Measured
 
 FRESH = 30_000  # first seed of the pictures that confirm
 
@@ -34,7 +34,7 @@ class Attempt:
     @property
     def key(self) -> Key:
         """As `tuning` names it, the strength left out."""
-        return self.selection, self.ratio, "scalar", self.operator, SPARED
+        return Key(self.selection, self.ratio, operator=self.operator)
 
     def plan(self) -> Plan:
         """How its edit is made."""

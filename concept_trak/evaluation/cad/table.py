@@ -6,6 +6,7 @@ Parts are measured in the order of their worth, cell by cell; a run that ends go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +22,11 @@ from . import faithfulness
 from .bed import Bed, Target
 from .cells import Cells, rate
 from .controls import CONTROLS, ranked_by, same_counts
-from .tuning import COUNTS, Key, Measured, plan_from, tune
+from .tuning import COUNTS, Key, Measured, tune, value
 
 GOALS = {"object": (0.95, 0.97, 0.95), "style": (0.90, 0.92, 0.97)}  # UA, IRA, CRA
 CONTROLLED = 8  # objects under every control
+STYLE_FACTORS = (1, 2)  # of the ratio that was chosen on objects; see `chosen_by_others`
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,22 @@ def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     chosen = tune(measured, few)
     targets = {k: bed.targets[k][: size.targets or None] for k in ("object", "style")}
     found: dict[str, Any] = {"chosen": chosen, "pictures": list(size.headline)}
-    for name in ("best", "paper"):
-        found[name] = {
-            kind: {t.name: _headline(measured, t, name, chosen[name], size) for t in each}
-            for kind, each in targets.items()
-        }
+
+    def under(key: Key, kind: str) -> dict[str, Any]:
+        return {t.name: _headline(measured, t, key, size) for t in targets[kind]}
+
+    plans = [chosen["best"]._replace(ratio=chosen["best"].ratio * f) for f in STYLE_FACTORS]
+    found["best"] = {"object": under(chosen["best"], "object")}
+    found["styles_by_ratio"] = {plan.ratio: under(plan, "style") for plan in plans}
+    found["best"]["style"] = chosen_by_others(found["styles_by_ratio"], GOALS["style"])
+    found["paper"] = {kind: under(chosen["paper"], kind) for kind in targets}
     found["controls"] = _controls(measured, targets["object"][:CONTROLLED], size, chosen["best"])
     found["faithfulness"] = _faithful(measured, targets["object"][:2], size, chosen["best"])
     found["amplify"] = _amplified(measured, targets["object"][:CONTROLLED], size, chosen["best"])
     return found
 
 
-def _headline(
-    measured: Measured, target: Target, name: str, key: Key, size: Size
-) -> dict[str, Any]:
+def _headline(measured: Measured, target: Target, key: Key, size: Size) -> dict[str, Any]:
     """Figures of a target under a plan, told as soon as they are there."""
     found = measured.figures(target, key, size.headline)
     cells = (
@@ -74,7 +78,28 @@ def _headline(
         f"{found[f'{figure}_ci95'][1]:.2f}]"
         for figure in ("ua", "ira", "cra")
     )
-    print(f"{name}, {target.kind} {target.name}: {', '.join(cells)}", flush=True)
+    told = f"{key.selection}, {key.ratio}, {target.kind} {target.name}"
+    print(f"{told}: {', '.join(cells)}", flush=True)
+    return found
+
+
+def chosen_by_others(
+    by_ratio: dict[float, dict[str, dict[str, Any]]], goals: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """{target: its figures under the ratio that is best for the *others*, "ratio"}: where there is
+    nothing but the reported targets to choose by, none has a say in its own ratio.
+
+    by_ratio: {ratio: {target: figures}}, the first ratio the one that a single target gets.
+    """
+    first, found = next(iter(by_ratio)), {}
+    for name in by_ratio[first]:
+        worth = {
+            ratio: value([f for other, f in each.items() if other != name], goals)
+            for ratio, each in by_ratio.items()
+            if len(each) > 1
+        }
+        best = max(worth, key=worth.__getitem__, default=first)
+        found[name] = by_ratio[best][name] | {"ratio": best}
     return found
 
 
@@ -94,7 +119,7 @@ def _control(
     measured: Measured, pair: tuple[Target, Target], name: str, key: Key, counts: tuple[int, int]
 ) -> dict[str, Any]:
     """Of a pair (target, another concept), as many weights in the same tensors by a control."""
-    bed, plan, target = measured.bed, plan_from(key), pair[0]
+    bed, plan, target = measured.bed, key.plan, pair[0]
 
     def make() -> dict[str, Any]:
         model, asked = bed.model, bed.asked(target)
@@ -157,7 +182,7 @@ def _recalled(
     measured: Measured, target: Target, counts: tuple[int, int], key: Key
 ) -> dict[str, Any]:
     """The judge's view after an erasing edit and an amplifying one, from real pictures, on top."""
-    bed, plan = measured.bed, plan_from(key)
+    bed, plan = measured.bed, key.plan
     model, corpus = bed.model, bed.corpus
     asked = bed.asked(target)
     edit, _ = edit_of(model, measured.spared(target, key), plan, asked)
@@ -167,7 +192,7 @@ def _recalled(
         edited.apply(edit)
         among = select(model.network, plan.selection)
         scores = scores_of(model, real, AIMS["amplify"], among)
-        on_top = plan_from((key[0], AMPLIFIED, "scalar", "zero", 0.0))
+        on_top = Key(key.selection, AMPLIFIED).plan
         again, _ = edit_of(model, scores, on_top, real, edited.base)
         bed.mirror(edit)
         try:
@@ -197,8 +222,9 @@ def line(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "objects": best["object"],
         "styles": best["style"],
+        "styles_by_ratio": found["styles_by_ratio"],
         "paper": found["paper"],
-        "chosen": {k: found["chosen"][k] for k in ("best", "paper")},
+        "chosen": {k: list(found["chosen"][k]) for k in ("best", "paper")},
         "tried": found["chosen"]["tried"],
         "pictures": found["pictures"],
         "objects_meeting": meeting["object"],
