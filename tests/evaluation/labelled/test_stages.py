@@ -27,9 +27,9 @@ METHODS = "concept_trak,trak"
 TINY = {"networks": "unet", "steps": 4, "count": 36, "lds_subsets": 4, "truth_steps": 2, "most": 2}
 
 
-def bench_at(folder, bench="synthetic", **changes):
+def bench_at(folder, bench="synthetic", methods=METHODS, **changes):
     own = of_bench(bench, TINY | {"work": str(folder)} | changes, quick=True)
-    settings = resolve(bench, {"methods": METHODS, "nfe": 2, "epochs": 1, "proj_dim": 512})
+    settings = resolve(bench, {"methods": methods, "nfe": 2, "epochs": 1, "proj_dim": 512})
     settings = settings.but(gen_num_inference_steps=4).on("cpu")
     return Bench(own, settings, "cpu")
 
@@ -148,7 +148,7 @@ def test_faces_run_from_nothing_to_their_table(tmp_path):
     for name in ("dicebear", "dicebear_styles", "resvg_py"):
         pytest.importorskip(name, reason="needs the extra faces")
     changes = {"attributes": "hat,beard", "held_out": "hat beard", "count": 48}
-    found = command.result_of(bench_at(tmp_path / "f", "faces", **changes), "all")
+    found = command.result_of(bench_at(tmp_path / "f", "faces", "trak", **changes), "all")
     assert found["ood"]["caption_similarity"] == 1.0 and found["control"] == 1.0
 
 
