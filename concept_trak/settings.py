@@ -373,7 +373,12 @@ class Components:
     )
     strength: float = option(1.0, "of the operators scale and gradient", low=0, high=100)
     score_seeds: int = option(4, "trajectories over which scores are averaged", "seeds", low=1)
-    spare: str = option("", "concepts whose weights to leave alone, separated by '|'")
+    spare: str = option(
+        "",
+        "whose weights to leave alone: concepts, captions of the data, separated by '|'; captions: "
+        "two of every style",
+    )
+    spare_weight: float = option(2.0, "of what SPARE needs, against the scores", low=0, high=100)
     edits: str = option("", "edits to apply before, files separated by '|'")
     export: str = option("", "folder for the edited pipeline, for diffusers to load")
     judged: int = option(200, "of the target, a headline cell of the evaluation", "pictures", low=4)
@@ -499,7 +504,7 @@ class Settings:
 # what the section "weights" of an answer is made with, and no ranking
 OF_WEIGHTS = (
     *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
-    *("spare", "edits"),
+    *("spare", "spare_weight", "edits"),
 )
 STAGES = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 STAGE_OF = {f.name: name for name, stage in STAGES.items() for f in dataclasses.fields(stage)}

@@ -15,7 +15,7 @@ import copy
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from .page import environment, pairs
 OF_TARGET, OF_OTHERS = 4, 8  # pictures shown before and after
 SEED = 50_000  # of the first of them
 PICTURES = "pictures.png"
+CAPTIONS = "captions"  # SPARE
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,34 @@ def words_of(settings: Settings) -> Words:
     return Words(
         value, prompt, [c for c, shows in captions if shows], others[:: max(1, len(others) // 8)]
     )
+
+
+def spared_by(settings: Settings, words: Words) -> list[str]:
+    """The prompts that SPARE names. UserError for one that is neither concept nor caption."""
+    names = [name for name in split_list(settings.spare) if name]
+    data = _labelled(settings.data_dir) if names else None
+    if names == [CAPTIONS]:
+        if data is None:
+            told = f"SPARE={CAPTIONS} needs labelled pictures, which {settings.data_dir} has not"
+            raise UserError(f"{told}; set SPARE to captions or concepts themselves")
+        return _of_every_style(data, words)
+    captions = set(data.captions) if data is not None else ()
+    return [n if n in captions else words_of(settings.but(concept=n)).prompt for n in names]
+
+
+def _of_every_style(data: ImageCaptionDataset, words: Words) -> list[str]:
+    """Two captions of every style that do not show the concept: what whole prompts need is more
+    than what their words need by themselves.
+    """
+    found = []
+    for style in sorted({r["style"] for r in data.records}):
+        each = [
+            caption
+            for caption, r in zip(data.captions, data.records, strict=True)
+            if r["style"] == style and words.name not in (r["object"], style)
+        ]
+        found += each[len(each) // 3 :: max(1, len(each) // 3)][:2]
+    return found
 
 
 def asked_of(settings: Settings, prompt: str) -> Asked:
@@ -135,15 +164,15 @@ class Weights:
         return asked_of(self.settings, prompt)
 
     def scores(self, aim: str) -> Scores:
-        """Of the concept, less what the concepts of SPARE need."""
-        s = self.settings
+        """Of the concept, less what SPARE needs, over one seed."""
 
-        def of(prompt: str) -> Scores:
-            return scores_of(self.model, self.asked(prompt), AIMS[aim], self.among)
+        def of(asked: Asked) -> Scores:
+            return scores_of(self.model, asked, AIMS[aim], self.among)
 
-        found = of(self.words.prompt)
-        spared = [words_of(s.but(concept=name)).prompt for name in split_list(s.spare) if name]
-        found = sparing(found, [of(prompt) for prompt in spared], float(bool(spared)))
+        spared = spared_by(self.settings, self.words)  # told before anything is computed
+        found = of(self.asked(self.words.prompt))
+        needs = [of(replace(self.asked(prompt), num_seeds=1)) for prompt in spared]
+        found = sparing(found, needs, self.settings.spare_weight)
         found.about |= self.about()
         return found
 

@@ -6,12 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import OBJECTS, STYLES
 
 from concept_trak import cli
 from concept_trak.components.edits import EditedNetwork, load_edit
 from concept_trak.components.keep import load_scores
+from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import load_pipeline
+from concept_trak.report import weights
+from concept_trak.settings import resolve
 
 
 @pytest.fixture
@@ -84,6 +88,27 @@ def test_bad_input_gives_one_line(changes, words, flags, tmp_path, capsys):
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("error: ") and words in told
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_captions_of_every_style_are_spared_and_none_that_shows_the_concept(flags, tmp_path):
+    assert cli.main(["cad-erase", *flags, "--spare=captions"]) == 0
+    spared = load_edit(latest(tmp_path) / "edit.safetensors")
+    assert cli.main(["cad-erase", *flags]) == 0
+    plain = load_edit(latest(tmp_path) / "edit.safetensors")
+    assert spared.count <= plain.count and spared.digest() != plain.digest()
+
+
+def test_what_is_spared_is_named_by_concept_caption_or_style(tiny_data):
+    given = resolve("emoji", {"data_dir": str(tiny_data), "concept": OBJECTS[0]})
+    words = weights.words_of(given)
+    data = load_folder(tiny_data)
+    every = weights.spared_by(given.but(spare="captions"), words)
+    shown = {r["object"]: c for c, r in zip(data.captions, data.records, strict=True)}
+    assert 0 < len(every) <= 2 * len(STYLES) and set(every) <= set(data.captions)
+    assert not any(OBJECTS[0] in caption for caption in every)
+    other = shown[OBJECTS[1]]
+    assert weights.spared_by(given.but(spare=f"{other}|{OBJECTS[2]}"), words)[0] == other
+    assert weights.spared_by(given, words) == []
 
 
 def test_images_x_weights_are_a_table_a_map_and_an_array(flags, tmp_path, capsys):

@@ -149,7 +149,7 @@ def tune(measured: Measured, counts: tuple[int, int] = COUNTS) -> dict[str, Any]
             found.append((value(of), key))
             means = _over_targets(of)
             tried.append({"plan": list(key), "value": found[-1][0], **means})
-            print(f"{key}: {means}", flush=True)
+            print(f"{' '.join(map(str, key))}: {means}", flush=True)
         return max(found)[1]
 
     best = try_out([Key(s, r) for s in SELECTIONS for r in RATIOS])
