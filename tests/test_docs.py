@@ -101,8 +101,9 @@ def test_a_command_names_scripts_verbs_and_settings_that_exist(page, line, verbs
 
 
 def test_every_command_of_the_start_is_run_by_one_of_the_tests_below():
-    # by tests of their own: one serves until it is stopped, one is asked for other machines
-    elsewhere = {"serve", "emoji/run_train_grad"}
+    # by tests of their own: one serves until it is stopped, one is asked for other machines, one
+    # runs this very test
+    elsewhere = {"serve", "emoji/run_train_grad", "test"}
     assert {script_of(line) for line in RUN} == {"", *TINY, *SMALL, *elsewhere}
 
 
