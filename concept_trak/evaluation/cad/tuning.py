@@ -147,7 +147,7 @@ def tune(measured: Measured, counts: tuple[int, int] = COUNTS) -> dict[str, Any]
         for i, key in enumerate(keys):
             of = [each[i] for each in of_target]
             found.append((value(of), key))
-            means = _over_targets(of)
+            means = over_targets(of)
             tried.append({"plan": list(key), "value": found[-1][0], **means})
             print(f"{' '.join(map(str, key))}: {means}", flush=True)
         return max(found)[1]
@@ -162,7 +162,7 @@ def tune(measured: Measured, counts: tuple[int, int] = COUNTS) -> dict[str, Any]
     return {"best": best, "paper": try_out([paper(r) for r in PAPER_RATIOS]), "tried": tried}
 
 
-def _over_targets(found: list[dict[str, Any]]) -> dict[str, Any]:
+def over_targets(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of UA, IRA and CRA over targets, with bootstrap intervals over them."""
     told: dict[str, Any] = {}
     for name in ("ua", "ira", "cra"):
