@@ -6,7 +6,6 @@ Parts are measured in the order of their worth, cell by cell; a run that ends go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +21,8 @@ from . import faithfulness
 from .bed import Bed, Target
 from .cells import Cells, figures
 from .controls import CONTROLS, ranked_by, same_counts
-from .tuning import COUNTS, Key, Measured, over_targets, tune, value
+from .tuning import COUNTS, FINAL, GOALS, Key, Measured, over_targets, tune, value
 
-GOALS = {"object": (0.95, 0.97, 0.95), "style": (0.90, 0.92, 0.97)}  # UA, IRA, CRA
 CONTROLLED = 8  # objects under every control
 STYLE_FACTORS = (1, 2)  # of the ratio that was chosen on objects; see `chosen_by_others`
 
@@ -51,8 +49,8 @@ class Size:
 def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     """Measure everything there is to measure; see the module docstring."""
     measured = Measured(bed, Cells(bed))
-    few = size.controls if size.targets else COUNTS
-    chosen = tune(measured, few)
+    few = (size.controls, size.controls)
+    chosen = tune(measured, *(few if size.targets else (COUNTS, FINAL)))
     targets = {k: bed.targets[k][: size.targets or None] for k in ("object", "style")}
     found: dict[str, Any] = {"chosen": chosen, "pictures": list(size.headline)}
 
@@ -62,7 +60,7 @@ def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     plans = [chosen["best"]._replace(ratio=chosen["best"].ratio * f) for f in STYLE_FACTORS]
     found["best"] = {"object": under(chosen["best"], "object")}
     found["styles_by_ratio"] = {plan.ratio: under(plan, "style") for plan in plans}
-    found["best"]["style"] = chosen_by_others(found["styles_by_ratio"], GOALS["style"])
+    found["best"]["style"] = chosen_by_others(found["styles_by_ratio"], "style")
     found["paper"] = {kind: under(chosen["paper"], kind) for kind in targets}
     found["controls"] = _controls(measured, targets["object"][:CONTROLLED], size, chosen["best"])
     found["faithfulness"] = _faithful(measured, targets["object"][:2], size, chosen["best"])
@@ -84,7 +82,7 @@ def _headline(measured: Measured, target: Target, key: Key, size: Size) -> dict[
 
 
 def chosen_by_others(
-    by_ratio: dict[float, dict[str, dict[str, Any]]], goals: Sequence[float]
+    by_ratio: dict[float, dict[str, dict[str, Any]]], kind: str
 ) -> dict[str, dict[str, Any]]:
     """{target: its figures under the ratio that is best for the *others*, "ratio"}: where there is
     nothing but the reported targets to choose by, none has a say in its own ratio.
@@ -94,7 +92,7 @@ def chosen_by_others(
     first, found = next(iter(by_ratio)), {}
     for name in by_ratio[first]:
         worth = {
-            ratio: value([f for other, f in each.items() if other != name], goals)
+            ratio: value([f for other, f in each.items() if other != name], kind)
             for ratio, each in by_ratio.items()
             if len(each) > 1
         }
@@ -122,7 +120,9 @@ def _controls(
     told = {}
     for name, found in each.items():
         pairs = zip(each["cad"], found, strict=True)
-        gains = np.array([value([own]) - value([theirs]) for own, theirs in pairs])
+        gains = np.array(
+            [value([own], "object") - value([theirs], "object") for own, theirs in pairs]
+        )
         low, high = bootstrap_interval(gains)
         told[name] = over_targets(found) | {"cad_above": float(gains.mean())}
         told[name]["cad_above_ci95"] = [float(low), float(high)]
