@@ -112,11 +112,18 @@ def _refined(
     """
     solution = solve(queries, lambdas, ACCEPTED_RESIDUAL / 10)
     for _ in range(REFINEMENTS):
-        found = _probed_residuals(exact, queries, lambdas, solution)
+        if few := len(queries) <= PROBES:
+            left = residuals(exact, queries, lambdas, solution)
+            found = (left.norm(dim=2) / _positive(queries.norm(dim=1))).norm(dim=1)
+        else:
+            found = _probed_residuals(exact, queries, lambdas, solution)
         some = (found > ACCEPTED_RESIDUAL).nonzero().flatten()
         if not len(some):
             return solution
-        left = residuals(exact, queries, lambdas[some], solution[some])
+        if few:  # a pass over all rows is dear
+            left = left[some]
+        else:
+            left = residuals(exact, queries, lambdas[some], solution[some])
         enough = min(0.1, ACCEPTED_RESIDUAL / 4 / float(found.max()))
         again = solve(left.flatten(0, 1), lambdas[some], enough)
         own = again.view(len(some), len(some), *queries.shape).diagonal().movedim(-1, 0)
@@ -129,10 +136,8 @@ def _probed_residuals(
 ) -> torch.Tensor:
     """Root of the sum over queries of the squared relative residuals, [D], estimated: the squared
     norm of a mixture of residuals with standard normal weights has that sum as its mean (Freivalds
-    1979; Hutchinson 1990). Of few queries each is computed.
+    1979; Hutchinson 1990).
     """
-    if len(queries) <= PROBES:
-        return relative_residuals(product, queries, lambdas, solutions).norm(dim=1)
     generator = torch.Generator().manual_seed(len(queries))
     weights = torch.randn(PROBES, len(queries), generator=generator, dtype=torch.float64)
     weights = weights.to(queries.device) / _positive(queries.norm(dim=1))
