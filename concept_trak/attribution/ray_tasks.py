@@ -12,6 +12,7 @@ who knows a token made for it, and stopped at the end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import secrets
@@ -180,7 +181,7 @@ def cluster(num_cpus: float = 1.0, total: int = 0) -> Iterator[None]:
     os.environ |= VARIABLES | before
     if not address:
         path = filter(None, [str(ROOT), before.get("PYTHONPATH")])
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
         os.environ |= token | before | {"PYTHONPATH": os.pathsep.join(path)}
     import ray
 
@@ -200,6 +201,12 @@ def cluster(num_cpus: float = 1.0, total: int = 0) -> Iterator[None]:
         os.environ |= before
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _token() -> str:
+    """One a process: Ray reads it once, so that a second cluster's would not be known."""
+    return secrets.token_hex(32)
 
 
 def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
