@@ -203,7 +203,7 @@ class _Space:
         self.right, self.block, self.shifts = right, block, shifts
         self.previous, self.schur, self.scale = block[:0], block.new_zeros(()), 0.0
         self.basis = _Basis()
-        self.factors: list[tuple[torch.Tensor, torch.Tensor]] = []  # D_j [D, p, p] as L U
+        self.factors: list[torch.Tensor] = []  # of D_j, lower triangles [D, p, p]
         self.forward: list[torch.Tensor] = []  # f_j [D, Q, p]
         self.couplings: list[torch.Tensor] = []  # L_j [p, p of the next]
 
@@ -223,8 +223,11 @@ class _Space:
         coupling, following = self._next(rest)
 
         identity = torch.eye(len(block), dtype=block.dtype, device=block.device)
-        factors = torch.linalg.lu_factor(inner + self.shifts[:, None, None] * identity - self.schur)
-        along = torch.linalg.lu_solve(*factors, coupling.expand(len(self.shifts), -1, -1))
+        # Cholesky: pivots of a positive definite matrix are. MKL's LU of a wide block never ends
+        # in two threads once the number of threads has been changed.
+        pivots = inner + self.shifts[:, None, None] * identity - self.schur
+        factors = torch.linalg.cholesky((pivots + pivots.mT) / 2)
+        along = torch.cholesky_solve(coupling.expand(len(self.shifts), -1, -1), factors)
         self.factors.append(factors)
         self.forward.append(self.right)
         self.couplings.append(coupling)
@@ -248,7 +251,7 @@ class _Space:
             reversed(self.factors), reversed(self.forward), reversed(self.couplings), strict=True
         ):
             right = forward - found[-1] @ coupling.T if found else forward
-            found.append(torch.linalg.lu_solve(*factors, right.mT).mT)
+            found.append(torch.cholesky_solve(right.mT, factors).mT)
         return self.basis.combine(torch.cat(found[::-1], dim=2))
 
 
