@@ -224,7 +224,7 @@ class _Space:
 
         identity = torch.eye(len(block), dtype=block.dtype, device=block.device)
         # Cholesky: pivots of a positive definite matrix are. MKL's LU of a wide block never ends
-        # in two threads once the number of threads has been changed.
+        # in two threads once their number has been changed.
         pivots = inner + self.shifts[:, None, None] * identity - self.schur
         factors = torch.linalg.cholesky((pivots + pivots.mT) / 2)
         along = torch.cholesky_solve(coupling.expand(len(self.shifts), -1, -1), factors)
