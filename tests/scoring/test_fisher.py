@@ -1,6 +1,8 @@
 """Properties of the damped inverse Fisher: every method against a float64 solve."""
 
 import contextlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -272,6 +274,24 @@ def test_many_residuals_are_probed_together(tmp_path, monkeypatch, small_bands):
     each = krylov.relative_residuals(product, queries, lambdas, exact).norm(dim=1)
     probed = krylov._probed_residuals(product, queries, lambdas, exact)
     assert probed[0] < 1e-7 and 0.2 < probed[1] / each[1] < 5
+
+
+WIDE = """
+import torch
+from concept_trak.scoring.krylov import gram_solutions
+
+torch.set_num_threads(2)
+torch.set_num_threads(1)
+torch.set_num_threads(2)
+rows = torch.randn(1000, 1000, dtype=torch.float64)
+found = gram_solutions(rows @ rows.T, rows, torch.tensor([1.0, 10.0], dtype=torch.float64), 2**30)
+assert torch.isfinite(found).all()
+"""
+
+
+def test_a_wide_block_ends_in_two_threads():
+    """MKL's LU of one does not, once the number of threads was changed."""
+    subprocess.run([sys.executable, "-c", WIDE], check=True, timeout=120)
 
 
 def test_finished_bands_of_a_killed_run_are_not_made_again(tmp_path, monkeypatch, small_bands):
