@@ -239,7 +239,7 @@ def check(bench, verb, count, between=lambda: None, after=lambda: None):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("verb", QUICK, ids=lambda verb: verb.__name__)
 def test_a_kill_at_some_moments_leaves_the_old_or_the_new(bench, verb):
-    check(bench, verb, 2)
+    check(bench, verb, 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

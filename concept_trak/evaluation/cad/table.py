@@ -23,7 +23,7 @@ from .cells import Cells, figures
 from .controls import CONTROLS, ranked_by, same_counts
 from .tuning import COUNTS, FINAL, GOALS, Key, Measured, over_targets, tune, value
 
-CONTROLLED = 4  # objects under every control
+CONTROLLED = 8  # objects under every control
 STYLE_FACTORS = (1, 2)  # of the ratio that was chosen on objects; see `chosen_by_others`
 
 
