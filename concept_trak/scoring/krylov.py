@@ -74,9 +74,9 @@ def krylov_solutions(
 
     groups = queries.split(max(1, rows // HELD))
     if exact is None:
-        first = [solve(part, lambdas, TOLERANCE) for part in groups]
-        pairs = zip(groups, first, strict=True)
-        solved = [_verified(product, part, lambdas, found) for part, found in pairs]
+        solved = [
+            _verified(product, part, lambdas, solve(part, lambdas, TOLERANCE)) for part in groups
+        ]
     else:
         solved = [_refined(exact, part, lambdas, solve) for part in groups]
     return torch.cat(solved, dim=1)
@@ -226,7 +226,11 @@ class _Space:
         # Cholesky: pivots of a positive definite matrix are. MKL's LU of a wide block never ends
         # in two threads once their number has been changed.
         pivots = inner + self.shifts[:, None, None] * identity - self.schur
-        factors = torch.linalg.cholesky((pivots + pivots.mT) / 2)
+        factors, failed = torch.linalg.cholesky_ex((pivots + pivots.mT) / 2)
+        if failed.any():
+            least = float(self.shifts[failed.nonzero()[0]])
+            told = f"K + {least:.1e} is not positive definite as far as rounding lets it be seen"
+            raise UserError(f"{told}; leave out so small a damping, or lower PROJ_DIM")
         along = torch.cholesky_solve(coupling.expand(len(self.shifts), -1, -1), factors)
         self.factors.append(factors)
         self.forward.append(self.right)

@@ -297,6 +297,13 @@ def test_a_wide_block_ends_in_two_threads():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_matrix_that_is_not_positive_definite_is_refused_with_the_shift():
+    queries = torch.eye(3, 8, dtype=torch.float64)
+    lambdas = torch.tensor([0.5, 2.0], dtype=torch.float64)  # -I + 2 I is
+    with pytest.raises(UserError, match=r"K \+ 5\.0e-01 is not positive definite"):
+        shifted_solve(lambda rows: -rows, queries, lambdas, 1e-8, 10)
+
+
 def test_finished_bands_of_a_killed_run_are_not_made_again(tmp_path, monkeypatch, small_bands):
     rows = synthetic(200, 50)
     store, made, bands = make(tmp_path, rows), [], compact._bands
