@@ -74,7 +74,7 @@ def test_synthetic_rows_go_on_after_a_kill_with_the_same_bytes(source, tmp_path,
 
 
 def test_figures_of_a_case(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "CANDIDATES", (20, 1000))
+    monkeypatch.setattr(bench, "CANDIDATES", (10, 1000))
     store = bench.synthetic_store(tmp_path, source, WIDTHS, 2048)
     queries = source.rows(range(6))
     case = bench.Case("small", store, WIDTHS, queries)
