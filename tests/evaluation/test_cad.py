@@ -133,12 +133,13 @@ def test_figures_are_those_of_unlearncanvas_as_a_share_of_the_unedited_model():
 
 def test_a_style_has_no_say_in_its_own_ratio():
     bad, good = ({"ua": u, "ira": 1.0, "cra": 1.0} for u in (0.1, 1.0))
-    by_ratio = {0.1: {"a": good, "b": bad, "c": good}, 0.2: {"a": bad, "b": good, "c": bad}}
-    found = table.chosen_by_others(by_ratio, "style")
-    assert {name: f["ratio"] for name, f in found.items()} == {"a": 0.1, "b": 0.1, "c": 0.1}
-    by_ratio[0.2]["b"] = bad  # what b itself would gain or lose moves the others alone
-    assert table.chosen_by_others(by_ratio, "style")["b"]["ratio"] == 0.1
-    assert table.chosen_by_others({0.1: {"a": bad}}, "style")["a"]["ratio"] == 0.1
+    one, two = tuning.Key("paper", 0.1), tuning.Key("paper", 0.2)
+    by_plan = {one: {"a": good, "b": bad, "c": good}, two: {"a": bad, "b": good, "c": bad}}
+    found = table.chosen_by_others(by_plan, "style")
+    assert {name: f["plan"][1] for name, f in found.items()} == {"a": 0.1, "b": 0.1, "c": 0.1}
+    by_plan[two]["b"] = bad  # what b itself would gain or lose moves the others alone
+    assert table.chosen_by_others(by_plan, "style")["b"]["plan"] == list(one)
+    assert table.chosen_by_others({one: {"a": bad}}, "style")["a"]["plan"] == list(one)
 
 
 def test_what_shows_the_target_is_not_spared(bed):

@@ -17,14 +17,14 @@ from ...components.concept import Plan, edit_of, plan_of
 from ...components.edits import Edit
 from ...components.operators import Operator
 from .bed import Bed, Target
-from .tuning import Key, Measured
+from .tuning import SPARED, Key, Measured
 
 FRESH = 30_000  # first seed of the pictures that confirm
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """SELECTION, RATIO, OPERATOR and STRENGTH of an edit of single weights, others spared."""
+    """SELECTION, RATIO, OPERATOR and STRENGTH of an edit of single weights, captions spared."""
 
     selection: str
     ratio: float
@@ -33,8 +33,9 @@ class Attempt:
 
     @property
     def key(self) -> Key:
-        """As `tuning` names it, the strength left out."""
-        return Key(self.selection, self.ratio, operator=self.operator)
+        """As `tuning` names it, the strength left out; it spares what the best plan there does."""
+        spares = {"spared": SPARED[-1], "others": "captions"}
+        return Key(self.selection, self.ratio, operator=self.operator, **spares)
 
     def plan(self) -> Plan:
         """How its edit is made."""
@@ -59,7 +60,7 @@ class Attempt:
             edit = self.edit(measured, target)
             return measured.bed.measure(target, edit, counts) | {"weights": edit.count}
 
-        return measured.cells.cell(target, ["screened", *astuple(self), *counts], make)
+        return measured.cells.cell(target, ["screened", *self.key, self.strength, *counts], make)
 
     def confirmed(self, measured: Measured, target: Target, count: int) -> dict[str, Any]:
         """The same on fresh noise, `count` pictures of the target and as many to be kept."""
@@ -72,7 +73,7 @@ class Attempt:
             finally:
                 measured.bed.mirror(edit, undo=True)
 
-        return measured.cells.cell(target, ["confirmed", *astuple(self), count], make)
+        return measured.cells.cell(target, ["confirmed", *self.key, self.strength, count], make)
 
 
 def unedited(measured: Measured, target: Target, count: int) -> dict[str, Any]:

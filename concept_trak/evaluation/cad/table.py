@@ -21,10 +21,9 @@ from . import faithfulness
 from .bed import Bed, Target
 from .cells import Cells, figures
 from .controls import CONTROLS, ranked_by, same_counts
-from .tuning import COUNTS, FINAL, GOALS, Key, Measured, over_targets, tune, value
+from .tuning import COUNTS, FINAL, GOALS, RATIOS, SPARED, Key, Measured, over_targets, tune, value
 
 CONTROLLED = 8  # objects under every control
-STYLE_FACTORS = (1, 2)  # of the ratio that was chosen on objects; see `chosen_by_others`
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,11 @@ def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     def under(key: Key, kind: str) -> dict[str, Any]:
         return {t.name: _headline(measured, t, key, size) for t in targets[kind]}
 
-    plans = [chosen["best"]._replace(ratio=chosen["best"].ratio * f) for f in STYLE_FACTORS]
+    plans = style_plans(chosen["best"]) if len(targets["style"]) > 1 else [chosen["best"]]
     found["best"] = {"object": under(chosen["best"], "object")}
-    found["styles_by_ratio"] = {plan.ratio: under(plan, "style") for plan in plans}
-    found["best"]["style"] = chosen_by_others(found["styles_by_ratio"], "style")
+    by_plan = {plan: under(plan, "style") for plan in plans}
+    found["styles_by_plan"] = {" ".join(map(str, plan)): each for plan, each in by_plan.items()}
+    found["best"]["style"] = chosen_by_others(by_plan, "style")
     found["paper"] = {kind: under(chosen["paper"], kind) for kind in targets}
     found["controls"] = _controls(measured, targets["object"][:CONTROLLED], size, chosen["best"])
     found["faithfulness"] = _faithful(measured, targets["object"][:2], size, chosen["best"])
@@ -81,23 +81,31 @@ def _headline(measured: Measured, target: Target, key: Key, size: Size) -> dict[
     return found
 
 
-def chosen_by_others(
-    by_ratio: dict[float, dict[str, dict[str, Any]]], kind: str
-) -> dict[str, dict[str, Any]]:
-    """{target: its figures under the ratio that is best for the *others*, "ratio"}: where there is
-    nothing but the reported targets to choose by, none has a say in its own ratio.
-
-    by_ratio: {ratio: {target: figures}}, the first ratio the one that a single target gets.
+def style_plans(best: Key) -> list[Key]:
+    """What a style's plan is chosen from, see `chosen_by_others`: the objects', the same at twice
+    the ratio, and concepts spared in place of captions, which takes less of a style's weights away.
     """
-    first, found = next(iter(by_ratio)), {}
-    for name in by_ratio[first]:
+    bare = [best._replace(ratio=r, spared=SPARED[0], others="concepts") for r in RATIOS]
+    return list(dict.fromkeys([best, best._replace(ratio=2 * best.ratio), *bare]))
+
+
+def chosen_by_others(
+    by_plan: dict[Key, dict[str, dict[str, Any]]], kind: str
+) -> dict[str, dict[str, Any]]:
+    """{target: its figures under the plan that is best for the *others*, "plan"}: where there is
+    nothing but the reported targets to choose by, none has a say in its own plan.
+
+    by_plan: {plan: {target: figures}}, the first plan the one that a single target gets.
+    """
+    first, found = next(iter(by_plan)), {}
+    for name in by_plan[first]:
         worth = {
-            ratio: value([f for other, f in each.items() if other != name], kind)
-            for ratio, each in by_ratio.items()
+            plan: value([f for other, f in each.items() if other != name], kind)
+            for plan, each in by_plan.items()
             if len(each) > 1
         }
         best = max(worth, key=worth.__getitem__, default=first)
-        found[name] = by_ratio[best][name] | {"ratio": best}
+        found[name] = by_plan[best][name] | {"plan": list(best)}
     return found
 
 
@@ -236,7 +244,7 @@ def line(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "objects": best["object"],
         "styles": best["style"],
-        "styles_by_ratio": found["styles_by_ratio"],
+        "styles_by_plan": found["styles_by_plan"],
         "paper": found["paper"],
         "chosen": {k: list(found["chosen"][k]) for k in ("best", "paper")},
         "tried": found["chosen"]["tried"],

@@ -24,7 +24,7 @@ from .probes import decided_by, probes
 from .tuning import Measured
 
 SELECTIONS = ("cross_attention", "cross_attention|feed_forward", "feed_forward")
-RATIOS = (0.005, 0.01, 0.015, 0.03, 0.06)
+RATIOS = (0.005, 0.01, 0.015, 0.03, 0.06, 0.12)
 OPERATORS = (("scale", 0.7), ("mean", 1.0), ("gradient", 3.0))  # beside zero
 MOST = 3  # plans that are confirmed
 LEVEL = 1 - 0.05 / MOST
