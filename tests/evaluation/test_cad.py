@@ -1,6 +1,7 @@
 """The table of component attribution: disjoint splits, equal counts, resumed cells, exact twins."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from concept_trak import cli
 from concept_trak.attribution.corpus import Corpus
 from concept_trak.components.concept import edit_of
 from concept_trak.components.roles import select
+from concept_trak.evaluation.cad import amplify, cells, controls, table, tuning
 from concept_trak.evaluation.cad import bed as beds
-from concept_trak.evaluation.cad import cells, controls, table, tuning
 from concept_trak.settings import resolve
 from concept_trak.workshop.judge.net import Judge, JudgeSettings
 
@@ -45,6 +46,8 @@ def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys
     wanted = {"objects", "styles", "objects_meeting", "styles_meeting", "controls_beaten"}
     wanted |= {"pearson_j", "pearson_judge", "amplify_gain", "amplify_kept"}
     assert wanted <= set(line)
+    (weakest,) = line["amplify_weak"]["concepts"].items()
+    assert weakest[1][1] - weakest[1][0] == pytest.approx(line["amplify_weak"]["gain"])
     for cell in [*line["objects"].values(), *line["styles"].values()]:
         assert 0 <= cell["ua"] <= 1 and cell["ua_ci95"][0] <= cell["ua"] <= cell["ua_ci95"][1]
 
@@ -54,6 +57,28 @@ def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys
     monkeypatch.setattr(beds.Bed, "measure", never)
     assert cli.main(["cad-eval", *flags]) == 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line
+
+
+def test_the_weakest_objects_are_found_among_those_that_chose_nothing(bed, monkeypatch):
+    measured = tuning.Measured(bed, cells.Cells(bed))
+    tuned = {t.name for t in bed.targets["tune"]}
+    worst = next(t.name for t in reversed(bed.targets["object"]))
+    right = {name: [name != worst] * 3 for name in OBJECTS}
+
+    def drawn(records, seeds):
+        shown = np.array(right[records[0]["object"]])
+        return SimpleNamespace(right=lambda kind: shown)
+
+    monkeypatch.setattr(bed, "draw", drawn)
+    found = amplify.Amplified(measured, (4, 4), tuning.paper(0.2))._weakest(3, len(OBJECTS))
+    assert found[0].name == worst and not tuned & {t.name for t in found}
+
+
+def test_what_amplifying_gains_is_of_pairs():
+    before, after = {"shown": [0, 1], "object": [1, 1]}, {"shown": [1, 1], "object": [1, 0]}
+    found = amplify.gained([(before, after), (before, before)])
+    assert found["gain"] == 0.25 and found["kept"] == 0.75
+    assert found["gain_ci95"][0] <= 0.25 <= found["gain_ci95"][1]
 
 
 def test_cells_that_were_kept_are_not_measured_again(bed, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ bed.py           models, prompts and pictures; the judge's rates before and afte
 controls.py      other weights, as many and of the same layers
 faithfulness.py  predicted against true effect of random knock-outs
 tuning.py        ratio, selection, granularity and operator, on objects that are not reported
+amplify.py       what was erased, and what the model draws worst, amplified
 table.py         the table
 attempts.py      one plan of many: its edit, screened and confirmed on other noise
 verify.py        the search for an edit that meets a target, and the verdict

@@ -6,18 +6,19 @@ Parts are measured in the order of their worth, cell by cell; a run that ends go
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ...components.concept import edit_of, edited_values, scores_of
-from ...components.edits import EditedNetwork, make_edit
+from ...components.concept import edit_of, edited_values
+from ...components.edits import make_edit
 from ...components.objective import AIMS
 from ...components.roles import select
 from ...components.selection import Chosen
 from ...scoring.metrics import bootstrap_interval
 from . import faithfulness
+from .amplify import Amplified
 from .bed import Bed, Target
 from .cells import Cells, figures
 from .controls import CONTROLS, ranked_by, same_counts
@@ -30,6 +31,7 @@ CONTROLLED = 8  # objects under every control
 class Size:
     """Numbers of a run. headline: pictures of the target and of what is kept. controls: the same
     for each control. targets: at most so many of a kind, 0: all. masks, judged: of faithfulness.
+    searched: pictures of each object among which the weakest are found.
     """
 
     headline: tuple[int, int]
@@ -37,11 +39,12 @@ class Size:
     targets: int = 0
     masks: int = 500
     judged: int = 64
+    searched: int = 12
 
     @staticmethod
     def of(judged: int, targets: int) -> Size:
         """From JUDGED and NUM_QUERIES; few masks where that bounds the targets."""
-        few, masks = max(4, judged // 4), (6, 2) if targets else (500, 48)
+        few, masks = max(4, judged // 4), (6, 2, 1) if targets else (500, 48, 12)
         return Size((judged, judged), (few, few), targets, *masks)
 
 
@@ -64,7 +67,9 @@ def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     found["paper"] = {kind: under(chosen["paper"], kind) for kind in targets}
     found["controls"] = _controls(measured, targets["object"][:CONTROLLED], size, chosen["best"])
     found["faithfulness"] = _faithful(measured, targets["object"][:2], size, chosen["best"])
-    found["amplify"] = _amplified(measured, targets["object"][:CONTROLLED], size, chosen["best"])
+    amplified = Amplified(measured, size.controls, chosen["best"])
+    found["amplify"] = amplified.after_erasing(targets["object"][:CONTROLLED])
+    found["amplify_weak"] = amplified.weakest(size.searched, size.targets or CONTROLLED)
     return found
 
 
@@ -178,58 +183,6 @@ def _faithful(measured: Measured, targets: list[Target], size: Size, key: Key) -
     }
 
 
-def _amplified(measured: Measured, targets: list[Target], size: Size, key: Key) -> dict[str, Any]:
-    """Concepts that were erased, then amplified: the judge's rate before and after."""
-    gains, kept = [], []
-    for target in targets:
-        cell = measured.cells.cell(
-            target,
-            ["amplify", *key, *size.controls],
-            lambda t=target: _recalled(measured, t, size.controls, key),
-        )
-        erased = measured.cell(target, key, size.controls)
-        gains.append(np.mean(cell["shown"]) - np.mean(erased["shown"]))
-        kept.append(np.mean(cell["object"]) / max(np.mean(erased["object"]), 1e-9))
-    low, high = bootstrap_interval(np.array(gains))
-    return {
-        "gain": float(np.mean(gains)),
-        "gain_ci95": [float(low), float(high)],
-        "kept": float(np.mean(kept)),
-    }
-
-
-AMPLIFIED = 0.005  # share of the weights that amplifying removes; higher ratios hurt the rest
-
-
-def _recalled(
-    measured: Measured, target: Target, counts: tuple[int, int], key: Key
-) -> dict[str, Any]:
-    """The judge's view after an erasing edit and an amplifying one, from real pictures, on top."""
-    bed, plan = measured.bed, key.plan
-    model, corpus = bed.model, bed.corpus
-    asked = bed.asked(target)
-    edit, _ = edit_of(model, measured.spared(target, key), plan, asked)
-    rows = [i for i, r in enumerate(corpus.train.records) if r[target.kind] == target.name]
-    real = replace(asked, real=corpus.latents[rows], num_seeds=len(rows))
-    with EditedNetwork(model.network) as edited:
-        edited.apply(edit)
-        among = select(model.network, plan.selection)
-        scores = scores_of(model, real, AIMS["amplify"], among)
-        on_top = Key(key.selection, AMPLIFIED).plan
-        again, _ = edit_of(model, scores, on_top, real, edited.base)
-        bed.mirror(edit)
-        try:
-            before = {k: (i, _at(model, k, i), n) for k, (i, _, n) in again.changes.items()}
-            return bed.measure(target, replace(again, changes=before), counts)
-        finally:
-            bed.mirror(edit, undo=True)
-
-
-def _at(model: Any, name: str, index: Any) -> Any:
-    """What stands at positions of a weight."""
-    return model.network.get_parameter(name).detach().flatten()[index].clone()
-
-
 def line(found: dict[str, Any]) -> dict[str, Any]:
     """The one line of JSON: the best plan's cells, and what became of the goals."""
     best, meeting = found["best"], {}
@@ -259,4 +212,5 @@ def line(found: dict[str, Any]) -> dict[str, Any]:
         "amplify_gain": found["amplify"]["gain"],
         "amplify_gain_ci95": found["amplify"]["gain_ci95"],
         "amplify_kept": found["amplify"]["kept"],
+        "amplify_weak": found["amplify_weak"],
     }
