@@ -42,7 +42,11 @@ def bed(asked):
 def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys, monkeypatch):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in asked.items()]
     assert cli.main(["cad-eval", *flags]) == 0
-    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    told = capsys.readouterr().out
+    line = json.loads(told.strip().splitlines()[-1])
+    for name, cell in line["objects"].items():
+        assert f"| {name} | {cell['ua']:.2f} [" in told
+    assert f"{line['objects_meeting']} all three" in told and "| wanda |" in told
     wanted = {"objects", "styles", "objects_meeting", "styles_meeting", "controls_beaten"}
     wanted |= {"pearson_j", "pearson_judge", "amplify_gain", "amplify_kept"}
     assert wanted <= set(line)

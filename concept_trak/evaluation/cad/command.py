@@ -117,6 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .bed import Bed
     from .cells import Cells
     from .table import Size, evaluate, line
+    from .told import markdown
 
     device = pick_device(given.device, given.gpu_id)
     corpus = Corpus(given.on(device), device)
@@ -128,4 +129,4 @@ def run(arguments: argparse.Namespace) -> None:
     with results(corpus.settings, "cad", "table", made_from) as folder:
         write_metrics(folder, "metrics", found, corpus.settings)
         Cells(bed).gather(folder / "cells.json")
-    print(json.dumps(found))
+    print(f"\n{markdown(found)}\n\n{json.dumps(found)}")
