@@ -114,9 +114,9 @@ def _refined(
     for _ in range(REFINEMENTS):
         if few := len(queries) <= PROBES:
             left = residuals(exact, queries, lambdas, solution)
-            found = (left.norm(dim=2) / _positive(queries.norm(dim=1))).norm(dim=1)
+            found = (left.norm(dim=2) / _positive(queries.norm(dim=1))).amax(1)
         else:
-            found = _probed_residuals(exact, queries, lambdas, solution)
+            found = _sampled_residuals(exact, queries, lambdas, solution)
         some = (found > ACCEPTED_RESIDUAL).nonzero().flatten()
         if not len(some):
             return solution
@@ -131,18 +131,31 @@ def _refined(
     return _verified(exact, queries, lambdas, solution)
 
 
-def _probed_residuals(
+def _sampled_residuals(
     product: Product, queries: torch.Tensor, lambdas: torch.Tensor, solutions: torch.Tensor
 ) -> torch.Tensor:
-    """Root of the sum over queries of the squared relative residuals, [D], estimated: the squared
-    norm of a mixture of residuals with standard normal weights has that sum as its mean (Freivalds
-    1979; Hutchinson 1990).
+    """The largest relative residual over queries, [D], from one product with D PROBES + Q vectors
+    in place of D Q.
+
+    At the smallest shift, where rounding tells most, each query's is recomputed. At the others
+    their root mean square is estimated, and taken times what the largest is above it at the
+    smallest: the squared norm of a mixture of residuals with standard normal weights has the sum of
+    their squares as its mean (Freivalds 1979; Hutchinson 1990).
     """
     generator = torch.Generator().manual_seed(len(queries))
     weights = torch.randn(PROBES, len(queries), generator=generator, dtype=torch.float64)
-    weights = weights.to(queries.device) / _positive(queries.norm(dim=1))
-    left = residuals(product, weights @ queries, lambdas, weights @ solutions)
-    return left.norm(dim=2).square().mean(1).sqrt()
+    norms = _positive(queries.norm(dim=1))
+    weights = weights.to(queries.device) / norms
+    mixed, least = weights @ solutions, int(lambdas.argmin())
+    own = solutions[least]
+    images = product(torch.cat([mixed.flatten(0, 1), own]))
+    each = queries - images[-len(own) :] - lambdas[least] * own
+    found = each.norm(dim=1) / norms
+    above = found.max() / _positive(found.square().mean().sqrt())
+    left = weights @ queries - images[: -len(own)].view_as(mixed) - lambdas[:, None, None] * mixed
+    largest = (left.norm(dim=2).square().mean(1) / len(queries)).sqrt() * above
+    largest[least] = found.max()
+    return largest
 
 
 def residuals(
