@@ -28,6 +28,7 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 PAPER_ABLATION = (0.04, 0.261, 0.335, 0.564, 0.955)
+FIGURES = ("ua", "ira", "cra")  # of UnlearnCanvas, see `cad`
 STEPS = ("TRAK", "+ concept query", "+ DPS train gradient", "+ DDIM inversion", "+ unit norm")
 
 
@@ -52,6 +53,7 @@ def overview(folder: Path) -> str:
         of_abc(folder / "emoji/abc_table.json"),
         of_ablation(folder / "emoji/abc_table.json"),
         of_emoji(folder / "emoji/table.json"),
+        of_weights(folder / "cad/table.json"),
     ]
     return "\n\n".join(parts)
 
@@ -112,6 +114,22 @@ def of_emoji(path: Path) -> str:
         for method in told["object"]
     ]
     return table("emoji, held-out pairs", ["method", "object", "style"], rows)
+
+
+def of_weights(path: Path) -> str:
+    """Component attribution: mean UA, IRA and CRA of the best plan and of the published rule."""
+    if not path.is_file():
+        return "**weights**: no table.json yet; `bash scripts/cad/run_eval.sh` makes it"
+    told = read_json(path, restoration(path))
+    rows = [
+        [f"{names}, {which}", *(f"{sum(f[n] for f in of) / len(of):.2f}" for n in FIGURES)]
+        for kind, names in (("object", "objects"), ("style", "styles"))
+        for which, of in (
+            ("best plan", [*told[names].values()]),
+            ("published rule", [*told["paper"][kind].values()]),
+        )
+    ]
+    return table("weights", ["erased", *(name.upper() for name in FIGURES)], rows)
 
 
 def _cell(values: dict[str, float], method: str) -> str:

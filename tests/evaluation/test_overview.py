@@ -21,7 +21,14 @@ def test_figures_stand_beside_those_of_the_paper(tmp_path):
     abc = {"published": {"trak": 0.5}, "blind": {"trak": 0.0}, "crowd": {}, "steps": steps}
     abc["ablation"] = [0.5, 0.25, 0.25, 0.25, 1.0]
     (tmp_path / "emoji/abc_table.json").write_text(json.dumps(abc))
+    (tmp_path / "cad").mkdir()
+    low, high = ({name: value for name in ("ua", "ira", "cra")} for value in (0.25, 0.75))
+    cad = {"objects": {"a": low, "b": high}, "styles": {"c": high}}
+    cad["paper"] = {"object": {"a": low, "b": low}, "style": {"c": low}}
+    (tmp_path / "cad/table.json").write_text(json.dumps(cad))
     lines = overview(tmp_path).splitlines()
+    assert "| objects, best plan | 0.50 | 0.50 | 0.50 |" in lines
+    assert "| styles, published rule | 0.25 | 0.25 | 0.25 |" in lines
     assert "| trak | 0.50 | 0.80 | 0.12 | 0.45 |" in lines
     assert "| nda | 0.25 | - | - | - |" in lines
     assert "| + unit norm | 1.000 | -0.250 [-0.50, +0.00] | 0.955 |" in lines
