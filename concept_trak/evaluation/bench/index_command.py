@@ -169,7 +169,8 @@ class Bench:
 
     def summary(self) -> dict[str, Any]:
         """Recall@10 at the fixed damping with the candidates timed, bytes and speed; of the
-        synthetic rows if they were measured, else of the embedded ones.
+        synthetic rows if they were measured, else of the embedded ones; and all that is known of
+        them.
         """
         from .index import recall_of
 
@@ -181,6 +182,7 @@ class Bench:
             "recall_at_10": round(recall_of(facts)["recall_at_10"], 4),
             "bytes_ratio": round(facts["bytes_ratio"], 2),
             "speedup": round(facts["speedup"], 1),
+            "measured": facts,
         }
 
     def _keep(self, part: str, found: dict[str, Any]) -> None:
