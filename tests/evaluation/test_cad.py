@@ -50,6 +50,7 @@ def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys
     wanted = {"objects", "styles", "objects_meeting", "styles_meeting", "controls_beaten"}
     wanted |= {"pearson_j", "pearson_judge", "amplify_gain", "amplify_kept"}
     assert wanted <= set(line)
+    assert [at["predicted"] > 0 for at in line["amplify_curve"]] == [True] * 3
     (weakest,) = line["amplify_weak"]["concepts"].items()
     assert weakest[1][1] - weakest[1][0] == pytest.approx(line["amplify_weak"]["gain"])
     for cell in [*line["objects"].values(), *line["styles"].values()]:

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...components.concept import edit_of, scores_of
+from ...components.concept import Asked, edit_of, scores_of
 from ...components.edits import Edit, EditedNetwork
-from ...components.objective import AIMS
+from ...components.objective import AIMS, mean_value
 from ...components.roles import select
+from ...components.scores import Scores
 from ...scoring.metrics import bootstrap_interval
 from .bed import Target
 from .tuning import Key, Measured
 
 AMPLIFIED = 0.005  # share of the weights that amplifying removes; higher ratios hurt the rest
+CURVE = (0.00005, 0.0005, 0.005)  # shares at which the change of J is held against the scores
 SEARCH = 50_000  # first seed of the pictures that find the weakest objects
 
 
@@ -88,15 +90,45 @@ class Amplified:
         shown = cells.cell(Target("pool", "pool", ""), ["weakest", searched], make)["shown"]
         return sorted(targets, key=lambda t: (shown[t.name], t.name))[:count]
 
-    def _edit(self, target: Target, base: str = "") -> Edit:
-        """The amplifying edit of the network as it stands. base: as `concept.edit_of`."""
+    def curve(self, target: Target) -> list[dict[str, float]]:
+        """{"ratio", "weights", "predicted", "true"}: the change of J that the scores of what is
+        removed promise, - sum alpha, and the one there is, at each of CURVE.
+        """
+
+        def make() -> dict[str, Any]:
+            return {"curve": [self._change(target, ratio) for ratio in CURVE]}
+
+        what = ["amplify, change of J", self.key.selection, CURVE]
+        return self.measured.cells.cell(target, what, make)["curve"]
+
+    def _change(self, target: Target, ratio: float) -> dict[str, float]:
+        model, aim, real = self.measured.bed.model, AIMS["amplify"], self._real(target)
+        states = [s for number in range(real.num_seeds) for s in real.states(model, aim, number)]
+        scores, before = self._scores(real), mean_value(aim, model, states)
+        edit, chosen = edit_of(model, scores, Key(self.key.selection, ratio).plan, real)
+        gone = sum(
+            float(scores.mean[name].flatten()[index].sum()) for name, index in chosen.picked.items()
+        )
+        with EditedNetwork(model.network) as edited:
+            edited.apply(edit)
+            true = mean_value(aim, model, states) - before
+        return {"ratio": ratio, "weights": edit.count, "predicted": -gone, "true": true}
+
+    def _real(self, target: Target) -> Asked:
+        """The target's training pictures."""
         bed, corpus = self.measured.bed, self.measured.bed.corpus
         rows = [i for i, r in enumerate(corpus.train.records) if r[target.kind] == target.name]
-        real = replace(bed.asked(target), real=corpus.latents[rows], num_seeds=len(rows))
-        plan = Key(self.key.selection, AMPLIFIED).plan
-        among = select(bed.model.network, plan.selection)
-        scores = scores_of(bed.model, real, AIMS["amplify"], among)
-        return edit_of(bed.model, scores, plan, real, base)[0]
+        return replace(bed.asked(target), real=corpus.latents[rows], num_seeds=len(rows))
+
+    def _scores(self, real: Asked) -> Scores:
+        model = self.measured.bed.model
+        among = select(model.network, self.key.plan.selection)
+        return scores_of(model, real, AIMS["amplify"], among)
+
+    def _edit(self, target: Target, base: str = "") -> Edit:
+        """The amplifying edit of the network as it stands. base: as `concept.edit_of`."""
+        real, plan = self._real(target), Key(self.key.selection, AMPLIFIED).plan
+        return edit_of(self.measured.bed.model, self._scores(real), plan, real, base)[0]
 
     def _recalled(self, target: Target) -> dict[str, Any]:
         """The judge's view after the erasing edit and an amplifying one on top."""

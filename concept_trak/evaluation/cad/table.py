@@ -70,6 +70,7 @@ def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     amplified = Amplified(measured, size.controls, chosen["best"])
     found["amplify"] = amplified.after_erasing(targets["object"][:CONTROLLED])
     found["amplify_weak"] = amplified.weakest(size.searched, size.targets or CONTROLLED)
+    found["amplify_curve"] = amplified.curve(targets["object"][0])
     return found
 
 
@@ -213,4 +214,5 @@ def line(found: dict[str, Any]) -> dict[str, Any]:
         "amplify_gain_ci95": found["amplify"]["gain_ci95"],
         "amplify_kept": found["amplify"]["kept"],
         "amplify_weak": found["amplify_weak"],
+        "amplify_curve": found["amplify_curve"],
     }

@@ -95,7 +95,12 @@ def _rest(line: Mapping[str, Any]) -> str:
         f"Amplified as they are, the objects drawn worst: by {weak['gain']:.2f} "
         f"[{weak['gain_ci95'][0]:.2f}, {weak['gain_ci95'][1]:.2f}]; {weak['kept']:.2f} kept.",
     ]
-    return "\n\n".join(said)
+    curve = ["Change of J_amplify when that share of the weights is removed:", ""]
+    curve += ["| share | weights | by the scores | true |", "|---|---|---|---|"]
+    for at in line["amplify_curve"]:
+        changes = f"{at['predicted']:+.4f} | {at['true']:+.4f}"
+        curve.append(f"| {at['ratio']:g} | {at['weights']:,} | {changes} |")
+    return "\n\n".join([*said, "\n".join(curve)])
 
 
 def _plan(plan: list[Any]) -> str:
