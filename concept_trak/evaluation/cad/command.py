@@ -113,6 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = settings_of(arguments)
     from ...attribution.corpus import Corpus
     from ...models.device import pick_device
+    from ...settings import provenance
     from ..results import results, write_metrics
     from .bed import Bed
     from .cells import Cells
@@ -123,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
     corpus = Corpus(given.on(device), device)
     size = Size.of(given.judged, given.num_queries)
     bed = Bed(corpus)
-    found = line(evaluate(bed, size))
+    found = line(evaluate(bed, size)) | {"provenance": provenance()}
     model, data = corpus.model.identity(), corpus.data.content_hash()
     made_from = [model, data, given.score_seeds, given.judged]
     with results(corpus.settings, "cad", "table", made_from) as folder:
