@@ -96,23 +96,23 @@ class Amplified:
         """
 
         def make() -> dict[str, Any]:
-            return {"curve": [self._change(target, ratio) for ratio in CURVE]}
+            model, aim, real = self.measured.bed.model, AIMS["amplify"], self._real(target)
+            states = [s for n in range(real.num_seeds) for s in real.states(model, aim, n)]
+            scores, before = self._scores(real), mean_value(aim, model, states)
+            found = []
+            for ratio in CURVE:
+                edit, chosen = edit_of(model, scores, Key(self.key.selection, ratio).plan, real)
+                picked = chosen.picked.items()
+                gone = sum(float(scores.mean[name].flatten()[i].sum()) for name, i in picked)
+                with EditedNetwork(model.network) as edited:
+                    edited.apply(edit)
+                    true = mean_value(aim, model, states) - before
+                told = {"ratio": ratio, "weights": edit.count, "predicted": -gone, "true": true}
+                found.append(told)
+            return {"curve": found}
 
         what = ["amplify, change of J", self.key.selection, CURVE]
         return self.measured.cells.cell(target, what, make)["curve"]
-
-    def _change(self, target: Target, ratio: float) -> dict[str, float]:
-        model, aim, real = self.measured.bed.model, AIMS["amplify"], self._real(target)
-        states = [s for number in range(real.num_seeds) for s in real.states(model, aim, number)]
-        scores, before = self._scores(real), mean_value(aim, model, states)
-        edit, chosen = edit_of(model, scores, Key(self.key.selection, ratio).plan, real)
-        gone = sum(
-            float(scores.mean[name].flatten()[index].sum()) for name, index in chosen.picked.items()
-        )
-        with EditedNetwork(model.network) as edited:
-            edited.apply(edit)
-            true = mean_value(aim, model, states) - before
-        return {"ratio": ratio, "weights": edit.count, "predicted": -gone, "true": true}
 
     def _real(self, target: Target) -> Asked:
         """The target's training pictures."""

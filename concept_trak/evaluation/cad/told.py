@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .tuning import GOALS
+from .tuning import FIGURES, GOALS
 
-FIGURES = ("ua", "ira", "cra")
 HEAD = "UA | IRA | CRA |"
 
 

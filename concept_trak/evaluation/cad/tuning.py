@@ -26,6 +26,7 @@ from ...scoring.metrics import bootstrap_interval
 from .bed import Bed, Target
 from .cells import Cells, figures
 
+FIGURES = ("ua", "ira", "cra")
 GOALS = {"object": (0.95, 0.97, 0.95), "style": (0.90, 0.92, 0.97)}  # UA, IRA, CRA
 SELECTIONS = ("cross_attention", "feed_forward", "cross_attention|feed_forward")
 RATIOS = (0.015, 0.03, 0.06)
@@ -134,8 +135,7 @@ SKIPPED = ("convolution", "time", "projection")
 
 def value(found: list[dict[str, Any]], kind: str) -> float:
     """What is maximised, over targets of a kind."""
-    names = ("ua", "ira", "cra")
-    each = [sum(min(f[n], g) for n, g in zip(names, GOALS[kind], strict=True)) for f in found]
+    each = [sum(min(f[n], g) for n, g in zip(FIGURES, GOALS[kind], strict=True)) for f in found]
     return float(np.mean(each))
 
 
@@ -172,7 +172,7 @@ def tune(measured: Measured, counts: tuple[int, int], final: tuple[int, int]) ->
 def over_targets(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of UA, IRA and CRA over targets, with bootstrap intervals over them."""
     told: dict[str, Any] = {}
-    for name in ("ua", "ira", "cra"):
+    for name in FIGURES:
         values = np.array([f[name] for f in found])
         low, high = bootstrap_interval(values)
         told |= {name: round(float(values.mean()), 3)}

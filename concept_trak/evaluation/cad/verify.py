@@ -21,14 +21,13 @@ from .attempts import Attempt, judged, unedited
 from .bed import Bed, Target
 from .cells import Cells
 from .probes import decided_by, probes
-from .tuning import Measured
+from .tuning import FIGURES, Measured
 
 SELECTIONS = ("cross_attention", "cross_attention|feed_forward", "feed_forward")
 RATIOS = (0.005, 0.01, 0.015, 0.03, 0.06, 0.12)
 OPERATORS = (("scale", 0.7), ("mean", 1.0), ("gradient", 3.0))  # beside zero
 MOST = 3  # plans that are confirmed
 LEVEL = 1 - 0.05 / MOST
-FIGURES = ("ua", "ira", "cra")
 
 
 @dataclass(frozen=True)
