@@ -20,6 +20,7 @@ from ..scoring import metrics
 from ..settings import DAMPINGS
 from .benchmark import TUNE, Benchmark
 from .cost import forwards_of
+from .plots import against_k, png
 from .results import results, write_metrics
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # split -> concept -> ranker -> figures
@@ -108,13 +109,15 @@ class Questions:
 @dataclass
 class Found:
     """What the rankers found. tables {kind: table}; dampings, steps: what was chosen for a ranker
-    that has one; cost: forward equivalents of one question (`cost`).
+    that has one; cost: forward equivalents of one question (`cost`); curves {split concept:
+    {ranker: Recall@1, 2, ...}}, of the first kind.
     """
 
     tables: dict[str, Table]
     dampings: dict[str, float] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
+    curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 def tables(corpus: Corpus, benchmark: Benchmark, asked: dict[str, Questions]) -> Found:
@@ -132,6 +135,8 @@ def tables(corpus: Corpus, benchmark: Benchmark, asked: dict[str, Questions]) ->
                 chosen = questions.damping(values)
                 found.dampings[name] = DAMPINGS[chosen]
             fill(found.tables[kind], name, questions, values, chosen)
+            if questions is first:
+                trace(found.curves, splits, name, questions, values[chosen])
         found.cost[name] = forwards_of(ranker, first.asked[0])
     for kind, questions in asked.items():
         chance_of(found.tables[kind], questions)
@@ -168,6 +173,21 @@ def fill(table: Table, name: str, questions: Questions, values: np.ndarray, damp
             if len(values) > 1:
                 sweep = metrics.recall_at_k(values[:, places], relevant[None]).mean(1)
                 entries[name]["oracle_recall_at_10"] = round(float(sweep.max()), 4)
+
+
+def trace(
+    curves: dict[str, dict[str, np.ndarray]],
+    splits: tuple[str, ...],
+    name: str,
+    questions: Questions,
+    values: np.ndarray,
+) -> None:
+    """Enter a ranker's Recall@k; values [Q, N]."""
+    for split in splits:
+        for concept in questions.concepts:
+            places = questions.of(split, concept)
+            curve = metrics.recall_curve(values[places], questions.relevant[places])
+            curves.setdefault(f"{split.upper()} {concept}", {})[name] = curve
 
 
 def chance_of(table: Table, questions: Questions) -> None:
@@ -227,6 +247,7 @@ def evaluate(corpus: Corpus, name: str = "emoji") -> dict[str, Any]:
     with results(corpus.settings, "eval", name, corpus.train_identity()) as folder:
         write_metrics(folder, "metrics", result, corpus.settings)
         write_bytes(folder / "table.md", f"{table}\n".encode())
+        write_bytes(folder / "recall.png", png(against_k(found.curves, "recall")))
     print(table)
     print(json.dumps(result))
     return result

@@ -70,6 +70,13 @@ def recall_at_k(
     return np.asarray(ranked[..., :k].sum(-1) / _divisor(count, k, denominator))
 
 
+def recall_curve(scores: np.ndarray, relevant: np.ndarray, most: int = 20) -> np.ndarray:
+    """Mean Recall@k of rankings [Q, N] at k = 1, ..., most: [most]. UserError as `recall_at_k`."""
+    ranked, count = _ranked_relevance(scores, relevant)
+    hits = ranked[..., :most].cumsum(-1)
+    return (hits / np.minimum(count[..., None], np.arange(1, hits.shape[-1] + 1))).mean(0)
+
+
 def least_k_recall(
     scores: np.ndarray, relevant: np.ndarray, k: int = 10, denominator: str = "min"
 ) -> np.ndarray:

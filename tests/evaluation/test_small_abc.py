@@ -7,12 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from concept_trak import cli
 from concept_trak.attribution.corpus import Corpus
 from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
-from concept_trak.evaluation.small_abc import methods, rows, tables
+from concept_trak.evaluation.overview import STEPS
+from concept_trak.evaluation.small_abc import methods, plots, rows, tables
 from concept_trak.evaluation.small_abc.tasks import read_tokens, tasks_of
 from concept_trak.settings import ROOT, TOKEN, resolve
 from concept_trak.workshop.tokens.settings import TokenSettings
@@ -117,6 +119,9 @@ def test_the_whole_of_it_runs_and_a_second_run_says_the_same(
     assert figures["contrast"]["blind"]["recall_at_10"] == found["blind"]["contrast"]
     assert cli.main(given) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    made = tmp_path / "results/abc_tables/latest"
+    assert Image.open(made / "recall.png").size[0] > 900  # three panels
+    assert not (made / "ablation.png").exists()  # not all of its steps were asked for
 
 
 def test_an_unknown_method_is_named(tiny_pipeline, data, tmp_path, capsys):
@@ -145,6 +150,24 @@ def test_a_crowd_holds_all_exemplars_and_only_the_own_are_relevant(
     for q in range(len(tasks)):  # the same distances, wherever the exemplars stand
         one = scores["blind"][0, q, count:][own[1][q]]
         np.testing.assert_array_equal(one, scores["crowd"][0, q, count:][own[2][q]])
+
+
+def test_hubs_are_the_pictures_that_every_question_finds():
+    same = np.tile(np.arange(40.0), (5, 1))
+    assert tables.hubs(same) == 1
+    own = np.zeros((4, 40))
+    for q in range(4):
+        own[q, 10 * q : 10 * q + 10] = 1
+    assert tables.hubs(own) == 10 / 40
+
+
+def test_the_ablation_is_drawn_beside_the_paper():
+    steps = [{"change": c, "ci95": [c - 0.1, c + 0.1]} for c in (0.2, -0.3, 0.1, 0.4)]
+    ours, changes = plots.ablation([0.4, 0.6, 0.3, 0.4, 0.8], steps).axes
+    assert [bar.get_width() for bar in changes.patches] == [0.2, -0.3, 0.1, 0.4]
+    assert [label.get_text() for label in ours.get_yticklabels()] == list(STEPS)
+    tops = [bar.get_y() for bar in changes.patches]
+    assert tops == sorted(tops, reverse=True)  # the first step at the top
 
 
 def test_steps_are_paired_differences():

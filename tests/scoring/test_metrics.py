@@ -48,6 +48,15 @@ def test_equals_brute_force_with_ties(k, denominator):
         assert precision[index] == pytest.approx(brute_average_precision(row, relevant), abs=1e-12)
 
 
+def test_a_curve_is_recall_at_every_k():
+    rng = np.random.default_rng(3)
+    scores, relevant = rng.integers(0, 9, (6, 30)).astype(float), rng.random((6, 30)) < 0.2
+    relevant[:, 0] = True
+    curve = metrics.recall_curve(scores, relevant, 12)
+    each = [metrics.recall_at_k(scores, relevant, k).mean() for k in range(1, 13)]
+    np.testing.assert_allclose(curve, each)
+
+
 def test_truth_may_differ_by_query():
     scores = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     relevant = np.array([[True, False, False], [False, False, True]])

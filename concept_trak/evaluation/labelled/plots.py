@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..retraining.plots import panels
+from ..plots import against_k, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STRONG = {"concept_trak": "C3", "reference": "C1"}  # ours
 TITLES = {"ood": "combinations never seen", "id": "combinations seen"}
-
-
-def png(figure: Figure) -> bytes:
-    """A figure's file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
 
 
 def precision_against_k(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """{split: {label: precision at 1, 2, ...}}."""
-    figure, axes = panels([TITLES[split] for split in curves])
-    for axis, of_split in zip(axes, curves.values(), strict=True):
-        others = 0
-        for label, values in of_split.items():
-            name, *scope = label.split(", ")
-            style: dict[str, Any] = {"lw": 1, "ls": ":" if scope else "-"}
-            if name in STRONG:
-                style |= {"color": STRONG[name], "lw": 2.2}
-            elif name == "chance":
-                style |= {"color": "0.6", "ls": "--"}
-            else:
-                style |= {"color": f"C{(4 + others) % 10}"}
-                others += 1
-            axis.plot(np.arange(1, len(values) + 1), values, label=label, **style)
-        axis.set_xlabel("k, pictures ranked highest")
-        axis.set_ylabel("precision at k")
-        axis.set_ylim(0, 1.03)
-        axis.legend(fontsize=6, frameon=False, loc="lower left", ncol=2)
-    return figure
+    return against_k({TITLES[split]: curves[split] for split in curves}, "precision")
 
 
 def lds_bars(told: Mapping[str, Any], seconds: Mapping[str, float]) -> Figure:

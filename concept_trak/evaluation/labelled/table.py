@@ -21,6 +21,7 @@ from ...settings import DAMPINGS, as_dict, provenance
 from ..benchmark import TUNE
 from ..evaluate import is_control
 from ..overview import PAPER
+from ..plots import png
 from . import plots
 from .questions import SPLITS
 from .scored import Found, attribute
@@ -70,7 +71,7 @@ def table_of(bench: Bench) -> dict[str, Any]:
     write_json(folder / "table.json", result | detail | made | {"provenance": provenance()})
     write_bytes(folder / "table.md", f"{markdown}\n".encode())
     figure = plots.precision_against_k(curves(found, told))
-    write_bytes(folder / "precision.png", plots.png(figure))
+    write_bytes(folder / "precision.png", png(figure))
     return result
 
 
@@ -261,7 +262,7 @@ def truth_table(bench: Bench, test: str) -> dict[str, Any]:
     made = {"settings": as_dict(bench.settings), "own": vars(bench.own)}
     write_json(folder / f"{test}.json", told | made | {"provenance": provenance()})
     write_bytes(folder / f"{test}.md", f"{markdown}\n".encode())
-    write_bytes(folder / f"{test}.png", plots.png(drawn))
+    write_bytes(folder / f"{test}.png", png(drawn))
     return told
 
 

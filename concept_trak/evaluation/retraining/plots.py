@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..plots import panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,19 +16,6 @@ if TYPE_CHECKING:
     from .lds import Curve, Predicted
 
 OURS, KNOWN = "concept_trak", "labels"  # drawn strongest; what knows the truth, dashed
-INCHES, DPI = 4.2, 110  # of one panel
-
-
-def panels(titles: Sequence[str], height: float = INCHES) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel a title, side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((INCHES * len(titles), height), dpi=DPI, layout="constrained")
-    axes = [figure.add_subplot(1, len(titles), i + 1) for i in range(len(titles))]
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def presence_against_removed(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:

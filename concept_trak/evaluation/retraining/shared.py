@@ -4,7 +4,6 @@ ranker's scores on a small model, and how a table is kept.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ...models.text_to_image import TextToImage
 from ...registry import RANKERS
 from ...settings import DAMPINGS, ROOT
 from ..evaluate import chosen_rankers
+from ..plots import png
 from ..results import results, write_metrics
 from .asked import Asked, ask, corpus_of
 from .fleet import Bench, retrain
@@ -165,7 +165,5 @@ def written(
         write_metrics(folder, "metrics", found, corpus.settings)
         write_bytes(folder / "table.md", f"{markdown}\n".encode())
         for name, figure in (drawn or {}).items():
-            png = io.BytesIO()
-            figure.savefig(png, format="png")
-            write_bytes(folder / f"{name}.png", png.getvalue())
+            write_bytes(folder / f"{name}.png", png(figure))
     return found

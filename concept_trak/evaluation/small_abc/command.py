@@ -54,8 +54,9 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     """{"published", "blind", "crowd": {method: Recall@10}, "ablation": [five of them], "steps"}."""
     from ...attribution.corpus import Corpus
     from ...files import write_bytes
+    from ..plots import png
     from ..results import results, write_metrics
-    from . import tables
+    from . import plots, tables
     from .methods import ABLATION
     from .tasks import read_tokens, tasks_of
 
@@ -83,6 +84,10 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     with results(settings, "abc_tables", "small", [corpus.train_identity(), made]) as folder:
         write_metrics(folder, "metrics", made, settings)
         write_bytes(folder / "table.md", f"{table}\n".encode())
+        write_bytes(folder / "recall.png", png(plots.recall_against_k(told)))
+        if "ablation" in made:
+            figure = plots.ablation(made["ablation"], made["steps"])
+            write_bytes(folder / "ablation.png", png(figure))
     print(table)
     return made
 

@@ -20,6 +20,7 @@ from ...attribution.rankers import GradientRanker
 from ...datasets.words import overlap
 from ...registry import OBJECTIVES
 from ...scoring import metrics
+from ...scoring.ranking import ranking
 from ...settings import DAMPINGS, JUDGE, TOKEN
 from ..controls import distances
 from ..evaluate import choose_damping
@@ -182,10 +183,20 @@ def figures(asked: Asked, found: Scores) -> dict[str, dict[str, Any]]:
             "ci95": [round(low, 4), round(high, 4)],
             "reverse_recall_at_10": round(float(metrics.least_k_recall(at, right).mean()), 4),
             "map": round(float(metrics.average_precision(at, right).mean()), 4),
+            "hubs": round(hubs(at), 4),
+            "recall_curve": metrics.recall_curve(at, right).round(3).tolist(),
             "damping": DAMPINGS[d] if len(values) > 1 else None,
             "per_query": [round(float(r), 4) for r in recall],
         }
     return told
+
+
+def hubs(values: np.ndarray, k: int = 10) -> float:
+    """Share of the top k of all rankings [Q, N] that the k pictures which are most often there
+    take: 1 when every question has the same answer, whatever was asked.
+    """
+    _, often = np.unique(ranking(values)[:, :k], return_counts=True)
+    return float(np.sort(often)[-k:].sum() / (len(values) * k))
 
 
 def steps(told: dict[str, dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -220,13 +231,14 @@ def chance(asked: Asked) -> dict[str, float]:
 
 
 def markdown(told: dict[str, dict[str, Any]], at_random: dict[str, float]) -> str:
-    """One row a method: Recall@10 [95 %] (reverse recall, mAP) in each protocol."""
+    """One row a method: Recall@10 [95 %] (reverse recall, mAP, `hubs`) in each protocol."""
     lines = [f"| method | {' | '.join(PROTOCOLS)} |", "|---" * (1 + len(PROTOCOLS)) + "|"]
     for name, entries in told.items():
         row = []
         for e in (entries[protocol] for protocol in PROTOCOLS):
             low, high = e["ci95"]
             rest = f"reverse {e['reverse_recall_at_10']:.2f}, mAP {e['map']:.2f}"
+            rest += f", hubs {e['hubs']:.2f}"
             row.append(f"{e['recall_at_10']:.3f} [{low:.2f}, {high:.2f}] ({rest})")
         lines.append(f"| {name} | {' | '.join(row)} |")
     lines.append(f"| chance | {' | '.join(f'{at_random[p]:.3f}' for p in PROTOCOLS)} |")
