@@ -2,7 +2,7 @@
 
 lds              subsets of which each concept keeps a rate of its own, each trained with two seeds
 counterfactual   without the union of what a ranker names for the "report" concepts of a kind, each
-                 with two seeds; removed: half as many as show the rarest of them
+                 with two seeds; removed: as many as show the rarest of them
 
 Rankers are asked on the model of all pictures, about held-out pictures as they are. Half of the
 concepts ("tune") choose the dampings, the others are reported, as in the bench of truth; ours has
