@@ -178,7 +178,7 @@ class Progress:
     def __init__(self, params: dict[str, torch.nn.Parameter], run: Run) -> None:
         self.params, self.run, self.ema = params, run, Ema(params, run.ema_decay)
         self.optimizer = torch.optim.AdamW(
-            params.values(), run.lr, (0.9, 0.99), weight_decay=run.weight_decay, foreach=True
+            params.values(), run.lr, (0.9, 0.99), weight_decay=run.weight_decay, fused=True
         )
         self.step, self.mean, self.rate, self.norm = 0, None, 0.0, 0.0
         self.begun, self.log = time.time(), run.checkpoint.with_suffix(".jsonl")

@@ -63,6 +63,7 @@ def build(like: TextToImage, settings: SmallSettings, seed: int) -> TextToImage:
             "num_hidden_layers": s.text_layers,
         }
         encoder = CLIPTextModel(CLIPTextConfig(**config))
+    encoder.set_attn_implementation("eager")  # a CPU's fused one takes longer on so few words
     return as_model(like, small.to(like.device), encoder.to(like.device))
 
 
@@ -72,7 +73,6 @@ def as_model(
     """Networks beside the other parts of `like`."""
     if like.device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # see `text_to_image.load_pipeline`
-    unet.to(memory_format=torch.channels_last)
     pipe = embedded.build_pipeline(like.pipe.vae, text_encoder, like.pipe.tokenizer, unet)
     pipe.set_progress_bar_config(disable=True)
     return TextToImage(pipe, like.source)
@@ -112,7 +112,10 @@ def parameters(model: TextToImage) -> dict[str, torch.nn.Parameter]:
 
 
 def frozen(model: TextToImage) -> TextToImage:
-    """The model, ready to be asked."""
+    """The model, ready to be asked. Only now in the memory format of `load_pipeline`: in it the
+    group norms of a training's bfloat16 take six times as long.
+    """
+    model.network.to(memory_format=torch.channels_last)
     for net in (model.network, model.pipe.text_encoder):
         net.eval().requires_grad_(False)
     return model

@@ -92,7 +92,7 @@ def loss_of_step(
     """The module docstring's loss, a scalar; the network's products in bfloat16."""
     x0, ids, t, eps = draw(examples, settings, seed, step)
     a = ALPHA_BAR[t].view(-1, 1, 1, 1)
-    x_t = (a.sqrt() * x0 + (1 - a).sqrt() * eps).to(memory_format=torch.channels_last)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
     unet, encoder, device = model.network, model.pipe.text_encoder, model.device
     with torch.autocast(device.type, torch.bfloat16):
         states = encoder(ids.to(device)).last_hidden_state
