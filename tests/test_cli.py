@@ -591,6 +591,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "cad-verify",
         "cad-replay",
         "cad-counterfactual",
+        "cad-rare",
         "cad-protocol",
         "cad-bench-sd14",
     }

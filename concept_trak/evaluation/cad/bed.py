@@ -22,8 +22,9 @@ from ...components.edits import Edit
 from ...components.operators import put
 from ...components.states import Sampling
 from ...datasets.emoji import STYLE_JOINT
+from ...datasets.folder import ImageCaptionDataset
 from ...models.generation import Generation, initial_noise, sample
-from ...models.text_to_image import load_pipeline
+from ...models.text_to_image import TextToImage, load_pipeline
 from ...settings import JUDGE
 from ...workshop.judge.net import Judge, resized
 from ...workshop.judge.saved import load_judge
@@ -64,12 +65,14 @@ class Drawn:
 
 
 class Bed:
-    """The embedded model, its judge, and a bf16 twin that draws (see `mirror`)."""
+    """A model, its judge, and what draws: by default a bf16 twin of the embedded model (see
+    `mirror`).
+    """
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, drawer: TextToImage | None = None) -> None:
         self.corpus, self.model = corpus, corpus.model
         s = corpus.settings
-        self.drawer = load_pipeline(s.sd_model_path, corpus.device, "bf16")
+        self.drawer = drawer or load_pipeline(s.sd_model_path, corpus.device, "bf16")
         self.judge: Judge = load_judge(JUDGE)
         self.guidance = s.gen_guidance_scale
         self.num_seeds = s.score_seeds
@@ -77,7 +80,11 @@ class Bed:
     @cached_property
     def targets(self) -> dict[str, list[Target]]:
         """{"tune": 8 objects, "object": 16 others, "style": all styles}, in a fixed order."""
-        train = self.corpus.train
+        return self.targets_of(self.corpus.train)
+
+    @staticmethod
+    def targets_of(train: ImageCaptionDataset) -> dict[str, list[Target]]:
+        """`targets` of these pictures."""
         kinds: dict[str, dict[str, str]] = {"object": {}, "style": {}}
         for record in train.records:
             for kind, names in kinds.items():

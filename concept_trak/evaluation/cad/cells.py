@@ -25,13 +25,14 @@ KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 
 
 class Cells:
-    """The folder RESULTS_DIR/../cad/cells of a bed."""
+    """The folder of a bed; by default RESULTS_DIR/../cad/cells, where the committed ones count, too."""
 
-    def __init__(self, bed: Bed) -> None:
+    def __init__(self, bed: Bed, folder: Path | None = None) -> None:
         self.bed = bed
-        s = bed.corpus.settings
-        self.folder = make_folder(Path(s.results_dir).parent / "cad/cells")
-        self.kept = read_json(KEPT, restoration(KEPT)) if KEPT.exists() else {}
+        usual = Path(bed.corpus.settings.results_dir).parent / "cad/cells"
+        self.folder = make_folder(folder or usual)
+        committed = folder is None and KEPT.exists()
+        self.kept = read_json(KEPT, restoration(KEPT)) if committed else {}
         self.origin = [bed.model.identity(), bed.corpus.data.content_hash(), DRAW_STEPS]
         self.origin += [bed.guidance, bed.num_seeds]
 

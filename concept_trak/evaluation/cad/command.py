@@ -1,7 +1,8 @@
-"""`concept-trak cad-eval`, `cad-verify`, `cad-replay`, `cad-counterfactual`, `cad-protocol` and
-`cad-bench-sd14`: the table of component attribution on the embedded model, an edit with its
-certificate, scores split over the pictures of a training, edits beside retraining, the published
-protocols for an edited Stable Diffusion, and what scores cost on its architecture.
+"""`concept-trak cad-eval`, `cad-verify`, `cad-replay`, `cad-counterfactual`, `cad-rare`,
+`cad-protocol` and `cad-bench-sd14`: the table of component attribution on the embedded model, an
+edit with its certificate, scores split over the pictures of a training, edits beside retraining,
+amplifying what was rare in training, the published protocols for an edited Stable Diffusion, and
+what scores cost on its architecture.
 
 The last line of output is one JSON object; experiments/cad/README.md explains it.
 """
@@ -40,6 +41,11 @@ def add_parser(verbs: Any) -> None:
     uses = ("selection", "ratio", "granularity", "score_seeds", "replay_steps", "truth_dir")
     add_setting_flags(sub, (*uses, "results_dir", "model", "data_dir", "device", "gpu_id"))
     sub.set_defaults(run=run_counterfactual)
+    says = "Amplify objects of which a small model learned two pictures: are they drawn more often?"
+    sub = verbs.add_parser("cad-rare", help=says, description=says)
+    uses = ("replay_steps", "gen_guidance_scale", "truth_dir", "results_dir", "model")
+    add_setting_flags(sub, (*uses, "data_dir", "device", "gpu_id"))
+    sub.set_defaults(run=run_rare)
     says = "Measure an edited pipeline by a published protocol: objects, nudity, styles, retention."
     sub = verbs.add_parser("cad-protocol", help=says, description=says)
     uses = ("protocols", "edits", "concept", "num_queries", "seed", "gen_guidance_scale")
@@ -83,6 +89,17 @@ def run_counterfactual(arguments: argparse.Namespace) -> None:
 
     device = pick_device(given.device, given.gpu_id)
     print(json.dumps(counterfactual(Corpus(given.on(device), device))))
+
+
+def run_rare(arguments: argparse.Namespace) -> None:
+    """Train what is missing, choose, measure, print the table and its line."""
+    given = settings_of(arguments)
+    from ...attribution.corpus import Corpus
+    from ...models.device import pick_device
+    from .rare import rare
+
+    device = pick_device(given.device, given.gpu_id)
+    print(json.dumps(rare(Corpus(given.on(device), device))))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
