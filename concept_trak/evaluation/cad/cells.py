@@ -25,7 +25,7 @@ KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 
 
 class Cells:
-    """The folder of a bed; by default RESULTS_DIR/../cad/cells, where the committed ones count, too."""
+    """The folder of a bed; by default RESULTS_DIR/../cad/cells, with the committed ones."""
 
     def __init__(self, bed: Bed, folder: Path | None = None) -> None:
         self.bed = bed
