@@ -29,13 +29,15 @@ class Aim:
     """An objective J. against: "base", eps(c_b), or "noise", the state's own eps.
 
     value: (eps_hat, target), both [B, ...] -> J [B]. removes: +1 where removing the highest scores
-    serves it, -1 where removing the lowest does.
+    serves it, -1 where removing the lowest does. bend: D, the values of a sample, -> half of J's
+    second derivative by each of them.
     """
 
     name: str
     against: str
     value: Value
     removes: int
+    bend: Callable[[int], float]
 
     def target(self, denoiser: Denoiser, state: State) -> torch.Tensor:
         """What eps(c) is compared with [B, ...], held fixed."""
@@ -58,11 +60,19 @@ def _minus_loss(eps_hat: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return -(eps_hat - target).square().flatten(1).mean(1)
 
 
+def _of_distance(values: int) -> float:
+    return 1.0
+
+
+def _of_minus_loss(values: int) -> float:
+    return -1.0 / values
+
+
 AIMS = {
-    "erase": Aim("erase", "base", _distance, +1),
-    "amplify": Aim("amplify", "noise", _minus_loss, -1),
+    "erase": Aim("erase", "base", _distance, +1, _of_distance),
+    "amplify": Aim("amplify", "noise", _minus_loss, -1, _of_minus_loss),
     # the control: erase what the training loss needs, in place of what moves the prediction
-    "training_loss": Aim("training_loss", "noise", _minus_loss, +1),
+    "training_loss": Aim("training_loss", "noise", _minus_loss, +1, _of_minus_loss),
 }
 
 

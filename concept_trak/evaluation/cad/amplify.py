@@ -11,12 +11,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ...components.concept import Asked, edit_of, scores_of
+from ...components.curvature import bends
 from ...components.edits import Edit, EditedNetwork
 from ...components.objective import AIMS, mean_value
 from ...components.roles import select
 from ...components.scores import Scores
 from ...scoring.metrics import bootstrap_interval
 from .bed import Target
+from .faithfulness import summed
 from .tuning import Key, Measured
 
 AMPLIFIED = 0.005  # share of the weights that amplifying removes; higher ratios hurt the rest
@@ -91,27 +93,30 @@ class Amplified:
         return sorted(targets, key=lambda t: (shown[t.name], t.name))[:count]
 
     def curve(self, target: Target) -> list[dict[str, float]]:
-        """{"ratio", "weights", "predicted", "true"}: the change of J that the scores of what is
-        removed promise, - sum alpha, and the one there is, at each of CURVE.
+        """{"ratio", "weights", "predicted", "second", "true"}: the change of J that the scores of
+        what is removed promise, - sum alpha, with its curvature, and the one there is, at each of
+        CURVE.
         """
 
         def make() -> dict[str, Any]:
             model, aim, real = self.measured.bed.model, AIMS["amplify"], self._real(target)
             states = [s for n in range(real.num_seeds) for s in real.states(model, aim, n)]
             scores, before = self._scores(real), mean_value(aim, model, states)
+            among = select(model.network, self.key.plan.selection)
+            bent = bends(model, aim, among, lambda n: real.states(model, aim, n), real.num_seeds)
             found = []
             for ratio in CURVE:
                 edit, chosen = edit_of(model, scores, Key(self.key.selection, ratio).plan, real)
-                picked = chosen.picked.items()
-                gone = sum(float(scores.mean[name].flatten()[i].sum()) for name, i in picked)
+                first = -summed(scores.mean, chosen.picked)
+                second = first + summed(bent, chosen.picked)
                 with EditedNetwork(model.network) as edited:
                     edited.apply(edit)
                     true = mean_value(aim, model, states) - before
-                told = {"ratio": ratio, "weights": edit.count, "predicted": -gone, "true": true}
-                found.append(told)
+                told = {"ratio": ratio, "weights": edit.count, "true": true}
+                found.append(told | {"predicted": first, "second": second})
             return {"curve": found}
 
-        what = ["amplify, change of J", self.key.selection, CURVE]
+        what = ["amplify, change of J, second order", self.key.selection, CURVE]
         return self.measured.cells.cell(target, what, make)["curve"]
 
     def _real(self, target: Target) -> Asked:

@@ -22,7 +22,19 @@ from .amplify import Amplified
 from .bed import Bed, Target
 from .cells import Cells, figures
 from .controls import CONTROLS, ranked_by, same_counts
-from .tuning import COUNTS, FINAL, GOALS, RATIOS, SPARED, Key, Measured, over_targets, tune, value
+from .tuning import (
+    COUNTS,
+    FINAL,
+    GOALS,
+    RATIOS,
+    SELECTIONS,
+    SPARED,
+    Key,
+    Measured,
+    over_targets,
+    tune,
+    value,
+)
 
 CONTROLLED = 8  # objects under every control
 
@@ -167,21 +179,25 @@ def _control(
     return measured.cells.cell(target, ["control", name, pair[1].name, *key, *counts], make)
 
 
-def _faithful(measured: Measured, targets: list[Target], size: Size, key: Key) -> dict[str, Any]:
-    """Pearson of predicted and true changes under the plan's selection, mean over targets."""
-    values: dict[str, list[float]] = {"fixed": [], "anew": [], "judge": []}
-    each, judged = size.masks // len(targets), size.judged // len(targets)
-    for target in targets:
-        args = measured.bed, target, key[0], each, judged
-        what = ["faithfulness", key[0], each, judged]
-        cell = measured.cells.cell(target, what, lambda a=args: faithfulness.measure(*a))
-        for name, found in values.items():
-            r = faithfulness.correlation(cell["predicted"], cell[name])
-            found += [] if r is None else [r]
-    return {n: float(np.mean(v)) if v else None for n, v in values.items()} | {
-        "masks": each * len(targets),
-        "masks_judged": judged * len(targets),
-    }
+def _faithful(
+    measured: Measured, targets: list[Target], size: Size, key: Key
+) -> dict[str, dict[str, Any]]:
+    """{selection: Pearson of predicted and true changes, mean over targets}; the judge looks at
+    masks of the plan's selection alone.
+    """
+    each, told = size.masks // len(targets), {}
+    for selection in dict.fromkeys((key.selection, *SELECTIONS)):
+        judged = size.judged // len(targets) if selection == key.selection else 0
+        found = []
+        for target in targets:
+            args = measured.bed, target, selection, each, judged
+            what = ["faithfulness, second order", selection, each, judged]
+            cell = measured.cells.cell(target, what, lambda a=args: faithfulness.measure(*a))
+            found.append(faithfulness.pearson(cell))
+        values = {n: [r[n] for r in found if r[n] is not None] for n in faithfulness.READINGS}
+        told[selection] = {n: float(np.mean(v)) if v else None for n, v in values.items()}
+        told[selection] |= {"masks": each * len(targets), "masks_judged": judged * len(targets)}
+    return told
 
 
 def line(found: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +210,7 @@ def line(found: dict[str, Any]) -> dict[str, Any]:
         )
         meeting[kind] = sum(ok)
     others = [each for name, each in found["controls"].items() if name != "cad"]
-    pearson = found["faithfulness"]
+    pearson = found["faithfulness"][found["chosen"]["best"].selection]
     return {
         "objects": best["object"],
         "styles": best["style"],
@@ -209,6 +225,7 @@ def line(found: dict[str, Any]) -> dict[str, Any]:
         "controls_beaten": all(each["cad_above_ci95"][0] > 0 for each in others),
         "faithfulness": found["faithfulness"],
         "pearson_j": pearson["fixed"],
+        "pearson_j_second_order": pearson["second"],
         "pearson_judge": pearson["judge"],
         "amplify_gain": found["amplify"]["gain"],
         "amplify_gain_ci95": found["amplify"]["gain_ci95"],

@@ -14,7 +14,7 @@ def markdown(line: Mapping[str, Any]) -> str:
     """All tables of `table.line`, each under a sentence that says what it is of."""
     told = [_tried(line)]
     told += [_kind(line, "object", "objects"), _kind(line, "style", "styles")]
-    told += [_by_plan(line), _controls(line), _rest(line)]
+    told += [_by_plan(line), _controls(line), _faithfulness(line), _amplified(line)]
     return "\n\n".join(told)
 
 
@@ -81,23 +81,35 @@ def _controls(line: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rest(line: Mapping[str, Any]) -> str:
-    of, weak, low, high = line["faithfulness"], line["amplify_weak"], *line["amplify_gain_ci95"]
-    readings = ("fixed", "anew", "judge")
-    pearson = {n: "not defined" if of[n] is None else f"{of[n]:.2f}" for n in readings}
+def _faithfulness(line: Mapping[str, Any]) -> str:
+    lines = ["Pearson of predicted and true change under random masks:", ""]
+    lines.append("| weights masked | masks | J | J, with curvature | J made anew | judge |")
+    lines.append("|---|---|---|---|---|---|")
+    for selection, of in line["faithfulness"].items():
+        cells = [
+            "" if of[n] is None else f"{of[n]:.2f}" for n in ("fixed", "second", "anew", "judge")
+        ]
+        cells[-1] += f" ({of['masks_judged']} masks)" if of["masks_judged"] else ""
+        name = selection.replace("|", "\\|")
+        lines.append(f"| {name} | {of['masks']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _amplified(line: Mapping[str, Any]) -> str:
+    weak, low, high = line["amplify_weak"], *line["amplify_gain_ci95"]
     said = [
-        f"Faithfulness, Pearson over {of['masks']} masks: {pearson['fixed']} on J with the base "
-        f"branch held, {pearson['anew']} with it made anew; {pearson['judge']} on the judge's "
-        f"probability over {of['masks_judged']}.",
         f"Amplified after erasing: the judge's rate rises by {line['amplify_gain']:.2f} "
         f"[{low:.2f}, {high:.2f}]; {line['amplify_kept']:.2f} of other objects kept.",
         f"Amplified as they are, the objects drawn worst: by {weak['gain']:.2f} "
         f"[{weak['gain_ci95'][0]:.2f}, {weak['gain_ci95'][1]:.2f}]; {weak['kept']:.2f} kept.",
     ]
     curve = ["Change of J_amplify when that share of the weights is removed:", ""]
-    curve += ["| share | weights | by the scores | true |", "|---|---|---|---|"]
+    curve += [
+        "| share | weights | by the scores | with curvature | true |",
+        "|---|---|---|---|---|",
+    ]
     for at in line["amplify_curve"]:
-        changes = f"{at['predicted']:+.4f} | {at['true']:+.4f}"
+        changes = f"{at['predicted']:+.4f} | {at['second']:+.4f} | {at['true']:+.4f}"
         curve.append(f"| {at['ratio']:g} | {at['weights']:,} | {changes} |")
     return "\n\n".join([*said, "\n".join(curve)])
 
