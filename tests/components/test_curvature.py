@@ -29,7 +29,7 @@ def jacobian(denoiser, states, weight, place, h=1e-4):
 @pytest.mark.parametrize("role", ["cross_attention.k", "feed_forward"])
 def test_a_bend_is_the_squared_norm_of_the_predictions_derivative(tiny_denoiser, aim, role):
     seen, chosen = states_of(tiny_denoiser, aim), select(tiny_denoiser.network, role)[:1]
-    found = bends(tiny_denoiser, AIMS[aim], chosen, lambda _: seen, 1, probes=600)
+    found = bends(tiny_denoiser, AIMS[aim], chosen, lambda _: seen, 1, probes=150)
     tiny_denoiser.network.double().requires_grad_(False)
     seen = [as_double(s) for s in seen]
     weight, bend = chosen[0].weight, found[chosen[0].name].flatten()
@@ -37,7 +37,7 @@ def test_a_bend_is_the_squared_norm_of_the_predictions_derivative(tiny_denoiser,
         slope = jacobian(tiny_denoiser, seen, weight, place)
         true = FACTOR[aim](slope.shape[1]) * float(weight.flatten()[place]) ** 2
         true *= float(slope.square().sum(1).mean())
-        assert float(bend[place]) == pytest.approx(true, rel=0.15)  # of 600 random cotangents
+        assert float(bend[place]) == pytest.approx(true, rel=0.3)  # of 150 random cotangents a state
     assert (bend * AIMS[aim].removes >= 0).all()  # knocking out costs, whatever the aim
 
 
