@@ -501,6 +501,9 @@ class Settings:
         return self.but(dtype="fp32" if device == "cpu" else "fp16")
 
 
+# SELECTION and RATIO of amplifying where neither is given: what raised the rate of objects rare in
+# training, where the choice for erasing lowers it (scripts/cad/run_rare.sh)
+AMPLIFY = {"selection": "paper", "ratio": 0.01}
 # what the section "weights" of an answer is made with, and no ranking
 OF_WEIGHTS = (
     *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),

@@ -10,11 +10,13 @@ import os
 from typing import Any
 
 from ..flags import add_setting_flags, settings_of
+from ..settings import AMPLIFY
 
 SAYS = {
     "cad": "Score which weights carry a concept.",
     "cad-erase": "Erase a concept from the weights; pictures before and after.",
-    "cad-amplify": "Amplify a concept by removing the weights that work against it.",
+    "cad-amplify": "Amplify a concept by removing the weights that work against it; without "
+    "SELECTION and RATIO: {selection}, {ratio}.".format(**AMPLIFY),
     "cad-images": "Tell which training pictures put a concept into which weights.",
 }
 USES = (
@@ -53,6 +55,8 @@ def run(verb: str, arguments: argparse.Namespace) -> None:
             given = given.but(granularity="module")
         print(f"images x weights: {os.path.relpath(write_influence(Corpus(given, device)))}")
         return
+    if verb == "cad-amplify" and arguments.selection is None and arguments.ratio is None:
+        given = given.but(**AMPLIFY)
     if verb == "cad":
         folder = score_weights(given, device)
     else:

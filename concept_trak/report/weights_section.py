@@ -1,8 +1,8 @@
 """The section "weights" of an answer: where concepts live, what the model draws without them.
 
 For every target the scores and edits of `run_cad.sh`, `run_erase.sh` and `run_amplify.sh`, made by
-the same code, into the same folders (`report.weights`), at RATIO and a third of it. What is
-there is not made again.
+the same code, into the same folders (`report.weights`), at RATIO and a third of it (for amplifying
+`settings.AMPLIFY` in place of the defaults). What is there is not made again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..components.keep import FACTS, MEND, load_scores
 from ..components.scores import Scores
 from ..errors import UserError
 from ..reading import read_json
+from ..settings import AMPLIFY, Components
 from ..system import say
 from .pictures import EMBED_SIDE, shrunk
 from .shown import OfConcept, Row
@@ -80,13 +81,14 @@ def _rows(weights: Weights, shown: list[int]) -> Iterator[Row]:
     before, edits = None, []
     for aim in SHOWN_AIMS:
         scores: Scores | None = None
+        edited = _for(weights, aim)
         for share in SHARES:
-            at = weights.but(ratio=weights.settings.ratio * share)
+            at = edited.but(ratio=edited.settings.ratio * share)
             folder, name = at.place(aim), f"{SAID[aim]}, {100 * at.settings.ratio:.2g} %"
             try:
                 if not (folder / PICTURES).exists():
                     before = before or weights.draw()
-                    scores = scores or _scores(weights, aim)
+                    scores = scores or _scores(edited, aim)
                     write_edit(at, scores, before)
                     weights.edited.undo()
             except UserError as error:
@@ -97,6 +99,13 @@ def _rows(weights: Weights, shown: list[int]) -> Iterator[Row]:
     unedited = before or weights.draw()
     yield Row("unedited", "", [shrunk(unedited[i], EMBED_SIDE) for i in shown], {})
     yield from edits
+
+
+def _for(weights: Weights, aim: str) -> Weights:
+    """For amplifying its own SELECTION and RATIO, where both are those of erasing by default."""
+    s, usual = weights.settings, Components()
+    chosen = (s.selection, s.ratio) != (usual.selection, usual.ratio)
+    return weights if aim == "erase" or chosen else weights.but(**AMPLIFY)
 
 
 def _scores(weights: Weights, aim: str) -> Scores:

@@ -37,7 +37,9 @@ def test_a_bend_is_the_squared_norm_of_the_predictions_derivative(tiny_denoiser,
         slope = jacobian(tiny_denoiser, seen, weight, place)
         true = FACTOR[aim](slope.shape[1]) * float(weight.flatten()[place]) ** 2
         true *= float(slope.square().sum(1).mean())
-        assert float(bend[place]) == pytest.approx(true, rel=0.3)  # of 150 random cotangents a state
+        assert float(bend[place]) == pytest.approx(
+            true, rel=0.3
+        )  # of 150 random cotangents a state
     assert (bend * AIMS[aim].removes >= 0).all()  # knocking out costs, whatever the aim
 
 

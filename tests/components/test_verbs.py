@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.report import weights
-from concept_trak.settings import resolve
+from concept_trak.settings import Components, resolve
 
 
 @pytest.fixture
@@ -66,6 +67,20 @@ def test_an_edit_is_a_file_a_page_and_a_pipeline_that_diffusers_loads(verb, flag
     assert cli.main(["cad-erase", *stacked]) == 0
     second = load_edit(latest(tmp_path) / "edit.safetensors")
     assert second.model == edit.model and second.digest() != edit.digest()
+
+
+@pytest.mark.parametrize("given, plan", [([], ["paper", 0.01]), (["--ratio=0.1"], None)])
+def test_amplifying_has_its_own_choice_of_weights_unless_one_is_given(
+    given, plan, flags, monkeypatch
+):
+    seen = []
+    edit_weights = lambda s, *_: seen.append([s.selection, s.ratio]) or Path("x")  # noqa: E731
+    monkeypatch.setattr(weights, "edit_weights", edit_weights)
+    own = [flag for flag in flags if not flag.startswith("--ratio")]
+    assert cli.main(["cad-amplify", *own, *given]) == 0
+    assert cli.main(["cad-erase", *own]) == 0
+    usual = Components()
+    assert seen == [plan or [usual.selection, 0.1], [usual.selection, usual.ratio]]
 
 
 @pytest.mark.parametrize(
