@@ -10,18 +10,20 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from ...errors import UserError
 from ...files import make_folder
 from ...reading import read_json
 from ...settings import JUDGE, digest, provenance
+from ...system import say
 from .plan import Plan, Subset, mend
 from .presence import Measure, read_presences, write_presences
 from .small import SmallSettings
@@ -213,7 +215,7 @@ def presences_of(
     bench: Any, plan: Plan, held_out: Any, read: Callable[..., Any] = read_presences
 ) -> dict[str, Any]:
     """{subset: presences} of all models of a plan. UserError for one that is missing, made from
-    another subset, or of other pictures.
+    another subset, or of other pictures. Models that look like an accident are told of.
     """
     found = {}
     for subset in plan.subsets:
@@ -223,4 +225,19 @@ def presences_of(
             raise UserError(
                 f"{path} is of another subset or other settings than the plan's; {mend(path)}"
             )
+    for name, rate, usual in accidents({name: one.judged for name, one in found.items()}):
+        say(
+            f"{name} draws what is asked in {rate:.2f} of its pictures, models of the plan "
+            f"{plan.name} {usual:.2f}: its training may have failed, and its figures are in the table"
+        )
     return found
+
+
+def accidents(judged: Mapping[str, Mapping[str, np.ndarray]]) -> list[tuple[str, float, float]]:
+    """(model, mean of the judge's probabilities, median of all models') where it is less than half:
+    now and then a training of the same settings does not find the words. judged {model: {kind:
+    [P]}}; nothing is an accident among fewer than three.
+    """
+    rates = {name: float(np.mean([v.mean() for v in of.values()])) for name, of in judged.items()}
+    usual = float(np.median(list(rates.values()))) if len(rates) > 2 else 0.0
+    return [(name, rate, usual) for name, rate in rates.items() if rate < usual / 2]

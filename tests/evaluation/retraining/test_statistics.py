@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from concept_trak.errors import UserError
+from concept_trak.evaluation.retraining.fleet import accidents
 from concept_trak.evaluation.retraining.statistics import auc_below, lds, partial, partial_lds
 
 SUBSETS, PICTURES, CONCEPTS = 40, 60, 6
@@ -106,3 +107,15 @@ def test_auc_counts_pairs():
     low, high = np.array([1, 0, 1, 0, 0], bool), np.array([0, 1, 0, 1, 0], bool)
     assert auc_below(scores, low, high) == pytest.approx(3 / 4)
     assert auc_below(scores, high, low) == pytest.approx(1 / 4)
+
+
+def test_a_training_that_failed_is_told_of():
+    rng = np.random.default_rng(0)
+    judged = {
+        f"lds-{i}": {k: rng.uniform(0.4, 0.6, 50) for k in ("object", "style")} for i in "abc"
+    }
+    assert not accidents(judged)
+    judged["lds-d"] = {"object": np.full(50, 0.02), "style": np.full(50, 0.3)}
+    ((name, rate, usual),) = accidents(judged)
+    assert name == "lds-d" and rate == pytest.approx(0.16) and 0.4 < usual < 0.6
+    assert not accidents({k: judged[k] for k in ("lds-a", "lds-d")})
