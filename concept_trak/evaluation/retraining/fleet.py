@@ -228,7 +228,7 @@ def presences_of(
     for name, rate, usual in accidents({name: one.judged for name, one in found.items()}):
         say(
             f"{name} draws what is asked in {rate:.2f} of its pictures, models of the plan "
-            f"{plan.name} {usual:.2f}: its training may have failed, and its figures are in the table"
+            f"{plan.name} in {usual:.2f}: its training may have failed; it counts all the same"
         )
     return found
 
