@@ -40,6 +40,13 @@ def against_k(curves: Mapping[str, Mapping[str, np.ndarray]], what: str) -> Figu
     figure, axes = panels(list(curves))
     for axis, of_title in zip(axes, curves.values(), strict=True):
         lines_against_k(axis, of_title, what)
+    handles = {
+        label: line
+        for a in axes
+        for line, label in zip(*a.get_legend_handles_labels(), strict=True)
+    }
+    style: dict[str, Any] = {"fontsize": 7, "frameon": False, "ncol": 3 * len(axes)}
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", **style)
     return figure
 
 
@@ -54,10 +61,9 @@ def lines_against_k(axis: Axes, curves: Mapping[str, np.ndarray], what: str) -> 
         elif name == "chance":
             style |= {"color": "0.6", "ls": "--"}
         else:
-            style |= {"color": f"C{(4 + others) % 10}"}
+            style |= {"color": f"C{(4 + others) % 10}", "ls": "-" if others < 10 else "-."}
             others += 1
         axis.plot(np.arange(1, len(values) + 1), values, label=label, **style)
     axis.set_xlabel("k, pictures ranked highest")
     axis.set_ylabel(f"{what} at k")
     axis.set_ylim(0, 1.03)
-    axis.legend(fontsize=6, frameon=False, loc="best", ncol=2)
