@@ -62,6 +62,7 @@ def test_an_edit_is_a_file_a_page_and_a_pipeline_that_diffusers_loads(verb, flag
             assert torch.equal(weight, model.network.get_parameter(name))
     page = (latest(tmp_path) / "report.html").read_text()
     assert page.count('alt="before:') == page.count('alt="after:') > 4
+    assert ("the loss is lower" in page) == (verb == "cad-amplify")
     # on top of it, another one
     stacked = [*flags, "--concept=dog", f"--edits={latest(tmp_path) / 'edit.safetensors'}"]
     assert cli.main(["cad-erase", *stacked]) == 0
