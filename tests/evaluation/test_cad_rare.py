@@ -67,11 +67,15 @@ def test_the_table_is_that_of_its_cells_and_is_made_once(flags, tmp_path, capsys
     # one that chooses is not reported, and what is reported chooses nothing
     own = max((t for t in line["tried"] if t["arm"] == "chosen"), key=lambda t: t["gain"])
     assert line["arms"]["chosen"]["plan"] == line["arms"]["random"]["plan"] == own["plan"]
+    assert line["arms"]["random, published"]["plan"] == line["arms"]["published"]["plan"]
     assert line["arms"]["gradient"]["plan"][3] == "gradient"
     cells = [json.loads(p.read_text()) for p in (tmp_path / "truth/cad-rare").glob("*.json")]
-    of_random = [c for c in cells if "amplify" in c["what"] and True in c["what"]]
-    as_many = [c for c in cells if c["what"][1:7] == own["plan"] and c["what"][-2:] == [4, 3]]
-    assert {c["weights"] for c in of_random} <= {c["weights"] for c in as_many}
+    by_random = {}  # a control removes as many weights as what it stands beside
+    for cell in (c for c in cells if c["what"][-2:] == [4, 3]):
+        by_random.setdefault(str(cell["what"][:-3]), {}).setdefault(cell["what"][-3], set())
+        by_random[str(cell["what"][:-3])][cell["what"][-3]].add(cell["weights"])
+    pairs = [of for of in by_random.values() if True in of]
+    assert len(pairs) == 2 and all(of[True] == of[False] for of in pairs)
     assert not (tmp_path / "results/cad/cells").exists()  # they are of another model
 
     def never(*_):

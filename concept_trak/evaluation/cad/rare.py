@@ -7,6 +7,7 @@ drawn for all seven captions. Beside the plan that is best for the eight that ch
 
     published   the published rule: feed-forward matrices, by row, at the ratio best for those eight
     random      as many random weights of the same tensors: what removing weights does by itself
+    random, published    the same for the published rule's, which are several times as many
     gradient    normed ascents of J on the chosen weights alone: what is to be had at this place
 """
 
@@ -44,7 +45,8 @@ RATIOS = (1e-5, 1e-4, 1e-3, 5e-3)
 PAPER_RATIOS = (0.005, 0.01, 0.02)
 COUNTS, FINAL = (28, 28), (112, 112)  # pictures of the target, and of what is to be kept
 NOISINGS = 8  # pictures that stayed, each again and again
-ARMS = ("chosen", "published", "random", "gradient")
+RANDOM = ("random", "random, published")
+ARMS = ("chosen", "published", *RANDOM, "gradient")
 
 
 def thinned(corpus: Corpus) -> tuple[Subset, dict[str, list[Target]]]:
@@ -120,11 +122,12 @@ def rare(corpus: Corpus) -> dict[str, Any]:
     subset, targets = thinned(corpus)
     bench = Rare(corpus, subset, models_of(corpus, {"thinned": subset})["thinned"])
     arms, tried = choose(bench, targets["tune"])
-    keys = {**arms, "random": arms["chosen"], "gradient": _ascent(arms["chosen"])}
+    best, published = arms["chosen"], arms["published"]
+    keys = arms | dict(zip(RANDOM, (best, published), strict=True)) | {"gradient": _ascent(best)}
     told: dict[str, Any] = {"tried": tried, "arms": {}, "objects": {}}
     for arm in ARMS:
         pairs = [
-            bench.pair(target, keys[arm], FINAL, arm == "random")
+            bench.pair(target, keys[arm], FINAL, arm in RANDOM)
             for target in tqdm(targets["report"], desc=f"amplified, {arm}")
         ]
         rates = [[float(np.mean(cell["shown"])) for cell in pair] for pair in pairs]
