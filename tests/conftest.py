@@ -191,3 +191,9 @@ def full_disk(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("concept_trak.files.os.fsync", full)
+
+
+def in_this_process(bench, plan, work):
+    """In place of `retraining.fleet.retrain`: every model of a plan, one after another, here."""
+    for subset in plan.subsets:
+        work.make(bench, plan, subset)

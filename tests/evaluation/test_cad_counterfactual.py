@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import in_this_process
 
 from concept_trak import cli
 from concept_trak.datasets.folder import load_folder
@@ -35,10 +36,6 @@ def flags(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
     held_out = load_folder(tiny_data).split("held_out").column("object")
     subsets = {"all": Subset("base-0", 0), "seed": Subset("base-1", 1)}
     subsets |= {"without": Subset("w-0", 0, (0, 4)), "random": Subset("r-0", 0, (2, 3))}
-
-    def in_this_process(bench, plan, work):
-        for subset in plan.subsets:
-            work.make(bench, plan, subset)
 
     for name, value in {
         "small_settings": lambda _: TINY,

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import in_this_process
 
 from concept_trak import cli
 from concept_trak.attribution.corpus import Corpus
@@ -31,10 +32,6 @@ class Judge:
 
 @pytest.fixture
 def flags(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
-    def in_this_process(bench, plan, work):
-        for subset in plan.subsets:
-            work.make(bench, plan, subset)
-
     monkeypatch.setattr(counterfactual, "small_settings", lambda _: TINY)
     monkeypatch.setattr(counterfactual, "retrain", in_this_process)
     monkeypatch.setattr(bed, "load_judge", lambda _: Judge())
