@@ -82,11 +82,11 @@ def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
     return model
 
 
-def keep_model(corpus: Corpus, subset: Subset) -> None:
-    """Write a model of TRUTH_DIR where it is committed, unless one is there."""
+def keep_model(corpus: Corpus, plan: str, subset: Subset) -> None:
+    """Write a plan's model of TRUTH_DIR where it is committed, unless one is there."""
     bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"
     if not path.exists():
-        line = retrain_line("lies", bench.work)  # whose table keeps models
+        line = retrain_line(plan, bench.work)
         model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work, line)
         make_folder(path.parent)
         save(model, path, bench.settings)

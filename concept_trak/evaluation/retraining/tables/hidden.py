@@ -18,6 +18,7 @@ from ..shared import (
     damping_of,
     figures_markdown,
     joined,
+    keep_model,
     measured_part,
     model_of,
     plan_of,
@@ -32,6 +33,10 @@ def table(corpus: Corpus) -> dict[str, Any]:
     plan = plan_of(corpus, "hidden", lambda: hidden_plan(data, SEEDS))
     there = measured_part(corpus, plan, 2)
     presences = presences_of(bench_of(corpus), there, held_out)
+    if corpus.settings.retrain:
+        for learned in plan.subsets[::2]:
+            if learned.seed == plan.subsets[0].seed:
+                keep_model(corpus, plan.name, learned)
     each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
     effects: list[dict[str, Any]] = []
     for learned, gone in zip(plan.subsets[::2], plan.subsets[1::2], strict=True):

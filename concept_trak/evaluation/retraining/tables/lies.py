@@ -48,8 +48,8 @@ def table(corpus: Corpus) -> dict[str, Any]:
     told = [s for s in plan.subsets if s.captions]
     base, found = base_of(corpus), {}
     if corpus.settings.retrain:
-        keep_model(corpus, base.subsets[0])
-        keep_model(corpus, told[0])
+        keep_model(corpus, base.name, base.subsets[0])
+        keep_model(corpus, plan.name, told[0])
     for state, of in (("untrained", base), ("trained", replace(plan, subsets=tuple(told)))):
         each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
         for subset, model in _there(corpus, of):
