@@ -40,6 +40,13 @@ def against_k(curves: Mapping[str, Mapping[str, np.ndarray]], what: str) -> Figu
     figure, axes = panels(list(curves))
     for axis, of_title in zip(axes, curves.values(), strict=True):
         lines_against_k(axis, of_title, what)
+    legend_below(figure)
+    return figure
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend of all panels, under them, where it covers nothing."""
+    axes = figure.axes
     handles = {
         label: line
         for a in axes
@@ -47,7 +54,6 @@ def against_k(curves: Mapping[str, Mapping[str, np.ndarray]], what: str) -> Figu
     }
     style: dict[str, Any] = {"fontsize": 7, "frameon": False, "ncol": 3 * len(axes)}
     figure.legend([*handles.values()], [*handles], loc="outside lower center", **style)
-    return figure
 
 
 def lines_against_k(axis: Axes, curves: Mapping[str, np.ndarray], what: str) -> None:

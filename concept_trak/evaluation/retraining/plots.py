@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plots import panels
+from ..plots import legend_below, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,8 +57,8 @@ def drops(told: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Any]) -> Fi
     for axis, (kind, arms) in zip(axes, there.items(), strict=True):
         names = sorted(arms, key=lambda name: arms[name]["target_drop"])
         for offset, figure_name, label in (
-            (0.18, "target_drop", f"the {kind}s whose pictures were removed"),
-            (-0.18, "untouched_drop", f"other {kind}s"),
+            (0.18, "target_drop", "whose pictures were removed"),
+            (-0.18, "untouched_drop", "others"),
         ):
             _bars(axis, names, arms, figure_name, offset, label)
         axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -68,7 +68,7 @@ def drops(told: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Any]) -> Fi
             spread = noise[kind]["target_drop"]
             axis.axvspan(-spread, spread, color="0.85", zorder=0, label="between seeds")
         axis.set_xlabel("drop of presence, in units of its mean")
-        axis.legend(fontsize=7, frameon=False, loc="lower right")
+    legend_below(figure)
     return figure
 
 
