@@ -82,6 +82,18 @@ def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
     return model
 
 
+def models_there(corpus: Corpus, plan: Plan) -> list[tuple[Subset, TextToImage]]:
+    """The subsets whose models can be had; UserError if not even the first can."""
+    found: list[tuple[Subset, TextToImage]] = []
+    for subset in plan.subsets:
+        try:
+            found.append((subset, model_of(corpus, plan.name, subset)))
+        except UserError:
+            if not found:
+                raise
+    return found
+
+
 def keep_model(corpus: Corpus, plan: str, subset: Subset) -> None:
     """Write a plan's model of TRUTH_DIR where it is committed, unless one is there."""
     bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"

@@ -183,7 +183,7 @@ def test_the_ceiling_is_the_correlation_of_two_seeds(data):
         lds.ceiling(Plan("lds", "", tuple(subsets[:8])), found, held_out, "object", names)
 
 
-@pytest.mark.parametrize("test", ["lies", "lds", "counterfactual"])
+@pytest.mark.parametrize("test", ["lies", "hidden", "lds", "counterfactual"])
 def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, capsys):
     """By text alone, which needs no rows: it believes every lie, and counts labels."""
     place = f"--truth-dir={tmp_path}"
@@ -194,6 +194,11 @@ def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, caps
         told = found["trained"]["object"]["caption_similarity"]
         assert told["lies_in_top10"] > 0.9 and told["auc_unrelated"] < 0.1
         assert {"untrained", "harm"} <= set(found)
+    elif test == "hidden":
+        for kind in ("object", "style"):
+            told = found[kind]["caption_similarity"]
+            assert told["auc_told"] > 0.95 and abs(told["auc_hidden"] - 0.5) < 0.1
+        assert {effect["kind"] for effect in found["taught"]} == {"object", "style"}
     elif test == "counterfactual":
         assert found["labels"]["target_drop"] > 5 * abs(found["random"]["target_drop"])
         assert {"concept_trak", "least", "targets"} <= set(found)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ....attribution.corpus import Corpus
+from ....models.text_to_image import TextToImage
 from .. import hidden, lies
 from ..asked import ask, corpus_of
 from ..fleet import presences_of
@@ -20,7 +22,7 @@ from ..shared import (
     joined,
     keep_model,
     measured_part,
-    model_of,
+    models_there,
     plan_of,
     rankings,
     written,
@@ -33,20 +35,23 @@ def table(corpus: Corpus) -> dict[str, Any]:
     plan = plan_of(corpus, "hidden", lambda: hidden_plan(data, SEEDS))
     there = measured_part(corpus, plan, 2)
     presences = presences_of(bench_of(corpus), there, held_out)
-    if corpus.settings.retrain:
-        for learned in plan.subsets[::2]:
-            if learned.seed == plan.subsets[0].seed:
-                keep_model(corpus, plan.name, learned)
     each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
     effects: list[dict[str, Any]] = []
-    for learned, gone in zip(plan.subsets[::2], plan.subsets[1::2], strict=True):
-        if {learned.name, gone.name} <= presences.keys():
-            kind = hidden.kind_of(learned)
-            both = presences[learned.name], presences[gone.name]
-            told = hidden.taught(kind, *both, data, held_out)
-            effects.append({"kind": kind, "seed": learned.seed, **told})
-            for name, figures in _hidden_of(corpus, learned).items():
-                each[kind].setdefault(name, []).append(figures)
+    pairs = [
+        (learned, gone)
+        for learned, gone in zip(plan.subsets[::2], plan.subsets[1::2], strict=True)
+        if {learned.name, gone.name} <= presences.keys()
+    ]
+    for learned, gone in pairs:
+        kind, both = hidden.kind_of(learned), (presences[learned.name], presences[gone.name])
+        told = hidden.taught(kind, *both, data, held_out)
+        effects.append({"kind": kind, "seed": learned.seed, **told})
+        if corpus.settings.retrain and learned.seed == SEEDS[0]:
+            keep_model(corpus, plan.name, learned)
+    asked_of = replace(plan, subsets=tuple(learned for learned, _ in pairs))
+    for learned, model in models_there(corpus, asked_of):
+        for name, figures in _hidden_of(corpus, learned, model).items():
+            each[hidden.kind_of(learned)].setdefault(name, []).append(figures)
     found: dict[str, Any] = {
         kind: {name: lies.summary(joined(parts)) for name, parts in rankers.items()}
         for kind, rankers in each.items()
@@ -55,10 +60,12 @@ def table(corpus: Corpus) -> dict[str, Any]:
     return written(corpus, "hidden", found | {"taught": effects}, markdown)
 
 
-def _hidden_of(corpus: Corpus, subset: Subset) -> dict[str, dict[str, np.ndarray]]:
+def _hidden_of(
+    corpus: Corpus, subset: Subset, model: TextToImage
+) -> dict[str, dict[str, np.ndarray]]:
     """{ranker: figures} of the "report" concepts on one model."""
     kind, data = hidden.kind_of(subset), corpus.train
-    asking = corpus_of(corpus, model_of(corpus, "hidden", subset), subset)
+    asking = corpus_of(corpus, model, subset)
     asked = ask(asking, corpus.everything.split("held_out"))
 
     def at(group: str, values: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,8 +11,6 @@ import numpy as np
 
 from ....attribution.corpus import Corpus
 from ....attribution.curvature import batches
-from ....errors import UserError
-from ....models.text_to_image import TextToImage
 from ....rows.fit import caption_llr, fit_weight
 from .. import lies
 from ..asked import Asked, ask, corpus_of
@@ -28,6 +26,7 @@ from ..shared import (
     joined,
     keep_model,
     model_of,
+    models_there,
     plan_of,
     rankings,
     written,
@@ -52,7 +51,7 @@ def table(corpus: Corpus) -> dict[str, Any]:
         keep_model(corpus, plan.name, told[0])
     for state, of in (("untrained", base), ("trained", replace(plan, subsets=tuple(told)))):
         each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
-        for subset, model in _there(corpus, of):
+        for subset, model in models_there(corpus, of):
             lying = told[[s.seed for s in told].index(subset.seed)]
             asking = corpus_of(corpus, model, lying)
             asked = ask(asking, corpus.everything.split("held_out"))
@@ -84,18 +83,6 @@ def _fit_of(corpus: Corpus) -> np.ndarray:
     parts = batches(len(corpus.train), corpus.settings.batch_size)
     llr = np.concatenate([llr_of(corpus, rows) for rows in parts])
     return fit_weight(llr, llr)
-
-
-def _there(corpus: Corpus, plan: Plan) -> list[tuple[Subset, TextToImage]]:
-    """The subsets whose models can be had; UserError if not even the first can."""
-    found: list[tuple[Subset, TextToImage]] = []
-    for subset in plan.subsets:
-        try:
-            found.append((subset, model_of(corpus, plan.name, subset)))
-        except UserError:
-            if not found:
-                raise
-    return found
 
 
 def _lies_of(
