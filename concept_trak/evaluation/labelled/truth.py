@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 
 from ...attribution.corpus import Corpus
 from ...attribution.question import Picture
-from ...datasets.folder import ImageCaptionDataset
 from ...errors import UserError
 from ...files import make_folder
 from ...models.class_conditional import Architecture
@@ -40,23 +39,13 @@ from ..retraining.plan import (
     lds_plan,
     read_plan,
 )
+from ..retraining.presence import Drawn
 from ..retraining.shared import FIXED, damping_of
 from .questions import questions_of
 from .stages import Bench
 
 SEEDS = (0, 1)
 WORK = Work(train_and_measure, a_process=None, model_gb=0.9, checkpoint_mb=6)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Presences whose figure is the classifier's rate in pictures drawn."""
-
-    of: Any
-
-    def of_concepts(self, kind: str, held_out: ImageCaptionDataset, names: list[str]) -> np.ndarray:
-        """See `LabelledPresences.judged_of`."""
-        return self.of.judged_of(kind, held_out, names)
 
 
 class Truth:

@@ -26,6 +26,7 @@ from .presence import Presences
 from .statistics import TRAIN, lds, partial_lds
 
 MOST_POINTS, LEAST_POINTS = 8, 5  # of a curve; concepts and subsets behind each
+FIGURES = ("lds", "partial", "own", "others")  # see `scored`
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,17 @@ def ceiling(
 
 
 def scored(values: np.ndarray, truth: Measured) -> dict[str, np.ndarray]:
-    """{"lds", "partial": [C]} of scores [C, N]."""
+    """{"lds", "partial", "own", "others": [C]} of scores [C, N].
+
+    own, others: partial, where only the scores of a concept's labelled pictures count, or only
+    those of all the others. What a ranker says is in one of them or in both.
+    """
+    shown = truth.relevant
+    parts = {"partial": values, "own": values * shown, "others": values * ~shown}
     whole = lds(values, truth.presences, truth.kept)
-    return {
-        "lds": whole,
-        "partial": partial_lds(values, truth.presences, truth.kept, truth.relevant),
+    return {"lds": whole} | {
+        figure: partial_lds(part, truth.presences, truth.kept, shown)
+        for figure, part in parts.items()
     }
 
 
@@ -154,15 +161,20 @@ def best_damping(
         of_concepts = asked.mean(values, kind, tune[kind])
         for d, scores in enumerate(of_concepts):
             found = scored(scores, truths[kind].of(tune[kind]))
-            totals[d] += sum(float(v.mean()) for v in found.values())
+            totals[d] += float(found["lds"].mean() + found["partial"].mean())
     return int(totals.argmax())
 
 
 def summary(found: dict[str, np.ndarray]) -> dict[str, Any]:
     """Means with 95 % intervals over concepts."""
     told: dict[str, Any] = {}
-    for figure, name in (("lds", "ci95"), ("partial", "partial_ci95")):
-        low, high = bootstrap_interval(found[figure])
-        told[figure] = round(float(found[figure].mean()), 4)
-        told[name] = [round(low, 4), round(high, 4)]
+    for figure, values in found.items():
+        low, high = bootstrap_interval(values)
+        told[figure] = round(float(values.mean()), 4)
+        told[interval_of(figure)] = [round(low, 4), round(high, 4)]
     return told
+
+
+def interval_of(figure: str) -> str:
+    """The name of a figure's interval in `summary`."""
+    return "ci95" if figure == "lds" else f"{figure}_ci95"

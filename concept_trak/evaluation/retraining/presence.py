@@ -72,6 +72,17 @@ class Presences:
         return by_concept(self.judged[kind], held_out.column(kind), names)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Presences whose figure is the judge's rate in the pictures drawn: what a user sees."""
+
+    of: Any
+
+    def of_concepts(self, kind: str, held_out: ImageCaptionDataset, names: list[str]) -> np.ndarray:
+        """See `Presences.judged_of`."""
+        return np.asarray(self.of.judged_of(kind, held_out, names))
+
+
 def by_concept(values: np.ndarray, shown: list[str], names: list[str]) -> np.ndarray:
     """Mean of the pictures' values [P] over those that show each concept."""
     column = np.array(shown)

@@ -7,6 +7,7 @@ import pytest
 
 from concept_trak.errors import UserError
 from concept_trak.evaluation.retraining.fleet import accidents
+from concept_trak.evaluation.retraining.lds import FIGURES, Measured, interval_of, scored, summary
 from concept_trak.evaluation.retraining.statistics import auc_below, lds, partial, partial_lds
 
 SUBSETS, PICTURES, CONCEPTS = 40, 60, 6
@@ -62,6 +63,20 @@ def test_the_sizes_of_subsets_predict_but_have_no_partial_correlation():
     assert lds(scores, presences, kept).min() > 0.9
     assert abs(partial_lds(scores, presences, kept, relevant).mean()) < 0.15
     assert (partial_lds(np.full_like(scores, 2.5), presences, kept, relevant) == 0).all()
+
+
+def test_what_is_known_of_the_labelled_pictures_and_of_the_others_is_told_apart(world):
+    influence, kept, _, relevant = world
+    own, others = influence * relevant, influence * ~relevant
+    names = [str(c) for c in range(CONCEPTS)]
+    for presences, known, unknown in (
+        (kept @ own.T, "own", "others"),
+        (kept @ others.T, "others", "own"),
+    ):
+        found = scored(influence, Measured(names, kept, presences, relevant))
+        assert found[known] == pytest.approx(1) and abs(found[unknown].mean()) < 0.2
+        assert 0.2 < found["partial"].mean() < 1
+        assert set(summary(found)) == {*FIGURES, *map(interval_of, FIGURES)}
 
 
 def test_scores_of_swapped_concepts_are_noticed(world):

@@ -16,10 +16,11 @@ from ..asked import Asked, ask
 from ..counterfactual import TOP
 from ..fleet import presences_of
 from ..plan import KINDS, Plan, groups, lds_plan, read_plan
-from ..presence import Presences
+from ..presence import Drawn, Presences
 from ..shared import (
     FIXED,
     KEPT,
+    Scores,
     base_of,
     bench_of,
     cell,
@@ -40,31 +41,47 @@ CURVES = (*SCATTERED, "reference", "d_trak", "latent_neighbours")  # more would 
 
 
 def table(corpus: Corpus) -> dict[str, Any]:
-    """{ranker: {"lds", "partial", intervals, "style": {...}}, "ceiling", "agreement", "subsets"}:
-    objects at the top; over the "report" concepts, scores on the small model of all pictures.
+    """{ranker: {`lds.FIGURES`, intervals, "style": the same, "drawn": all of it once more},
+    "ceiling", "ceiling_drawn", "agreement", "subsets"}: objects at the top; over the "report"
+    concepts, scores on the small model of all pictures. drawn: against the judge's rates.
     """
     data, held_out = corpus.train, corpus.everything.split("held_out")
     plan_of(corpus, "lds", lambda: lds_plan(data, SUBSETS, AGAIN))
     there, found, truths = truths_of(corpus)
+    rates = {name: Drawn(of) for name, of in found.items()}
     asking, asked = of_all_pictures(corpus)
-    grouped, table, chosen = groups(data), {}, {}
-    scored = rankings(asking, asked)
-    for name, values in {**scored, "labels": _labels(asked, truths)}.items():
+    scores = rankings(asking, asked)
+    everyone = {**scores, "labels": _labels(asked, truths)}
+    told, chosen = _figures(corpus, asked, everyone, truths)
+    drawn, _ = _figures(corpus, asked, everyone, _measured(corpus, there, rates))
+    table: dict[str, Any] = {name: told[name] | {"drawn": drawn[name]} for name in told}
+    report = groups(data)["report"]
+    table["ceiling"] = _ceilings(there, found, held_out, report)
+    table["ceiling_drawn"] = _ceilings(there, rates, held_out, report)
+    table["subsets"] = len(truths["object"].kept)
+    if FIXED in scores:
+        table["agreement"] = _agreement(corpus, asked, scores[FIXED])
+    plots = _plots(corpus, chosen, {k: t.of(report[k]) for k, t in truths.items()})
+    return written(corpus, "lds", table, _markdown(table), plots)
+
+
+def _figures(
+    corpus: Corpus, asked: Asked, everyone: Scores, truths: dict[str, lds.Measured]
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """({ranker: figures}, {ranker: {kind: [C, N]}}) of the "report" concepts, each ranker at its
+    damping for these truths.
+    """
+    grouped, told, chosen = groups(corpus.train), {}, {}
+    for name, values in everyone.items():
         d = damping_of(name, corpus, values, by_lds(asked, truths, grouped["tune"], values))
-        chosen[name] = {
-            kind: asked.mean(values[[d]], kind, grouped["report"][kind])[0] for kind in KINDS
-        }
-        told = {
-            kind: lds.summary(lds.scored(scores, truths[kind].of(grouped["report"][kind])))
+        named = grouped["report"]
+        chosen[name] = {kind: asked.mean(values[[d]], kind, named[kind])[0] for kind in KINDS}
+        of = {
+            kind: lds.summary(lds.scored(scores, truths[kind].of(named[kind])))
             for kind, scores in chosen[name].items()
         }
-        table[name] = {**told["object"], "style": told["style"]}
-    table["ceiling"] = _ceilings(there, found, held_out, grouped["report"])
-    table["subsets"] = len(truths["object"].kept)
-    if FIXED in scored:
-        table["agreement"] = _agreement(corpus, asked, scored[FIXED])
-    drawn = _plots(corpus, chosen, {k: t.of(grouped["report"][k]) for k, t in truths.items()})
-    return written(corpus, "lds", table, _markdown(table), drawn)
+        told[name] = {**of["object"], "style": of["style"]}
+    return told, chosen
 
 
 def _plots(
@@ -111,7 +128,13 @@ def truths_of(corpus: Corpus) -> tuple[Plan, dict[str, Presences], dict[str, lds
     data, held_out = corpus.train, corpus.everything.split("held_out")
     there = measured_part(corpus, read_plan(KEPT / "plans/lds.json", data), 3)
     found = presences_of(bench_of(corpus), there, held_out)
-    return there, found, {k: lds.measured(there, found, data, held_out, k) for k in KINDS}
+    return there, found, _measured(corpus, there, found)
+
+
+def _measured(corpus: Corpus, there: Plan, found: Any) -> dict[str, lds.Measured]:
+    """{kind: what these presences say}."""
+    data, held_out = corpus.train, corpus.everything.split("held_out")
+    return {kind: lds.measured(there, found, data, held_out, kind) for kind in KINDS}
 
 
 def by_lds(
@@ -143,16 +166,19 @@ def _ceilings(plan: Plan, found: Any, held_out: Any, report: Any) -> dict[str, A
 
 
 def _markdown(table: dict[str, Any]) -> str:
-    lines = [
-        "| method | object LDS | object partial | style LDS | style partial |",
-        "|---" * 5 + "|",
-    ]
-    for name, told in table.items():
-        if isinstance(told, dict) and "lds" in told:
-            cells = [
-                cell(part[figure], part[interval])
-                for part in (told, told["style"])
-                for figure, interval in (("lds", "ci95"), ("partial", "partial_ci95"))
-            ]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    """A table for what was measured, a row a ranker."""
+    heads = [f"{kind} {figure}" for kind in KINDS for figure in ("LDS", *lds.FIGURES[1:])]
+    lines = []
+    for title, key in (("presence on held-out pictures", ""), ("what is drawn", "drawn")):
+        lines += [f"\n**{title}**\n", f"| method | {' | '.join(heads)} |"]
+        lines.append("|---" * (1 + len(heads)) + "|")
+        for name, whole in table.items():
+            if isinstance(whole, dict) and "lds" in whole:
+                told = whole[key] if key else whole
+                cells = [
+                    cell(part[figure], part[lds.interval_of(figure)])
+                    for part in (told, told["style"])
+                    for figure in lds.FIGURES
+                ]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
