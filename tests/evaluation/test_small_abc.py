@@ -16,6 +16,8 @@ from concept_trak.errors import UserError
 from concept_trak.evaluation.overview import STEPS
 from concept_trak.evaluation.small_abc import methods, plots, rows, tables
 from concept_trak.evaluation.small_abc.tasks import read_tokens, tasks_of
+from concept_trak.registry import OBJECTIVES
+from concept_trak.rows.objectives import Objective
 from concept_trak.settings import ROOT, TOKEN, resolve
 from concept_trak.workshop.tokens.settings import TokenSettings
 
@@ -150,6 +152,20 @@ def test_a_crowd_holds_all_exemplars_and_only_the_own_are_relevant(
     for q in range(len(tasks)):  # the same distances, wherever the exemplars stand
         one = scores["blind"][0, q, count:][own[1][q]]
         np.testing.assert_array_equal(one, scores["crowd"][0, q, count:][own[2][q]])
+
+
+def test_a_level_with_a_far_larger_gradient_is_all_that_a_row_says(tiny_pipeline, data):
+    def loud(denoiser, state):
+        eps_hat = denoiser.eps(state.x_t, state.t, state.cond)
+        return eps_hat, eps_hat.detach() * (100 if state.t == 900 else 1)
+
+    given = {"sd_model_path": str(tiny_pipeline), "data_dir": str(data), "f": "loud", "nfe": 4}
+    with OBJECTIVES.temporary("loud", Objective(loud)):
+        settings = resolve("emoji", given | {"normalize": False})
+        alone = rows.level_shares(Corpus(settings, "cpu"), pictures=3)
+        mended = rows.level_shares(Corpus(settings.but(normalize=True), "cpu"), pictures=3)
+    assert set(alone) == {100, 500, 900} and sum(alone.values()) == pytest.approx(1, abs=1e-3)
+    assert alone[900] > 0.99 and max(mended.values()) < 0.5
 
 
 def test_hubs_are_the_pictures_that_every_question_finds():

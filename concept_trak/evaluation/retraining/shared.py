@@ -118,12 +118,15 @@ def damping_of(name: str, corpus: Corpus, values: np.ndarray, choose: Callable[[
     return int(np.argmin(np.abs(np.log(np.array(DAMPINGS) / fixed)))) if name == FIXED else choose()
 
 
-def of_all_pictures(corpus: Corpus) -> tuple[Corpus, Asked]:
-    """The small model that learned all pictures, and the questions it is asked."""
-    base = base_of(corpus)
-    subset = base.subsets[0]
-    asking = corpus_of(corpus, model_of(corpus, base.name, subset), subset)
-    return asking, ask(asking, corpus.everything.split("held_out"))
+def of_all_pictures(corpus: Corpus) -> list[tuple[Corpus, Asked]]:
+    """The small models that learned all pictures, and the questions they are asked: that of the
+    first seed, and what else is there.
+    """
+    held_out, found = corpus.everything.split("held_out"), []
+    for subset, model in models_there(corpus, base_of(corpus)):
+        asking = corpus_of(corpus, model, subset)
+        found.append((asking, ask(asking, held_out)))
+    return found
 
 
 def measured_part(corpus: Corpus, plan: Plan, least: int) -> Plan:

@@ -51,13 +51,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def small_abc(settings: Settings, device: str, names: list[str], first: int = 0) -> dict[str, Any]:
-    """{"published", "blind", "crowd": {method: Recall@10}, "ablation": [five of them], "steps"}."""
+    """{"published", "blind", "crowd": {method: Recall@10}, "ablation": [five of them], "steps",
+    "levels": {step of the ablation: `level_shares`}}.
+    """
     from ...attribution.corpus import Corpus
     from ...files import write_bytes
     from ..plots import png
     from ..results import results, write_metrics
     from . import plots, tables
-    from .methods import ABLATION
+    from .methods import ABLATION, METHODS
+    from .rows import level_shares
     from .tasks import read_tokens, tasks_of
 
     corpus = Corpus(settings, device)
@@ -80,6 +83,8 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     if set(ABLATION) <= set(names):
         made["ablation"] = [told[name]["published"]["recall_at_10"] for name in ABLATION]
         made["steps"] = tables.steps(told, ABLATION)
+        made["levels"] = {n: level_shares(METHODS[n].ranker(corpus).corpus) for n in ABLATION}
+        table += "\n\n" + tables.levels_markdown(made["levels"])
     made |= {"queries": len(asked.split("report")), "figures": told}
     with results(settings, "abc_tables", "small", [corpus.train_identity(), made]) as folder:
         write_metrics(folder, "metrics", made, settings)

@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 from ...attribution.corpus import Corpus
-from ...attribution.plan import store_base
+from ...attribution.plan import store_base, train_states
 from ...attribution.question import Picture, Question, generated
 from ...attribution.rankers import GradientRanker
 from ...attribution.train_grad import make_rows
 from ...files import make_folder
 from ...models.generation import initial_noise
 from ...models.tokens import load_token
+from ...registry import OBJECTIVES
+from ...rows.states import train_states_of
 from ...settings import TOKEN
 from ...store.cached import cached_array
 from ...store.shards import Store
@@ -110,6 +112,20 @@ def exemplar_rows(corpus: Corpus, token: Token, caption: str, folder: Path) -> n
 
     kind = "captioned" if TOKEN in caption else "blind"
     return cached_array(folder / f"exemplars-{token.name}-{kind}.npy", made_from, compute)
+
+
+def level_shares(corpus: Corpus, pictures: int = 64) -> dict[int, float]:
+    """{noise level: its share of the squared norm of a train row's states, mean over the first
+    pictures}, as rows add them up. What has a share near 1 is all that a row says.
+    """
+    s, maker = corpus.settings, corpus.row_maker
+    cotangent, square = OBJECTIVES.get(s.f).cotangent, {}
+    x0, cond = corpus.data.batch(range(min(pictures, len(corpus.data))))
+    for state in train_states_of(corpus.model, x0, cond, corpus.cond_null, train_states(s)):
+        level = int(torch.as_tensor(state.t).flatten()[0])
+        square[level] = maker.rows([state], cotangent, len(x0)).values.square().sum(1)
+    whole = torch.stack(list(square.values())).sum(0)
+    return {level: round(float((part / whole).mean()), 4) for level, part in square.items()}
 
 
 def folder_of(corpus: Corpus, store: Store) -> Path:

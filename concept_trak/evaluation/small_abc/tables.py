@@ -243,3 +243,12 @@ def markdown(told: dict[str, dict[str, Any]], at_random: dict[str, float]) -> st
         lines.append(f"| {name} | {' | '.join(row)} |")
     lines.append(f"| chance | {' | '.join(f'{at_random[p]:.3f}' for p in PROTOCOLS)} |")
     return "\n".join(lines)
+
+
+def levels_markdown(levels: dict[str, dict[int, float]]) -> str:
+    """A row a step of the ablation: `rows.level_shares`, from the lowest noise level up."""
+    lines = ["| train rows | share of the squared norm, by noise level |", "|---|---|"]
+    for name, shares in levels.items():
+        told = ", ".join(f"{level}: {share:.4f}" for level, share in sorted(shares.items()))
+        lines.append(f"| {name} | {told} |")
+    return "\n".join(lines)

@@ -54,9 +54,9 @@ def _of_arm(arm: str, drops: dict[str, Any], noise: dict[str, Any]) -> dict[str,
 
 
 def planned_counterfactual(corpus: Corpus) -> Plan:
-    """What every ranker of METHODS names on the model of all pictures."""
+    """What every ranker of METHODS names on the first model of all pictures."""
     data = corpus.train
-    asking, asked = of_all_pictures(corpus)
+    asking, asked = of_all_pictures(corpus)[0]
     *_, truths = truths_of(corpus)
     values, tune = rankings(asking, asked), groups(data)["tune"]
     chosen = {

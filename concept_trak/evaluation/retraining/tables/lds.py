@@ -42,46 +42,67 @@ CURVES = (*SCATTERED, "reference", "d_trak", "latent_neighbours")  # more would 
 
 def table(corpus: Corpus) -> dict[str, Any]:
     """{ranker: {`lds.FIGURES`, intervals, "style": the same, "drawn": all of it once more},
-    "ceiling", "ceiling_drawn", "agreement", "subsets"}: objects at the top; over the "report"
-    concepts, scores on the small model of all pictures. drawn: against the judge's rates.
+    "ceiling", "ceiling_drawn", "agreement", "subsets", "models"}: objects at the top; over the
+    "report" concepts, means over the small models of all pictures that are there.
+
+    drawn: against the judge's rates instead of presences. models: whose scores were taken.
     """
     data, held_out = corpus.train, corpus.everything.split("held_out")
     plan_of(corpus, "lds", lambda: lds_plan(data, SUBSETS, AGAIN))
     there, found, truths = truths_of(corpus)
     rates = {name: Drawn(of) for name, of in found.items()}
-    asking, asked = of_all_pictures(corpus)
-    scores = rankings(asking, asked)
-    everyone = {**scores, "labels": _labels(asked, truths)}
-    told, chosen = _figures(corpus, asked, everyone, truths)
-    drawn, _ = _figures(corpus, asked, everyone, _measured(corpus, there, rates))
-    table: dict[str, Any] = {name: told[name] | {"drawn": drawn[name]} for name in told}
+    models = of_all_pictures(corpus)
+    each = []
+    for asking, asked in models:
+        scores = rankings(asking, asked)
+        everyone = {**scores, "labels": _labels(asked, truths)}
+        told, chosen = _figures(corpus, asked, everyone, truths)
+        drawn, _ = _figures(corpus, asked, everyone, _measured(corpus, there, rates))
+        each.append((scores, told, drawn, chosen))
+    table = {
+        name: _mean([told[name] for _, told, *_ in each])
+        | {"drawn": _mean([drawn[name] for *_, drawn, _ in each])}
+        for name in each[0][1]
+    }
     report = groups(data)["report"]
     table["ceiling"] = _ceilings(there, found, held_out, report)
     table["ceiling_drawn"] = _ceilings(there, rates, held_out, report)
-    table["subsets"] = len(truths["object"].kept)
+    table |= {"subsets": len(truths["object"].kept), "models": len(models)}
+    scores, *_, chosen = each[0]
     if FIXED in scores:
-        table["agreement"] = _agreement(corpus, asked, scores[FIXED])
+        table["agreement"] = _agreement(corpus, models[0][1], scores[FIXED])
     plots = _plots(corpus, chosen, {k: t.of(report[k]) for k, t in truths.items()})
     return written(corpus, "lds", table, _markdown(table), plots)
 
 
+Figures = dict[str, dict[str, np.ndarray]]  # {kind: {figure: [C]}}
+
+
 def _figures(
     corpus: Corpus, asked: Asked, everyone: Scores, truths: dict[str, lds.Measured]
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """({ranker: figures}, {ranker: {kind: [C, N]}}) of the "report" concepts, each ranker at its
-    damping for these truths.
+) -> tuple[dict[str, Figures], dict[str, dict[str, np.ndarray]]]:
+    """({ranker: figures}, {ranker: {kind: scores [C, N]}}) of the "report" concepts on one model,
+    each ranker at its damping for these truths.
     """
     grouped, told, chosen = groups(corpus.train), {}, {}
     for name, values in everyone.items():
         d = damping_of(name, corpus, values, by_lds(asked, truths, grouped["tune"], values))
         named = grouped["report"]
         chosen[name] = {kind: asked.mean(values[[d]], kind, named[kind])[0] for kind in KINDS}
-        of = {
-            kind: lds.summary(lds.scored(scores, truths[kind].of(named[kind])))
+        told[name] = {
+            kind: lds.scored(scores, truths[kind].of(named[kind]))
             for kind, scores in chosen[name].items()
         }
-        told[name] = {**of["object"], "style": of["style"]}
     return told, chosen
+
+
+def _mean(of_models: list[Figures]) -> dict[str, Any]:
+    """Of each concept over the models, then `lds.summary` over concepts: objects, and "style"."""
+    objects, styles = (
+        lds.summary({f: np.mean([of[kind][f] for of in of_models], 0) for f in lds.FIGURES})
+        for kind in KINDS
+    )
+    return objects | {"style": styles}
 
 
 def _plots(
