@@ -9,7 +9,7 @@ trained again without the union of them (one training answers for all targets; M
     other_drop       the same for the concepts of the other kind, which these pictures show, too
     judge_drop       of the judge's rate of the targets in pictures drawn
     share_of_oracle  target_drop as a part of what removing as many labelled pictures takes
-    behind_ours      by how much ours takes more, target by target
+    behind_ours      by how much ours takes more, target by target; judge_behind_ours, by the judge
 
 Arms beside the rankers: `labels` removes as many labelled pictures (the oracle), `random` as many
 at random, `least` the lowest of ours. `noise` is the standard deviation, between seeds of the model
@@ -32,6 +32,7 @@ from .presence import Presences
 TARGETS = {"object": 16, "style": 4}
 TOP = {"object": 7, "style": 56}  # of 7 and 112 labelled pictures
 LABELS, RANDOM, LEAST = "labels", "random", "least"
+BEHIND = {"behind_ours": "target_drop", "judge_behind_ours": "judge_drop"}
 
 Lost = Mapping[int, Mapping[str, np.ndarray]]  # of one arm: seed -> figure -> [its concepts]
 
@@ -160,13 +161,14 @@ def _beside(by_seed: Lost, lost: Mapping[str, Lost], ours: str) -> dict[str, Any
             share = float(own.mean() / oracle.mean())
             told |= _told("share_of_oracle", share, (float(low), float(high)))
     if ours in lost and (both := sorted(by_seed.keys() & lost[ours].keys())):
-        behind = _targets(lost[ours], both) - _targets(by_seed, both)
-        told |= _told("behind_ours", float(behind.mean()), bootstrap_interval(behind))
+        for name, figure in BEHIND.items():
+            behind = _targets(lost[ours], both, figure) - _targets(by_seed, both, figure)
+            told |= _told(name, float(behind.mean()), bootstrap_interval(behind))
     return told
 
 
-def _targets(by_seed: Lost, seeds: list[int]) -> np.ndarray:
-    return np.concatenate([by_seed[seed]["target_drop"] for seed in seeds])
+def _targets(by_seed: Lost, seeds: list[int], figure: str = "target_drop") -> np.ndarray:
+    return np.concatenate([by_seed[seed][figure] for seed in seeds])
 
 
 def _told(figure: str, value: float, interval: tuple[float, float]) -> dict[str, Any]:

@@ -125,16 +125,18 @@ def test_removing_what_taught_a_concept_is_a_drop_and_nothing_else_is(data):
     for p in (*whole.values(), after):
         p.judged.update({kind: np.ones(len(held_out)) for kind in ("object", "style")})
     nothing = presences(held_out, object=1.0, style=1.0)
-    nothing.judged.update(after.judged)
+    nothing.judged.update(whole[0].judged)
+    after.judged.update({kind: np.full(len(held_out), 0.25) for kind in ("object", "style")})
     models = {s.name: nothing if "random" in s.name else after for s in plan.subsets}
     ours = "concept_trak"
     arms = counterfactual.drops(plan, models, whole, data, held_out, ours)["object"]
     found = arms["labels"]
     assert (found["target_drop"], found["untouched_drop"], found["other_drop"]) == (0.8, 0, 0)
-    assert found["judge_drop"] == 0 and found["removed"] == len(labels)
+    assert found["judge_drop"] == 0.75 and found["removed"] == len(labels)
     assert arms[ours]["share_of_oracle"] == 1 and arms[ours]["behind_ours"] == 0
     assert arms["random"]["share_of_oracle"] == 0 and arms["random"]["oracle_drop"] == 0.8
     assert arms["random"]["behind_ours"] == 0.8 == arms["random"]["behind_ours_ci95"][0]
+    assert arms["random"]["judge_behind_ours"] == 0.75 and arms["labels"]["judge_behind_ours"] == 0
 
 
 def test_the_noise_of_a_drop_is_that_of_a_difference_of_two_seeds(data):

@@ -73,7 +73,7 @@ def planned_counterfactual(corpus: Corpus) -> Plan:
 
 FIGURES = (
     *("target_drop", "share_of_oracle", "behind_ours"),
-    *("untouched_drop", "other_drop", "judge_drop"),
+    *("untouched_drop", "other_drop", "judge_drop", "judge_behind_ours"),
 )
 
 
