@@ -9,7 +9,8 @@ trained again without the union of them (one training answers for all targets; M
     other_drop       the same for the concepts of the other kind, which these pictures show, too
     judge_drop       of the judge's rate of the targets in pictures drawn
     share_of_oracle  target_drop as a part of what removing as many labelled pictures takes
-    behind_ours      by how much ours takes more, target by target; judge_behind_ours, by the judge
+    behind_ours      by how much ours takes more, target by target
+    judge_...        the last two of judge_drop
 
 Arms beside the rankers: `labels` removes as many labelled pictures (the oracle), `random` as many
 at random, `least` the lowest of ours. `noise` is the standard deviation, between seeds of the model
@@ -32,7 +33,6 @@ from .presence import Presences
 TARGETS = {"object": 16, "style": 4}
 TOP = {"object": 7, "style": 56}  # of 7 and 112 labelled pictures
 LABELS, RANDOM, LEAST = "labels", "random", "least"
-BEHIND = {"behind_ours": "target_drop", "judge_behind_ours": "judge_drop"}
 
 Lost = Mapping[int, Mapping[str, np.ndarray]]  # of one arm: seed -> figure -> [its concepts]
 
@@ -150,24 +150,24 @@ def _summary(by_seed: Lost) -> dict[str, Any]:
 
 
 def _beside(by_seed: Lost, lost: Mapping[str, Lost], ours: str) -> dict[str, Any]:
-    """An arm's drop of the targets beside the oracle's and ours, over the seeds that both have."""
+    """An arm's drops of the targets beside the oracle's and ours, over the seeds that both have."""
     told: dict[str, Any] = {}
-    if LABELS in lost and (both := sorted(by_seed.keys() & lost[LABELS].keys())):
-        own, oracle = _targets(by_seed, both), _targets(lost[LABELS], both)
-        told["oracle_drop"] = round(float(oracle.mean()), 4)
-        means = resampled_means(np.stack([own, oracle]))
-        if (means[1] > 0).all():  # else a share of it means nothing
-            low, high = np.quantile(means[0] / means[1], (0.025, 0.975))
-            share = float(own.mean() / oracle.mean())
-            told |= _told("share_of_oracle", share, (float(low), float(high)))
-    if ours in lost and (both := sorted(by_seed.keys() & lost[ours].keys())):
-        for name, figure in BEHIND.items():
+    for prefix, figure in (("", "target_drop"), ("judge_", "judge_drop")):
+        if LABELS in lost and (both := sorted(by_seed.keys() & lost[LABELS].keys())):
+            own, oracle = (_targets(of, both, figure) for of in (by_seed, lost[LABELS]))
+            told[f"{prefix}oracle_drop"] = round(float(oracle.mean()), 4)
+            means = resampled_means(np.stack([own, oracle]))
+            if (means[1] > 0).all():  # else a share of it means nothing
+                low, high = np.quantile(means[0] / means[1], (0.025, 0.975))
+                share = float(own.mean() / oracle.mean())
+                told |= _told(f"{prefix}share_of_oracle", share, (float(low), float(high)))
+        if ours in lost and (both := sorted(by_seed.keys() & lost[ours].keys())):
             behind = _targets(lost[ours], both, figure) - _targets(by_seed, both, figure)
-            told |= _told(name, float(behind.mean()), bootstrap_interval(behind))
+            told |= _told(f"{prefix}behind_ours", float(behind.mean()), bootstrap_interval(behind))
     return told
 
 
-def _targets(by_seed: Lost, seeds: list[int], figure: str = "target_drop") -> np.ndarray:
+def _targets(by_seed: Lost, seeds: list[int], figure: str) -> np.ndarray:
     return np.concatenate([by_seed[seed][figure] for seed in seeds])
 
 

@@ -137,6 +137,7 @@ def test_removing_what_taught_a_concept_is_a_drop_and_nothing_else_is(data):
     assert arms["random"]["share_of_oracle"] == 0 and arms["random"]["oracle_drop"] == 0.8
     assert arms["random"]["behind_ours"] == 0.8 == arms["random"]["behind_ours_ci95"][0]
     assert arms["random"]["judge_behind_ours"] == 0.75 and arms["labels"]["judge_behind_ours"] == 0
+    assert arms["random"]["judge_share_of_oracle"] == 0 and arms[ours]["judge_share_of_oracle"] == 1
 
 
 def test_the_noise_of_a_drop_is_that_of_a_difference_of_two_seeds(data):

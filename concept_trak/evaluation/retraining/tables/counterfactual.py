@@ -73,7 +73,8 @@ def planned_counterfactual(corpus: Corpus) -> Plan:
 
 FIGURES = (
     *("target_drop", "share_of_oracle", "behind_ours"),
-    *("untouched_drop", "other_drop", "judge_drop", "judge_behind_ours"),
+    *("untouched_drop", "other_drop"),
+    *("judge_drop", "judge_share_of_oracle", "judge_behind_ours"),
 )
 
 
