@@ -256,7 +256,7 @@ def truth_table(bench: Bench, test: str) -> dict[str, Any]:
     else:
         told = truth.counterfactual_table()
         kinds = {k: v for k, v in told.items() if k not in ("noise", "targets")}
-        markdown, drawn = counterfactual_markdown(kinds), drops(kinds, told["noise"])
+        markdown, drawn = counterfactual_markdown(kinds), drops(kinds, {}, "judge_drop")
     print(markdown)
     told = {"bench": bench.own.bench, "test": test, "network": truth.network, **told}
     made = {"settings": as_dict(bench.settings), "own": vars(bench.own)}
@@ -285,7 +285,7 @@ def lds_markdown(told: Mapping[str, Any]) -> str:
 
 def counterfactual_markdown(kinds: Mapping[str, Any]) -> str:
     """A table a kind, a row an arm."""
-    wanted = ("target_drop", "untouched_drop", "other_drop", "judge_drop", "share_of_oracle")
+    wanted = ("judge_drop", "judge_share_of_oracle", "target_drop", "untouched_drop", "other_drop")
     lines = []
     for kind, arms in kinds.items():
         lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(wanted)} |"]

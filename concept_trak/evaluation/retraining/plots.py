@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     from .lds import Curve, Predicted
 
+LOST = {
+    "target_drop": "drop of presence, in units of its mean",
+    "judge_drop": "drop of how often it is seen in drawings",
+}
 OURS, KNOWN = "concept_trak", "labels"  # drawn strongest; what knows the truth, dashed
 
 
@@ -49,25 +53,27 @@ def predicted_against_measured(points: Mapping[str, Predicted]) -> Figure:
     return figure
 
 
-def drops(told: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Any]) -> Figure:
-    """{kind: {arm: figures}} of `counterfactual.drops`: what was lost without these pictures."""
+def drops(
+    told: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Any], of: str = "target_drop"
+) -> Figure:
+    """{kind: {arm: figures}} of `counterfactual.drops`: what was lost without these pictures; of
+    presence, or of what is drawn (of="judge_drop").
+    """
     there = {kind: arms for kind, arms in told.items() if arms}
     tallest = max(len(arms) for arms in there.values())
-    figure, axes = panels([f"{kind}s" for kind in there], 1.2 + 0.34 * tallest)
+    figure, axes = panels(list(there), 1.2 + 0.34 * tallest)
     for axis, (kind, arms) in zip(axes, there.items(), strict=True):
-        names = sorted(arms, key=lambda name: arms[name]["target_drop"])
-        for offset, figure_name, label in (
-            (0.18, "target_drop", "whose pictures were removed"),
-            (-0.18, "untouched_drop", "others"),
-        ):
-            _bars(axis, names, arms, figure_name, offset, label)
+        names = sorted(arms, key=lambda name: arms[name][of])
+        _bars(axis, names, arms, of, 0.18, "whose pictures were removed")
+        if of == "target_drop":
+            _bars(axis, names, arms, "untouched_drop", -0.18, "others")
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_ylim(-0.6, tallest - 0.4)  # bars of one height in all panels
         axis.axvline(0, color="0.3", lw=0.8)
         if noise.get(kind):
-            spread = noise[kind]["target_drop"]
+            spread = noise[kind][of]
             axis.axvspan(-spread, spread, color="0.85", zorder=0, label="between seeds")
-        axis.set_xlabel("drop of presence, in units of its mean")
+        axis.set_xlabel(LOST[of])
     legend_below(figure)
     return figure
 

@@ -209,7 +209,7 @@ def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, caps
         assert found["labels"]["partial"] == found["labels"]["style"]["partial"] == 0
         assert found["labels"]["lds"] > 0.1 and found["subsets"] >= 3 and "ceiling" in found
     (folder,) = (f for f in (tmp_path / "tables").iterdir() if not f.is_symlink())
-    plots = {"lds": {"predicted.png", "removed.png"}, "counterfactual": {"drops.png"}}
+    plots = {"lds": {"predicted.png", "removed.png"}, "counterfactual": {"drops.png", "drawn.png"}}
     wanted = {"metrics.json", "table.md"} | plots.get(test, set())
     assert wanted == {p.name for p in folder.iterdir()}
     for picture in folder.glob("*.png"):

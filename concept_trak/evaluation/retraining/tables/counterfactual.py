@@ -43,7 +43,7 @@ def table(corpus: Corpus) -> dict[str, Any]:
     noise = counterfactual.noise(whole, data, held_out)
     told = {arm: _of_arm(arm, drops, noise) for kind in KINDS for arm in drops[kind]}
     told["targets"] = {kind: counterfactual.targets(data, kind) for kind in KINDS}
-    drawn = {"drops": plots.drops(drops, noise)}
+    drawn = {"drops": plots.drops(drops, noise), "drawn": plots.drops(drops, {}, "judge_drop")}
     return written(corpus, "counterfactual", told, _markdown(drops, noise), drawn)
 
 
