@@ -70,8 +70,7 @@ def drops(
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_ylim(-0.6, tallest - 0.4)  # bars of one height in all panels
         axis.axvline(0, color="0.3", lw=0.8)
-        if noise.get(kind):
-            spread = noise[kind][of]
+        if spread := (noise.get(kind) or {}).get(of):
             axis.axvspan(-spread, spread, color="0.85", zorder=0, label="between seeds")
         axis.set_xlabel(LOST[of])
     legend_below(figure)
