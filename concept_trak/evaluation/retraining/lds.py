@@ -5,7 +5,7 @@ score; Park et al. 2023), a mean over concepts. Captions name the concepts here,
 labelled pictures predicts much of it, and so does counting all, as subsets differ in size: random
 positive scores have an LDS. `partial` is what is left when both counts are given. The
 ceiling is the correlation of the presences of two seeds on the same subsets: of what one training
-says about another.
+says about another. All of it also with `presence.Drawn` in the place of presences.
 """
 
 from __future__ import annotations
@@ -115,11 +115,13 @@ def scored(values: np.ndarray, truth: Measured) -> dict[str, np.ndarray]:
     """
     shown = truth.relevant
     parts = {"partial": values, "own": values * shown, "others": values * ~shown}
-    whole = lds(values, truth.presences, truth.kept)
-    return {"lds": whole} | {
-        figure: partial_lds(part, truth.presences, truth.kept, shown)
-        for figure, part in parts.items()
+    return {"lds": lds(values, truth.presences, truth.kept)} | {
+        figure: _partial(part, truth) for figure, part in parts.items()
     }
+
+
+def _partial(values: np.ndarray, truth: Measured) -> np.ndarray:
+    return partial_lds(values, truth.presences, truth.kept, truth.relevant)
 
 
 def against_removed(values: np.ndarray, truth: Measured, top: int, unit: float) -> Curve:
@@ -139,10 +141,9 @@ def against_removed(values: np.ndarray, truth: Measured, top: int, unit: float) 
 
 def predictions(values: np.ndarray, truth: Measured) -> Predicted:
     """What scores [C, N] say of every subset, beside what was measured."""
-    found = scored(values, truth)
+    whole, given = lds(values, truth.presences, truth.kept), _partial(values, truth)
     predicted, presences = (_standard(v) for v in (truth.kept @ values.T, truth.presences))
-    lds_, partial = (float(found[figure].mean()) for figure in ("lds", "partial"))
-    return Predicted(predicted.ravel(), presences.ravel(), lds_, partial)
+    return Predicted(predicted.ravel(), presences.ravel(), float(whole.mean()), float(given.mean()))
 
 
 def _standard(values: np.ndarray) -> np.ndarray:
@@ -160,8 +161,9 @@ def best_damping(
     for kind in tune:
         of_concepts = asked.mean(values, kind, tune[kind])
         for d, scores in enumerate(of_concepts):
-            found = scored(scores, truths[kind].of(tune[kind]))
-            totals[d] += float(found["lds"].mean() + found["partial"].mean())
+            truth = truths[kind].of(tune[kind])
+            totals[d] += float(lds(scores, truth.presences, truth.kept).mean())
+            totals[d] += float(_partial(scores, truth).mean())
     return int(totals.argmax())
 
 

@@ -4,7 +4,7 @@ ranker's scores on a small model, and how a table is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,16 +82,16 @@ def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
     return model
 
 
-def models_there(corpus: Corpus, plan: Plan) -> list[tuple[Subset, TextToImage]]:
-    """The subsets whose models can be had; UserError if not even the first can."""
-    found: list[tuple[Subset, TextToImage]] = []
-    for subset in plan.subsets:
+def models_there(corpus: Corpus, plan: Plan) -> Iterator[tuple[Subset, TextToImage]]:
+    """The subsets whose models can be had, one at a time; UserError if not even the first can."""
+    for place, subset in enumerate(plan.subsets):
         try:
-            found.append((subset, model_of(corpus, plan.name, subset)))
+            model = model_of(corpus, plan.name, subset)
         except UserError:
-            if not found:
+            if place == 0:
                 raise
-    return found
+            continue
+        yield subset, model
 
 
 def keep_model(corpus: Corpus, plan: str, subset: Subset) -> None:
@@ -118,15 +118,14 @@ def damping_of(name: str, corpus: Corpus, values: np.ndarray, choose: Callable[[
     return int(np.argmin(np.abs(np.log(np.array(DAMPINGS) / fixed)))) if name == FIXED else choose()
 
 
-def of_all_pictures(corpus: Corpus) -> list[tuple[Corpus, Asked]]:
+def of_all_pictures(corpus: Corpus) -> Iterator[tuple[Corpus, Asked]]:
     """The small models that learned all pictures, and the questions they are asked: that of the
     first seed, and what else is there.
     """
-    held_out, found = corpus.everything.split("held_out"), []
+    held_out = corpus.everything.split("held_out")
     for subset, model in models_there(corpus, base_of(corpus)):
         asking = corpus_of(corpus, model, subset)
-        found.append((asking, ask(asking, held_out)))
-    return found
+        yield asking, ask(asking, held_out)
 
 
 def measured_part(corpus: Corpus, plan: Plan, least: int) -> Plan:

@@ -83,7 +83,7 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     if set(ABLATION) <= set(names):
         made["ablation"] = [told[name]["published"]["recall_at_10"] for name in ABLATION]
         made["steps"] = tables.steps(told, ABLATION)
-        made["levels"] = {n: level_shares(METHODS[n].ranker(corpus).corpus) for n in ABLATION}
+        made["levels"] = {n: level_shares(METHODS[n].corpus(corpus)) for n in ABLATION}
         table += "\n\n" + tables.levels_markdown(made["levels"])
     made |= {"queries": len(asked.split("report")), "figures": told}
     with results(settings, "abc_tables", "small", [corpus.train_identity(), made]) as folder:

@@ -46,12 +46,16 @@ class Method:
     blindfold: bool = False
     weighted: bool = True
 
-    def ranker(self, corpus: Corpus) -> GradientRanker:
-        """With its train rows, computed where they are not there yet."""
+    def corpus(self, corpus: Corpus) -> Corpus:
+        """The pictures and settings of its train rows."""
         own = blindfolded(corpus) if self.blindfold else corpus
         wider = 2 if "layer" in self.settings else 1  # twice the modules, as many features for each
         dim = wider * own.settings.proj_dim
-        own = own.with_settings(own.settings.but(**self.settings, proj_dim=dim))
+        return own.with_settings(own.settings.but(**self.settings, proj_dim=dim))
+
+    def ranker(self, corpus: Corpus) -> GradientRanker:
+        """With its train rows, computed where they are not there yet."""
+        own = self.corpus(corpus)
         return GradientRanker(own, train_store(own), self.per_concept)
 
 

@@ -56,7 +56,7 @@ def _of_arm(arm: str, drops: dict[str, Any], noise: dict[str, Any]) -> dict[str,
 def planned_counterfactual(corpus: Corpus) -> Plan:
     """What every ranker of METHODS names on the first model of all pictures."""
     data = corpus.train
-    asking, asked = of_all_pictures(corpus)[0]
+    asking, asked = next(of_all_pictures(corpus))
     *_, truths = truths_of(corpus)
     values, tune = rankings(asking, asked), groups(data)["tune"]
     chosen = {

@@ -51,26 +51,25 @@ def table(corpus: Corpus) -> dict[str, Any]:
     plan_of(corpus, "lds", lambda: lds_plan(data, SUBSETS, AGAIN))
     there, found, truths = truths_of(corpus)
     rates = {name: Drawn(of) for name, of in found.items()}
-    models = of_all_pictures(corpus)
     each = []
-    for asking, asked in models:
+    for asking, asked in of_all_pictures(corpus):
         scores = rankings(asking, asked)
         everyone = {**scores, "labels": _labels(asked, truths)}
         told, chosen = _figures(corpus, asked, everyone, truths)
         drawn, _ = _figures(corpus, asked, everyone, _measured(corpus, there, rates))
-        each.append((scores, told, drawn, chosen))
+        each.append((told, drawn, chosen, asked, scores))
     table = {
-        name: _mean([told[name] for _, told, *_ in each])
-        | {"drawn": _mean([drawn[name] for *_, drawn, _ in each])}
-        for name in each[0][1]
+        name: _mean([told[name] for told, *_ in each])
+        | {"drawn": _mean([drawn[name] for _, drawn, *_ in each])}
+        for name in each[0][0]
     }
     report = groups(data)["report"]
     table["ceiling"] = _ceilings(there, found, held_out, report)
     table["ceiling_drawn"] = _ceilings(there, rates, held_out, report)
-    table |= {"subsets": len(truths["object"].kept), "models": len(models)}
-    scores, *_, chosen = each[0]
+    table |= {"subsets": len(truths["object"].kept), "models": len(each)}
+    *_, chosen, asked, scores = each[0]
     if FIXED in scores:
-        table["agreement"] = _agreement(corpus, models[0][1], scores[FIXED])
+        table["agreement"] = _agreement(corpus, asked, scores[FIXED])
     plots = _plots(corpus, chosen, {k: t.of(report[k]) for k, t in truths.items()})
     return written(corpus, "lds", table, _markdown(table), plots)
 
