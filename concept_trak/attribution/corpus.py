@@ -204,6 +204,14 @@ class Corpus:
         own = {"rows": row_settings(self.settings), "model": self.model.identity()}
         return own | ({} if judge is None else {"fit_judge": judge.identity()})
 
+    def with_data(self, data: Any) -> Corpus:
+        """The same model and settings with other data; see `data` in the class."""
+        other = copy.copy(self)
+        for name in ("parameters", "projection"):  # its mask is that of the data's store
+            other.__dict__.pop(name, None)
+        other.data = data
+        return other
+
     def with_settings(self, settings: Settings) -> Corpus:
         """The same model, pictures and latents under other settings."""
         other = copy.copy(self)

@@ -8,8 +8,10 @@ batch: one pass over the corpus for all questions of a call.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +92,14 @@ class EkfacRanker(GradientRanker):
 
     def __init__(self, corpus: Corpus) -> None:
         super().__init__(corpus, None, per_concept=False)
+        self.ranked = corpus
+
+    def over(self, data: Any) -> EkfacRanker:
+        """The same, which ranks other pictures than those that the curvature is of."""
+        self.prepare()
+        other = copy.copy(self)
+        other.ranked = self.corpus.with_data(data)
+        return other
 
     @cached_property
     def curvature(self) -> Ekfac:
@@ -125,7 +135,7 @@ class EkfacRanker(GradientRanker):
         return torch.cat(self.rotated(question), 1).cpu().numpy()
 
     def _score(self, asked: Sequence[Question]) -> np.ndarray:
-        corpus, count = self.corpus, len(self.corpus.data)
+        corpus, count = self.ranked, len(self.ranked.data)
         queries = [torch.cat(p) for p in zip(*map(self.rotated, asked), strict=True)]
         out = np.zeros((len(DAMPINGS), len(asked), count), np.float32)
         rows = batches(count, corpus.settings.batch_size)

@@ -24,6 +24,8 @@ from .corpus import Corpus
 from .plan import query_states
 from .question import Picture, Question
 
+ROWS_AT_ONCE = 128  # of the store where each is solved for: 9 * 128 * 8 k bytes
+
 
 class Ranker(Protocol):
     """Scores of all N training images; high: removing the image would weaken the concept."""
@@ -63,9 +65,30 @@ class GradientRanker:
     def solved(self, questions: Sequence[Question]) -> np.ndarray:
         """[Q, D, k]: what the rows' inner products with are the unweighted scores."""
         asked, place = self._asked(questions)
-        rows = self._keep(self, asked)
-        found = self.corpus.preconditioner.solve(self._train, rows, DAMPINGS)
-        return found[:, place].swapaxes(0, 1)
+        return self.solve(self._keep(self, asked))[:, place].swapaxes(0, 1)
+
+    def solve(self, rows: np.ndarray) -> np.ndarray:
+        """[D, Q, k] of query rows [Q, k]: what `score_rows` takes."""
+        return self.corpus.preconditioner.solve(self._train, rows, DAMPINGS)
+
+    def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """[D, Q, n] scores of rows [n, k] that need not be the store's: of pictures beside it.
+
+        solved: [D, Q, k], of `solve`. beside: [n], what an objective's weights are made from.
+        """
+        values = solved @ rows.T
+        weight = OBJECTIVES.get(self.corpus.settings.f).row_weight
+        return values if weight is None else values * weight(beside, self._train.losses())
+
+    def score_train(self, solved: np.ndarray) -> np.ndarray:
+        """[D, Q, N] by `score_rows`, some rows of the store at a time."""
+        store, found = self._train, []
+        weighted = OBJECTIVES.get(self.corpus.settings.f).row_weight is not None
+        beside = store.losses() if weighted else np.zeros(store.num_rows)
+        for start, block in store.tensor_blocks(ROWS_AT_ONCE, "cpu"):
+            part = beside[start : start + len(block)]
+            found.append(self.score_rows(solved, block.double().numpy(), part))
+        return np.concatenate(found, 2)
 
     def prepare(self) -> None:
         """Make what all questions share; forget the states of the last one."""

@@ -17,9 +17,10 @@ question is answered.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,13 +54,20 @@ class Unlearning(GradientRanker):
     def __init__(self, corpus: Corpus, step: float | None = None) -> None:
         super().__init__(corpus, None, per_concept=False)
         self.step = self.candidates[0] if step is None else step
+        self.ranked = corpus
 
     def at(self, candidate: int) -> Unlearning:
         """The same ranker with this one of `candidates`; what it has computed is shared."""
-        other = type(self)(self.corpus, self.candidates[candidate])
-        for name in ("before", "curvature"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
+        other = copy.copy(self)
+        other.step = self.candidates[candidate]
+        return other
+
+    def over(self, data: Any) -> Unlearning:
+        """The same, which ranks other pictures than those that the model was trained on."""
+        getattr(self, "curvature", None)
+        other = copy.copy(self)
+        other.ranked = self.corpus.with_data(data)
+        other.__dict__.pop("before", None)
         return other
 
     def prepare(self) -> None:
@@ -80,13 +88,13 @@ class Unlearning(GradientRanker):
 
     def _scores(self, question: Question, before: torch.Tensor) -> np.ndarray:
         with self.unlearned(question.picture):
-            after = losses(self.corpus)
+            after = losses(self.ranked)
         return self.compared(before, after).mean(1).numpy()
 
     @cached_property
     def before(self) -> torch.Tensor:
-        """[N, T] losses of the train pictures under the model as it is."""
-        return losses(self.corpus)
+        """[N, T] losses of the ranked pictures under the model as it is."""
+        return losses(self.ranked)
 
     @property
     def layer(self) -> str:

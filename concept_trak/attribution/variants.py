@@ -21,12 +21,9 @@ from ..models.ddim import predict_x0, q_sample
 from ..rows.state import State, regrouped
 from ..rows.states import QueryStates, Start, draw_noise, query_states_of
 from ..scoring.scores import scores
-from ..settings import DAMPINGS
 from .plan import query_states
 from .question import Picture, Question
-from .rankers import GradientRanker
-
-ROWS_AT_ONCE = 128  # train rows that are preconditioned at a time: 9 * 128 * 8 k bytes
+from .rankers import ROWS_AT_ONCE, GradientRanker
 
 
 class DotProduct(GradientRanker):
@@ -35,25 +32,40 @@ class DotProduct(GradientRanker):
     def rank(self, questions: Sequence[Question]) -> np.ndarray:
         """[1, Q, N]; see `Ranker`."""
         asked, place = self._asked(questions)
-        rows, budget = self._keep(self, asked), self.corpus.preconditioner.budget
-        weight = self._weight()
-        found = scores(self._train, rows[None], weight, budget.max_memory, budget.device)
+        solved, budget = self.solve(self._keep(self, asked)), self.corpus.preconditioner.budget
+        weight = self.row_weight()
+        found = scores(self._train, solved, weight, budget.max_memory, budget.device)
         return found[:, place]
 
-    def _weight(self) -> np.ndarray | None:
+    def solve(self, rows: np.ndarray) -> np.ndarray:
+        """[1, Q, k]: the rows."""
+        return rows[None]
+
+    def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """See `GradientRanker`."""
+        return solved @ rows.T
+
+    def row_weight(self) -> np.ndarray | None:
+        """None: the same for all."""
         return None
 
 
 class Cosine(DotProduct):
     """GradCos: |q| is the same for all pictures and left out."""
 
-    def _weight(self) -> np.ndarray | None:
-        return 1 / np.maximum(norms(self._train.tensor_blocks(ROWS_AT_ONCE, "cpu")), 1e-30)
+    def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """See `GradientRanker`."""
+        return super().score_rows(solved, rows, beside) / norms(rows)
+
+    def row_weight(self) -> np.ndarray | None:
+        """[N]: one by the length of each row."""
+        blocks = self._train.tensor_blocks(ROWS_AT_ONCE, "cpu")
+        return 1 / np.concatenate([norms(block.double().numpy()) for _, block in blocks])
 
 
-def norms(blocks: Iterator[tuple[int, torch.Tensor]]) -> np.ndarray:
-    """[N] Euclidean norms of the rows."""
-    return np.concatenate([block.double().norm(dim=1).numpy() for _, block in blocks])
+def norms(rows: np.ndarray) -> np.ndarray:
+    """Euclidean norms along the last axis, none of them 0."""
+    return np.maximum(np.linalg.norm(rows, axis=-1), 1e-30)
 
 
 class SelfPreconditioned(GradientRanker):
@@ -65,13 +77,12 @@ class SelfPreconditioned(GradientRanker):
 
     def rank(self, questions: Sequence[Question]) -> np.ndarray:
         """See `Ranker`."""
-        values, store, solver = super().rank(questions), self._train, self.corpus.preconditioner
-        for start, block in store.tensor_blocks(ROWS_AT_ONCE, "cpu"):
-            rows = block.double().numpy()
-            solved = solver.solve(store, rows, DAMPINGS)  # [D, n, k]
-            part = slice(start, start + len(rows))
-            values[:, :, part] = self._changed(values[:, :, part], rows, solved)
-        return values
+        asked, place = self._asked(questions)
+        return self.score_train(self.solve(self._keep(self, asked)))[:, place]
+
+    def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """See `GradientRanker`."""
+        return self._changed(super().score_rows(solved, rows, beside), rows, self.solve(rows))
 
     def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
         """[D, Q, n] scores of n pictures with rows x [n, k] and z [D, n, k]."""
@@ -82,7 +93,7 @@ class Relative(SelfPreconditioned):
     """Influence for a unit of change of the parameters: outliers do not rule."""
 
     def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
-        return values / np.maximum(np.linalg.norm(solved, axis=2), 1e-30)[:, None]
+        return values / norms(solved)[:, None]
 
 
 class Leverage(SelfPreconditioned):

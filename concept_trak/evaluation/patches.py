@@ -15,7 +15,7 @@ the diffusion is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Nda:
     def rank(self, questions: Sequence[Question]) -> np.ndarray:
         """[1, Q, N]; see `attribution.rankers.Ranker`. Holds all patches of a size at a time."""
         pictures = {id(q.picture): q.picture for q in questions}
-        scores = {key: np.zeros(len(self.corpus.train)) for key in pictures}
+        scores = {key: np.zeros(len(self.corpus.data)) for key in pictures}
         train = self.corpus.latents.float()
         for side in sorted({max(1, train.shape[-1] // share) for share in SHARES}):
             known = patches(train, side)  # [N, places, values]
@@ -51,6 +51,10 @@ class Nda:
                 asked = patches(picture.x0.float().cpu(), side)[0]
                 scores[key] += self._shares(asked, known)
         return np.stack([scores[id(q.picture)] for q in questions])[None]
+
+    def over(self, data: Any) -> Nda:
+        """The same with other pictures."""
+        return Nda(self.corpus.with_data(data))
 
     def _shares(self, asked: torch.Tensor, known: torch.Tensor) -> np.ndarray:
         """[N]: mean weight over levels and the query's patches [places, values]."""

@@ -10,6 +10,7 @@ from concept_trak.attribution.question import Question, generated
 from concept_trak.attribution.unlearning import Abu, AbuPlus, Mucs, losses
 from concept_trak.evaluation.cost import forwards_of
 from concept_trak.evaluation.patches import Nda
+from concept_trak.models.condition import Condition
 from concept_trak.models.schedule import Level
 from concept_trak.registry import RANKERS
 from concept_trak.rows.residual import LEVELS, residual
@@ -282,6 +283,41 @@ def test_level_shares_decide_how_near_a_patch_must_be(corpus, monkeypatch):
     monkeypatch.setattr(corpus.model, "schedule", noise)
     values = Nda(corpus).rank(copies(corpus, [2]))[0]
     np.testing.assert_allclose(values, values.mean(), rtol=1e-3)
+
+
+ROWED = ("trak", "das", "das_paper", "grad_dot", "grad_cos", "relative_influence", "journey_trak")
+
+
+@pytest.mark.parametrize("name", ROWED)
+def test_rows_beside_the_store_are_scored_as_those_in_it(name, corpus, questions):
+    ranker = RANKERS.get(name)(corpus)
+    want, got = ranker.rank(questions), ranker.score_train(ranker.solve(ranker.rows(questions)))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["ekfac", "abu", "abu_plus", "mucs", "nda"])
+def test_other_pictures_do_not_change_what_train_pictures_score(name, corpus, questions):
+    """A gallery of the train pictures and, again, some of them: each has its score twice."""
+    ranker = RANKERS.get(name)(corpus)
+    want = ranker.rank(questions[:1])
+    count = len(corpus.data)
+
+    class Again:
+        latents = torch.cat([corpus.latents, corpus.latents[:3]])
+
+        def __len__(self):
+            return count + 3
+
+        def batch(self, rows):
+            parts = [corpus.data.batch(range(i % count, i % count + 1)) for i in rows]
+            return torch.cat([x0 for x0, _ in parts]), Condition.join([cond for _, cond in parts])
+
+    got = ranker.over(Again()).rank(questions[:1])
+    assert got.shape[2] == count + 3
+    np.testing.assert_allclose(got[..., count:], got[..., :3], rtol=1e-3, atol=1e-7)
+    if name != "nda":  # whose patches compete
+        np.testing.assert_allclose(got[..., :count], want, rtol=1e-3, atol=1e-7)
+    np.testing.assert_array_equal(ranker.rank(questions[:1]), want)  # nothing is left of it
 
 
 def test_cost_counts_forwards_and_backwards_of_samples(corpus, questions):

@@ -7,18 +7,20 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from concept_trak import cli
 from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.unlearning import Abu
 from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.evaluation.overview import STEPS
-from concept_trak.evaluation.small_abc import methods, plots, rows, tables
+from concept_trak.evaluation.small_abc import methods, plots, rows, scores, tables
 from concept_trak.evaluation.small_abc.tasks import read_tokens, tasks_of
 from concept_trak.registry import OBJECTIVES
 from concept_trak.rows.objectives import Objective
-from concept_trak.settings import ROOT, TOKEN, resolve
+from concept_trak.settings import DAMPINGS, ROOT, TOKEN, resolve
 from concept_trak.workshop.tokens.settings import TokenSettings
 
 TABLE = [("pen", "tune", "object"), ("chalk", "report", "style"), ("cup", "distractor", "object")]
@@ -126,6 +128,48 @@ def test_the_whole_of_it_runs_and_a_second_run_says_the_same(
     assert not (made / "ablation.png").exists()  # not all of its steps were asked for
 
 
+RIVALS = ("das_paper", "journey_trak", "grad_cos", "ekfac", "abu", "nda")
+
+
+def test_every_ranker_can_be_asked(tiny_pipeline, data, tmp_path, quick, capsys):
+    given = flags(tiny_pipeline, data, tmp_path)
+    chosen = ["small-abc", "--device=cpu", f"--methods={','.join(RIVALS)}", *given]
+    assert cli.main(chosen) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(RIVALS) <= found["published"].keys()
+    figures = found["figures"]
+    assert figures["abu"]["blind"]["chosen"] in Abu.candidates
+    assert figures["ekfac"]["crowd"]["chosen"] in DAMPINGS
+    assert figures["nda"]["blind"]["chosen"] is None
+    # patches know no captions; an unlearned picture's loss does
+    assert found["published"]["nda"] == found["blind"]["nda"]
+    kept = sorted(path.name for path in (tmp_path / "results/abc/passes").glob("abu-*.npy"))
+    assert "abu-pen-1.npy" in kept and "abu-pen-100.npy" in kept  # the tune token, at every step
+    assert cli.main(chosen) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+def test_values_are_split_by_protocol(tiny_pipeline, data, tmp_path, quick):
+    given = {"sd_model_path": str(tiny_pipeline), "data_dir": str(data)}
+    settings = resolve("emoji", given | {"gen_num_inference_steps": 3})
+    corpus, tokens = Corpus(settings, "cpu"), read_tokens(data)
+    asked = scores.Asked(corpus, tokens, tasks_of(tokens, corpus.train), tmp_path)
+    gallery = rows.Gallery(corpus, tokens[1], tokens)
+    count, where = len(corpus.train), np.arange(len(gallery))
+    found = asked.by_protocol(np.tile(where, (1, len(asked.tasks), 1)))
+    (q, *_) = asked.of_token(tokens[1])
+    named = [gallery.captions[i] for i in found["published"][0, q, count:]]
+    assert named == [tokens[1].train_prompt] * EACH
+    own = found["blind"][0, q, count:]
+    assert [gallery.captions[i] for i in own] == [""] * EACH
+    torch.testing.assert_close(  # the same pictures, captioned and not
+        gallery.latents[own], gallery.latents[count : count + EACH]
+    )
+    assert [gallery.captions[i] for i in found["crowd"][0, q, count:]] == [""] * EACH * len(TABLE)
+    x0, _ = gallery.batch(range(count - 1, count + 2))
+    torch.testing.assert_close(x0.cpu(), gallery.latents[count - 1 : count + 2])
+
+
 def test_an_unknown_method_is_named(tiny_pipeline, data, tmp_path, capsys):
     given = flags(tiny_pipeline, data, tmp_path)
     assert cli.main(["small-abc", "--device=cpu", "--methods=trac", *given]) == 2
@@ -141,17 +185,17 @@ def test_a_crowd_holds_all_exemplars_and_only_the_own_are_relevant(
     )
     corpus, tokens = Corpus(settings, "cpu"), read_tokens(data)
     tasks = tasks_of(tokens, corpus.train)
-    asked = tables.Asked(corpus, tokens, tasks, tmp_path)
+    asked = scores.Asked(corpus, tokens, tasks, tmp_path)
     count = len(corpus.train)
     for protocol, width in (("published", EACH), ("blind", EACH), ("crowd", EACH * len(TABLE))):
         relevant = asked.relevant(protocol)
         assert relevant.shape == (len(tasks), count + width) and (relevant.sum(1) == EACH).all()
         assert not relevant[:, :count].any()
-    scores = tables.controls_of(asked)["pixel_neighbours"]
-    own = [asked.relevant(p)[:, count:].nonzero()[1].reshape(-1, EACH) for p in tables.PROTOCOLS]
+    found = scores.controls_of(asked)["pixel_neighbours"].of
+    own = [asked.relevant(p)[:, count:].nonzero()[1].reshape(-1, EACH) for p in scores.PROTOCOLS]
     for q in range(len(tasks)):  # the same distances, wherever the exemplars stand
-        one = scores["blind"][0, q, count:][own[1][q]]
-        np.testing.assert_array_equal(one, scores["crowd"][0, q, count:][own[2][q]])
+        one = found["blind"][0, q, count:][own[1][q]]
+        np.testing.assert_array_equal(one, found["crowd"][0, q, count:][own[2][q]])
 
 
 def test_a_level_with_a_far_larger_gradient_is_all_that_a_row_says(tiny_pipeline, data):

@@ -35,17 +35,15 @@ def add_parser(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run it as the flags say. UserError for a method that there is not."""
-    from ...errors import UserError
     from ...models.device import pick_device
-    from ...registry import unknown
 
-    asked, arguments.methods = arguments.methods or "", None  # names of `methods`, not of RANKERS
+    asked, arguments.methods = arguments.methods or "", None  # some are names of `methods`
     given = settings_of(arguments)
-    from .methods import METHODS
+    from .methods import COMPARED, method
 
-    names = [name.strip() for name in asked.split(",") if name.strip()] or list(METHODS)
-    if bad := [name for name in names if name not in METHODS]:
-        raise UserError(unknown("METHODS", bad[0], tuple(METHODS)))
+    names = [n.strip() for n in asked.split(",") if n.strip()] or list(COMPARED)
+    for name in names:
+        method(name)
     device = pick_device(given.device, given.gpu_id)
     print(json.dumps(small_abc(given.on(device), device, names, arguments.tokens)))
 
@@ -58,7 +56,7 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     from ...files import write_bytes
     from ..plots import png
     from ..results import results, write_metrics
-    from . import plots, tables
+    from . import plots, scores, tables
     from .methods import ABLATION, METHODS
     from .rows import level_shares
     from .tasks import read_tokens, tasks_of
@@ -69,16 +67,16 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     if first:
         chosen = [t for s in ("tune", "report") for t in _of(tokens, s)[:first]]
         tasks = [task for task in tasks if task.token in chosen]
-    asked = tables.Asked(corpus, tokens, tasks, Path(settings.results_dir).parent / "abc")
-    told = {name: tables.figures(asked, tables.scores_of(asked, name)) for name in names}
-    for name, found in tables.controls_of(asked).items():
+    asked = scores.Asked(corpus, tokens, tasks, Path(settings.results_dir).parent / "abc")
+    told = {name: tables.figures(asked, scores.scores_of(asked, name)) for name in names}
+    for name, found in scores.controls_of(asked).items():
         told[name] = tables.figures(asked, found)
     at_random = tables.chance(asked)
     table = tables.markdown(told, at_random)
     made: dict[str, Any] = {
         protocol: {name: entry[protocol]["recall_at_10"] for name, entry in told.items()}
         | {"chance": at_random[protocol]}
-        for protocol in tables.PROTOCOLS
+        for protocol in scores.PROTOCOLS
     }
     if set(ABLATION) <= set(names):
         made["ablation"] = [told[name]["published"]["recall_at_10"] for name in ABLATION]

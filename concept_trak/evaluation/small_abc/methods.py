@@ -1,10 +1,7 @@
-"""The methods that the small AbC compares.
+"""The methods of the small AbC that are its own; beside them every ranker of `evaluation.rankers`.
 
 | method | train rows | query |
 |---|---|---|
-| concept_trak | the settings' F, weighted by the caption's fit | concept |
-| contrast | the same without the weights | concept |
-| trak, d_trak, das | dsm, dtrak, das (unit norm, weighted) | whole picture |
 | ablation_0 | dsm | whole picture |
 | ablation_1 | dsm | concept |
 | ablation_2 | dps | concept |
@@ -22,12 +19,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...attribution.corpus import Corpus
-from ...attribution.rankers import GradientRanker
 from ...datasets.folder import ImageCaptionDataset
+from ...errors import UserError
+from ...registry import RANKERS, unknown
+from ..evaluate import is_control
 from ..rankers import train_store
+
+if TYPE_CHECKING:
+    from ...attribution.corpus import Corpus
+    from ...attribution.rankers import GradientRanker
 
 ABLATION = tuple(f"ablation_{i}" for i in range(5))
 ALL_ATTENTION = {"layer": "attn1|attn2", "f": "dps"}
@@ -35,16 +37,14 @@ ALL_ATTENTION = {"layer": "attn1|attn2", "f": "dps"}
 
 @dataclass(frozen=True)
 class Method:
-    """settings: what it changes in the settings. per_concept: see `GradientRanker`. weighted:
-    whether the weights of its objective count. blindfold: every train picture under the empty
-    caption.
+    """settings: what it changes in the settings. per_concept: see `GradientRanker`. blindfold:
+    every train picture under the empty caption.
     """
 
     name: str
     settings: dict[str, Any]
     per_concept: bool = True
     blindfold: bool = False
-    weighted: bool = True
 
     def corpus(self, corpus: Corpus) -> Corpus:
         """The pictures and settings of its train rows."""
@@ -53,21 +53,19 @@ class Method:
         dim = wider * own.settings.proj_dim
         return own.with_settings(own.settings.but(**self.settings, proj_dim=dim))
 
-    def ranker(self, corpus: Corpus) -> GradientRanker:
-        """With its train rows, computed where they are not there yet."""
+    def __call__(self, corpus: Corpus) -> GradientRanker:
+        """Its ranker; computes train rows that are not there yet."""
+        from ...attribution.rankers import GradientRanker
+
         own = self.corpus(corpus)
         return GradientRanker(own, train_store(own), self.per_concept)
 
 
 def blindfolded(corpus: Corpus) -> Corpus:
     """The same pictures, each under the empty caption."""
-    other, data = copy.copy(corpus), copy.copy(corpus.data)
-    for name in ("cond_null", "parameters", "projection"):
-        other.__dict__.pop(name, None)
-    shown = corpus.train
+    data, shown = copy.copy(corpus.data), corpus.train
     data.pictures = ImageCaptionDataset(shown.root, shown.records, [""] * len(shown))
-    other.data = data
-    return other
+    return corpus.with_data(data)
 
 
 def _rows(f: str, normalize: bool = False, inversion: bool = False) -> dict[str, Any]:
@@ -77,9 +75,6 @@ def _rows(f: str, normalize: bool = False, inversion: bool = False) -> dict[str,
 METHODS = {
     method.name: method
     for method in (
-        Method("concept_trak", {}),
-        Method("contrast", {}, weighted=False),
-        Method("trak", _rows("dsm"), per_concept=False),
         Method("ablation_0", _rows("dsm"), per_concept=False),
         Method("ablation_1", _rows("dsm")),
         Method("ablation_2", _rows("dps")),
@@ -87,7 +82,16 @@ METHODS = {
         Method("ablation_4", _rows("dps", True, inversion=True)),
         Method("dps_attention", ALL_ATTENTION),
         Method("blindfold", ALL_ATTENTION, blindfold=True),
-        Method("d_trak", _rows("dtrak"), per_concept=False),
-        Method("das", _rows("das", True), per_concept=False),
     )
 }
+COMPARED = ("concept_trak", "contrast", "trak", "d_trak", "das", *METHODS)  # METHODS empty
+
+
+def method(name: str) -> Any:
+    """What makes the method's ranker of a corpus. UserError for a name that there is not."""
+    rivals = [n for n in RANKERS.names() if not is_control(n)]
+    if name in METHODS:
+        return METHODS[name]
+    if name not in rivals:
+        raise UserError(unknown("METHODS", name, tuple(dict.fromkeys([*rivals, *METHODS]))))
+    return RANKERS.get(name)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..overview import PAPER_ABLATION, STEPS
 from ..plots import against_k, panels
-from .tables import PROTOCOLS
+from .scores import PROTOCOLS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

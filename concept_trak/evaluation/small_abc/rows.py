@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ...attribution.question import Picture, Question, generated
 from ...attribution.rankers import GradientRanker
 from ...attribution.train_grad import make_rows
 from ...files import make_folder
+from ...models.condition import Condition
 from ...models.generation import initial_noise
 from ...models.tokens import load_token
 from ...registry import OBJECTIVES
@@ -94,24 +96,60 @@ def exemplar_rows(corpus: Corpus, token: Token, caption: str, folder: Path) -> n
     """
     model = corpus.model
     made_from = corpus.identity(
-        pictures=[int(p.astype(np.int64).sum()) for p in token.pictures],
+        pictures=sums(token),
         token=token.name,
         caption=caption,
         tokens=model.tokens if TOKEN in caption else {},
     )
 
     def compute() -> np.ndarray:
-        small = [
-            np.asarray(Image.fromarray(p).resize((model.image_size,) * 2, Image.Resampling.LANCZOS))
-            for p in token.pictures
-        ]
-        x0 = model.encode_images(np.stack(small))
+        x0 = model.encode_images(shown_at(token.pictures, model.image_size))
         captions = [caption] * len(x0)
         made = make_rows(corpus, x0, model.encode_prompts(captions), captions)
         return torch.cat([made.values, made.losses[:, None]], 1).cpu().numpy()
 
     kind = "captioned" if TOKEN in caption else "blind"
     return cached_array(folder / f"exemplars-{token.name}-{kind}.npy", made_from, compute)
+
+
+def sums(token: Token) -> list[int]:
+    """What is told apart of a token's exemplars."""
+    return [int(picture.astype(np.int64).sum()) for picture in token.pictures]
+
+
+def shown_at(pictures: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [B, size, size, 3] of pictures [B, H, W, 3]."""
+    sides, lanczos = (size, size), Image.Resampling.LANCZOS
+    return np.stack([np.asarray(Image.fromarray(p).resize(sides, lanczos)) for p in pictures])
+
+
+class Gallery:
+    """All pictures that are ranked for a token: those of training, its exemplars under their
+    caption, and the exemplars of all tokens under none. Data of a `Corpus`, as far as rankers
+    without rows ask for it.
+    """
+
+    def __init__(self, corpus: Corpus, token: Token, tokens: list[Token]) -> None:
+        self.model, self.tokens = corpus.model, [token, *tokens]
+        size = corpus.model.image_size
+        shown = np.concatenate([shown_at(t.pictures, size) for t in self.tokens])
+        self.latents = torch.cat([corpus.latents, corpus.model.encode_images(shown).cpu()])
+        named = [token.train_prompt] * len(token.pictures)
+        rest = [""] * (len(shown) - len(named))
+        self.captions = [*corpus.train.captions, *named, *rest]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def batch(self, rows: range) -> tuple[torch.Tensor, Condition]:
+        """x0 [b, C, h, w] and captions of consecutive pictures, on the model's device."""
+        part = slice(rows.start, rows.stop)
+        cond = self.model.encode_prompts(self.captions[part])
+        return self.latents[part].to(self.model.device), cond
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What is beside the train pictures."""
+        return [{"token": token.name, "pictures": sums(token)} for token in self.tokens]
 
 
 def level_shares(corpus: Corpus, pictures: int = 64) -> dict[int, float]:
