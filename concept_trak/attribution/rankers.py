@@ -1,7 +1,9 @@
 """Rankers: whatever gives every training image a score for a question.
 
 `GradientRanker` is what this project is about. A ranker is a class with `rank(questions)`, built
-from a `Corpus` alone; `@RANKERS.register("name")` makes it one of METHODS of the evaluation.
+from a `Corpus` alone; `@RANKERS.register("name")` makes it one of METHODS of the evaluation. One
+that keeps no rows has `over(data)`, too: itself, ranking pictures that the model need not have been
+trained on.
 """
 
 from __future__ import annotations

@@ -122,26 +122,21 @@ def _of_rows(asked: Asked, ranker: GradientRanker) -> np.ndarray:
     """[D, Q, N + E + A] of a ranker whose train rows lie in a store; see `Asked.by_protocol`."""
     corpus = ranker.corpus
     folder = folder_of(corpus, ranker._train) / ("concept" if ranker.per_concept else "whole")
-    queries, captioned = [], {}
+    queries, captioned, own = [], [], {}
     for token in asked.asked():
         learned(corpus, token, asked.work)
-        captioned[token.name] = exemplar_rows(corpus, token, token.train_prompt, folder)
-        queries += [
-            query_row(ranker, question, folder) for question in asked.questions(token, corpus)
-        ]
-    blind = np.concatenate([exemplar_rows(corpus, token, "", folder) for token in asked.tokens])
+        first = sum(map(len, captioned))
+        captioned.append(exemplar_rows(corpus, token, token.train_prompt, folder))
+        own[token.name] = slice(first, first + len(captioned[-1]))
+        for question in asked.questions(token, corpus):
+            queries.append(query_row(ranker, question, folder))
+    blind = [exemplar_rows(corpus, token, "", folder) for token in asked.tokens]
     solved = ranker.solve(np.concatenate(queries))
-
-    def of_rows(solved: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        rows = rows.astype(np.float64)
-        return ranker.score_rows(solved, rows[:, :-1], rows[:, -1])
-
-    own = [
-        of_rows(solved[:, q : q + 1], captioned[task.token.name])
-        for q, task in enumerate(asked.tasks)
-    ]
-    of_train = ranker.score_train(solved)
-    return np.concatenate([of_train, np.concatenate(own, 1), of_rows(solved, blind)], 2)
+    rows = np.concatenate([*captioned, *blind]).astype(np.float64)
+    values = ranker.score_rows(solved, rows[:, :-1], rows[:, -1])  # of all at once: some are solved
+    named = [values[:, q, own[task.token.name]] for q, task in enumerate(asked.tasks)]
+    every = values[:, :, sum(map(len, captioned)) :]
+    return np.concatenate([ranker.score_train(solved), np.stack(named, 1), every], 2)
 
 
 def _of_passes(asked: Asked, ranker: Any, name: str) -> Scores:
