@@ -57,7 +57,8 @@ class Unlearning(GradientRanker):
         self.ranked = corpus
 
     def at(self, candidate: int) -> Unlearning:
-        """The same ranker with this one of `candidates`; what it has computed is shared."""
+        """The same ranker with this one of `candidates`; what all share is computed once."""
+        self.prepare()
         other = copy.copy(self)
         other.step = self.candidates[candidate]
         return other

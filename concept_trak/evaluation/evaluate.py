@@ -21,6 +21,7 @@ from ..settings import DAMPINGS
 from .benchmark import TUNE, Benchmark
 from .cost import forwards_of
 from .plots import against_k, png
+from .rankers import swept
 from .results import results, write_metrics
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # split -> concept -> ranker -> figures
@@ -158,7 +159,7 @@ def choose_step(ranker: Any, questions: Questions) -> int:
     """Index among a ranker's candidates, by the rule of `choose_damping`, on the tune split."""
     places = questions.choosing()
     asked = [questions.asked[i] for i in places.ravel()]
-    values = np.concatenate([ranker.at(i).rank(asked) for i in range(len(ranker.candidates))])
+    values = swept(ranker, asked)
     values = values.reshape(len(values), *places.shape, -1)
     return choose_damping(values, questions.relevant[places])
 

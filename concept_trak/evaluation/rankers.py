@@ -24,13 +24,15 @@ unless the settings ask for an inversion. Beside them the controls of `controls`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..registry import RANKERS
 from ..settings import RECIPES
 from . import controls, patches  # noqa: F401  registers them
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
     from ..attribution.corpus import Corpus
@@ -108,13 +110,30 @@ class WholeModel:
     by: str
     on_request: bool = True
 
+    @property
+    def candidates(self) -> tuple[float, ...]:
+        """The steps among which one is chosen as dampings are; none for a ranker without."""
+        return getattr(self._made, "candidates", ())
+
     def __call__(self, corpus: Corpus) -> Ranker:
         """The ranker; losses and gradients are those of TRAK's rows: dsm, noised states."""
+        settings = corpus.settings.but(f="dsm", ddim_inversion=False, recipe="default")
+        return self._made(corpus.with_settings(settings))
+
+    @property
+    def _made(self) -> Any:
         from importlib import import_module
 
-        module = import_module(f"..attribution.{self.module}", __package__)
-        settings = corpus.settings.but(f="dsm", ddim_inversion=False, recipe="default")
-        return getattr(module, self.by)(corpus.with_settings(settings))
+        return getattr(import_module(f"..attribution.{self.module}", __package__), self.by)
+
+
+def swept(ranker: Any, questions: Sequence[Question]) -> np.ndarray:
+    """[D, Q, N]: scores at each damping of a ranker, or at each candidate for its step."""
+    if not hasattr(ranker, "candidates"):
+        return ranker.rank(questions)
+    import numpy as np
+
+    return np.concatenate([ranker.at(i).rank(questions) for i in range(len(ranker.candidates))])
 
 
 def train_store(corpus: Corpus) -> Store:

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from concept_trak.attribution import unlearning
 from concept_trak.attribution.corpus import Corpus
 from concept_trak.attribution.curvature import EkfacRanker
 from concept_trak.attribution.question import Question, generated
 from concept_trak.attribution.unlearning import Abu, AbuPlus, Mucs, losses
 from concept_trak.evaluation.cost import forwards_of
 from concept_trak.evaluation.patches import Nda
+from concept_trak.evaluation.rankers import swept
 from concept_trak.models.condition import Condition
 from concept_trak.models.schedule import Level
 from concept_trak.registry import RANKERS
@@ -268,6 +270,17 @@ def test_the_model_is_as_it_was_afterwards(made, corpus):
 def test_mucs_stops_at_the_loss_of_predicting_nothing(corpus, questions, monkeypatch):
     monkeypatch.setattr(Mucs, "null_loss", 1e-6)  # every picture's loss is beyond it
     assert (Mucs(corpus, 1e-3).rank(questions[:1]) == 0).all()
+
+
+def test_every_step_is_ranked_at_and_the_curvature_is_fitted_once(corpus, questions, monkeypatch):
+    fits, fit = [], unlearning.fitted
+    monkeypatch.setattr(unlearning, "fitted", lambda *given: fits.append(1) or fit(*given))
+    values = swept(RANKERS.get("abu_plus")(corpus), questions)
+    assert len(values) == len(AbuPlus.candidates) and fits == [1]
+    for candidate, value in zip(AbuPlus.candidates, values, strict=True):
+        want = AbuPlus(corpus, candidate).rank(questions)[0]
+        np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-7)
+    assert len(swept(RANKERS.get("trak")(corpus), questions)) == len(DAMPINGS)
 
 
 def test_the_ideal_denoiser_copies_the_picture_itself(corpus):

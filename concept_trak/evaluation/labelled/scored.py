@@ -21,6 +21,7 @@ from ...files import make_folder, write_bytes
 from ...registry import RANKERS
 from ...scoring.ranking import ranking
 from ...settings import as_dict, digest
+from ..rankers import swept
 from .questions import LabelledBenchmark
 from .settings import SCOPES
 from .stages import Bench, Model
@@ -33,8 +34,8 @@ LEAST = 10
 class Found:
     """One ranker on one model. top: bool [D, Q, K], relevance by rank, K at most `DEEPEST`; least:
     [D, Q], share of relevant ones in the lowest ten; chance [Q]. split, concept, group [Q]: the
-    last is the number of a question's combination. seconds: of all questions together, rows of the
-    train pictures not counted.
+    last is the number of a question's combination. D: dampings, or candidates for a step. seconds:
+    of all questions together at one step, rows of the train pictures not counted.
     """
 
     top: np.ndarray
@@ -89,7 +90,12 @@ def identity(corpus: Corpus, benchmark: LabelledBenchmark, name: str) -> str:
     kept = {k: v for k, v in as_dict(s).items() if k not in places}
     questions = [asked.combinations, asked.samples, asked.tune, asked.classifier is not None]
     model = [corpus.model.identity(), corpus.data.content_hash(), row_settings(s)]
-    return digest([name, kept, questions, model, DEEPEST])
+    return digest([name, kept, questions, model, DEEPEST, *steps_of(name)])
+
+
+def steps_of(name: str) -> tuple[float, ...]:
+    """Among which a ranker's is chosen; none where it has dampings, or nothing to choose."""
+    return getattr(RANKERS.get(name), "candidates", ())
 
 
 def compute(corpus: Corpus, benchmark: LabelledBenchmark, name: str) -> Found:
@@ -105,8 +111,8 @@ def compute(corpus: Corpus, benchmark: LabelledBenchmark, name: str) -> Found:
         keys = [(q.picture.prompt, q.plus, q.minus) for q in asked]
         places = [once.setdefault(key, i) for i, key in enumerate(keys)]
     chosen = sorted(set(places))
-    values = ranker.rank([asked[i] for i in chosen])
-    seconds = time.perf_counter() - begun
+    values = swept(ranker, [asked[i] for i in chosen])
+    seconds = (time.perf_counter() - begun) / max(1, len(steps_of(name)))
     values = values[:, np.searchsorted(chosen, places)]
     names = [split for split, questions in splits.items() for _ in questions]
     return found_of(values, asked, names, benchmark, seconds)

@@ -24,7 +24,7 @@ from ..overview import PAPER
 from ..plots import png
 from . import plots
 from .questions import SPLITS
-from .scored import Found, attribute
+from .scored import Found, attribute, steps_of
 from .settings import SCOPES
 from .stages import Bench, Model
 
@@ -90,8 +90,9 @@ def summarised(found: ByModel) -> dict[str, dict[str, dict[str, Any]]]:
         for name, models in rankers.items():
             d = damping_of(found["local"].get(name, models))
             entry: dict[str, Any] = {s: figures(models, s, d) for s in SPLITS if has(models, s)}
-            sweep = len(next(iter(models.values())).top)
+            sweep, steps = len(next(iter(models.values())).top), steps_of(name)
             entry["damping"] = DAMPINGS[d] if sweep == len(DAMPINGS) else None
+            entry |= {"step": steps[d]} if steps else {}
             seconds = [one.seconds / max(1, len(one.split)) for one in models.values()]
             entry["models"] = len(models)
             entry["seconds"] = round(float(np.mean(seconds)), 4)

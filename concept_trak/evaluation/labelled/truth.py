@@ -26,6 +26,7 @@ from ...files import make_folder
 from ...models.class_conditional import Architecture
 from ...registry import RANKERS
 from ...workshop.class_conditional.train import TrainSettings, finished, train
+from ..rankers import swept
 from ..retraining import counterfactual, lds
 from ..retraining.asked import Asked
 from ..retraining.fleet import Work, presences_of, retrain
@@ -133,7 +134,7 @@ class Truth:
         found = {}
         for name in self.bench.rankers:
             begun = time.perf_counter()
-            found[name] = RANKERS.get(name)(self.corpus).rank(self.asked.questions)
+            found[name] = swept(RANKERS.get(name)(self.corpus), self.asked.questions)
             self.took[name] = time.perf_counter() - begun
         return found
 

@@ -19,6 +19,7 @@ from ...registry import RANKERS
 from ...settings import DAMPINGS, ROOT
 from ..evaluate import chosen_rankers
 from ..plots import png
+from ..rankers import swept
 from ..results import results, write_metrics
 from .asked import Asked, ask, corpus_of
 from .fleet import Bench, retrain
@@ -107,15 +108,18 @@ def keep_model(corpus: Corpus, plan: str, subset: Subset) -> None:
 def rankings(corpus: Corpus, asked: Asked) -> Scores:
     """Every ranker of METHODS, and the controls, on one model; empty METHODS is `COMPARED`."""
     named = corpus.settings.methods or ",".join(COMPARED)
-    return {name: RANKERS.get(name)(corpus).rank(asked.questions) for name in chosen_rankers(named)}
+    chosen = {name: RANKERS.get(name)(corpus) for name in chosen_rankers(named)}
+    return {name: swept(ranker, asked.questions) for name, ranker in chosen.items()}
 
 
 def damping_of(name: str, corpus: Corpus, values: np.ndarray, choose: Callable[[], int]) -> int:
-    """Index of a ranker's damping: the settings' for ours, for the others the best on "tune"."""
-    if len(values) < len(DAMPINGS):
-        return 0
-    fixed = corpus.settings.damping
-    return int(np.argmin(np.abs(np.log(np.array(DAMPINGS) / fixed)))) if name == FIXED else choose()
+    """Index of a ranker's damping or step: the settings' damping for ours, for the others the best
+    on "tune"; 0 for a ranker without any.
+    """
+    if name != FIXED:
+        return choose() if len(values) > 1 else 0
+    fixed = np.abs(np.log(np.array(DAMPINGS) / corpus.settings.damping))
+    return int(np.argmin(fixed)) if len(values) == len(DAMPINGS) else 0
 
 
 def of_all_pictures(corpus: Corpus) -> Iterator[tuple[Corpus, Asked]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from celeba_standin import stand_in
 
+from concept_trak.attribution.unlearning import Abu
 from concept_trak.cli import main
 from concept_trak.errors import UserError
 from concept_trak.evaluation.labelled import command, scored, table, truth
@@ -203,6 +204,16 @@ def test_the_damping_is_chosen_on_drawings_that_are_not_reported():
     models = {Model("unet", 0): found_of(hits, ["tune", "tune", "ood", "ood"])}
     told = table.summarised({"local": {"trak": models}})["local"]["trak"]
     assert told["damping"] == DAMPINGS[2]
+    assert told["ood"]["precision"] == 0.0 and told["ood"]["oracle"] == 1.0
+
+
+def test_a_step_is_chosen_as_a_damping_is():
+    steps = Abu.candidates
+    hits = np.zeros((len(steps), 4))
+    hits[1, :2], hits[2, 2:] = 1.0, 1.0  # best on tune, best on ood
+    models = {Model("unet", 0): found_of(hits, ["tune", "tune", "ood", "ood"])}
+    told = table.summarised({"local": {"abu": models}})["local"]["abu"]
+    assert told["step"] == steps[1] and told["damping"] is None
     assert told["ood"]["precision"] == 0.0 and told["ood"]["oracle"] == 1.0
 
 

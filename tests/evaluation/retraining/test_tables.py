@@ -21,7 +21,7 @@ from concept_trak.evaluation.retraining.plan import (
     hidden_plan,
     lies_plan,
 )
-from concept_trak.settings import ROOT
+from concept_trak.settings import DAMPINGS, ROOT, resolve
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,17 @@ def test_the_fit_of_pictures_is_the_one_beside_their_rows(tmp_path):
     rows = range(30, 34)
     beside = train_store(corpus).losses()[rows.start : rows.stop]
     assert llr_of(corpus, rows) == pytest.approx(beside, rel=1e-3, abs=1e-6)
+
+
+def test_rivals_choose_and_ours_has_the_damping_of_the_settings():
+    class Set:
+        settings = resolve("emoji", {"damping": 1.0})
+
+    swept, steps, single = (np.zeros((count, 1, 1)) for count in (len(DAMPINGS), 3, 1))
+    at = [shared.damping_of("trak", Set, values, lambda: 2) for values in (swept, steps, single)]
+    assert at == [2, 2, 0]
+    assert DAMPINGS[shared.damping_of(shared.FIXED, Set, swept, lambda: 2)] == 1.0
+    assert shared.damping_of(shared.FIXED, Set, single, lambda: 2) == 0
 
 
 def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):
