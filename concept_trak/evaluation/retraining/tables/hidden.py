@@ -15,6 +15,7 @@ from ..asked import ask, corpus_of
 from ..fleet import presences_of
 from ..plan import KINDS, Subset, groups, hidden_plan
 from ..shared import (
+    OF_MANY,
     SEEDS,
     bench_of,
     damping_of,
@@ -73,7 +74,7 @@ def _hidden_of(
         return hidden.figures(asked.mean(values, kind, names)[0], data, subset, names)
 
     found = {}
-    for name, values in rankings(asking, asked).items():
+    for name, values in rankings(asking, asked, OF_MANY).items():
         quality = [at("tune", values[[d]])["auc_hidden"].mean() for d in range(len(values))]
         d = damping_of(name, corpus, values, functools.partial(int, np.argmax(quality)))
         found[name] = at("report", values[[d]])

@@ -18,6 +18,7 @@ from ..fleet import presences_of
 from ..plan import KINDS, Plan, Subset, groups, lies_plan
 from ..shared import (
     FIXED,
+    OF_MANY,
     SEEDS,
     base_of,
     bench_of,
@@ -55,7 +56,7 @@ def table(corpus: Corpus) -> dict[str, Any]:
             lying = told[[s.seed for s in told].index(subset.seed)]
             asking = corpus_of(corpus, model, lying)
             asked = ask(asking, corpus.everything.split("held_out"))
-            scored = rankings(asking, asked)
+            scored = rankings(asking, asked, OF_MANY)
             if state == "trained" and UNWEIGHTED in scored:
                 judge = model_of(corpus, base.name, base.subsets[0])
                 fit = _fit_of(corpus_of(corpus, judge, lying))
