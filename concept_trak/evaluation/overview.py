@@ -51,7 +51,8 @@ def overview(folder: Path) -> str:
         of_splits(folder / "synthetic/table.json", "scripts/synthetic/run_all.sh"),
         of_splits(folder / "faces/table.json", "scripts/faces/run_all.sh"),
         of_abc(folder / "emoji/abc_table.json"),
-        of_ablation(folder / "emoji/abc_table.json"),
+        of_ablation(folder / "emoji/abc_table.json", "ablation"),
+        of_ablation(folder / "emoji/abc_table_reference.json", "ablation, recipe reference"),
         of_emoji(folder / "emoji/table.json"),
         of_weights(folder / "cad/table.json"),
     ]
@@ -89,11 +90,11 @@ def of_abc(path: Path) -> str:
     return table("AbC in small", ["method", *names], rows)
 
 
-def of_ablation(path: Path) -> str:
+def of_ablation(path: Path, heading: str) -> str:
     """Each step of the paper's ablation, with what it adds."""
     told = read_json(path, restoration(path)) if path.is_file() else {}
     if "ablation" not in told:
-        return "**ablation**: not in abc_table.json yet"
+        return f"**{heading}**: not in {path.name} yet"
     changes = ["", *(_change(step) for step in told.get("steps", []))]
     rows = [
         [step, f"{value:.3f}", change, f"{paper:.3f}"]
@@ -101,7 +102,7 @@ def of_ablation(path: Path) -> str:
             STEPS, told["ablation"], changes, PAPER_ABLATION, strict=True
         )
     ]
-    return table("ablation", ["step", "Recall@10", "change [95 %]", "paper"], rows)
+    return table(heading, ["step", "Recall@10", "change [95 %]", "paper"], rows)
 
 
 def of_emoji(path: Path) -> str:

@@ -32,6 +32,7 @@ def test_figures_stand_beside_those_of_the_paper(tmp_path):
     assert "| trak | 0.50 | 0.80 | 0.12 | 0.45 |" in lines
     assert "| nda | 0.25 | - | - | - |" in lines
     assert "| + unit norm | 1.000 | -0.250 [-0.50, +0.00] | 0.955 |" in lines
+    assert "**ablation, recipe reference**: not in abc_table_reference.json yet" in lines
     assert "| trak | 0.50 | 0.00 | - |" in lines
 
 
