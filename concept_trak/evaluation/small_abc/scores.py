@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,47 +145,42 @@ def _of_passes(asked: Asked, ranker: Any, name: str) -> Scores:
     chose; all else is 0.
     """
     steps = getattr(ranker, "candidates", ())
-    at = [ranker.at(i) for i in range(len(steps))] or [ranker]
+    if not steps:
+        values = sum(_passes(asked, ranker, name, split) for split in ("tune", "report"))
+        return Scores(asked.by_protocol(values), DAMPINGS if len(values) > 1 else ())
+    at = [ranker.at(i) for i in range(len(steps))]
     values = np.concatenate([_passes(asked, one, name, "tune") for one in at])
-    taken = {asked.choice(p, v) if steps else 0 for p, v in asked.by_protocol(values).items()}
-    for i in taken:
-        told = _passes(asked, at[i], name, "report")
-        values[i if steps else slice(None)] += told[0] if steps else told
-    choices = steps or (DAMPINGS if len(values) > 1 else ())
-    return Scores(asked.by_protocol(values), choices)
+    for i in {asked.choice(p, of) for p, of in asked.by_protocol(values).items()}:
+        values[i] += _passes(asked, at[i], name, "report")[0]
+    return Scores(asked.by_protocol(values), steps)
 
 
 def _passes(asked: Asked, ranker: Any, name: str, split: str) -> np.ndarray:
-    """[D, Q, N + E + A], 0 for the tasks of other splits; kept for each token."""
-    corpus, parts = asked.corpus, {}
-    for token in asked.asked():
-        if token.split != split:
-            continue
-        learned(corpus, token, asked.work)
-        ranked, questions = Gallery(corpus, token, asked.tokens), asked.questions(token, corpus)
-        step = getattr(ranker, "step", None)
-        made_from = ranker.corpus.identity(
-            data=corpus.data.content_hash(),
-            exemplars=ranked.identity(),
-            questions=[question.identity() for question in questions],
-            tokens=corpus.model.tokens,
-            step=step,
-        )
-        path = (
-            asked.work / "passes" / f"{name}-{token.name}{'' if step is None else f'-{step:g}'}.npy"
-        )
-        answer = partial(_answer, ranker, ranked, questions)
-        parts[token.name] = cached_array(path, made_from, answer)
-    some = next(iter(parts.values()))
-    values = np.zeros((len(some), len(asked.tasks), some.shape[2]))
-    for token in asked.asked():
-        if token.name in parts:
-            values[:, asked.of_token(token)] = parts[token.name]
+    """[D, Q, N + E + A], 0 for the tasks of other splits."""
+    tokens = [token for token in asked.asked() if token.split == split]
+    parts = [_passed(asked, ranker, name, token) for token in tokens]
+    values = np.zeros((len(parts[0]), len(asked.tasks), parts[0].shape[2]))
+    for token, part in zip(tokens, parts, strict=True):
+        values[:, asked.of_token(token)] = part
     return values
 
 
-def _answer(ranker: Any, ranked: Gallery, questions: list[Question]) -> np.ndarray:
-    return ranker.over(ranked).rank(questions)
+def _passed(asked: Asked, ranker: Any, name: str, token: Token) -> np.ndarray:
+    """[D, tasks of the token, N + E + A], computed where it is not kept."""
+    corpus = asked.corpus
+    learned(corpus, token, asked.work)
+    ranked, questions = Gallery(corpus, token, asked.tokens), asked.questions(token, corpus)
+    step = getattr(ranker, "step", None)
+    made_from = ranker.corpus.identity(
+        data=corpus.data.content_hash(),
+        exemplars=ranked.identity(),
+        questions=[question.identity() for question in questions],
+        tokens=corpus.model.tokens,
+        step=step,
+    )
+    at = "" if step is None else f"-{step:g}"
+    path = asked.work / "passes" / f"{name}-{token.name}{at}.npy"
+    return cached_array(path, made_from, lambda: ranker.over(ranked).rank(questions))
 
 
 def controls_of(asked: Asked) -> dict[str, Scores]:
