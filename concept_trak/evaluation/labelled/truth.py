@@ -12,7 +12,7 @@ the damping of the settings.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,8 @@ import numpy as np
 from ...attribution.corpus import Corpus
 from ...attribution.question import Picture
 from ...errors import UserError
-from ...files import make_folder
 from ...models.class_conditional import Architecture
+from ...parsing import parse_methods
 from ...registry import RANKERS
 from ...workshop.class_conditional.train import TrainSettings, finished, train
 from ..rankers import swept
@@ -41,7 +41,7 @@ from ..retraining.plan import (
     read_plan,
 )
 from ..retraining.presence import Drawn
-from ..retraining.shared import FIXED, damping_of
+from ..retraining.shared import FIXED, damping_of, keep_plan
 from .questions import questions_of
 from .stages import Bench
 
@@ -72,14 +72,13 @@ class Truth:
             checks=bench.checks,
         )
 
-    def plan(self, name: str, make: Callable[[], Plan]) -> Plan:
-        """The plan kept, or with RETRAIN=1 made; with RETRAIN=1 what is missing is trained."""
+    def plan(self, name: str, make: Callable[[], Plan], arms: Sequence[str] = ()) -> Plan:
+        """The plan kept, or with RETRAIN=1 made; with RETRAIN=1 it gets the `arms` that it lacks,
+        and what is missing is trained.
+        """
         path = self.plans / f"{name}.json"
         if self.bench.settings.retrain:
-            if not path.exists():
-                made = make()
-                make_folder(path.parent)
-                made.write(path)
+            keep_plan(path, self.data, make, arms)
             assert self.bench.classifier  # trained once, before the models measured by it
             retrain(self.models, read_plan(path, self.data), WORK)
         return read_plan(path, self.data)
@@ -226,7 +225,8 @@ class Truth:
     def counterfactual_table(self) -> dict[str, Any]:
         """{kind: {arm: drops}, "noise", "targets"}."""
         bases = self.plan("base", lambda: base_plan(self.data, SEEDS))
-        plan = self.plan("counterfactual", self.planned)
+        named = parse_methods(self.bench.settings.methods)
+        plan = self.plan("counterfactual", self.planned, named)
         bases, whole = self.found(bases, 1)
         by_seed = {s.seed: whole[s.name] for s in bases.subsets}
         part, found = self.found(plan, 1)

@@ -60,7 +60,8 @@ def arms(
     names, k, count = targets(data, kind), top_of(data, kind), len(data)
     shown, rng = np.array(data.column(kind)), np.random.default_rng([GROUP_SEED, 19])
     found = {name: [ranking(row)[:k] for row in values] for name, values in scores.items()}
-    found[LEAST] = [ranking(row, largest=False)[:k] for row in scores[ours]]
+    if ours in scores:
+        found[LEAST] = [ranking(row, largest=False)[:k] for row in scores[ours]]
     labelled = [rng.permutation(np.flatnonzero(shown == name)) for name in names]
     found[LABELS] = [rows[:k] for rows in labelled]
     found[RANDOM] = [rng.permutation(count)[:k] for _ in names]

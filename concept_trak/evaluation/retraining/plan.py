@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +263,20 @@ def counterfactual_plan(
         Subset(f"{arm}-{seed}", seed, rows) for seed in seeds for arm, rows in chosen.items()
     ]
     return Plan("counterfactual", data.content_hash(), tuple(subsets))
+
+
+def with_arms(plan: Plan, names: Iterable[str], make: Callable[[], Plan]) -> Plan:
+    """A counterfactual plan with the arms of `names` that it lacks, as `make()` has them. What is
+    in it stays as it is: models were trained by it.
+    """
+    known = {_arm(s) for s in plan.subsets}
+    wanted = [name for name in names if name not in known]
+    if not wanted:
+        return plan
+    more = tuple(s for s in make().subsets if _arm(s) in wanted)
+    return replace(plan, subsets=plan.subsets + more)
+
+
+def _arm(subset: Subset) -> str:
+    """ "object-d_trak-0" -> "d_trak"."""
+    return subset.name.split("-", 1)[1].rsplit("-", 1)[0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...attribution.corpus import Corpus
+from ...datasets.folder import ImageCaptionDataset
 from ...errors import UserError
 from ...files import make_folder, write_bytes
 from ...models.text_to_image import TextToImage
@@ -23,7 +24,7 @@ from ..rankers import swept
 from ..results import results, write_metrics
 from .asked import Asked, ask, corpus_of
 from .fleet import Bench, retrain
-from .plan import Plan, Subset, base_plan, mend, read_plan, retrain_line
+from .plan import Plan, Subset, base_plan, mend, read_plan, retrain_line, with_arms
 from .presence import weights_of
 from .small import load, save
 from .trainer import trained
@@ -49,16 +50,26 @@ def bench_of(corpus: Corpus) -> Bench:
     return Bench(s.sd_model_path, s.data_dir, Path(s.truth_dir), KEPT / "presences")
 
 
-def plan_of(corpus: Corpus, name: str, make: Callable[[], Plan]) -> Plan:
-    """The committed plan. With RETRAIN=1 it is made where there is none, and its subsets without
-    presences are trained.
+def plan_of(corpus: Corpus, name: str, make: Callable[[], Plan], arms: Sequence[str] = ()) -> Plan:
+    """The committed plan. With RETRAIN=1 it is made where there is none, gets the `arms` that it
+    lacks, and its subsets without presences are trained.
     """
     path = KEPT / "plans" / f"{name}.json"
     if corpus.settings.retrain:
-        if not path.exists():
-            make().write(path)
+        keep_plan(path, corpus.train, make, arms)
         retrain(bench_of(corpus), read_plan(path, corpus.train))
     return read_plan(path, corpus.train)
+
+
+def keep_plan(
+    path: Path, data: ImageCaptionDataset, make: Callable[[], Plan], arms: Sequence[str]
+) -> None:
+    """Write the plan where there is none, or it has an arm too few; see `with_arms`."""
+    there = read_plan(path, data) if path.exists() else None
+    plan = with_arms(there or make(), arms, make)
+    if plan != there:
+        make_folder(path.parent)
+        plan.write(path)
 
 
 def base_of(corpus: Corpus) -> Plan:

@@ -256,6 +256,10 @@ def test_lds_and_counterfactual_tell_every_ranker_from_kept_presences(retrained)
     arms = {"concept_trak", "trak", "labels", "random", "least"}
     assert arms <= found["shape"].keys() and arms <= found["color"].keys()
     assert found["shape"]["labels"]["removed"] == found["shape"]["random"]["removed"]
+    retrained.settings = retrained.settings.but(methods="contrast")
+    more = command.result_of(retrained, "counterfactual")
+    assert set(more["shape"]) - set(found["shape"]) == {"contrast"}
+    assert more["shape"]["trak"] == found["shape"]["trak"]
 
 
 def test_a_presence_is_what_a_label_takes_off_the_loss(made):

@@ -113,3 +113,21 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(data, tmp_path):
         plans.read_plan(path, data)
     with pytest.raises(UserError, match="is missing"):
         plans.read_plan(tmp_path / "none.json", data)
+
+
+def test_an_arm_that_is_named_joins_a_plan_and_nothing_else_of_it_changes(data):
+    asked = []
+
+    def make(*names):
+        asked.append(names)
+        arms = {f"object-{name}": [i, i + 1] for i, name in enumerate(names)}
+        return plans.counterfactual_plan(data, arms, (0, 1))
+
+    kept = make("labels", "d_trak")
+    assert (
+        plans.with_arms(kept, ["d_trak"], lambda: make("d_trak", "new")) is kept and len(asked) == 1
+    )
+    grown = plans.with_arms(kept, ["d_trak", "new"], lambda: make("d_trak", "other", "new"))
+    assert grown.subsets[:4] == kept.subsets
+    assert [s.name for s in grown.subsets[4:]] == ["object-new-0", "object-new-1"]
+    assert grown.subsets[4].removed == (2, 3)

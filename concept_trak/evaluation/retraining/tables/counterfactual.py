@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ....attribution.corpus import Corpus
+from ....parsing import parse_methods
 from .. import counterfactual, plots
 from ..fleet import presences_of
 from ..plan import KINDS, Plan, counterfactual_plan, groups
@@ -31,7 +32,8 @@ def table(corpus: Corpus) -> dict[str, Any]:
     The plan is the committed one; with RETRAIN=1 one that is not there is made from today's scores.
     """
     data, held_out = corpus.train, corpus.everything.split("held_out")
-    plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus))
+    named = parse_methods(corpus.settings.methods)
+    plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus), named)
     bench = bench_of(corpus)
     bases = measured_part(corpus, base_of(corpus), 1)
     found = presences_of(bench, bases, held_out)
