@@ -206,16 +206,19 @@ class Corpus:
 
     def with_data(self, data: Any) -> Corpus:
         """The same model and settings with other data; see `data` in the class."""
-        other = copy.copy(self)
-        for name in ("parameters", "projection"):  # its mask is that of the data's store
-            other.__dict__.pop(name, None)
+        other = self._anew()
         other.data = data
         return other
 
     def with_settings(self, settings: Settings) -> Corpus:
         """The same model, pictures and latents under other settings."""
+        other = self._anew()
+        other.settings = settings
+        return other
+
+    def _anew(self) -> Corpus:
+        """A copy without what settings and data decide: their store may have another mask."""
         other = copy.copy(self)
         for name in ("parameters", "projection"):
             other.__dict__.pop(name, None)
-        other.settings = settings
         return other

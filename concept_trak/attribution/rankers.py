@@ -19,7 +19,7 @@ from ..registry import OBJECTIVES
 from ..rows.objectives import of_concept
 from ..rows.state import State, regrouped
 from ..rows.states import QueryStates, Start, query_states_of
-from ..scoring.scores import solve_and_score
+from ..scoring.scores import room, solve_and_score
 from ..settings import DAMPINGS
 from ..store.shards import Store
 from .corpus import Corpus
@@ -83,14 +83,17 @@ class GradientRanker:
         return values if weight is None else values * weight(beside, self._train.losses())
 
     def score_train(self, solved: np.ndarray) -> np.ndarray:
-        """[D, Q, N] by `score_rows`, some rows of the store at a time."""
-        store, found = self._train, []
+        """[D, Q, N] float32 by `score_rows`, some rows of the store at a time. UserError for more
+        than MAX_MEMORY.
+        """
+        store, limit = self._train, self.corpus.preconditioner.budget.max_memory
         weighted = OBJECTIVES.get(self.corpus.settings.f).row_weight is not None
         beside = store.losses() if weighted else np.zeros(store.num_rows)
+        out = room(solved.shape[0] * solved.shape[1], store, limit).reshape(*solved.shape[:2], -1)
         for start, block in store.tensor_blocks(ROWS_AT_ONCE, "cpu"):
-            part = beside[start : start + len(block)]
-            found.append(self.score_rows(solved, block.double().numpy(), part))
-        return np.concatenate(found, 2)
+            part = slice(start, start + len(block))
+            out[:, :, part] = self.score_rows(solved, block.double().numpy(), beside[part])
+        return out
 
     def prepare(self) -> None:
         """Make what all questions share; forget the states of the last one."""

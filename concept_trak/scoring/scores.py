@@ -55,7 +55,7 @@ def scores(
             f"queries of {dim} values do not fit {store.folder}; give preconditioned ones of "
             f"{store.dim}"
         )
-    out = _result(dampings * queries, store, max_memory)
+    out = room(dampings * queries, store, max_memory)
     left = np.asarray(preconditioned, dtype=np.float64).reshape(-1, dim)
     left = torch.from_numpy(left).to(device)
     # many queries do not stay in cache either: larger blocks read them less often
@@ -67,7 +67,8 @@ def scores(
     return out.reshape(dampings, queries, store.num_rows)
 
 
-def _result(count: int, store: Store, max_memory: int) -> np.ndarray:
+def room(count: int, store: Store, max_memory: int) -> np.ndarray:
+    """[count, N] float32 to fill with scores. UserError for more than max_memory bytes."""
     if (needed := 4 * count * store.num_rows) > max_memory:
         raise UserError(
             f"{count} x {store.num_rows} scores take {needed / 2**30:.1f} GiB; raise MAX_MEMORY "

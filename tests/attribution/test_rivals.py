@@ -9,6 +9,7 @@ from concept_trak.attribution.corpus import Corpus
 from concept_trak.attribution.curvature import EkfacRanker
 from concept_trak.attribution.question import Question, generated
 from concept_trak.attribution.unlearning import Abu, AbuPlus, Mucs, losses
+from concept_trak.errors import UserError
 from concept_trak.evaluation.cost import forwards_of
 from concept_trak.evaluation.patches import Nda
 from concept_trak.evaluation.rankers import swept
@@ -306,6 +307,13 @@ def test_rows_beside_the_store_are_scored_as_those_in_it(name, corpus, questions
     ranker = RANKERS.get(name)(corpus)
     want, got = ranker.rank(questions), ranker.score_train(ranker.solve(ranker.rows(questions)))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+def test_more_scores_than_max_memory_holds_are_refused(corpus):
+    ranker = RANKERS.get("relative_influence")(corpus)
+    solved = np.broadcast_to(np.zeros(1), (len(DAMPINGS), 10**9, ranker._train.dim))
+    with pytest.raises(UserError, match="raise MAX_MEMORY"):
+        ranker.score_train(solved)
 
 
 @pytest.mark.parametrize("name", ["ekfac", "abu", "abu_plus", "mucs", "nda"])

@@ -21,12 +21,11 @@ from .plan import KINDS, Subset, relabelled
 
 def corpus_of(corpus: Corpus, model: TextToImage, subset: Subset) -> Corpus:
     """A small model and the pictures, under the captions that it learned; latents are shared."""
-    other = copy.copy(corpus)
-    for name in ("cond_null", "parameters", "projection"):
-        other.__dict__.pop(name, None)
     data = copy.copy(corpus.data)
     data.model, data.pictures = model, relabelled(corpus.data.pictures, subset)
-    other.model, other.data = model, data
+    other = corpus.with_data(data)
+    other.__dict__.pop("cond_null", None)
+    other.model = model
     return other
 
 

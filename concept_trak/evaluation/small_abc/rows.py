@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,16 @@ class Gallery:
     """
 
     def __init__(self, corpus: Corpus, token: Token, tokens: list[Token]) -> None:
-        self.model, self.tokens = corpus.model, [token, *tokens]
-        size = corpus.model.image_size
-        shown = np.concatenate([shown_at(t.pictures, size) for t in self.tokens])
-        self.latents = torch.cat([corpus.latents, corpus.model.encode_images(shown).cpu()])
+        self.corpus, self.model, self.tokens = corpus, corpus.model, [token, *tokens]
         named = [token.train_prompt] * len(token.pictures)
-        rest = [""] * (len(shown) - len(named))
+        rest = [""] * sum(len(other.pictures) for other in tokens)
         self.captions = [*corpus.train.captions, *named, *rest]
+
+    @cached_property
+    def latents(self) -> torch.Tensor:
+        """[N + E + A, C, h, w] on the CPU, encoded when scores are not kept from before."""
+        shown = np.concatenate([shown_at(t.pictures, self.model.image_size) for t in self.tokens])
+        return torch.cat([self.corpus.latents, self.model.encode_images(shown).cpu()])
 
     def __len__(self) -> int:
         return len(self.captions)
