@@ -1,15 +1,18 @@
 """What every ranker found, kept: relevance of its highest pictures, for every damping.
 
 A file a model, scope and ranker, named by the hash of all that decides it; a killed run goes on
-with the next.
+with the next. A ranker that passes over all pictures for each question has a step to choose: it is
+asked what chooses at every candidate, and what is reported at the chosen one alone.
 """
 
 from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,13 +24,15 @@ from ...files import make_folder, write_bytes
 from ...registry import RANKERS
 from ...scoring.ranking import ranking
 from ...settings import as_dict, digest
+from ..benchmark import TUNE
 from ..rankers import swept
-from .questions import LabelledBenchmark
+from .questions import SPLITS, LabelledBenchmark
 from .settings import SCOPES
 from .stages import Bench, Model
 
 DEEPEST = 100  # ranks kept: what precision is shown at
 LEAST = 10
+TOP = 10  # ranks that choose, and that the table tells
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,37 @@ class Found:
         """Precision at k [D, Q]."""
         return self.top[..., :k].mean(-1)
 
+    def groups(self, split: str, k: int = TOP, concept: str = "") -> np.ndarray:
+        """[D, combinations]: precision at k, means over the drawings of each combination."""
+        at = (self.split == split) & ((self.concept == concept) | (not concept))
+        values, groups = self.at(k)[:, at], self.group[at]
+        if not values.shape[1]:
+            return values
+        return np.stack([values[:, groups == g].mean(1) for g in np.unique(groups)], 1)
+
+    def and_at(self, step: int, other: Found) -> Found:
+        """With what was asked at one step alone [1, Q', K]; at the other steps that is all 0."""
+        rows = len(self.top), *other.top.shape[1:]
+        top, least = np.zeros(rows, bool), np.zeros(rows[:2])
+        top[step], least[step] = other.top[0], other.least[0]
+        parts = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in PER_QUESTION}
+        both = {"top": np.concatenate([self.top, top], 1)}
+        both["least"] = np.concatenate([self.least, least], 1)
+        return Found(**both, **parts, seconds=self.seconds + other.seconds)
+
+
+PER_QUESTION = ("chance", "split", "concept", "group")
+
+
+def damping_of(models: Mapping[Model, Found]) -> int:
+    """Index of a ranker's damping or step, for all its models, from the split that is there for it:
+    by the rule of `evaluation.evaluate.choose_damping`.
+    """
+    values = np.concatenate([one.groups(TUNE) for one in models.values()], 1)  # [D, groups]
+    best = values[values.mean(1).argmax()]
+    error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else 0.0
+    return int(np.flatnonzero(values.mean(1) >= best.mean() - error).max())
+
 
 def scopes_of(ranker: str) -> tuple[str, ...]:
     """A concept can be asked of a picture or as such; whole-picture rankers know one scope."""
@@ -57,40 +93,73 @@ def scopes_of(ranker: str) -> tuple[str, ...]:
     return SCOPES if per_concept else SCOPES[:1]
 
 
-def attribute(bench: Bench) -> Iterator[tuple[Model, str, str, Found]]:
-    """(model, scope, ranker, what it found), computed where it is not kept."""
-    for model in bench.models:
-        corpus = bench.corpus(model)
-        benchmark = bench.benchmark(corpus)
-        for name in tqdm(bench.rankers_of(model), desc=f"attributing {model.name}"):
-            for scope in scopes_of(name):
-                own = corpus.with_settings(corpus.settings.but(scope=scope))
-                yield model, scope, name, kept(bench, own, benchmark, name)
+ByModel = dict[str, dict[str, dict[Model, Found]]]  # scope -> ranker -> model
 
 
-def kept(bench: Bench, corpus: Corpus, benchmark: LabelledBenchmark, name: str) -> Found:
-    """What one ranker found, from its file or computed."""
-    path = bench.own.folder / "scores" / f"{name}-{identity(corpus, benchmark, name)}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            parts = {k: file[k] for k in file.files}
-        return Found(**{**parts, "seconds": float(parts["seconds"])})
-    found = compute(corpus, benchmark, name)
-    content = io.BytesIO()
-    np.savez_compressed(content, **vars(found))
-    make_folder(path.parent)
-    write_bytes(path, content.getvalue())
+def attribute(bench: Bench) -> ByModel:
+    """What every ranker found, computed where it is not kept."""
+    benchmarks = {model: bench.benchmark(bench.corpus(model)) for model in bench.models}
+    found: ByModel = {scope: {} for scope in SCOPES}
+    for name in tqdm(bench.rankers, desc="attributing"):
+        asked = {m: b for m, b in benchmarks.items() if name in bench.rankers_of(m)}
+        for scope in scopes_of(name) if asked else ():
+            keep = Kept(bench.own.folder / "scores", name, scope)
+            found[scope][name] = keep.stepped(asked) if steps_of(name) else keep.all(asked)
     return found
 
 
-def identity(corpus: Corpus, benchmark: LabelledBenchmark, name: str) -> str:
-    """Of all that decides what a ranker finds."""
+@dataclass(frozen=True)
+class Kept:
+    """What one ranker found of models' benchmarks, from files in a folder or computed."""
+
+    folder: Path
+    name: str
+    scope: str
+
+    def all(
+        self,
+        asked: Mapping[Model, LabelledBenchmark],
+        splits: Sequence[str] = (),
+        step: int | None = None,
+    ) -> dict[Model, Found]:
+        """Of `splits`, by default all; at one step, by default every damping or candidate."""
+        return {model: self.one(benchmark, splits, step) for model, benchmark in asked.items()}
+
+    def stepped(self, asked: Mapping[Model, LabelledBenchmark]) -> dict[Model, Found]:
+        """Of a ranker with a step: reported questions are asked at what the others chose."""
+        chosen_by = self.all(asked, (TUNE,))
+        step = damping_of(chosen_by)
+        reported = self.all(asked, SPLITS, step)
+        return {model: one.and_at(step, reported[model]) for model, one in chosen_by.items()}
+
+    def one(self, benchmark: LabelledBenchmark, splits: Sequence[str], step: int | None) -> Found:
+        """See `all`."""
+        own = benchmark.corpus.settings.but(scope=self.scope)
+        corpus = benchmark.corpus.with_settings(own)
+        part = [list(splits), step] if splits else []
+        path = self.folder / f"{self.name}-{identity(corpus, benchmark, self.name, part)}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as file:
+                parts = {k: file[k] for k in file.files}
+            return Found(**{**parts, "seconds": float(parts["seconds"])})
+        found = compute(corpus, benchmark, self.name, splits, step)
+        content = io.BytesIO()
+        np.savez_compressed(content, **vars(found))
+        make_folder(path.parent)
+        write_bytes(path, content.getvalue())
+        return found
+
+
+def identity(
+    corpus: Corpus, benchmark: LabelledBenchmark, name: str, part: Sequence[Any] = ()
+) -> str:
+    """Of all that decides what a ranker finds; part: of which questions and step, if not all."""
     s, asked = corpus.settings, benchmark.asked
     places = ("sd_model_path", "data_dir", "grad_dir", "results_dir", "methods", "batch_size")
     kept = {k: v for k, v in as_dict(s).items() if k not in places}
     questions = [asked.combinations, asked.samples, asked.tune, asked.classifier is not None]
     model = [corpus.model.identity(), corpus.data.content_hash(), row_settings(s)]
-    return digest([name, kept, questions, model, DEEPEST, *steps_of(name)])
+    return digest([name, kept, questions, model, DEEPEST, *steps_of(name), *part])
 
 
 def steps_of(name: str) -> tuple[float, ...]:
@@ -98,12 +167,18 @@ def steps_of(name: str) -> tuple[float, ...]:
     return getattr(RANKERS.get(name), "candidates", ())
 
 
-def compute(corpus: Corpus, benchmark: LabelledBenchmark, name: str) -> Found:
+def compute(
+    corpus: Corpus,
+    benchmark: LabelledBenchmark,
+    name: str,
+    splits: Sequence[str] = (),
+    step: int | None = None,
+) -> Found:
     """Rank, and keep what the table needs. Scope global asks each concept of a combination once:
     it does not see the picture.
     """
-    splits = benchmark.questions()
-    asked = [q for questions in splits.values() for q in questions]
+    questions = {k: v for k, v in benchmark.questions().items() if k in (splits or (k,))}
+    asked = [q for each in questions.values() for q in each]
     ranker, begun = RANKERS.get(name)(corpus), time.perf_counter()
     once: dict[tuple[str, str, str], int] = {}
     places = list(range(len(asked)))
@@ -111,10 +186,12 @@ def compute(corpus: Corpus, benchmark: LabelledBenchmark, name: str) -> Found:
         keys = [(q.picture.prompt, q.plus, q.minus) for q in asked]
         places = [once.setdefault(key, i) for i, key in enumerate(keys)]
     chosen = sorted(set(places))
-    values = swept(ranker, [asked[i] for i in chosen])
-    seconds = (time.perf_counter() - begun) / max(1, len(steps_of(name)))
+    distinct = [asked[i] for i in chosen]
+    values = swept(ranker, distinct) if step is None else ranker.at(step).rank(distinct)
+    steps = 1 if step is not None else max(1, len(steps_of(name)))
+    seconds = (time.perf_counter() - begun) / steps
     values = values[:, np.searchsorted(chosen, places)]
-    names = [split for split, questions in splits.items() for _ in questions]
+    names = [split for split, each in questions.items() for _ in each]
     return found_of(values, asked, names, benchmark, seconds)
 
 

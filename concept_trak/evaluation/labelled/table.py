@@ -4,7 +4,7 @@ A figure is the mean over models (networks x seeds), combinations, attributes an
 interval is over models and combinations, whose drawings belong together. Each ranker has one
 damping for all models and scopes, chosen on drawings of other noises by the rule of
 `evaluation.evaluate`: the largest within one standard error of the best. What the best damping of
-the table itself would give is named oracle.
+the table itself would give is named oracle; a ranker with a step to choose has none.
 """
 
 from __future__ import annotations
@@ -18,32 +18,25 @@ from ...files import write_bytes, write_json
 from ...registry import RANKERS
 from ...scoring.metrics import bootstrap_interval
 from ...settings import DAMPINGS, as_dict, provenance
-from ..benchmark import TUNE
 from ..evaluate import is_control
 from ..overview import PAPER
 from ..plots import png
 from . import plots
 from .questions import SPLITS
-from .scored import Found, attribute, steps_of
-from .settings import SCOPES
+from .scored import ByModel, Found, attribute, damping_of, steps_of
 from .stages import Bench, Model
 
 OURS, CONTROL = ("concept_trak", "reference"), "caption_similarity"
-TOP = 10
 # whose figures of the paper (`overview.PAPER`) stand beside a bench's; its Concept-TRAK is our
 # recipe reference
 PUBLISHED = {"synthetic": "synthetic", "celeba_hq": "faces"}
-
-ByModel = dict[str, dict[str, dict[Model, Found]]]  # scope -> ranker -> model
 
 
 def table_of(bench: Bench) -> dict[str, Any]:
     """Print the table, keep it with its plots and all details below the bench's folder, and return
     what is committed as table.json.
     """
-    found: ByModel = {scope: {} for scope in SCOPES}
-    for model, scope, name, one in attribute(bench):
-        found[scope].setdefault(name, {})[model] = one
+    found = attribute(bench)
     told = summarised(found)
     result = {
         split: {n: f[split]["precision"] for n, f in told["local"].items() if split in f}
@@ -92,7 +85,9 @@ def summarised(found: ByModel) -> dict[str, dict[str, dict[str, Any]]]:
             entry: dict[str, Any] = {s: figures(models, s, d) for s in SPLITS if has(models, s)}
             sweep, steps = len(next(iter(models.values())).top), steps_of(name)
             entry["damping"] = DAMPINGS[d] if sweep == len(DAMPINGS) else None
-            entry |= {"step": steps[d]} if steps else {}
+            if steps:  # reported questions were asked at no other
+                entry |= {s: {**entry[s], "oracle": None} for s in SPLITS if s in entry}
+                entry["step"] = steps[d]
             seconds = [one.seconds / max(1, len(one.split)) for one in models.values()]
             entry["models"] = len(models)
             entry["seconds"] = round(float(np.mean(seconds)), 4)
@@ -105,31 +100,14 @@ def has(models: Mapping[Model, Found], split: str) -> bool:
     return any((one.split == split).any() for one in models.values())
 
 
-def damping_of(models: Mapping[Model, Found]) -> int:
-    """Index of a ranker's damping, for all its models, from the split that is there for it."""
-    values = np.concatenate([_groups(one, TUNE, TOP) for one in models.values()], 1)  # [D, groups]
-    best = values[values.mean(1).argmax()]
-    error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else 0.0
-    return int(np.flatnonzero(values.mean(1) >= best.mean() - error).max())
-
-
-def _groups(one: Found, split: str, k: int, concept: str = "") -> np.ndarray:
-    """[D, combinations] means over the drawings of each combination."""
-    at = (one.split == split) & ((one.concept == concept) | (not concept))
-    values, groups = one.at(k)[:, at], one.group[at]
-    if not values.shape[1]:
-        return values
-    return np.stack([values[:, groups == g].mean(1) for g in np.unique(groups)], 1)
-
-
 def figures(models: Mapping[Model, Found], split: str, d: int) -> dict[str, Any]:
     """Precision@10 at a damping, its interval, by attribute, oracle, least ten, chance."""
-    groups = np.concatenate([_groups(one, split, TOP) for one in models.values()], 1)
+    groups = np.concatenate([one.groups(split) for one in models.values()], 1)
     low, high = bootstrap_interval(groups[d])
     first = next(iter(models.values()))
     concepts = {
         c: _rounded(
-            np.concatenate([_groups(one, split, TOP, c)[d] for one in models.values()]).mean()
+            np.concatenate([one.groups(split, concept=c)[d] for one in models.values()]).mean()
         )
         for c in dict.fromkeys(first.concept.tolist())
     }
@@ -175,7 +153,7 @@ def is_rival(name: str) -> bool:
 def _at_damping(models: Mapping[Model, Found], among: Mapping[Model, Any]) -> np.ndarray:
     """Precision on "ood" of the combinations of those models that are `among` others."""
     d = damping_of(models)
-    return np.concatenate([_groups(models[m], "ood", TOP)[d] for m in among if m in models])
+    return np.concatenate([models[m].groups("ood")[d] for m in among if m in models])
 
 
 def curves(found: ByModel, told: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -220,8 +198,8 @@ def markdown_of(bench: str, told: Any) -> str:
             theirs = {"reference": "concept_trak", "concept_trak": ""}.get(name, name)
             known = {k: v[theirs] for k, v in paper.items() if scope == "local" and theirs in v}
             whole = [_cell(e.get(split)) for split in reversed(SPLITS)]
-            ood = e.get("ood")
-            rest = [f"{ood[k]:.2f}" if ood else "" for k in ("oracle", "least_10")]
+            ood = e.get("ood", {})
+            rest = [_number(ood.get(k)) for k in ("oracle", "least_10")]
             published = [f"{known[s]:.2f}" if s in known else "" for s in reversed(SPLITS)]
             row = [name, scope, str(e["models"]), *whole, *rest, *published, f"{e['seconds']:.3f}"]
             lines.append(f"| {' | '.join(row)} |")
@@ -231,6 +209,10 @@ def markdown_of(bench: str, told: Any) -> str:
     ]
     lines.append(f"| chance |  |  | {' | '.join(chances)} |" + "  |" * (len(heads) - 5))
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _cell(e: Any) -> str:

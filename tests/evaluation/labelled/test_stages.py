@@ -14,7 +14,7 @@ from concept_trak.attribution.unlearning import Abu
 from concept_trak.cli import main
 from concept_trak.errors import UserError
 from concept_trak.evaluation.labelled import command, scored, table, truth
-from concept_trak.evaluation.labelled.questions import LabelledBenchmark, questions_of
+from concept_trak.evaluation.labelled.questions import TUNE_SEED, LabelledBenchmark, questions_of
 from concept_trak.evaluation.labelled.scored import Found
 from concept_trak.evaluation.labelled.settings import BENCHES, of_bench
 from concept_trak.evaluation.labelled.stages import Bench, Model
@@ -207,14 +207,39 @@ def test_the_damping_is_chosen_on_drawings_that_are_not_reported():
     assert told["ood"]["precision"] == 0.0 and told["ood"]["oracle"] == 1.0
 
 
-def test_a_step_is_chosen_as_a_damping_is():
-    steps = Abu.candidates
-    hits = np.zeros((len(steps), 4))
-    hits[1, :2], hits[2, 2:] = 1.0, 1.0  # best on tune, best on ood
-    models = {Model("unet", 0): found_of(hits, ["tune", "tune", "ood", "ood"])}
+def test_a_step_is_chosen_as_a_damping_is_and_has_no_oracle():
+    hits = np.zeros((len(Abu.candidates), 2))
+    hits[1] = 1.0
+    tune, reported = found_of(hits, ["tune"] * 2), found_of([[0.3, 0.6]], ["ood", "id"])
+    models = {Model("unet", 0): tune.and_at(1, reported)}
     told = table.summarised({"local": {"abu": models}})["local"]["abu"]
-    assert told["step"] == steps[1] and told["damping"] is None
-    assert told["ood"]["precision"] == 0.0 and told["ood"]["oracle"] == 1.0
+    assert told["step"] == Abu.candidates[1] and told["damping"] is None
+    assert [told[split]["precision"] for split in ("ood", "id")] == [0.3, 0.6]
+    assert told["ood"]["oracle"] is None
+    assert "| abu | local | 1 | 0.60 [0.60, 0.60] | 0.30 [0.30, 0.30] |  | 0.00 |" in (
+        table.markdown_of("faces", {"local": {"abu": told}})
+    )
+
+
+def test_reported_questions_are_asked_at_the_chosen_step_alone(made, monkeypatch):
+    asked = []
+
+    def rank(self, questions):
+        seeds = {q.picture.source["generated"]["seed"] >= TUNE_SEED for q in questions}
+        asked.append((self.step, seeds))
+        values = np.zeros((1, len(questions), len(self.corpus.data)))
+        values[..., :: 2 if self.step == 10.0 else 1] = 1.0
+        return values
+
+    monkeypatch.setattr(Abu, "rank", rank)
+    monkeypatch.setattr(Abu, "prepare", lambda self: None)
+    monkeypatch.setattr(scored, "damping_of", lambda models: 1)
+    bench = bench_at(made[0].own.work, methods="abu")
+    found = scored.attribute(bench)["local"]["abu"]
+    assert asked == [(step, {True}) for step in Abu.candidates] + [(10.0, {False})]
+    one = found[Model("unet", 0)]
+    reported = one.split != "tune"
+    assert one.top[1, reported].any() and not one.top[[0, 2]][:, reported].any()
 
 
 def test_the_margin_is_over_the_best_rival_and_paired():
