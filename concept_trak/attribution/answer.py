@@ -19,7 +19,7 @@ from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
 from ..parsing import parse_methods
 from ..registry import OBJECTIVES, RANKERS
-from ..rows.fit import caption_llr, relative_fit
+from ..rows.fit import caption_llr, doubtful, relative_fit
 from ..scoring.concept import ConceptResult
 from ..settings import DAMPINGS, as_dict, digest, provenance
 from ..store.shards import Store
@@ -74,9 +74,11 @@ def answer(
     """
     s = corpus.settings
     targets, contrasts, warnings = asked_words(corpus)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    _warn(warnings)
     store = store or open_store(corpus, verify=s.search == "scan")
+    fit = caption_fits(corpus, store)
+    doubts = [] if fit is None else doubtful(fit)
+    _warn(doubts)
     picture = (draw or drawn)(corpus)
     asked = zip(targets, contrasts, strict=True)
     questions = [Question(picture, target, plus, minus) for target, (plus, minus) in asked]
@@ -89,8 +91,13 @@ def answer(
         "settings_hash": digest(as_dict(s)),
     }
     made, seen = provenance(), _unseen(corpus, s.prompt)
-    told, fit = (picture, questions, concepts, corpus.train), caption_fits(corpus, store)
-    return Answer(*told, recorded, made, seen, warnings, fit, _others(corpus, questions))
+    told = picture, questions, concepts, corpus.train
+    return Answer(*told, recorded, made, seen, warnings + doubts, fit, _others(corpus, questions))
+
+
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _results(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LEVELS, NOISES, SEED = (600, 800, 900, 960), 2, 7  # noise levels, noises a level, their seed
 STEEPNESS, MIDDLE = 4.0, 0.5
 WELL = 0.75  # relative fit from which a caption is said to fit
+MANY = 1 / 6  # share of captions below MIDDLE from which the judge is to be doubted, not they
 DESCRIPTION = {"levels": list(LEVELS), "noises": NOISES, "seed": SEED}  # part of a row's identity
 
 
@@ -73,6 +74,20 @@ def fit_weight(llr: np.ndarray, among: np.ndarray) -> np.ndarray:
     if not among.any():
         return np.ones_like(llr)
     return np.tanh(STEEPNESS * (relative_fit(llr, among) - MIDDLE))
+
+
+def doubtful(fit: np.ndarray) -> list[str]:
+    """A sentence where so many captions do not fit that the model may have learned too little to
+    judge them; else none. fit: `relative_fit` of all train pictures.
+    """
+    share = float((fit < MIDDLE).mean())
+    if share <= MANY:
+        return []
+    return [
+        f"in the eyes of the model {share:.0%} of the captions do not fit their picture, and these "
+        "pictures are ranked low: where the captions are right, it has learned too little to judge "
+        "them, and F=contrast ranks without asking"
+    ]
 
 
 def in_words(fit: float) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from concept_trak.models.condition import Condition
-from concept_trak.rows.fit import LEVELS, MIDDLE, caption_llr, fit_weight
+from concept_trak.rows.fit import LEVELS, MIDDLE, caption_llr, doubtful, fit_weight
 
 
 def told(*values):
@@ -68,3 +68,12 @@ def test_the_weight_knows_no_unit_and_not_how_many_lie():
 
 def test_captions_that_change_nothing_leave_all_rows_as_they_are():
     assert (fit_weight(np.zeros(4), np.zeros(4)) == 1).all()
+
+
+def test_a_model_that_doubts_too_many_captions_is_doubted_itself():
+    fit = np.ones(12)
+    fit[:2] = MIDDLE - 0.1  # a sixth: as many wrong captions as one may have
+    assert doubtful(fit) == []
+    fit[2] = -1.0
+    (said,) = doubtful(fit)
+    assert said.startswith("in the eyes of the model 25%") and "F=contrast" in said
