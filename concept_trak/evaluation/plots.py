@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..registry import RANKERS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INCHES, DPI = 4.2, 110  # of one panel
 STRONG = {"concept_trak": "C3", "reference": "C1"}  # ours
+NAMES = 1.5  # inches beside a panel for the names of its lines
+KINDS = {  # of rankers, by what they know: the style of their lines
+    "concept": {"color": "C0", "lw": 1.2},
+    "whole picture": {"color": "0.35", "lw": 1},
+    "control": {"color": "C2", "lw": 1, "ls": "--"},
+}
 
 
 def panels(titles: Sequence[str], height: float = INCHES) -> tuple[Figure, list[Axes]]:
@@ -36,12 +44,32 @@ def png(figure: Figure) -> bytes:
 
 
 def against_k(curves: Mapping[str, Mapping[str, np.ndarray]], what: str) -> Figure:
-    """{title: {ranker, or "ranker, scope": `what` at 1, 2, ...}}, a panel a title."""
-    figure, axes = panels(list(curves))
-    for axis, of_title in zip(axes, curves.values(), strict=True):
+    """{title: {ranker, or "ranker, scope": `what` at 1, 2, ...}}, a panel a title. Each line has
+    its name at its end; its colour is that of its kind.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    count = len(curves)
+    figure = Figure(((INCHES + NAMES) * count, 1.15 * INCHES), dpi=DPI)
+    for i, (title, of_title) in enumerate(curves.items()):
+        left, wide = i / count + 0.055 / count**0.5, INCHES / (INCHES + NAMES) / count
+        axis = figure.add_axes((left, 0.17, wide - 0.06 / count**0.5, 0.76))
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
         lines_against_k(axis, of_title, what)
-    legend_below(figure)
+    handles = [Line2D([], [], label=kind, **style) for kind, style in KINDS.items()]
+    figure.legend(handles=handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
     return figure
+
+
+def kind_of(ranker: str) -> str:
+    """Which of KINDS a ranker is; a name that is not registered asks about a concept."""
+    entry = RANKERS.get(ranker) if ranker in RANKERS.names() else None
+    if getattr(entry, "control", ranker == "chance"):
+        return "control"
+    asks = entry is None or getattr(entry, "per_concept", False)
+    return "concept" if asks else "whole picture"
 
 
 def legend_below(figure: Figure) -> None:
@@ -58,18 +86,45 @@ def legend_below(figure: Figure) -> None:
 
 def lines_against_k(axis: Axes, curves: Mapping[str, np.ndarray], what: str) -> None:
     """One panel of `against_k`."""
-    others = 0
+    colors = {}
     for label, values in curves.items():
         name, *scope = label.split(", ")
-        style: dict[str, Any] = {"lw": 1, "ls": ":" if scope else "-"}
+        style: dict[str, Any] = dict(KINDS[kind_of(name)])
         if name in STRONG:
-            style |= {"color": STRONG[name], "lw": 2.2}
-        elif name == "chance":
-            style |= {"color": "0.6", "ls": "--"}
-        else:
-            style |= {"color": f"C{(4 + others) % 10}", "ls": "-" if others < 10 else "-."}
-            others += 1
-        axis.plot(np.arange(1, len(values) + 1), values, label=label, **style)
+            style |= {"color": STRONG[name], "lw": 2.2, "zorder": 3}
+        if scope:
+            style["ls"] = ":"
+        axis.plot(np.arange(1, len(values) + 1), values, **style)
+        colors[label] = style["color"]
     axis.set_xlabel("k, pictures ranked highest")
     axis.set_ylabel(f"{what} at k")
     axis.set_ylim(0, 1.03)
+    last = max(len(values) for values in curves.values())
+    axis.set_xlim(1, last)
+    axis.locator_params(axis="x", integer=True)
+    ends = np.array([values[-1] for values in curves.values()])
+    for place, (label, color), end in zip(spread(ends), colors.items(), ends, strict=True):
+        axis.annotate(
+            label,
+            (last, end),
+            (1.06, place / 1.03),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.4, "relpos": (0, 0.5)},
+            annotation_clip=False,
+        )
+
+
+def spread(values: np.ndarray, gap: float = 0.037, low: float = 0, high: float = 1) -> np.ndarray:
+    """Places as near to `values` as names a `gap` apart can be, in the same order, between `low`
+    and `high` as far as there is room.
+    """
+    from scipy.optimize import isotonic_regression
+
+    order, places = np.argsort(values, kind="stable"), np.empty(len(values))
+    steps = gap * np.arange(len(values))
+    raised = isotonic_regression(values[order] - steps).x
+    places[order] = np.clip(raised, low, max(low, high - gap * (len(values) - 1))) + steps
+    return places

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..overview import PAPER_ABLATION, STEPS
 from ..plots import against_k, panels
+from .methods import ABLATION
 from .scores import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 
 def recall_against_k(told: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """{method: figures of `tables.figures`}, a panel a protocol."""
-    curves = {p: {n: np.array(e[p]["recall_curve"]) for n, e in told.items()} for p in PROTOCOLS}
+    """{method: figures of `tables.figures`}, a panel a protocol. The ablation has a picture of its
+    own.
+    """
+    shown = {n: e for n, e in told.items() if n not in ABLATION}
+    curves = {p: {n: np.array(e[p]["recall_curve"]) for n, e in shown.items()} for p in PROTOCOLS}
     return against_k(curves, "recall")
 
 
