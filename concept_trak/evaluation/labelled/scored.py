@@ -25,6 +25,7 @@ from ...registry import RANKERS
 from ...scoring.ranking import ranking
 from ...settings import as_dict, digest
 from ..benchmark import TUNE
+from ..evaluate import largest_as_good
 from ..rankers import swept
 from .questions import SPLITS, LabelledBenchmark
 from .settings import SCOPES
@@ -78,13 +79,10 @@ PER_QUESTION = ("chance", "split", "concept", "group")
 
 
 def damping_of(models: Mapping[Model, Found]) -> int:
-    """Index of a ranker's damping or step, for all its models, from the split that is there for it:
-    by the rule of `evaluation.evaluate.choose_damping`.
+    """Index of a ranker's damping or step, for all its models, from the split that is there for
+    it.
     """
-    values = np.concatenate([one.groups(TUNE) for one in models.values()], 1)  # [D, groups]
-    best = values[values.mean(1).argmax()]
-    error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else 0.0
-    return int(np.flatnonzero(values.mean(1) >= best.mean() - error).max())
+    return largest_as_good(np.concatenate([one.groups(TUNE) for one in models.values()], 1))
 
 
 def scopes_of(ranker: str) -> tuple[str, ...]:
