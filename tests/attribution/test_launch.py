@@ -32,9 +32,10 @@ def of_shards(launcher):
 def test_a_launcher_that_is_ended_leaves_no_process(tiny_pipeline, tiny_data, tmp_path, ending):
     places = f"--sd-model-path={tiny_pipeline} --data-dir={tiny_data} --grad-dir={tmp_path}"
     flags = [*places.split(), "--gpu-ids=cpu cpu", "--num-split=2", "--proj-dim=32"]
+    flags.append("--epochs=500")  # so that none is done before the other has begun
     command = [sys.executable, "-m", "concept_trak", "train-grad", *flags]
     launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    parent, deadline = psutil.Process(launcher.pid), time.monotonic() + 60
+    parent, deadline = psutil.Process(launcher.pid), time.monotonic() + 180
 
     while len(children := of_shards(parent)) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
