@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INCHES, DPI = 4.2, 110  # of one panel
 STRONG = {"concept_trak": "C3", "reference": "C1"}  # ours
-NAMES = 1.5  # inches beside a panel for the names of its lines
+NAMES, LABEL = 1.5, 0.6  # inches beside a panel for the names of its lines, and left of it
 KINDS = {  # of rankers, by what they know: the style of their lines
     "concept": {"color": "C0", "lw": 1.2},
     "whole picture": {"color": "0.35", "lw": 1},
@@ -50,11 +50,11 @@ def against_k(curves: Mapping[str, Mapping[str, np.ndarray]], what: str) -> Figu
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    count = len(curves)
-    figure = Figure(((INCHES + NAMES) * count, 1.15 * INCHES), dpi=DPI)
+    wide = (INCHES + NAMES) * len(curves)
+    figure = Figure((wide, 1.15 * INCHES), dpi=DPI)
     for i, (title, of_title) in enumerate(curves.items()):
-        left, wide = i / count + 0.055 / count**0.5, INCHES / (INCHES + NAMES) / count
-        axis = figure.add_axes((left, 0.17, wide - 0.06 / count**0.5, 0.76))
+        left = i * (INCHES + NAMES) + LABEL
+        axis = figure.add_axes((left / wide, 0.17, (INCHES - LABEL - 0.1) / wide, 0.76))
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         lines_against_k(axis, of_title, what)
