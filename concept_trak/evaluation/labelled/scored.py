@@ -66,8 +66,8 @@ class Found:
 
     def and_at(self, step: int, other: Found) -> Found:
         """With what was asked at one step alone [1, Q', K]; at the other steps that is all 0."""
-        rows = len(self.top), *other.top.shape[1:]
-        top, least = np.zeros(rows, bool), np.zeros(rows[:2])
+        shape = len(self.top), *other.top.shape[1:]
+        top, least = np.zeros(shape, bool), np.zeros(shape[:2])
         top[step], least[step] = other.top[0], other.least[0]
         parts = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in PER_QUESTION}
         both = {"top": np.concatenate([self.top, top], 1)}

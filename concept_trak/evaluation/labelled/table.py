@@ -37,7 +37,8 @@ def table_of(bench: Bench) -> dict[str, Any]:
     what is committed as table.json.
     """
     found = attribute(bench)
-    told = summarised(found)
+    chosen = {name: damping_of(models) for name, models in found["local"].items()}
+    told = summarised(found, chosen)
     result = {
         split: {n: f[split]["precision"] for n, f in told["local"].items() if split in f}
         for split in reversed(SPLITS)
@@ -47,23 +48,24 @@ def table_of(bench: Bench) -> dict[str, Any]:
         "margin_ood": margin(found["local"]),
         "classified": bench.classify(),
     }
-    networks = dict.fromkeys(model.network for model in bench.models)
-    detail = {
-        "scopes": told,
-        "networks": {
-            network: summarised({s: of_network(r, network) for s, r in found.items()})
-            for network in networks
-        },
-        "models": [model.name for model in bench.models],
+    networks = {
+        network: summarised({s: of_network(r, network) for s, r in found.items()}, chosen)
+        for network in dict.fromkeys(model.network for model in bench.models)
     }
-    markdown = markdown_of(bench.own.bench, told)
+    models = [model.name for model in bench.models]
+    detail = {"scopes": told, "networks": networks, "models": models}
+    parts = [markdown_of(bench.own.bench, told)]
+    if len(networks) > 1:
+        each = networks.items()
+        parts += [f"\n**{name}**\n\n{markdown_of(bench.own.bench, own)}" for name, own in each]
+    markdown = "\n".join(parts)
     print(markdown)
     made = {"settings": as_dict(bench.settings), "bench": vars(bench.own)}
     folder = bench.own.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "table.json", result | detail | made | {"provenance": provenance()})
     write_bytes(folder / "table.md", f"{markdown}\n".encode())
-    figure = plots.precision_against_k(curves(found, told))
+    figure = plots.precision_against_k(curves(found, told, chosen))
     write_bytes(folder / "precision.png", png(figure))
     return result
 
@@ -76,12 +78,14 @@ def of_network(rankers: Mapping[str, dict[Model, Found]], network: str) -> Any:
     }
 
 
-def summarised(found: ByModel) -> dict[str, dict[str, dict[str, Any]]]:
-    """{scope: {ranker: {split: figures, "damping", "seconds"}}}."""
+def summarised(found: ByModel, chosen: Mapping[str, int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{scope: {ranker: {split: figures, "damping", "seconds"}}}; chosen: {ranker: place of its
+    damping or step}.
+    """
     told: dict[str, dict[str, dict[str, Any]]] = {scope: {} for scope in found}
     for scope, rankers in found.items():
         for name, models in rankers.items():
-            d = damping_of(found["local"].get(name, models))
+            d = chosen[name]
             entry: dict[str, Any] = {s: figures(models, s, d) for s in SPLITS if has(models, s)}
             sweep, steps = len(next(iter(models.values())).top), steps_of(name)
             entry["damping"] = DAMPINGS[d] if sweep == len(DAMPINGS) else None
@@ -156,7 +160,9 @@ def _at_damping(models: Mapping[Model, Found], among: Mapping[Model, Any]) -> np
     return np.concatenate([models[m].groups("ood")[d] for m in among if m in models])
 
 
-def curves(found: ByModel, told: Any) -> dict[str, dict[str, np.ndarray]]:
+def curves(
+    found: ByModel, told: Any, chosen: Mapping[str, int]
+) -> dict[str, dict[str, np.ndarray]]:
     """{split: {label: precision at 1, 2, ...}}, chance among them."""
     out: dict[str, dict[str, np.ndarray]] = {}
     for split in SPLITS:
@@ -164,7 +170,7 @@ def curves(found: ByModel, told: Any) -> dict[str, dict[str, np.ndarray]]:
             for name, models in rankers.items():
                 if not has(models, split):
                     continue
-                d = damping_of(found["local"].get(name, models))
+                d = chosen[name]
                 label = name if scope == "local" else f"{name}, {scope}"
                 rows = [one.top[d][one.split == split] for one in models.values()]
                 hits = np.concatenate(rows).cumsum(1) / np.arange(1, rows[0].shape[1] + 1)

@@ -198,11 +198,16 @@ def found_of(hits, split, concepts=1):
     return Found(top, np.zeros(top.shape[:2]), chance, np.array(split), concept, group, 1.0)
 
 
+def summarised(found):
+    chosen = {name: scored.damping_of(models) for name, models in found["local"].items()}
+    return table.summarised(found, chosen)
+
+
 def test_the_damping_is_chosen_on_drawings_that_are_not_reported():
     hits = np.zeros((len(DAMPINGS), 4))
     hits[2, :2], hits[7, 2:] = 1.0, 1.0  # best on tune, best on ood
     models = {Model("unet", 0): found_of(hits, ["tune", "tune", "ood", "ood"])}
-    told = table.summarised({"local": {"trak": models}})["local"]["trak"]
+    told = summarised({"local": {"trak": models}})["local"]["trak"]
     assert told["damping"] == DAMPINGS[2]
     assert told["ood"]["precision"] == 0.0 and told["ood"]["oracle"] == 1.0
 
@@ -212,7 +217,7 @@ def test_a_step_is_chosen_as_a_damping_is_and_has_no_oracle():
     hits[1] = 1.0
     tune, reported = found_of(hits, ["tune"] * 2), found_of([[0.3, 0.6]], ["ood", "id"])
     models = {Model("unet", 0): tune.and_at(1, reported)}
-    told = table.summarised({"local": {"abu": models}})["local"]["abu"]
+    told = summarised({"local": {"abu": models}})["local"]["abu"]
     assert told["step"] == Abu.candidates[1] and told["damping"] is None
     assert [told[split]["precision"] for split in ("ood", "id")] == [0.3, 0.6]
     assert told["ood"]["oracle"] is None
@@ -240,6 +245,22 @@ def test_reported_questions_are_asked_at_the_chosen_step_alone(made, monkeypatch
     one = found[Model("unet", 0)]
     reported = one.split != "tune"
     assert one.top[1, reported].any() and not one.top[[0, 2]][:, reported].any()
+
+
+def test_each_network_has_its_own_rows_at_the_common_damping():
+    hits = np.zeros((len(DAMPINGS), 4))
+    hits[2, :2], hits[2, 2:] = 1.0, 0.7
+    weak = np.zeros((len(DAMPINGS), 4))
+    weak[7] = 0.9  # alone it would choose another
+    of = [found_of(h, ["tune", "tune", "ood", "ood"]) for h in (hits, weak)]
+    both = {"local": {"trak": {Model("unet", 0): of[0], Model("dit", 0): of[1]}}}
+    chosen = {"trak": 2}
+    told = {
+        network: table.summarised({"local": table.of_network(both["local"], network)}, chosen)
+        for network in ("unet", "dit")
+    }
+    precisions = [t["local"]["trak"]["ood"]["precision"] for t in told.values()]
+    assert precisions == [0.7, 0.0] and told["dit"]["local"]["trak"]["models"] == 1
 
 
 def test_the_margin_is_over_the_best_rival_and_paired():
