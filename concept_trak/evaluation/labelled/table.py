@@ -21,6 +21,8 @@ from ...settings import DAMPINGS, as_dict, provenance
 from ..evaluate import is_control
 from ..overview import PAPER
 from ..plots import png
+from ..retraining import lds
+from ..retraining.shared import cell
 from . import plots
 from .questions import SPLITS
 from .scored import ByModel, Found, attribute, damping_of, steps_of
@@ -222,10 +224,7 @@ def _number(value: float | None) -> str:
 
 
 def _cell(e: Any) -> str:
-    if not e:
-        return ""
-    low, high = e["ci95"]
-    return f"{e['precision']:.2f} [{low:.2f}, {high:.2f}]"
+    return cell(e["precision"], e["ci95"]) if e else ""
 
 
 # ---- retraining
@@ -257,18 +256,19 @@ def truth_table(bench: Bench, test: str) -> dict[str, Any]:
 
 def lds_markdown(told: Mapping[str, Any]) -> str:
     """A row a ranker: against presences, and against what is drawn."""
-    lines = ["| method | presence: LDS | partial | drawn: LDS | partial |", "|---" * 5 + "|"]
+    heads = "presence: LDS | partial | squared | drawn: LDS | partial | squared"
+    lines = [f"| method | {heads} |", "|---" * 7 + "|"]
     for name, e in told.items():
         if isinstance(e, dict) and "lds" in e:
             cells = [
-                f"{part[f]:.2f} [{part[i][0]:.2f}, {part[i][1]:.2f}]"
+                cell(part[f], part[lds.interval_of(f)])
                 for part in (e, e["drawn"])
-                for f, i in (("lds", "ci95"), ("partial", "partial_ci95"))
+                for f in ("lds", "partial", "squared")
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     if told["ceiling"] is not None:
-        both = f"{told['ceiling']:.2f} |  | {told['ceiling_drawn']:.2f}"
-        lines.append(f"| ceiling: another seed | {both} |  |")
+        both = f"{told['ceiling']:.2f} |  |  | {told['ceiling_drawn']:.2f}"
+        lines.append(f"| ceiling: another seed | {both} |  |  |")
     return "\n".join(lines)
 
 
@@ -280,9 +280,6 @@ def counterfactual_markdown(kinds: Mapping[str, Any]) -> str:
         lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(wanted)} |"]
         lines.append("|---" * (3 + len(wanted)) + "|")
         for arm, e in arms.items():
-            cells = [
-                f"{e[f]:.2f} [{e[f + '_ci95'][0]:.2f}, {e[f + '_ci95'][1]:.2f}]" if f in e else ""
-                for f in wanted
-            ]
+            cells = [cell(e[f], e[f"{f}_ci95"]) if f in e else "" for f in wanted]
             lines.append(f"| {arm} | {e['removed']} | {e['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)

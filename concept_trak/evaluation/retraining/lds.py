@@ -26,7 +26,7 @@ from .presence import Presences
 from .statistics import TRAIN, lds, partial_lds
 
 MOST_POINTS, LEAST_POINTS = 8, 5  # of a curve; concepts and subsets behind each
-FIGURES = ("lds", "partial", "own", "others")  # see `scored`
+FIGURES = ("lds", "partial", "squared", "own", "others")  # see `scored`
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,17 @@ def ceiling(
 
 
 def scored(values: np.ndarray, truth: Measured) -> dict[str, np.ndarray]:
-    """{"lds", "partial", "own", "others": [C]} of scores [C, N].
+    """{"lds", "partial", "squared", "own", "others": [C]} of scores [C, N].
 
-    own, others: partial, where only the scores of a concept's labelled pictures count, or only
-    those of all the others. What a ranker says is in one of them or in both.
+    squared: partial of the squared scores with their signs. No ranking knows the difference, but a
+    sum does: it hears less of the long middle. Some rankers (DAS as its paper has it) square by
+    themselves; here all do. own, others: partial, where only the scores of a concept's labelled
+    pictures count, or only those of all the others. What a ranker says is in one of them or in
+    both.
     """
     shown = truth.relevant
-    parts = {"partial": values, "own": values * shown, "others": values * ~shown}
+    parts = {"partial": values, "squared": values * np.abs(values)}
+    parts |= {"own": values * shown, "others": values * ~shown}
     return {"lds": lds(values, truth.presences, truth.kept)} | {
         figure: _partial(part, truth) for figure, part in parts.items()
     }

@@ -65,6 +65,19 @@ def test_the_sizes_of_subsets_predict_but_have_no_partial_correlation():
     assert (partial_lds(np.full_like(scores, 2.5), presences, kept, relevant) == 0).all()
 
 
+def test_squared_scores_hear_less_of_the_long_middle(world):
+    """A top that is right in a middle of noise: the same ranking says more when it is squared."""
+    influence, kept, _, relevant = world
+    truth = np.where(relevant, influence, 0)
+    rng = np.random.default_rng(9)
+    scores = truth + 0.8 * rng.normal(size=truth.shape)
+    names = [str(c) for c in range(CONCEPTS)]
+    found = scored(scores, Measured(names, kept, kept @ truth.T, relevant))
+    assert found["squared"].mean() > found["partial"].mean() + 0.02
+    flipped = scored(-scores, Measured(names, kept, kept @ truth.T, relevant))
+    np.testing.assert_allclose(flipped["squared"], -found["squared"])  # signs are kept
+
+
 def test_what_is_known_of_the_labelled_pictures_and_of_the_others_is_told_apart(world):
     influence, kept, _, relevant = world
     own, others = influence * relevant, influence * ~relevant
