@@ -1,15 +1,21 @@
-"""An array on disk that is used again only if everything that went into it is the same."""
+"""Arrays on disk that are used again only if everything that went into them is the same: one with a
+record of it beside it, or several in a file whose name says it.
+"""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError, removal
-from ..files import atomic, disk_errors, sha256_file, write_json
+from ..files import atomic, disk_errors, make_folder, sha256_file, write_bytes, write_json
 from ..reading import read_json, read_npy
 from .encoding import npy_header
 
@@ -54,3 +60,22 @@ def keep(path: Path, identity: dict, array: np.ndarray) -> None:
         file.write(npy_header(array.dtype, array.shape))
         file.write(array.data)
     write_json(record, {"identity": identity, "sha256": sha256_file(path)})
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """What `keep_arrays` wrote; None if it is not there or not whole, to be made again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def keep_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays into one file (.npz) whose name tells what they were made from. UserError for a
+    full disk.
+    """
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    make_folder(path.parent)
+    write_bytes(path, content.getvalue())

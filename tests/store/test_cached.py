@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from concept_trak.errors import UserError
-from concept_trak.store.cached import cached_array
+from concept_trak.store.cached import cached_array, keep_arrays, read_arrays
 
 ARRAY = np.arange(12, dtype=np.float64).reshape(3, 4).T / 7
 
@@ -78,3 +78,17 @@ def test_whatever_the_record_says_the_array_is_made_once(tmp_path, record):
         cached_array(path, {}, lambda: made.append(1) or ARRAY), ARRAY.astype(np.float32)
     )
     assert len(made) == 2
+
+
+def test_arrays_are_kept_together_and_a_damaged_file_is_none(tmp_path):
+    path = tmp_path / "new/a.npz"
+    assert read_arrays(path) is None
+    keep_arrays(path, {"x": np.arange(3), "share": 0.5, "names": np.array(["a", "bc"])})
+    kept = read_arrays(path)
+    assert kept["x"].tolist() == [0, 1, 2] and float(kept["share"]) == 0.5
+    assert kept["names"].tolist() == ["a", "bc"]
+    whole = path.read_bytes()
+    flipped = bytes(b ^ 255 if i == 60 else b for i, b in enumerate(whole))
+    for damaged in (flipped, whole[:40], whole[: len(whole) // 2], b"", b"not a zip"):
+        path.write_bytes(damaged)
+        assert read_arrays(path) is None

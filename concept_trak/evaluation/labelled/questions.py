@@ -8,7 +8,6 @@ from other noises.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +22,10 @@ from ...attribution.prompts import contrasts
 from ...attribution.question import Picture, Question, generated, source_of
 from ...datasets.attributes import Labels, Scheme, read_scheme
 from ...errors import UserError, call
-from ...files import make_folder, write_bytes
 from ...models.generation import initial_noise
 from ...models.vocabulary import Vocabulary
 from ...settings import digest
+from ...store.cached import keep_arrays, read_arrays
 from ..benchmark import TUNE
 
 TUNE_SEED = 100_000  # where the noises of drawings that choose dampings begin
@@ -145,24 +144,20 @@ class Drawings:
             return self._chosen(*self._tried(captions, samples, seed), captions, samples)
         model = [self.corpus.model.identity(), source_of(self.corpus.settings, seed)]
         path = keep / f"{digest([model, captions, samples, self.classifier is not None])}.npz"
-        if path.exists():
-            return self._read(path)
+        if kept := read_arrays(path):
+            return self._pictures(kept)
         pictures, share = self._chosen(*self._tried(captions, samples, seed), captions, samples)
-        content = io.BytesIO()
         x0 = torch.cat([p.x0 for p in pictures]).float().cpu().numpy()
         seeds = [p.source["generated"]["seed"] for p in pictures]
         prompts = np.array([p.prompt for p in pictures])
-        np.savez_compressed(content, x0=x0, seeds=seeds, prompts=prompts, share=share)
-        make_folder(keep)
-        write_bytes(path, content.getvalue())
+        keep_arrays(path, {"x0": x0, "seeds": seeds, "prompts": prompts, "share": share})
         return pictures, share
 
-    def _read(self, path: Path) -> tuple[list[Picture], float]:
+    def _pictures(self, kept: dict[str, np.ndarray]) -> tuple[list[Picture], float]:
         """What `of` kept."""
         model, settings = self.corpus.model, self.corpus.settings
-        with np.load(path, allow_pickle=False) as file:
-            latents = torch.from_numpy(file["x0"]).to(model.device, model.dtype)
-            seeds, prompts, share = file["seeds"], file["prompts"], float(file["share"])
+        latents = torch.from_numpy(kept["x0"]).to(model.device, model.dtype)
+        seeds, prompts, share = kept["seeds"], kept["prompts"], float(kept["share"])
         pictures = []
         for x0, number, prompt, shown in zip(
             latents.split(1), seeds.tolist(), prompts.tolist(), model.decode(latents), strict=True

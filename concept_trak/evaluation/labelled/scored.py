@@ -7,7 +7,6 @@ asked what chooses at every candidate, and what is reported at the chosen one al
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from tqdm import tqdm
 from ...attribution.corpus import Corpus
 from ...attribution.plan import row_settings
 from ...attribution.question import Question
-from ...files import make_folder, write_bytes
 from ...registry import RANKERS
 from ...scoring.ranking import ranking
 from ...settings import as_dict, digest
+from ...store.cached import keep_arrays, read_arrays
 from ..benchmark import TUNE
 from ..evaluate import largest_as_good
 from ..rankers import swept
@@ -136,15 +135,10 @@ class Kept:
         corpus = benchmark.corpus.with_settings(own)
         part = [list(splits), step] if splits else []
         path = self.folder / f"{self.name}-{identity(corpus, benchmark, self.name, part)}.npz"
-        if path.exists():
-            with np.load(path, allow_pickle=False) as file:
-                parts = {k: file[k] for k in file.files}
-            return Found(**{**parts, "seconds": float(parts["seconds"])})
+        if kept := read_arrays(path):
+            return Found(**{**kept, "seconds": float(kept["seconds"])})
         found = compute(corpus, benchmark, self.name, splits, step)
-        content = io.BytesIO()
-        np.savez_compressed(content, **vars(found))
-        make_folder(path.parent)
-        write_bytes(path, content.getvalue())
+        keep_arrays(path, vars(found))
         return found
 
 
