@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INCHES, DPI = 4.2, 110  # of one panel
 STRONG = {"concept_trak": "C3", "reference": "C1"}  # ours
-NAMES, LABEL = 1.5, 0.6  # inches beside a panel for the names of its lines, and left of it
+NAMES = 1.5  # inches beside a panel for the names of its lines
 KINDS = {  # of rankers, by what they know: the style of their lines
     "concept": {"color": "C0", "lw": 1.2},
     "whole picture": {"color": "0.35", "lw": 1},
@@ -47,19 +47,15 @@ def against_k(curves: Mapping[str, Mapping[str, np.ndarray]], what: str) -> Figu
     """{title: {ranker, or "ranker, scope": `what` at 1, 2, ...}}, a panel a title. Each line has
     its name at its end; its colour is that of its kind.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    wide = (INCHES + NAMES) * len(curves)
-    figure = Figure((wide, 1.15 * INCHES), dpi=DPI)
-    for i, (title, of_title) in enumerate(curves.items()):
-        left = i * (INCHES + NAMES) + LABEL
-        axis = figure.add_axes((left / wide, 0.17, (INCHES - LABEL - 0.1) / wide, 0.76))
-        axis.set_title(title, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+    figure, axes = panels(list(curves))
+    figure.set_size_inches((INCHES + NAMES) * len(axes), 1.15 * INCHES)
+    for axis, of_title in zip(axes, curves.values(), strict=True):
         lines_against_k(axis, of_title, what)
     handles = [Line2D([], [], label=kind, **style) for kind, style in KINDS.items()]
-    figure.legend(handles=handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
+    style: dict[str, Any] = {"fontsize": 8, "frameon": False, "ncol": 3}
+    figure.legend(handles=handles, loc="outside lower center", **style)
     return figure
 
 

@@ -35,7 +35,7 @@ def test_a_launcher_that_is_ended_leaves_no_process(tiny_pipeline, tiny_data, tm
     flags.append("--epochs=500")  # so that none is done before the other has begun
     command = [sys.executable, "-m", "concept_trak", "train-grad", *flags]
     launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    parent, deadline = psutil.Process(launcher.pid), time.monotonic() + 180
+    parent, deadline = psutil.Process(launcher.pid), time.monotonic() + 60
 
     while len(children := of_shards(parent)) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)

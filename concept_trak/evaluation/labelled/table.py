@@ -47,7 +47,7 @@ def table_of(bench: Bench) -> dict[str, Any]:
     }
     result |= {
         "control": told["local"].get(CONTROL, {}).get("ood", {}).get("precision"),
-        "margin_ood": margin(found["local"]),
+        "margin_ood": margin(found["local"], chosen),
         "classified": bench.classify(),
     }
     networks = {
@@ -129,7 +129,7 @@ def figures(models: Mapping[Model, Found], split: str, d: int) -> dict[str, Any]
     }
 
 
-def margin(rankers: Mapping[str, dict[Model, Found]]) -> dict[str, Any]:
+def margin(rankers: Mapping[str, dict[Model, Found]], chosen: Mapping[str, int]) -> dict[str, Any]:
     """{ours: precision above the best rival on "ood", with an interval over pairs}. Rivals are all
     that ask about a whole picture and are no control.
     """
@@ -138,9 +138,9 @@ def margin(rankers: Mapping[str, dict[Model, Found]]) -> dict[str, Any]:
     for name in OURS:
         if there and name in rankers:
             own = rankers[name]
-            values = {n: _at_damping(models, own) for n, models in there.items()}
+            values = {n: _at_damping(of, chosen[n], own) for n, of in there.items()}
             best = max(values, key=lambda n: values[n].mean())
-            difference = _at_damping(own, own) - values[best]
+            difference = _at_damping(own, chosen[name], own) - values[best]
             low, high = bootstrap_interval(difference)
             told[name] = {
                 "over": best,
@@ -156,9 +156,8 @@ def is_rival(name: str) -> bool:
     return name not in OURS and not is_control(name) and not per_concept
 
 
-def _at_damping(models: Mapping[Model, Found], among: Mapping[Model, Any]) -> np.ndarray:
+def _at_damping(models: Mapping[Model, Found], d: int, among: Mapping[Model, Any]) -> np.ndarray:
     """Precision on "ood" of the combinations of those models that are `among` others."""
-    d = damping_of(models)
     return np.concatenate([models[m].groups("ood")[d] for m in among if m in models])
 
 

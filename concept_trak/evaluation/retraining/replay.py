@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from ...components.roles import Component
 from ...errors import UserError
 from ...files import make_folder, write_bytes
 from ...rows.vjp import RULES, OuterProductGrad
+from ...store.cached import read_arrays
 from ...workshop.training import MAX_NORM, Progress, Run, decay_of, learning_rate
 
 AHEAD = 128  # steps; 0.9^128 = 1.4e-6
@@ -279,13 +279,14 @@ class Replay:
         if not self.progress.step:
             return
         path = self._sums(self.progress.step)
-        try:
-            with np.load(path) as kept:
-                pictures, rounding = kept["pictures"], kept["rounding"]
-            right = pictures.shape == self.pictures.shape and np.isfinite(pictures).all()
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            right = False
-        if not right:
+        kept = read_arrays(path) or {}
+        pictures, rounding = kept.get("pictures"), kept.get("rounding")
+        if (
+            pictures is None
+            or rounding is None
+            or pictures.shape != self.pictures.shape
+            or not np.isfinite(pictures).all()
+        ):
             folder = os.path.relpath(self.folder)
             raise UserError(f"{path} is missing or damaged; begin the replay anew: rm -r {folder}")
         self.pictures, self.rounding = pictures, rounding

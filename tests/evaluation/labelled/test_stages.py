@@ -268,7 +268,7 @@ def test_the_margin_is_over_the_best_rival_and_paired():
         return {Model("unet", 0): found_of([[value] * 4], ["tune", "tune", "ood", "ood"])}
 
     rankers = {"concept_trak": models(0.9), "trak": models(0.2), "das": models(0.5)}
-    told = table.margin(rankers)["concept_trak"]
+    told = table.margin(rankers, {name: 0 for name in rankers})["concept_trak"]
     assert told == {"over": "das", "margin": 0.4, "ci95": [0.4, 0.4]}
 
 
