@@ -76,14 +76,19 @@ class GradientRanker:
     def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
         """[D, Q, n] scores of rows [n, k] that need not be the store's: of pictures beside it.
 
-        solved: [D, Q, k], of `solve`. beside: [n], what an objective's weights are made from.
+        solved: [D, Q, k], of `solve`. rows: or [D, n, k], others at each damping. beside: [n], what
+        an objective's weights are made from.
         """
-        values = solved @ rows.T
+        values = solved @ np.swapaxes(rows, -1, -2)
         weight = OBJECTIVES.get(self.corpus.settings.f).row_weight
         return values if weight is None else values * weight(beside, self._train.losses())
 
+    def score_own(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """The same of rows that are the store's."""
+        return self.score_rows(solved, rows, beside)
+
     def score_train(self, solved: np.ndarray) -> np.ndarray:
-        """[D, Q, N] float32 by `score_rows`, some rows of the store at a time. UserError for more
+        """[D, Q, N] float32 by `score_own`, some rows of the store at a time. UserError for more
         than MAX_MEMORY.
         """
         store, limit = self._train, self.corpus.preconditioner.budget.max_memory
@@ -92,7 +97,7 @@ class GradientRanker:
         out = room(solved.shape[0] * solved.shape[1], store, limit).reshape(*solved.shape[:2], -1)
         for start, block in store.tensor_blocks(ROWS_AT_ONCE, "cpu"):
             part = slice(start, start + len(block))
-            out[:, :, part] = self.score_rows(solved, block.double().numpy(), beside[part])
+            out[:, :, part] = self.score_own(solved, block.double().numpy(), beside[part])
         return out
 
     def prepare(self) -> None:

@@ -3,7 +3,7 @@
     DotProduct   x_i . q                              GradDot (TracIn, Pruthi et al. 2020)
     Cosine       x_i . q / (|x_i| |q|)                GradCos (Charpiat et al. 2019)
     Relative     x_i . z_q / |z_i|                    relative influence (Barshan et al. 2020)
-    Leverage     (e_i x_i . z_q / (1 - x_i . z_i))^2  DAS (Lin et al. 2025, its LOO form)
+    Leverage     (e_i sum_b x_ib . z_qb / (1 - h_ib))^2  DAS (Lin et al. 2025, its LOO form)
     Journey      x_i . z_q at the query's own path    journey-TRAK (Georgiev et al. 2023)
 
 with z = (K + lambda I)^-1 x. TracIn sums over the checkpoints of a training; a model here comes as
@@ -80,28 +80,42 @@ class SelfPreconditioned(GradientRanker):
         asked, place = self._asked(questions)
         return self.score_train(self.solve(self._keep(self, asked)))[:, place]
 
-    def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
-        """See `GradientRanker`."""
-        return self._changed(super().score_rows(solved, rows, beside), rows, self.solve(rows))
-
-    def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
-        """[D, Q, n] scores of n pictures with rows x [n, k] and z [D, n, k]."""
-        raise NotImplementedError
-
 
 class Relative(SelfPreconditioned):
     """Influence for a unit of change of the parameters: outliers do not rule."""
 
-    def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
-        return values / norms(solved)[:, None]
+    def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """See `GradientRanker`."""
+        return super().score_rows(solved, rows, beside) / norms(self.solve(rows))[:, None]
 
 
 class Leverage(SelfPreconditioned):
-    """The squared change of the output when a picture is left out; its sign is lost in squaring."""
+    """The squared change of the output when a picture is left out; its sign is lost in squaring.
 
-    def _changed(self, values: np.ndarray, rows: np.ndarray, solved: np.ndarray) -> np.ndarray:
-        leverage = np.einsum("nk,dnk->dn", rows, solved)
-        return np.square(values / np.maximum(1 - leverage, 1e-6)[:, None])
+        (e_i sum_b x_ib . (K_b + lambda_b I)^-1 q_b / (1 - h_ib))^2
+        h_ib = x_ib . (K_b + lambda_b I)^-1 x_ib,      b the blocks of the preconditioner
+
+    DAS (Lin et al. 2025, arXiv 2410.18639, before its speed-ups) has one h for a whole K: leaving
+    picture i out is a Newton step in which Sherman and Morrison's 1 / (1 - h_i) turns the inverse
+    of K into that of K without i. In a K of blocks each block loses its own x_ib x_ib^T, and so has
+    an h of its own, 0 <= h_ib < 1; their sum means nothing. A picture beside the store is not in K:
+    nothing is to be left out for it.
+    """
+
+    def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """See `GradientRanker`."""
+        return np.square(super().score_rows(solved, rows, beside))
+
+    def score_own(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
+        """See `GradientRanker`."""
+        left = np.maximum(1 - self.leverages(rows), 1e-6)  # a Krylov solution is not exact
+        widths = self.corpus.projection.widths
+        return self.score_rows(solved, rows / np.repeat(left, widths, axis=2), beside)
+
+    def leverages(self, rows: np.ndarray) -> np.ndarray:
+        """h [D, n, blocks] of rows [n, k] of the store."""
+        starts = np.cumsum([0, *self.corpus.projection.widths[:-1]])
+        return np.add.reduceat(rows * self.solve(rows), starts, axis=2)
 
 
 class Journey(GradientRanker):

@@ -175,6 +175,54 @@ def test_das_is_the_squared_leave_one_out_change(corpus, questions):
         np.testing.assert_allclose(got[d], want, rtol=1e-2, atol=1e-4 * want.max())
 
 
+@pytest.fixture(scope="module", params=("all", "module"))
+def left_out(corpus, questions, request):
+    """DAS with K whole and in blocks: (ranker, its rows [N, k], queries, columns of each block)."""
+    changed = corpus.settings.but(proj_type="normal", proj_dim=64, blocks=request.param)
+    ranker = RANKERS.get("das_paper")(corpus.with_settings(changed))
+    widths = ranker.corpus.projection.widths
+    assert (len(widths) > 1) == (request.param == "module")
+    x = ranker._train.rows(range(ranker._train.num_rows)).astype(np.float64)
+    q = ranker.rows(questions).astype(np.float64)
+    return ranker, x, q, np.split(np.arange(x.shape[1]), np.cumsum(widths)[:-1])
+
+
+def test_a_leverage_lies_between_0_and_1_in_every_block(left_out):
+    ranker, x, _, blocks = left_out
+    found = ranker.leverages(x)
+    assert found.shape == (len(DAMPINGS), len(x), len(blocks))
+    assert (found >= 0).all() and (found < 1).all()
+    assert found.max() > 0.5  # at the least damping: they are not all next to nothing
+    traces = [np.trace(x[:, b].T @ x[:, b]) / len(b) for b in blocks]
+    for d, damping in enumerate(DAMPINGS):
+        for n, (b, mean) in enumerate(zip(blocks, traces, strict=True)):
+            values = np.linalg.eigvalsh(x[:, b].T @ x[:, b])  # the leverages add up to this
+            total = (values / (values + damping * mean)).sum()
+            np.testing.assert_allclose(found[d, :, n].sum(), total, rtol=1e-6)
+
+
+def test_das_solves_with_each_block_of_the_curvature_without_the_picture(left_out, questions):
+    ranker, x, q, blocks = left_out
+    got, e = ranker.rank(questions), ranker._train.losses()
+    for d in (0, 4, 8):
+        want = np.zeros((len(q), len(x)))
+        for b in blocks:
+            kernel = x[:, b].T @ x[:, b]
+            shift = DAMPINGS[d] * np.trace(kernel) / len(b) * np.eye(len(b))
+            for i, row in enumerate(x[:, b]):
+                without = kernel - np.outer(row, row) + shift
+                want[:, i] += q[:, b] @ np.linalg.solve(without, row)
+        want = (want * e) ** 2
+        np.testing.assert_allclose(got[d], want, rtol=1e-3, atol=1e-5 * want.max())
+
+
+def test_nothing_is_left_out_of_the_curvature_for_a_picture_beside_the_store(left_out):
+    ranker, x, q, _ = left_out
+    solved, ones = ranker.solve(q), np.ones(len(x))
+    want = (solved @ x.T) ** 2
+    np.testing.assert_allclose(ranker.score_rows(solved, x, ones), want, rtol=1e-6)
+
+
 def test_a_residual_is_the_mean_share_of_the_levels(corpus):
     x0, cond = corpus.data.batch(range(3))
     found = residual(corpus.model, x0, cond, corpus.cond_null)
