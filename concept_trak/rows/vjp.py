@@ -8,20 +8,28 @@ p
 
 so the layer's input a (kept by a forward hook) and the gradient delta of its output (one
 `autograd.grad` for all layers) are enough: "ghost" gradients (Goodfellow 2015; Li et al. 2022).
-Conv2d is the same on unfolded patches. A squared norm or a few entries can be had from the factors
-alone; `dense()` is only formed when a projection needs every entry.
+A convolution is the same on its patches. A squared norm or a few entries can be had from the
+factors alone; `dense()` is only formed when a projection needs every entry.
+
+The factors hold where a module sees the samples one after the other, its parameters serve nothing
+else and its forward is its class's own. That is not taken on trust: `PerSampleVjp` holds every kind
+of batch once against autograd.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import UserError
 
@@ -32,25 +40,23 @@ def select_parameters(
     """Parameters whose name contains `layer` ("" selects all, "attn2.to_k|attn2.to_v" either), or
     for which it returns True.
 
-    The order is that of `named_parameters`, which is the coordinate order of the projection.
-    UserError if none matches. In a model with a LoRA a string means what it means without it: the
-    base weights, in the same order. Only an alternative that contains "lora" selects the LoRA's:
-    "lora" all of them, "to_k.lora|to_v.lora" those of keys and values, "attn2|lora" both kinds.
+    The order is that of `named_parameters`, which is the coordinate order of the projection; a
+    parameter of several names has the first and is selected by any. UserError if none matches. In a
+    model with a LoRA a string means what it means without it: the base weights, in the same order.
+    Only an alternative that contains "lora" selects the LoRA's: "lora" all of them,
+    "to_k.lora|to_v.lora" those of keys and values, "attn2|lora" both kinds.
     """
     match = (
         layer
         if callable(layer)
         else lambda name: any(_names(part, name) for part in layer.split("|"))
     )
-    chosen = {name: p for name, p in module.named_parameters() if match(name)}
+    every = list(module.named_parameters(remove_duplicate=False))
+    wanted = {id(p) for name, p in every if match(name)}
+    chosen = {name: p for name, p in module.named_parameters() if id(p) in wanted}
     if not chosen:
         kinds = sorted(
-            {
-                part
-                for name, _ in module.named_parameters()
-                for part in name.split(".")[:-1]
-                if not part.isdigit()
-            }
+            {part for name, _ in every for part in name.split(".")[:-1] if not part.isdigit()}
         )
         raise UserError(
             f"LAYER={layer!r} matches no parameter of the model; set LAYER to one of "
@@ -94,6 +100,11 @@ class OuterProductGrad:
             ).sum((1, 2))
         return self.dense().square().sum(1)
 
+    def total(self, weight: torch.Tensor) -> torch.Tensor:
+        """[out * in]: the sum over samples, weighted by `weight` [B]."""
+        delta = self.delta * weight[:, None, None]
+        return (delta.flatten(0, 1).T @ self.a.flatten(0, 1)).flatten()
+
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """[B, m] the entries at flat positions `index` [m]."""
         row, column = index // self.a.shape[-1], index % self.a.shape[-1]
@@ -117,6 +128,9 @@ class DenseGrad:
     def sq_norm(self) -> torch.Tensor:
         return self.values.square().sum(1)
 
+    def total(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight @ self.values
+
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         return self.values[:, index]
 
@@ -131,16 +145,30 @@ def _linear(module: nn.Linear, a: torch.Tensor, delta: torch.Tensor) -> Factors:
     yield "bias", delta.sum(1)
 
 
-def _conv2d(module: nn.Conv2d, a: torch.Tensor, delta: torch.Tensor) -> Factors:
-    if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise UserError(
-            "per-sample gradients of grouped or specially padded convolutions are not available; "
-            "choose another LAYER"
-        )
-    patches = F.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)
-    delta = delta.flatten(2).transpose(1, 2)
-    yield "weight", (delta, patches.transpose(1, 2))
+def _conv(module: Any, a: torch.Tensor, delta: torch.Tensor) -> Factors:
+    patches, delta = _patches(module, a), delta.flatten(2).transpose(1, 2)
+    if module.groups == 1:
+        yield "weight", (delta, patches)
+    else:  # an outer product a group
+        delta, patches = (x.unflatten(2, (module.groups, -1)) for x in (delta, patches))
+        yield "weight", torch.einsum("bpgo,bpgi->bgoi", delta, patches).flatten(1)
+        delta = delta.flatten(2)
     yield "bias", delta.sum(1)
+
+
+def _patches(module: Any, a: torch.Tensor) -> torch.Tensor:
+    """[B, P, channels * kernel]: what each output position of a convolution sees."""
+    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+        if not isinstance(module.padding, str):  # the common case by the faster kernel
+            shape = module.kernel_size, module.dilation, module.padding, module.stride
+            return F.unfold(a, *shape).transpose(1, 2)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    a = F.pad(a, module._reversed_padding_repeated_twice, mode)
+    axes = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+    for axis, (size, dilation, stride) in enumerate(axes, 2):
+        a = a.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    a = a.flatten(2, len(module.kernel_size) + 1)  # [B, channels, P, *kernel]
+    return a.transpose(1, 2).flatten(2)
 
 
 def _norm(module: nn.Module, a: torch.Tensor, delta: torch.Tensor) -> Factors:
@@ -162,17 +190,69 @@ def _embedding(module: nn.Embedding, index: torch.Tensor, delta: torch.Tensor) -
     batch, width = delta.shape[0], delta.shape[-1]
     rows = torch.zeros(batch, module.num_embeddings, width, device=delta.device)
     flat = index.reshape(batch, -1, 1).expand(-1, -1, width)
-    yield "weight", rows.scatter_add_(1, flat, delta.reshape(batch, -1, width)).flatten(1)
+    rows.scatter_add_(1, flat, delta.reshape(batch, -1, width))
+    if module.padding_idx is not None:
+        rows[:, module.padding_idx] = 0
+    yield "weight", rows.flatten(1)
 
 
-RULES = {
+def _any(module: nn.Module, a: torch.Tensor, delta: torch.Tensor) -> Factors:
+    """Any small module of one input: its own VJP, of all samples at once."""
+    own = dict(module.named_parameters(recurse=False))
+    params = {name: p.detach().float() for name, p in own.items()}
+
+    def of_sample(one: torch.Tensor, by: torch.Tensor) -> dict[str, torch.Tensor]:
+        def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.functional_call(module, values, (one[None],))[0]
+
+        return torch.func.vjp(run, params)[1](by)[0]
+
+    for name, value in torch.func.vmap(of_sample)(a, delta).items():
+        yield name, value.flatten(1)
+
+
+RULES: dict[type[nn.Module], Callable[..., Factors]] = {
     nn.Linear: _linear,
-    nn.Conv2d: _conv2d,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
     nn.GroupNorm: _norm,
     nn.LayerNorm: _norm,
     nn.RMSNorm: _norm,
     nn.Embedding: _embedding,
 }
+SMALL = 2**20  # parameters of a module without a rule of its own: their rows are dense
+
+
+def rule_of(module: nn.Module) -> Callable[..., Factors] | None:
+    """What makes the rows of a module's own weight and bias; None where nothing does.
+
+    A class that inherits from one of RULES and computes something else has, where it is small, what
+    any small module has.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    kind = next((k for k in RULES if isinstance(module, k)), None)
+    if not all(p.is_floating_point() for p in own.values()):
+        return None
+    if (
+        kind is not None
+        and type(module).forward is kind.forward
+        and own.keys() <= {"weight", "bias"}
+    ):
+        return RULES[kind]
+    if sum(p.numel() for p in own.values()) <= SMALL and not list(module.children()):
+        return _any
+    return None if kind is None else RULES[kind]
+
+
+class _Call(NamedTuple):
+    """A use of a module: its input, which version of it, where its output's gradient arrives."""
+
+    prefix: str
+    a: torch.Tensor
+    version: int
+    edge: GradientEdge | None
+    output: torch.Tensor  # without values
 
 
 class PerSampleVjp:
@@ -183,11 +263,16 @@ class PerSampleVjp:
     ...     eps_hat = unet(x_t, t, cond).sample
     ...     grads = tape.vjp(eps_hat, cotangent)
 
-    grads: OuterProductGrad and DenseGrad, in coordinate order.
+    grads: OuterProductGrad and DenseGrad, in coordinate order. A module may be called several
+    times, with keywords, on a list of all samples' tokens [B T, ...] in their order, or for
+    nothing; a parameter may be that of several modules; gradient checkpointing may be on.
 
     Raises UserError for a selected parameter that no supported module owns or that the forward did
-    not use.
+    not use, and for a use whose gradient cannot be told apart by sample: `vjp` holds each selection
+    and each shape of batch of a network once against autograd.
     """
+
+    _held: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # what has been held against it
 
     def __init__(self, module: nn.Module, layer: str | Callable[[str], bool]) -> None:
         self.parameters = select_parameters(module, layer)
@@ -195,44 +280,67 @@ class PerSampleVjp:
         for name, p in self.parameters.items():
             self.offsets[name] = self.input_dim
             self.input_dim += p.numel()
-        self._owners = {}
-        for prefix, sub in module.named_modules():
-            owned = [
-                n for n, _ in sub.named_parameters(prefix, recurse=False) if n in self.parameters
-            ]
-            if owned:
-                if type(sub) not in RULES and not isinstance(sub, tuple(RULES)):
-                    raise UserError(
-                        f"no per-sample gradient rule for {owned[0]} ({type(sub).__name__}); "
-                        "choose another LAYER"
-                    )
-                self._owners[prefix] = sub
-        self._module, self._calls, self._handles, self._frozen = module, [], [], []
+        self._module, self._names = module, {id(p): n for n, p in self.parameters.items()}
+        self._owners = {
+            prefix: (sub, self._rule(prefix, sub))
+            for prefix, sub in module.named_modules()
+            if any(id(p) in self._names for p in sub.parameters(recurse=False))
+        }
+        self._calls: list[_Call] = []
+        self._handles: list = []
+        self._wanted: list[tuple[nn.Parameter, bool]] = []
+        self._hidden, self._in_graph = "", False
+
+    def _rule(self, prefix: str, sub: nn.Module) -> Callable[..., Factors]:
+        rule = rule_of(sub)
+        if rule is None:
+            own = next(n for n, p in sub.named_parameters(prefix, False) if id(p) in self._names)
+            raise UserError(
+                f"no per-sample gradient rule for {own} ({type(sub).__name__}); "
+                "choose another LAYER"
+            )
+        return rule
 
     def __enter__(self) -> PerSampleVjp:
-        # Weight gradients are formed from the factors; autograd must not form them as well.
-        self._frozen = [p for p in self._module.parameters() if p.requires_grad]
-        for p in self._frozen:
-            p.requires_grad_(False)
-        for prefix, sub in self._owners.items():
-            self._handles.append(sub.register_forward_hook(self._hook(prefix)))
+        # The graph starts at the first selected layer, not before.
+        self._wanted = [(p, p.requires_grad) for p in self._module.parameters()]
+        for p, _ in self._wanted:
+            p.requires_grad_(id(p) in self._names)
+        self._handles = [self._module.register_forward_pre_hook(self._begin)]
+        for prefix, (sub, _) in self._owners.items():
+            # before all hooks of others, which may change the output
+            hook = sub.register_forward_hook(self._hook(prefix), prepend=True, with_kwargs=True)
+            self._handles.append(hook)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for p in self._frozen:
-            p.requires_grad_(True)
-        self._handles, self._calls = [], []
+        for p, wanted in self._wanted:
+            p.requires_grad_(wanted)
+        self._handles, self._calls, self._wanted = [], [], []
+
+    def _begin(self, module: nn.Module, args: tuple) -> None:
+        self._in_graph = torch.is_grad_enabled()
 
     def _hook(self, prefix: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs it once more
+                return
             if not torch.is_grad_enabled():
-                return None
-            if not output.requires_grad:  # the graph starts at the first selected layer, not before
-                output = output.requires_grad_()
-            self._calls.append((prefix, module, args[0].detach(), output))
-            return output
+                self._hidden = prefix if self._in_graph else self._hidden
+                return
+            given = [x for x in (*args, *kwargs.values()) if x is not None]
+            alone = self._owners[prefix][1] is not _any or len(given) == 1
+            if not (alone and given and isinstance(output, torch.Tensor)):
+                raise UserError(
+                    f"{prefix} ({type(module).__name__}) has no rule for what it is called with; "
+                    "choose another LAYER"
+                )
+            a = next(x for x in given if isinstance(x, torch.Tensor)).detach()
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            empty = torch.empty_like(output, device="meta")
+            self._calls.append(_Call(prefix, a, a._version, edge, empty))
 
         return keep
 
@@ -247,37 +355,148 @@ class PerSampleVjp:
         are summed.
         """
         calls, self._calls = self._calls, []
-        seen = {prefix for prefix, *_ in calls}
-        missed = [n for n in self.parameters if n.rpartition(".")[0] not in seen]
+        self._check(calls)
+        samples, edges = samples or len(eps_hat), [c.edge for c in calls if c.edge is not None]
+        shapes = tuple(tuple(c.output.shape) for c in calls)
+        key = (tuple(self.parameters), tuple(eps_hat.shape), samples, shapes)
+        held = self._held.setdefault(self._module, set())
+        found: Any = iter(())
+        if edges and eps_hat.requires_grad:
+            again = key not in held
+            found = iter(torch.autograd.grad(eps_hat, edges, cotangent, again, allow_unused=True))
+        grads: dict[str, list] = {name: [] for name in self.parameters}
+        for call in calls:
+            delta = None if call.edge is None else next(found, None)
+            for name, value in self._uses(call, delta):
+                grads[name] += _by_sample(call.prefix, value, samples, len(eps_hat))
+        merged = [self._merge(name, values) for name, values in grads.items()]
+        if key not in held and eps_hat.requires_grad:
+            self._hold_against_autograd(eps_hat, cotangent, merged, samples)
+            held.add(key)
+        return merged
+
+    def _check(self, calls: list[_Call]) -> None:
+        """UserError for uses that the tape knows to be unreadable."""
+        if self._hidden:
+            raise UserError(
+                f"{self._hidden} is run without a graph, as by gradient checkpointing with "
+                "use_reentrant=True; call disable_gradient_checkpointing() or choose another LAYER"
+            )
+        used = {id(p) for c in calls for p in self._owners[c.prefix][0].parameters(recurse=False)}
+        missed = [name for name, p in self.parameters.items() if id(p) not in used]
         if missed:
             raise UserError(
                 f"the forward pass did not use {missed[0]} ({len(missed)} selected parameters "
                 "unused); choose another LAYER"
             )
-        deltas = torch.autograd.grad(eps_hat, [output for *_, output in calls], cotangent)
-        grads: dict[str, list] = {name: [] for name in self.parameters}
-        for (prefix, module, a, _), delta in zip(calls, deltas, strict=True):
-            rule = next(r for kind, r in RULES.items() if isinstance(module, kind))
-            a = a if isinstance(module, nn.Embedding) else a.float()
-            for kind, value in rule(module, a, delta.float()):
-                if f"{prefix}.{kind}" in grads:
-                    grads[f"{prefix}.{kind}"] += _predictions(value, samples or len(eps_hat))
-        return [self._merge(name, values) for name, values in grads.items()]
+        changed = next((c.prefix for c in calls if c.a._version != c.version), None)
+        if changed is not None:
+            raise UserError(
+                f"the input of {changed} is changed in place after it is used; choose another LAYER"
+            )
+
+    def _uses(self, call: _Call, delta: torch.Tensor | None) -> Iterator[tuple[str, Any]]:
+        """(parameter, what a rule makes of it) for the selected ones of a call."""
+        (module, rule), a = self._owners[call.prefix], call.a
+        if delta is None:  # nothing came of the output
+            delta = torch.zeros(call.output.shape, device=a.device)
+        if delta.dim() == _item_dims(module):  # one item for the whole batch
+            a, delta = a[None], delta[None]
+        own = dict(module.named_parameters(recurse=False))
+        for kind, value in rule(
+            module, a if isinstance(module, nn.Embedding) else a.float(), delta.float()
+        ):
+            if id(own.get(kind)) in self._names:
+                yield self._names[id(own[kind])], value
 
     def _merge(self, name: str, values: list) -> OuterProductGrad | DenseGrad:
-        """The sum over the uses of a module, and over several predictions of a sample."""
+        """The sum over the uses of a parameter, and over several predictions of a sample."""
         offset = self.offsets[name]
-        if isinstance(values[0], tuple):
+        if all(isinstance(value, tuple) for value in values):
+            if len(values) == 1:
+                return OuterProductGrad(offset, *values[0])
             delta, a = (torch.cat(parts, 1) for parts in zip(*values, strict=True))
             return OuterProductGrad(offset, delta, a)
+        values = [OuterProductGrad(0, *v).dense() if isinstance(v, tuple) else v for v in values]
         return DenseGrad(offset, sum(values[1:], values[0]))
 
+    def _hold_against_autograd(
+        self, eps_hat: torch.Tensor, cotangent: torch.Tensor, grads: list, samples: int
+    ) -> None:
+        """UserError where sum_i c_i g_i is not autograd's gradient of sum_i c_i <v_i, eps_hat_i>.
 
-def _predictions(value: Any, samples: int) -> list:
-    """A rule's value cut into those of `samples` rows."""
+        c differs from sample to sample, so what went to another sample is seen, too. Costs a
+        backward, and memory for the gradient of one parameter at a time.
+        """
+        c = torch.tensor([1 - 2 * (i * 0.6180339887 % 1) for i in range(samples)])
+        c = c.to(eps_hat.device)
+        scale = c.repeat(len(eps_hat) // samples).to(cotangent)
+        scaled = cotangent * scale.view(-1, *[1] * (cotangent.dim() - 1))
+        norms: dict[str, torch.Tensor] = {}  # of the gap, and of autograd's
+
+        def compare(name: str, grad: Any, p: torch.Tensor) -> None:
+            want = (p.grad.to_dense() if p.grad.is_sparse else p.grad).float().flatten()
+            norms[name] = torch.stack([(want - grad.total(c)).norm(), want.norm()])
+            p.grad = None
+
+        kept = [p.grad for p in self.parameters.values()]
+        handles = []
+        try:
+            for (name, p), grad in zip(self.parameters.items(), grads, strict=True):
+                p.grad = None
+                hook = partial(compare, name, grad)
+                handles.append(p.register_post_accumulate_grad_hook(hook))
+            eps_hat.backward(scaled, inputs=list(self.parameters.values()))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p, grad in zip(self.parameters.values(), kept, strict=True):
+                p.grad = grad
+        exact = all(p.dtype.itemsize >= 4 for p in (eps_hat, *self.parameters.values()))
+        refuse_gaps(norms, 0.01 if exact else 0.1)
+
+
+def refuse_gaps(norms: dict[str, torch.Tensor], share: float) -> None:
+    """UserError for a parameter whose gap is more than `share` of its gradient, and of that share
+    of all. norms: {name: [2], of the gap and of autograd's gradient}.
+    """
+    if not norms:
+        return
+    gap, want = torch.stack(list(norms.values()), 1).tolist()
+    least = share * math.hypot(*want)
+    for name, off, whole in zip(norms, gap, want, strict=True):
+        if off > share * (whole + least):
+            raise UserError(
+                f"{name} takes part in a way that its gradient cannot be told apart by sample "
+                f"(off by {off / max(whole, 1e-30):.0%}); set BATCH_SIZE=1 or choose another LAYER"
+            )
+
+
+def _item_dims(module: nn.Module) -> int:
+    """Dimensions of a module's output for one item; 0 where there is always a batch."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return 1
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return len(module.normalized_shape)
+    return len(getattr(module, "kernel_size", (0,))) + 1 if hasattr(module, "kernel_size") else 0
+
+
+def _by_sample(prefix: str, value: Any, samples: int, batch: int) -> list:
+    """A rule's value for each row of a call, cut into those of `samples` rows; the rows of a call
+    are one for each of `batch` predictions, or as many for each, side by side.
+    """
+    rows = len(value[0]) if isinstance(value, tuple) else len(value)
+    kinds = batch // samples if rows % batch == 0 else 1
+    if samples > 1 and rows % samples:
+        raise UserError(
+            f"{prefix} is called with {rows} rows for {batch} predictions, so its gradient cannot "
+            "be told apart by sample; set BATCH_SIZE=1 or choose another LAYER"
+        )
     if isinstance(value, tuple):
-        return list(zip(*(part.split(samples) for part in value), strict=True))
-    return list(value.split(samples))
+        parts = [x.reshape(kinds, samples, -1, x.shape[-1]).unbind() for x in value]
+        return list(zip(*parts, strict=True))
+    each = value.reshape(kinds, samples, -1, value.shape[-1])
+    return list((each[:, :, 0] if each.shape[2] == 1 else each.sum(2)).unbind())
 
 
 def module_layout(parameters: dict[str, nn.Parameter]) -> list[list[tuple[int, ...]]]:
