@@ -198,24 +198,42 @@ def _embedding(module: nn.Embedding, index: torch.Tensor, delta: torch.Tensor) -
 
 def _any(module: nn.Module, a: torch.Tensor, delta: torch.Tensor) -> Factors:
     """Any small module of one input: its own VJP, of all samples at once."""
-    own = dict(module.named_parameters(recurse=False))
-    params = {name: p.detach().float() for name, p in own.items()}
+    own = _Bare(module).named_parameters()
+    params = {name: p.detach().float() for name, p in own}
 
     def of_sample(one: torch.Tensor, by: torch.Tensor) -> dict[str, torch.Tensor]:
         def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
-            return torch.func.functional_call(module, values, (one[None],))[0]
+            return torch.func.functional_call(_Bare(module), values, (one[None],))[0]
 
         return torch.func.vjp(run, params)[1](by)[0]
 
-    for name, value in torch.func.vmap(of_sample)(a, delta).items():
-        yield name, value.flatten(1)
+    try:
+        found = torch.func.vmap(of_sample)(a, delta)
+    except RuntimeError as error:
+        raise UserError(
+            f"{type(module).__name__} cannot be differentiated a sample at a time; choose another "
+            "LAYER"
+        ) from error
+    for name, value in found.items():
+        yield name.removeprefix("bare."), value.flatten(1)
 
 
+class _Bare(nn.Module):
+    """A module without its hooks."""
+
+    def __init__(self, bare: nn.Module) -> None:
+        super().__init__()
+        self.bare = bare
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module's own forward makes of x."""
+        return self.bare.forward(x)
+
+
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 RULES: dict[type[nn.Module], Callable[..., Factors]] = {
     nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.Conv3d: _conv,
+    **dict.fromkeys(CONVOLUTIONS, _conv),
     nn.GroupNorm: _norm,
     nn.LayerNorm: _norm,
     nn.RMSNorm: _norm,
@@ -252,7 +270,18 @@ class _Call(NamedTuple):
     a: torch.Tensor
     version: int
     edge: GradientEdge | None
-    output: torch.Tensor  # without values
+    shape: torch.Size  # of its output
+
+
+def _edge(output: torch.Tensor) -> GradientEdge | None:
+    """Where an output's gradient arrives, also if the output is changed in place from here on: what
+    is a view (as a Linear's is of its tokens in one list) is then made anew from its base.
+    """
+    base = output._base
+    if base is not None and base.requires_grad and base.shape.numel() == output.shape.numel():
+        if base.is_contiguous() and output.is_contiguous():
+            output = base
+    return get_gradient_edge(output) if output.requires_grad else None
 
 
 class PerSampleVjp:
@@ -286,10 +315,31 @@ class PerSampleVjp:
             for prefix, sub in module.named_modules()
             if any(id(p) in self._names for p in sub.parameters(recurse=False))
         }
+        self._refuse_shared()
         self._calls: list[_Call] = []
         self._handles: list = []
         self._wanted: list[tuple[nn.Parameter, bool]] = []
         self._hidden, self._in_graph = "", False
+
+    def _refuse_shared(self) -> None:
+        """UserError for a selected parameter whose memory is another's, too."""
+        groups: dict[int, dict[str, nn.Parameter]] = {}
+        for name, p in self._module.named_parameters():
+            groups.setdefault(p.untyped_storage()._cdata, {})[name] = p
+        for group in groups.values():
+            if len(group) == 1 or not group.keys() & self.parameters.keys():
+                continue
+            size = max(p.storage_offset() + _extent(p) for p in group.values())
+            taken = torch.zeros(size, dtype=torch.bool)
+            for name, p in group.items():
+                own = taken.as_strided(p.shape, p.stride(), p.storage_offset())
+                if own.any():
+                    others = " or ".join(other for other in group if other != name)
+                    raise UserError(
+                        f"{name} lies in the memory of {others}, so "
+                        "its gradient is not its own; choose another LAYER"
+                    )
+                own.fill_(True)
 
     def _rule(self, prefix: str, sub: nn.Module) -> Callable[..., Factors]:
         rule = rule_of(sub)
@@ -338,9 +388,7 @@ class PerSampleVjp:
                     "choose another LAYER"
                 )
             a = next(x for x in given if isinstance(x, torch.Tensor)).detach()
-            edge = get_gradient_edge(output) if output.requires_grad else None
-            empty = torch.empty_like(output, device="meta")
-            self._calls.append(_Call(prefix, a, a._version, edge, empty))
+            self._calls.append(_Call(prefix, a, a._version, _edge(output), output.shape))
 
         return keep
 
@@ -357,7 +405,7 @@ class PerSampleVjp:
         calls, self._calls = self._calls, []
         self._check(calls)
         samples, edges = samples or len(eps_hat), [c.edge for c in calls if c.edge is not None]
-        shapes = tuple(tuple(c.output.shape) for c in calls)
+        shapes = tuple(tuple(c.shape) for c in calls)
         key = (tuple(self.parameters), tuple(eps_hat.shape), samples, shapes)
         held = self._held.setdefault(self._module, set())
         found: Any = iter(())
@@ -399,7 +447,8 @@ class PerSampleVjp:
         """(parameter, what a rule makes of it) for the selected ones of a call."""
         (module, rule), a = self._owners[call.prefix], call.a
         if delta is None:  # nothing came of the output
-            delta = torch.zeros(call.output.shape, device=a.device)
+            delta = torch.zeros(call.shape, device=a.device)
+        delta = delta.view(call.shape)
         if delta.dim() == _item_dims(module):  # one item for the whole batch
             a, delta = a[None], delta[None]
         own = dict(module.named_parameters(recurse=False))
@@ -472,13 +521,18 @@ def refuse_gaps(norms: dict[str, torch.Tensor], share: float) -> None:
             )
 
 
+def _extent(p: torch.Tensor) -> int:
+    """Numbers of memory from a tensor's first to its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
+
+
 def _item_dims(module: nn.Module) -> int:
     """Dimensions of a module's output for one item; 0 where there is always a batch."""
     if isinstance(module, nn.Linear | nn.Embedding):
         return 1
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return len(module.normalized_shape)
-    return len(getattr(module, "kernel_size", (0,))) + 1 if hasattr(module, "kernel_size") else 0
+    return len(module.kernel_size) + 1 if isinstance(module, CONVOLUTIONS) else 0
 
 
 def _by_sample(prefix: str, value: Any, samples: int, batch: int) -> list:
