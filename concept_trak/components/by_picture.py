@@ -84,7 +84,8 @@ class Through:
     ) -> torch.Tensor:
         """influence [n, groups] of n pictures, summed over their states of n samples each."""
         names = set(self.gradient)
-        total = torch.zeros(num_pictures, len(group_names(self.chosen, self.granularity)))
+        groups = len(group_names(self.chosen, self.granularity))
+        total = torch.zeros(num_pictures, groups, device=denoiser.device)
         with PerSampleVjp(denoiser.network, lambda name: name in names) as tape:
             by_name = {c.name: c for c in self.chosen}
             order = [by_name[name] for name in tape.parameters]
@@ -93,8 +94,8 @@ class Through:
                     eps_hat, v = cotangent(denoiser, state)
                     found = tape.vjp(eps_hat, v, len(state))
                 parts = [self.split(c, g) for c, g in zip(order, found, strict=True)]
-                total -= torch.cat(parts, 1).cpu()
-        return total
+                total -= torch.cat(parts, 1)
+        return total.cpu()
 
     def split(self, component: Component, grad: OuterProductGrad | DenseGrad) -> torch.Tensor:
         """< g, G > [B, groups] of one weight."""

@@ -56,11 +56,8 @@ def bends(
                 for k in range(probes):
                     v = torch.randn(eps_hat.shape, generator=generator).to(eps_hat)
                     again = k + 1 < probes
-                    for sum_, g in zip(
-                        total,
-                        torch.autograd.grad(eps_hat, weights, v, retain_graph=again),
-                        strict=True,
-                    ):
+                    found = torch.autograd.grad(eps_hat, weights, v, again, materialize_grads=True)
+                    for sum_, g in zip(total, found, strict=True):
                         sum_.addcmul_(g, g, value=share)
     return {
         c.name: sum_.mul_(c.weight.detach().square()).cpu()

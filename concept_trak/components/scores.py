@@ -114,7 +114,7 @@ def _accumulate(
     denoiser: Denoiser, aim: Aim, chosen: Sequence[Component], states: Sequence[State]
 ) -> np.ndarray:
     """Add dJ/dw of all states to the gradients; returns sum_i w_i dJ/dw_i [T, components]."""
-    sums = [np.zeros(len(chosen))]
+    sums = [torch.zeros(len(chosen), device=chosen[0].weight.device)]
     for state in states:
         target = aim.target(denoiser, state)
         with torch.enable_grad():
@@ -124,13 +124,9 @@ def _accumulate(
                 raise UserError(
                     f"{c.name} takes no part in the prediction; set SELECTION to others"
                 )
-        sums.append(np.array([_dot(c.weight.detach(), c.weight.grad) for c in chosen]))
-    return np.diff(np.stack(sums), axis=0)
-
-
-def _dot(weight: torch.Tensor, gradient: torch.Tensor | None) -> float:
-    assert gradient is not None
-    return float(torch.vdot(weight.flatten(), gradient.flatten()))
+        pairs = [(c.weight.detach().flatten(), c.weight.grad.flatten()) for c in chosen]
+        sums.append(torch.stack([torch.vdot(weight, gradient) for weight, gradient in pairs]))
+    return torch.stack(sums).cpu().double().diff(dim=0).numpy()  # fetched once for all states
 
 
 def _welford(mean: torch.Tensor, square: torch.Tensor, value: torch.Tensor, n: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -159,21 +160,23 @@ def _by_trak(spec: Spec) -> Project:
         on_cpu = projectors.BasicProjector(*sizes, kind, spec.device)
         return lambda grads: on_cpu.project(grads, 0)
     on_cuda = projectors.CudaProjector(*sizes, kind, spec.device, max_batch_size=KERNEL_BATCH)
-    return lambda grads: _by_fast_jl(on_cuda.project, grads)
+    first = itertools.chain([True], itertools.repeat(False))
+    return lambda grads: _by_fast_jl(on_cuda.project, grads, next(first))
 
 
 def _by_fast_jl(
-    project: Callable[[torch.Tensor, int], torch.Tensor], grads: torch.Tensor
+    project: Callable[[torch.Tensor, int], torch.Tensor], grads: torch.Tensor, check: bool = True
 ) -> torch.Tensor:
     """The kernel computes in float16, whose smallest number is 6e-8: rows go in at an RMS of about
     one, scaled by a power of two, which float32 does without rounding.
 
-    UserError if it gives zeros, as one built for another GPU does without a word.
+    check: UserError if it gives zeros, as one built for another GPU does without a word. The answer
+    has to be waited for, so the first call asks alone.
     """
     rms = grads.square().mean(1, keepdim=True).sqrt()
     scale = torch.where(rms > 0, torch.exp2(rms.log2().round()), 1)
     found = project(grads / scale, 0)
-    if rms.any() and not found.any():
+    if check and rms.any() and not found.any():
         raise UserError(
             "trak's kernel fast_jl gives zeros: build it for this GPU, or use PROJ_BACKEND=own"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,6 +60,12 @@ class Projection:
     def block_of(self, offset: int) -> int:
         """Number of the block that the tensor with this first coordinate is in."""
         return 0
+
+    @cached_property
+    def block_of_feature(self) -> torch.Tensor:
+        """[k] numbers of the blocks that the features are in, on the device."""
+        widths = torch.tensor(self.widths)
+        return torch.arange(len(widths)).repeat_interleave(widths).to(self.device)
 
     def add(self, out: torch.Tensor, grad: OuterProductGrad | DenseGrad) -> None:
         """Add a tensor's share, given as a per-sample gradient (`vjp`); kinds that need not form it

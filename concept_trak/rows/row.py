@@ -88,7 +88,7 @@ class RowMaker:
         projection.finish(out)
         if self.normalize:
             norm = torch.where(square > 0, square, 1).sqrt()
-            out /= norm.repeat_interleave(torch.tensor(projection.widths, device=device), 1)
+            out /= norm.index_select(1, projection.block_of_feature)
         return out
 
 

@@ -22,6 +22,7 @@ import torch
 from ..errors import UserError
 from ..rows.vjp import DenseGrad, OuterProductGrad
 
+FULL_BLOCK = 2**13  # numbers of a tensor whose own curvature is kept in full: half a gigabyte
 Grads = Sequence[OuterProductGrad | DenseGrad]  # per-sample gradients of all parameter tensors
 
 
@@ -113,8 +114,15 @@ def _samples(grad: OuterProductGrad | DenseGrad) -> int:
 
 
 def _factors(grad: OuterProductGrad | DenseGrad) -> list[torch.Tensor]:
-    """[S, A] of a weight, [the full block] of a vector, summed over a batch; float64."""
+    """[S, A] of a weight, [the full block] of a vector, summed over a batch; float64. UserError for
+    a tensor that has no factors and too many numbers for a full block.
+    """
     if not isinstance(grad, OuterProductGrad):
+        if grad.numel > FULL_BLOCK:
+            raise UserError(
+                f"EK-FAC has no factors for a tensor of {grad.numel} numbers, as of an embedding "
+                "or a grouped convolution; choose another LAYER"
+            )
         values = grad.values.double()
         return [values.T @ values]
     delta, a = grad.delta.flatten(0, 1).double(), grad.a.flatten(0, 1).double()

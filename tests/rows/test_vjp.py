@@ -130,7 +130,7 @@ def test_a_parameter_without_a_rule_is_refused():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.position = nn.Parameter(torch.zeros(3))
+            self.position, self.child = nn.Parameter(torch.zeros(3)), nn.Linear(3, 3)
 
     with pytest.raises(UserError, match="position"):
         PerSampleVjp(Odd(), "")

@@ -67,14 +67,17 @@ def input_norms(
     square = {c.name: torch.zeros(c.weight.shape[1]) for c in among}
 
     def hook(name: str) -> Callable[..., None]:
-        def keep(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-            a = args[0].float()
-            over = (0, 2, 3) if module.weight.dim() == 4 else tuple(range(a.dim() - 1))
-            square[name] += a.square().sum(over).cpu()
+        def keep(module: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+            a = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).float()
+            channel = 1 if module.weight.dim() > 2 else a.dim() - 1
+            square[name] += a.square().movedim(channel, -1).flatten(0, -2).sum(0).cpu()
 
         return keep
 
-    handles = [owners[c.name.rpartition(".")[0]].register_forward_hook(hook(c.name)) for c in among]
+    handles = [
+        owners[c.name.rpartition(".")[0]].register_forward_hook(hook(c.name), with_kwargs=True)
+        for c in among
+    ]
     try:
         with torch.no_grad():
             for state in states:

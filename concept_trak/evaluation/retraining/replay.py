@@ -43,7 +43,7 @@ from ...components.by_picture import Through
 from ...components.roles import Component
 from ...errors import UserError
 from ...files import make_folder, write_bytes
-from ...rows.vjp import RULES, OuterProductGrad
+from ...rows.vjp import OuterProductGrad, rule_of
 from ...store.cached import read_arrays
 from ...workshop.training import MAX_NORM, Progress, Run, decay_of, learning_rate
 
@@ -122,7 +122,7 @@ class Taped:
 
     def __init__(self, copy: Copy) -> None:
         self.copy = copy
-        self._kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -130,7 +130,8 @@ class Taped:
         handles = []
         for component in self.copy.chosen:
             module = self.copy.network.get_submodule(component.name.rpartition(".")[0])
-            handles.append(module.register_forward_hook(self._keep(component.name)))
+            hook = self._keep(component.name)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -138,11 +139,12 @@ class Taped:
                 handle.remove()
 
     def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            a = args[0].detach().to(output.dtype)  # autocast rounds the input, too
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+            (given, *_) = (*args, *kwargs.values())
+            a = given.detach().to(output.dtype)  # autocast rounds the input, too
 
-            def keep(delta: torch.Tensor) -> None:
-                self._kept[name] = a, delta
+            def keep(delta: torch.Tensor) -> None:  # once for each use of the module
+                self._kept.setdefault(name, []).append((a, delta))
 
             output.register_hook(keep)
 
@@ -151,14 +153,17 @@ class Taped:
     def gradients(self) -> Iterator[tuple[Component, OuterProductGrad]]:
         """Of each sample's part of the loss, a component at a time; what is read is let go."""
         for component in self.copy.chosen:
-            a, delta = self._kept.pop(component.name)
             module = self.copy.network.get_submodule(component.name.rpartition(".")[0])
-            rule: Callable[..., Any] = next(r for k, r in RULES.items() if isinstance(module, k))
+            rule: Any = rule_of(module)
             dtype = component.weight.dtype
-            (factors,) = (
-                v for kind, v in rule(module, a.to(dtype), delta.to(dtype)) if kind == "weight"
+            uses = [
+                dict(rule(module, a.to(dtype), delta.to(dtype)))["weight"]
+                for a, delta in self._kept.pop(component.name)
+            ]
+            yield (
+                component,
+                OuterProductGrad(0, *(torch.cat(x, 1) for x in zip(*uses, strict=True))),
             )
-            yield component, OuterProductGrad(0, *factors)
 
 
 class Replay:
