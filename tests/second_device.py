@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 ELSEWHERE = torch.device("meta")
 aten = torch.ops.aten
@@ -63,7 +62,7 @@ class SecondDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = list(_tensors(args)) + list(_tensors(kwargs.values()))
         far = [x for x in given if isinstance(x, Far)]
         target = kwargs.get("device")
         there = bool(far) if target is None else torch.device(target).type == ELSEWHERE.type
@@ -78,14 +77,8 @@ class SecondDevice(TorchDispatchMode):
         if there and target is not None:
             kwargs["device"] = "cpu"
         known = {id(x.near): x for x in far}  # what is changed in place stays itself
-        out = func(*_near(args), **_near(kwargs))
-
-        def wrapped(x):
-            if not isinstance(x, torch.Tensor):
-                return x
-            return known[id(x)] if id(x) in known else Far(x)
-
-        return tree_map(wrapped, out) if there else out
+        out = func(*_each(_near, args), **{k: _each(_near, x) for k, x in kwargs.items()})
+        return _each(lambda x: known[id(x)] if id(x) in known else Far(x), out) if there else out
 
 
 def _by_mask(func, args):
@@ -94,8 +87,26 @@ def _by_mask(func, args):
     return any(x is not None and x.dtype == torch.bool for x in args[1])
 
 
-def _near(given):
-    return tree_map(lambda x: x.near if isinstance(x, Far) else x, given)
+def _near(x):
+    return x.near if isinstance(x, Far) else x
+
+
+def _tensors(given):
+    """In arguments and in lists among them."""
+    for x in given:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def _each(change, given):
+    """`given`, a tensor or a nest of them, with each changed."""
+    if isinstance(given, torch.Tensor):
+        return change(given)
+    if isinstance(given, (list, tuple)):
+        return type(given)(_each(change, x) for x in given)
+    return given
 
 
 class FromNumbers(TorchFunctionMode):
@@ -118,4 +129,4 @@ def second_device():
 
 def near(x):
     """A tensor's values on the CPU, wherever it is."""
-    return x.detach().near if isinstance(x, Far) else x.detach()
+    return _near(x).detach()

@@ -7,7 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_unet
 from second_device import ELSEWHERE, near, second_device
+from torch import nn
 
 from concept_trak.components import states as component_states
 from concept_trak.components.by_picture import Through
@@ -16,27 +18,49 @@ from concept_trak.components.objective import AIMS
 from concept_trak.components.roles import select
 from concept_trak.components.scores import score
 from concept_trak.models.condition import Condition
+from concept_trak.models.ddim import Churn, Guided, ddim_sample
 from concept_trak.models.denoiser import NetworkDenoiser
 from concept_trak.models.generation import initial_noise
+from concept_trak.models.schedule import VariancePreserving
+from concept_trak.models.text_to_image import TextToImage
 from concept_trak.registry import OBJECTIVES
 from concept_trak.rows import states as row_states
 from concept_trak.rows.objectives import of_concept, train_rows
 from concept_trak.rows.projection import make_projection
 from concept_trak.rows.projectors import Projection, Spec
 from concept_trak.rows.row import RowMaker
-from concept_trak.rows.state import regrouped
+from concept_trak.rows.state import State, regrouped
 from concept_trak.rows.states import QueryStates, Start, TrainPictures, query_states_of
-from concept_trak.rows.vjp import PerSampleVjp, dense, module_layout
-from concept_trak.scoring.fisher import BlockFisher, FullFisher
+from concept_trak.rows.vjp import PerSampleVjp, module_layout
+from concept_trak.scoring.fisher import METHODS, BlockFisher, FullFisher
 from concept_trak.scoring.kfac import Ekfac
 from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.scores import solve_and_score
 from concept_trak.settings import PROJECTIONS
 from concept_trak.store.manifest import Layout
 from concept_trak.store.shards import Store
+from concept_trak.workshop.embedded.pipeline import build_scheduler
 
-LAYER = "attn2|conv_out|conv_norm_out"
-STATES = {"noised": row_states.noised_states(3), "inverted": row_states.inverted_states(3, 2.0)}
+
+class Small(nn.Module):
+    """What a UNet has, in a few operations: convolutions, a time, cross-attention, a norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv_in, self.conv_out = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        self.time, self.norm = nn.Embedding(1000, 8), nn.GroupNorm(2, 8)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(n, 8, bias=False) for n in (8, 6, 6))
+
+    def forward(self, x, t, cond):
+        h = self.norm(self.conv_in(x) + self.time(t)[:, :, None, None])
+        tokens = h.flatten(2).mT
+        q, k, v = self.to_q(tokens), self.to_k(cond), self.to_v(cond)
+        tokens = tokens + nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.conv_out(tokens.mT.reshape(h.shape))
+
+
+LAYER = "norm|to_k|to_v|conv_out"
 
 
 class Every(Projection):
@@ -65,15 +89,13 @@ class Every(Projection):
             part.finish(piece)
 
 
-@pytest.fixture(params=["cpu", ELSEWHERE.type])
-def where(request):
-    return torch.device(request.param)
-
-
-def moved(denoiser, device):
-    """The same network on a device."""
-    network = copy.deepcopy(denoiser.network).to(device)
-    return NetworkDenoiser(network, denoiser.schedule, denoiser.latent_shape)
+def made_on(device, network=None):
+    """`Small`, or another network, on a device."""
+    schedule = VariancePreserving(build_scheduler().alphas_cumprod)
+    if network is not None:
+        return NetworkDenoiser(network.to(device), schedule, (2, 4, 4))
+    call = lambda net, x, t, cond: net(x, t, cond.embeddings)  # noqa: E731
+    return NetworkDenoiser(Small().to(device), schedule, (2, 4, 4), call)
 
 
 def inputs(device, n=3):
@@ -100,19 +122,141 @@ def silent(there, run):
     return found
 
 
-@pytest.mark.parametrize("states", STATES)
-def test_train_rows_of_every_objective_and_projection(states, tiny_denoiser):
+def row_maker(denoiser):
+    projection = Every(PerSampleVjp(denoiser.network, LAYER).parameters, denoiser.device)
+    return RowMaker(denoiser, projection, LAYER, normalize=True)
+
+
+@pytest.fixture
+def unheld(monkeypatch):
+    """Rows are not held against autograd, which waits for the device, once for each shape."""
+    monkeypatch.setattr(PerSampleVjp, "_hold_against_autograd", lambda *given: None)
+
+
+def test_train_rows_of_every_objective_and_projection(unheld):
     def make(device, there):
-        denoiser = moved(tiny_denoiser, device)
-        x0, cond, null = inputs(device)
-        shown = TrainPictures(x0, cond, null, STATES[states])
-        projection = Every(PerSampleVjp(denoiser.network, LAYER).parameters, device)
-        maker = RowMaker(denoiser, projection, LAYER, normalize=True)
-        found = []
+        maker, found = row_maker(made_on(device)), []
+        shown = TrainPictures(*inputs(device), row_states.noised_states(3))
         for name in OBJECTIVES.names():
-            train_rows(maker, name, shown)  # holds this shape against autograd
             made = silent(there, lambda name=name: train_rows(maker, name, shown))
             found += [made.values, made.losses]
         return found
 
     both(make)
+
+
+def test_train_rows_of_an_inversion_held_against_autograd():
+    def make(device, there):
+        denoiser = made_on(device)
+        shown = TrainPictures(*inputs(device), row_states.inverted_states(3, 2.0))
+        made = train_rows(row_maker(denoiser), "dps", shown)
+        assert there is None or len(there.fetched) == 1  # for both states, of one shape
+        return made.values, made.losses
+
+    both(make)
+
+
+@pytest.mark.parametrize("scope", ["seed", "global", "local", "inversion"])
+def test_query_rows(scope, unheld):
+    def make(device, there):
+        denoiser = made_on(device)
+        x0, cond, null = inputs(device, 1)
+        start = Start(initial_noise(denoiser.latent_shape, 0).to(device), x0)
+        inversion = row_states.inverted_states(3, 2.0) if scope == "inversion" else None
+        named = "local" if inversion else scope
+        levels = row_states.trajectory_timesteps(3, 10)
+        asked = QueryStates(named, 2, levels, 10, 3.0, inversion=inversion)
+
+        def run():
+            seen = query_states_of(denoiser, asked, start, cond, null)
+            seen = [state.contrasting(cond, null) for state in regrouped(seen, 3)]
+            return row_maker(denoiser).mean_row(seen, of_concept("contrast"))
+
+        return (silent(there, run),)
+
+    both(make)
+
+
+def test_sampling_and_pictures(tiny_model):
+    """With the encoders of a whole pipeline."""
+
+    def make(device, there):
+        pipe = copy.copy(tiny_model.pipe)
+        for name in ("unet", "vae", "text_encoder"):
+            setattr(pipe, name, copy.deepcopy(getattr(pipe, name)).to(device))
+        model = TextToImage(pipe, tiny_model.source)
+        cond, null = model.encode_prompts(["a cat in the style of line", ""]).split()
+        x_T = initial_noise(model.latent_shape, 0).to(device)
+        churn = Churn(0.5, lambda t: torch.ones_like(x_T))
+        x0, _ = silent(there, lambda: ddim_sample(Guided(model, cond, null, 3.0), x_T, 5, churn))
+        again = model.encode_images(np.stack([np.asarray(p) for p in model.decode(x0)]))
+        return cond.embeddings, x0, again
+
+    both(make)
+
+
+def test_scores_of_weights():
+    def make(device, there):
+        denoiser = made_on(device, tiny_unet())
+        x0, cond, null = inputs(device, 1)
+        chosen = select(denoiser.network, "cross_attention.k")
+        sampling, found = component_states.Sampling(3.0, 2, 2), []
+        seen = component_states.trajectory(denoiser, cond, null, 0, sampling)
+        seen_noised = component_states.noised(denoiser, x0, (cond, null), 0, 2)
+        for aim, states in (("erase", seen), ("amplify", seen_noised)):
+            made = score(denoiser, AIMS[aim], chosen, lambda n, states=states: states, 2)
+            found += [*made.mean.values(), made.profile]
+            found += bends(denoiser, AIMS[aim], chosen, lambda n, states=states: states, 1).values()
+        through = Through(chosen, {c.name: c.weight.detach() for c in chosen}, "head")
+        dsm = OBJECTIVES.get("dsm").cotangent
+        return [*found, through.of(denoiser, seen_noised, dsm, 1)]
+
+    both(make)
+
+
+def test_the_solve_and_the_scores(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    rows, queries = torch.randn(40, 24, generator=g), torch.randn(2, 24, generator=g).numpy()
+    store = Store.create(tmp_path / "store", Layout(40, 24, 1, "float32"), {})
+    store.append(0, rows.numpy(), 0)
+    store.finish(0)
+
+    def make(device, there):
+        budget, found = Budget(device=device.type, cache=False), []
+        ways = [FullFisher(budget, m) for m in METHODS] + [BlockFisher(budget, (16, 8))]
+        for way in ways:
+            found.append(solve_and_score(store, queries, [0.1, 10.0], way))
+        return found
+
+    both(make)
+
+
+def test_the_curvature_of_all_weights():
+    def make(device, there):
+        denoiser = made_on(device)
+        x0, cond, null = inputs(device)
+        state = State(500, x0, cond, null, torch.ones_like(x0), x0)
+        with PerSampleVjp(denoiser.network, LAYER) as tape:
+            grads = tape.vjp(*OBJECTIVES.get("dsm").cotangent(denoiser, state), 3)
+        return Ekfac.fit(lambda: [grads]).solve(grads, 0.1)
+
+    both(make)
+
+
+def test_a_mix_of_devices_raises_and_waiting_is_counted():
+    with second_device() as there:
+        here, far = torch.ones(2), torch.ones(2, device=ELSEWHERE)
+        for mixed in (lambda: far + here, lambda: here @ far, lambda: far.mul_(here)):
+            with pytest.raises(RuntimeError, match="one tensor is on a second device"):
+                mixed()
+        assert there.fetched == [] and (far + 2 * far).device == ELSEWHERE
+        waiting = (
+            lambda: far.sum().item(),
+            lambda: bool(far.isfinite().all()),
+            lambda: far.cpu(),
+            lambda: far[far > 0],
+            lambda: far.repeat_interleave(torch.tensor([1, 2], device=ELSEWHERE)),
+        )
+        for count, run in enumerate(waiting, 1):
+            run()
+            assert len(there.fetched) == count
