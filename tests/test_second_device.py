@@ -7,7 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
 from second_device import ELSEWHERE, near, second_device
 from torch import nn
 
@@ -15,7 +14,7 @@ from concept_trak.components import states as component_states
 from concept_trak.components.by_picture import Through
 from concept_trak.components.curvature import bends
 from concept_trak.components.objective import AIMS
-from concept_trak.components.roles import select
+from concept_trak.components.roles import Component
 from concept_trak.components.scores import score
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import Churn, Guided, ddim_sample
@@ -89,11 +88,9 @@ class Every(Projection):
             part.finish(piece)
 
 
-def made_on(device, network=None):
-    """`Small`, or another network, on a device."""
+def made_on(device):
+    """`Small` on a device."""
     schedule = VariancePreserving(build_scheduler().alphas_cumprod)
-    if network is not None:
-        return NetworkDenoiser(network.to(device), schedule, (2, 4, 4))
     call = lambda net, x, t, cond: net(x, t, cond.embeddings)  # noqa: E731
     return NetworkDenoiser(Small().to(device), schedule, (2, 4, 4), call)
 
@@ -197,9 +194,10 @@ def test_sampling_and_pictures(tiny_model):
 
 def test_scores_of_weights():
     def make(device, there):
-        denoiser = made_on(device, tiny_unet())
+        denoiser = made_on(device)
         x0, cond, null = inputs(device, 1)
-        chosen = select(denoiser.network, "cross_attention.k")
+        weights = ((f"{n}.weight", getattr(denoiser.network, n).weight) for n in ("to_k", "to_v"))
+        chosen = [Component(name, weight, "cross_attention", 2) for name, weight in weights]
         sampling, found = component_states.Sampling(3.0, 2, 2), []
         seen = component_states.trajectory(denoiser, cond, null, 0, sampling)
         seen_noised = component_states.noised(denoiser, x0, (cond, null), 0, 2)
