@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UserError, call
 from .condition import Condition
 from .denoiser import NetworkDenoiser
+from .folder import side_of
 from .identity import COMMITTED, ENCODERS, hash_of, hash_of_reading, hash_of_weights
 from .lora import load_lora
 from .pipelines import open_pipeline
@@ -37,11 +38,12 @@ class TextToImage(NetworkDenoiser):
         cfg = pipe.unet.config
         prediction = pipe.scheduler.config.prediction_type
         schedule = VariancePreserving(pipe.scheduler.alphas_cumprod, prediction)
-        super().__init__(pipe.unet, schedule, (cfg.in_channels, cfg.sample_size, cfg.sample_size))
+        side = side_of(cfg)
+        super().__init__(pipe.unet, schedule, (cfg.in_channels, side, side))
         self.pipe, self.source = pipe, source
         self.tokens: dict[str, str] = {}
         self.hashes = dict(hashes or {})  # those that are known, by name
-        self.image_size = cfg.sample_size * pipe.vae_scale_factor
+        self.image_size = side * pipe.vae_scale_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Condition:
