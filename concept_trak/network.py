@@ -4,6 +4,7 @@ address is told.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -33,15 +34,25 @@ def without_credentials(address: str) -> str:
 
 def way_to(address: str) -> tuple[SplitResult, str]:
     """(what is connected to for a web address: the host, or the proxy to it; how that is told)."""
-    target = urlsplit(address)
-    told, proxies = target.hostname or "", urllib.request.getproxies()
+    target, proxies = _split(address), urllib.request.getproxies()
+    told = target.hostname or ""
     proxy = proxies.get(target.scheme) or proxies.get("all")
     if not proxy or urllib.request.proxy_bypass(told):
         return target, told
-    target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    target = _split(proxy if "://" in proxy else f"http://{proxy}")
     named = (k for k, v in os.environ.items() if k.lower().endswith("_proxy") and v == proxy)
     of = next(named, "the system's settings")
     return target, f"{told} by way of the proxy {target.hostname} (of {of})"
+
+
+def _split(address: str) -> SplitResult:
+    """UserError for an address without a host."""
+    with contextlib.suppress(ValueError):
+        if (target := urlsplit(address)).scheme and target.hostname:
+            return target
+    raise UserError(
+        f"{without_credentials(address)!r} is no web address; mend HF_ENDPOINT or HTTPS_PROXY"
+    )
 
 
 def refuse_offline(address: str, remedy: str) -> None:

@@ -81,9 +81,7 @@ def needed(source: str, names: list[str]) -> list[str]:
 
 
 def fetch(
-    source: str,
-    choose: Callable[[str, list[str]], list[str]],
-    variable: str = "SD_MODEL_PATH",
+    source: str, choose: Callable[[str, list[str]], list[str]], variable: str = "SD_MODEL_PATH"
 ) -> Path:
     """Fetch the files of a hub id that `choose` wants of (id, names); the folder in the cache.
 

@@ -309,7 +309,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(model, tmp_path, monkeypa
         "wide.bin": ({TOKEN: torch.zeros(7)}, r"\[7\].*\[6\]"),
         "nan.bin": ({TOKEN: torch.full((6,), float("nan"))}, "NaN"),
         "several.bin": ({TOKEN: torch.zeros(6), "<new2>": torch.zeros(6)}, "2 entries"),
-        "vectors.bin": ({TOKEN: torch.zeros(3, 6)}, r"\[3, 6\]"),
+        "many.bin": ({TOKEN: torch.zeros(99, 6)}, r"\[99, 6\]"),
         "list.bin": ([torch.zeros(6)], "instead of one embedding"),
         "text.bin": ({TOKEN: "embedding"}, "instead of one"),
         "code.bin": ({TOKEN: Code()}, "more than tensors"),
