@@ -59,9 +59,6 @@ def refuse_other_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
     """UserError for a folder that is no pipeline, or holds what is neither file nor folder: a pipe
     would keep the run waiting, a device would never end.
     """
-    remedy = f"set {variable} to a folder or a hub id (owner/name)"
-    if not folder.exists():
-        raise UserError(f"{no_folder(str(folder))}; {remedy}")
     if not folder.is_dir():
         loaded = f"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{folder}"
         raise UserError(
@@ -69,7 +66,8 @@ def refuse_other_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
             f"python -c \"{loaded}').save_pretrained('model')\""
         )
     if not (folder / INDEX).exists():
-        raise UserError(f"{folder} is not a diffusers pipeline folder (no {INDEX}); {remedy}")
+        reason = f"is not a diffusers pipeline folder (no {INDEX})"
+        raise UserError(f"{folder} {reason}; give {variable} a folder or a hub id")
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file; {copy_again(path)}")

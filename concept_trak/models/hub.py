@@ -9,28 +9,22 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..network import refuse_offline, way_to, without_credentials
-from .folder import (
-    INDEX,
-    STEMS,
-    is_local,
-    no_folder,
-    refuse_no_weights,
-    refuse_other_folder,
-    weight_files,
-    weights,
-)
+from .folder import INDEX, STEMS, is_local, no_folder, refuse_no_weights, weight_files, weights
 
 SECONDS = 10.0  # for the hub to answer
 TEXTS = (".json", ".txt", ".model")  # configurations, and what a tokenizer reads
 
 
-def folder_of(source: str, variable: str = "SD_MODEL_PATH") -> Path:
-    """The folder of a pipeline, or the cache's of a hub id, whose configurations (some 100 KB) are
-    fetched if they are not there. UserError for one that is no pipeline, or cannot be had.
+def folder_of(source: str, variable: str = "SD_MODEL_PATH", mark: str = INDEX) -> Path:
+    """The folder of a model, or the cache's of a hub id, whose configurations (some 100 KB) are
+    fetched if they are not there. mark: a file that it has. UserError for one that cannot be had.
     """
-    folder = Path(source) if is_local(source) else cached(source) or fetch(source, texts, variable)
-    refuse_other_folder(folder, variable)
-    return folder
+    if not is_local(source):
+        return cached(source, mark) or fetch(source, texts, variable)
+    if not Path(source).exists():
+        told = f"set {variable} to a folder or a hub id (owner/name)"
+        raise UserError(f"{no_folder(source)}; {told}")
+    return Path(source)
 
 
 def folder_with_weights(source: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 from ..reading import read_json
-from .folder import INDEX, copy_again, refuse_endless, side_of
+from .folder import INDEX, copy_again, refuse_endless, refuse_other_folder, side_of
 from .hub import folder_of
 
 FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
@@ -59,6 +59,7 @@ def check_source(source: str, variable: str = "SD_MODEL_PATH") -> Path:
     cannot be used, as `check_kind`.
     """
     folder = folder_of(source, variable)
+    refuse_other_folder(folder, variable)
     check_kind(folder, source)
     return folder
 

@@ -52,7 +52,10 @@ class TextToImage(NetworkDenoiser):
         there, as the pipeline does.
         """
         tokens = self.pipe.tokenizer(
-            list(map(self.read_as, prompts)), padding="max_length", truncation=True, return_tensors="pt"
+            list(map(self.read_as, prompts)),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         return Condition(self.pipe.text_encoder(tokens.to(self.device))[0].to(self.dtype))
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import changed, tiny_unet
 from oracles import vmap_gradients
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,16 +26,6 @@ from concept_trak.rows.vjp import PerSampleVjp, dense, select_parameters
 from concept_trak.workshop.embedded.pipeline import build_scheduler
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-
-
-def changed(source, folder, file, **values):
-    """A copy of a pipeline folder with other values in one of its JSON files, weights linked."""
-    shutil.copytree(source, folder, copy_function=lambda a, b: shutil.os.link(a, b))
-    path = folder / file
-    content = json.loads(path.read_text())
-    path.unlink()
-    path.write_text(json.dumps(content | values))
-    return folder
 
 
 def batch(n=3):
@@ -102,16 +92,6 @@ def test_a_pipeline_of_another_kind_is_refused_with_what_it_would_need(tmp_path,
     with pytest.raises(UserError, match=needs) as caught:
         load_pipeline(str(tmp_path))
     assert "SD_MODEL_PATH" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_hub_model_of_another_kind_is_refused_by_its_downloaded_index(tmp_path, monkeypatch):
-    from diffusers import configuration_utils
-
-    index = tmp_path / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    monkeypatch.setattr(configuration_utils, "hf_hub_download", lambda *_, **__: str(index))
-    with pytest.raises(UserError, match="owner/name is a StableDiffusionXLPipeline"):
-        load_pipeline("owner/name")
 
 
 @pytest.mark.parametrize(
