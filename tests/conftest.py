@@ -4,6 +4,8 @@ the cores.
 
 import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +87,19 @@ def save_tiny_pipeline(folder, seed=0, objects=OBJECTS, styles=STYLES):
     unet = tiny_unet(seed)
     text_encoder, vae = tiny_text_encoder(tokenizer), tiny_vae()
     embedded.save_pipeline(embedded.build_pipeline(vae, text_encoder, tokenizer, unet), folder)
+    return folder
+
+
+GONE = object()  # in place of a value: the key is not there
+
+
+def changed(source, folder, file, **values):
+    """A copy of a pipeline folder with other values in one of its JSON files, weights linked."""
+    shutil.copytree(source, folder, copy_function=os.link)
+    path = folder / file
+    content = json.loads(path.read_text()) | values
+    path.unlink()
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not GONE}))
     return folder
 
 

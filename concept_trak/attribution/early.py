@@ -11,7 +11,9 @@ from ..datasets.folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
 from ..flags import command
 from ..index.library import FOLDER, faiss
-from ..models.folder import is_local, refuse_other_folder, unet_size
+from ..models.folder import is_local, unet_size
+from ..models.hub import cached
+from ..models.kind import check_source
 from ..parsing import parse_methods
 from ..settings import Settings
 from ..store.remote import bring_manifests, is_address
@@ -89,9 +91,8 @@ def check_model(settings: Settings) -> None:
     if not (Path(settings.data_dir) / LATENTS).exists():
         load_folder(settings.data_dir)
     for variable in ("SD_MODEL_PATH", "FIT_MODEL_PATH"):
-        source = getattr(settings, variable.lower())
-        if source and is_local(source):
-            refuse_other_folder(Path(source), variable)
+        if source := getattr(settings, variable.lower()):
+            check_source(source, variable)
 
 
 def there_are_rows(settings: Settings) -> bool:
@@ -140,9 +141,14 @@ def seconds_a_row(settings: Settings) -> float | None:
 
 
 def network_size(settings: Settings) -> tuple[int, int] | None:
-    """(parameters, side of a latent) of the UNet."""
+    """(parameters, side of a latent) of the UNet; a hub id that is not here yet is taken for Stable
+    Diffusion.
+    """
     source = settings.sd_model_path
-    return unet_size(Path(source)) if is_local(source) else STABLE_DIFFUSION
+    if is_local(source):
+        return unet_size(Path(source))
+    folder = cached(source)
+    return (unet_size(folder) if folder else None) or STABLE_DIFFUSION
 
 
 def check_own(settings: Settings) -> None:
@@ -151,8 +157,7 @@ def check_own(settings: Settings) -> None:
     targets = prompts.split_list(s.target_concepts)
     prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
     emoji.refuse_unknown(load_folder(s.source_dir), s.prompt, targets)
-    if is_local(s.sd_model_path):
-        refuse_other_folder(Path(s.sd_model_path))
+    check_source(s.sd_model_path)
 
 
 def own_estimate(settings: Settings) -> str:

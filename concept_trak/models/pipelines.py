@@ -1,48 +1,27 @@
 """Opening a diffusers pipeline, and one clear sentence for each that cannot be used.
 
-A pipeline fits when its UNet predicts eps or v from (x_t, t, one prompt's embeddings) and nothing
-else: `StableDiffusionPipeline`, that is Stable Diffusion 1.x, 2.x and their fine-tunes. Nothing
-here reads a pickle or runs code of a model's author.
+Which are, is said in `kind`. Nothing here reads a pickle or runs code of a model's author.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..errors import UserError
-from .folder import copy_again, is_local, refuse_endless, refuse_other_folder
+from ..reading import read_json
+from ..system import say
+from .folder import INDEX, STEMS, copy_again, header, weights
+from .hub import folder_with_weights
+from .kind import REMEDY, check_source
 from .schedule import NUM_TRAIN_TIMESTEPS
 
-FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
-FLOW = (
-    "a flow-matching transformer: needs a velocity-to-eps conversion and gradient rules for joint "
-    "attention"
-)
-MISSING = {  # beginning of the class name: what would be needed; the first that matches counts
-    "StableDiffusionXL": "needs two text encoders' embeddings and time ids beside the prompt",
-    "StableDiffusion3": FLOW,
-    "Flux": FLOW,
-    "StableDiffusionInpaint": "its UNet takes 9 input channels: needs a mask and the masked "
-    "picture beside the latents",
-    "StableDiffusionInstructPix2Pix": "its UNet takes 8 input channels: needs the picture to edit "
-    "beside the latents",
-    "StableDiffusionControlNet": "needs a control picture beside the prompt",
-    "LatentConsistencyModel": "its distilled UNet takes the guidance scale as an input and "
-    "predicts x0 in one step",
-}
-CONDITIONS = (
-    "class_embed_type",
-    "num_class_embeds",
-    "addition_embed_type",
-    "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)
-REMEDY = "give SD_MODEL_PATH a StableDiffusionPipeline (SD 1.x, 2.x or a fine-tune)"
+WRAPPED = ("_orig_mod.", "module.")  # what torch.compile and DataParallel put before every name
 
 
 def open_pipeline(source: str, dtype: torch.dtype) -> Any:
@@ -56,53 +35,103 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    if is_local(source):
-        refuse_other_folder(Path(source))
+    check_source(source)
+    folder = folder_with_weights(source)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+    index, parts = read_json(folder / INDEX, copy_again(source)), {}
+    with warnings.catch_warnings():
+        # newer releases prefer `dtype`, which older ones do not know
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        for part in ("scheduler", "tokenizer", *STEMS):
+            with told_of(source, part):
+                parts[part] = read_part(folder, part, index[part], dtype)
+                check_part(folder, part, parts)
+        others = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        return StableDiffusionPipeline(**parts, **others, requires_safety_checker=False)
+
+
+@contextlib.contextmanager
+def told_of(source: str, part: str) -> Iterator[None]:
+    """Whatever a damaged part makes the libraries raise becomes a UserError that names it."""
     try:
-        with warnings.catch_warnings():
-            # newer releases prefer `dtype`, which older ones do not know
-            warnings.simplefilter("ignore", FutureWarning)
-            # of the hub, about arguments that diffusers passes
-            warnings.simplefilter("ignore", UserWarning)
-            check_kind(source)
-            pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **options)
-            refuse_missing_weights(pipe)
-            refuse_deaf_tokenizer(pipe.tokenizer, pipe.text_encoder)
+        yield
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a damaged part makes the libraries raise
+    except Exception as error:  # noqa: BLE001
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"cannot load the pipeline {source}: {reason}; {copy_again(source)}"
+            f"cannot load the pipeline {source}: {part}: {reason}; {copy_again(source)}"
         ) from error
-    if len(getattr(pipe.scheduler, "alphas_cumprod", ())) != NUM_TRAIN_TIMESTEPS:
-        reason = f"has no noise schedule of 1000 steps ({type(pipe.scheduler).__name__})"
-        raise UserError(f"{source} {reason}; {REMEDY}")
-    return pipe
 
 
-def refuse_missing_weights(pipe: Any) -> None:
-    """ValueError for a network whose file lacks a weight: diffusers leaves it empty, transformers
-    draws it at random, and both go on.
+def read_part(folder: Path, part: str, of: list[str], dtype: torch.dtype) -> Any:
+    """A part of the class (library, name) that the pipeline's index gives it."""
+    import diffusers
+    import transformers
+
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}[of[0]], of[1])
+    if part not in STEMS:
+        return kind.from_pretrained(str(folder / part), local_files_only=True)
+    variant, files = weights(folder, part)
+    refuse_wrapped(files)
+    if variant:
+        say(f"{folder}: the {part} is there as {variant} alone, which is taken")
+    options = {"use_safetensors": True, "variant": variant or None, "local_files_only": True}
+    return kind.from_pretrained(str(folder / part), torch_dtype=dtype, **options)
+
+
+def check_part(folder: Path, part: str, parts: dict[str, Any]) -> None:
+    """ValueError for a part that is read, but cannot be used; of `parts`, those read so far."""
+    if part == "scheduler":
+        refuse_schedule(parts[part])
+    if part in STEMS:
+        refuse_missing_weights(parts[part], part, folder)
+    if part == "text_encoder":
+        refuse_deaf_tokenizer(parts["tokenizer"], parts[part])
+
+
+def refuse_schedule(scheduler: Any) -> None:
+    """ValueError for a scheduler without the shares of picture and noise of 1000 steps."""
+    found = getattr(scheduler, "alphas_cumprod", torch.empty(0))
+    name = type(scheduler).__name__
+    if len(found) != NUM_TRAIN_TIMESTEPS:
+        raise UserError(f"{name} has no noise schedule of 1000 steps; {REMEDY}")
+    if not (found.diff() < 0).all() or not 0 <= found[-1] < found[0] < 1:
+        raise ValueError(f"the noise of {name} does not grow from step to step")
+
+
+def refuse_wrapped(files: list[Path]) -> None:
+    """ValueError for weights that were saved with the name of what they were wrapped in."""
+    names = [name for file in files for name in header(file) if name != "__metadata__"]
+    for prefix in WRAPPED:
+        if names and all(name.startswith(prefix) for name in names):
+            told = f"its weights have {prefix!r} before their names, from torch.compile or the like"
+            raise UserError(
+                f"{files[0]}: {told}; save the network inside that one "
+                f"({prefix[:-1]}), or set SD_MODEL_PATH to another"
+            )
+
+
+def refuse_missing_weights(network: Any, part: str, folder: Path) -> None:
+    """ValueError for a network whose file lacks a weight, or has one that is no number: diffusers
+    leaves the first empty, transformers draws it at random, and both go on.
     """
-    for name in ("unet", "vae", "text_encoder"):
-        lacking = [key for key, p in getattr(pipe, name).named_parameters() if p.is_meta]
-        if lacking:
-            raise ValueError(f"the file of its {name} lacks {lacking[0]}")
-    encoder = pipe.text_encoder
-    files = list(part_folder(pipe, "text_encoder").glob("*.safetensors"))
-    if type(encoder).__name__ != "CLIPTextModel" or not files:
-        return
-    known = set()
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            known |= {key.removeprefix("text_model.") for key in opened.keys()}  # noqa: SIM118
-    wanted = (key.removeprefix("text_model.") for key, _ in encoder.named_parameters())
-    if lacking := [key for key in wanted if key not in known]:
-        raise ValueError(f"the file of its text_encoder lacks {lacking[0]}")
+    lacking = [key for key, p in network.named_parameters() if p.is_meta]
+    if part == "text_encoder" and type(network).__name__ == "CLIPTextModel":
+        known = {
+            key.removeprefix("text_model.")
+            for file in weights(folder, part)[1]
+            for key in header(file)
+        }
+        wanted = (key.removeprefix("text_model.") for key, _ in network.named_parameters())
+        lacking += [key for key in wanted if key not in known]
+    if lacking:
+        raise ValueError(f"the file of its {part} lacks {lacking[0]}")
+    for key, p in network.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f"{key} holds a NaN or infinite value")
 
 
 def part_folder(pipe: Any, name: str) -> Path:
@@ -112,37 +141,20 @@ def part_folder(pipe: Any, name: str) -> Path:
 
 def refuse_deaf_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
     """ValueError for one that does not read words, or more of them than the text encoder takes: its
-    files are damaged, or others.
+    files are damaged, or others. One that does not say how many gets the text encoder's number.
     """
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
     length, room = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
+    if length == VERY_LARGE_INTEGER:
+        length = tokenizer.model_max_length = room
     if type(length) is not int or not 2 < length <= room:
         given = f"its tokenizer's model_max_length is {str(length)[:20]}, not 3 to {room}"
         raise ValueError(f"{given}; tokenizer/ is damaged")
+    known = text_encoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        told = f"its tokenizer has {len(tokenizer)} words, its text encoder {known}"
+        raise ValueError(f"{told}; tokenizer/ is damaged")
     numbers = tokenizer(["a", "an"], padding="max_length", truncation=True).input_ids
     if numbers[0] == numbers[1] or not all(isinstance(n, int) for n in numbers[0]):
         raise ValueError("its tokenizer does not tell words apart; tokenizer/ is damaged")
-
-
-def check_kind(source: str) -> None:
-    """UserError naming what a model of another kind would need; reads JSON files, no weights."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-
-    name = StableDiffusionPipeline.load_config(source).get("_class_name")
-    if name not in FITTING:
-        reasons = (text for start, text in MISSING.items() if str(name).startswith(start))
-        reason = next(reasons, "needs inputs or rules that are not known here")
-        raise UserError(f"{source} is a {name}, {reason}; {REMEDY}")
-    unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-    vae = AutoencoderKL.load_config(source, subfolder="vae")
-    for part, config in (("unet", unet), ("vae", vae)):
-        refuse_endless(config, f"{source}, {part}")
-    for key in CONDITIONS:
-        if unet.get(key) is not None:
-            needs = "needs an input beside latents, time and prompt"
-            raise UserError(f"the UNet of {source} has {key}={unet[key]!r}: {needs}; {REMEDY}")
-    channels = unet.get("in_channels", 4)
-    latents = vae.get("latent_channels", 4)
-    if channels != latents:
-        counts = f"takes {channels} input channels but its latents have {latents}"
-        needs = "needs a further picture, as for inpainting or editing"
-        raise UserError(f"the UNet of {source} {counts}: {needs}; {REMEDY}")

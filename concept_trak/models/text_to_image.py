@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UserError, call
 from .condition import Condition
 from .denoiser import NetworkDenoiser
+from .folder import side_of
 from .identity import COMMITTED, ENCODERS, hash_of, hash_of_reading, hash_of_weights
 from .lora import load_lora
 from .pipelines import open_pipeline
@@ -37,11 +38,13 @@ class TextToImage(NetworkDenoiser):
         cfg = pipe.unet.config
         prediction = pipe.scheduler.config.prediction_type
         schedule = VariancePreserving(pipe.scheduler.alphas_cumprod, prediction)
-        super().__init__(pipe.unet, schedule, (cfg.in_channels, cfg.sample_size, cfg.sample_size))
+        side = side_of(cfg)
+        super().__init__(pipe.unet, schedule, (cfg.in_channels, side, side))
         self.pipe, self.source = pipe, source
         self.tokens: dict[str, str] = {}
+        self.spelt: dict[str, list[str]] = {}  # the words that a token is read as, see `read_as`
         self.hashes = dict(hashes or {})  # those that are known, by name
-        self.image_size = cfg.sample_size * pipe.vae_scale_factor
+        self.image_size = side * pipe.vae_scale_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Condition:
@@ -49,7 +52,10 @@ class TextToImage(NetworkDenoiser):
         there, as the pipeline does.
         """
         tokens = self.pipe.tokenizer(
-            prompts, padding="max_length", truncation=True, return_tensors="pt"
+            list(map(self.read_as, prompts)),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         return Condition(self.pipe.text_encoder(tokens.to(self.device))[0].to(self.dtype))
 
@@ -62,7 +68,7 @@ class TextToImage(NetworkDenoiser):
         room = tokenizer.model_max_length
 
         def fits(words: list[str]) -> bool:
-            return len(tokenizer(" ".join(words)).input_ids) <= room
+            return len(tokenizer(self.read_as(" ".join(words))).input_ids) <= room
 
         words = prompt.split()
         if fits(words):
@@ -109,8 +115,8 @@ class TextToImage(NetworkDenoiser):
 
     @torch.no_grad()
     def add_token(self, token: str, embedding: torch.Tensor) -> int:
-        """Make `token` a word with this embedding [d], and return its number; a token added before
-        gets the new embedding.
+        """Make `token` a word with this embedding [d], or several [n, d] that are read one after
+        another, and return the first one's number; a token added before gets the new embedding.
 
         Nothing else changes: not `weight_hash()`, and not the encoding of a prompt without the
         token. UserError when the embedding has another width or is not finite, or when the token is
@@ -118,38 +124,47 @@ class TextToImage(NetworkDenoiser):
         """
         self.identity(), self.encoder_hash()  # of the model without its tokens
         tokenizer, table = self.pipe.tokenizer, self.pipe.text_encoder.get_input_embeddings()
-        row, width = embedding.detach().float().cpu(), table.weight.shape[1]
-        if row.shape != (width,):
+        rows, width = embedding.detach().float().cpu(), table.weight.shape[1]
+        rows = rows[None] if rows.dim() == 1 else rows
+        room = tokenizer.model_max_length - 2
+        if rows.dim() != 2 or rows.shape[1] != width or not 1 <= len(rows) <= room:
             raise UserError(
-                f"the embedding of {token} has shape {list(row.shape)}, but this text encoder's "
-                f"have [{width}], so it is of another model; set TI_MODEL_PATH, "
-                "TI_WEIGHT_NAME to one "
-                "of this model"
+                f"the embedding of {token} has shape {list(embedding.shape)}, but this text "
+                f"encoder's have [{width}] (up to {room} of them), so it is of another model; "
+                "set TI_MODEL_PATH, TI_WEIGHT_NAME to one of this model"
             )
-        if not row.isfinite().all():
+        if not rows.isfinite().all():
             raise UserError(f"the embedding of {token} is NaN or infinite; {TRAIN_TOKEN}")
         if type(table) is not nn.Embedding:
             raise UserError(
                 f"the text encoder's word table is a {type(table).__name__}; set "
                 "LORA_PATH to one that leaves token_embedding alone"
             )
-        if token not in self.tokens:
-            if not token or token in tokenizer.get_vocab():
-                raise UserError(f"{token!r} is a word of this model already; give --token another")
-            tokenizer.add_tokens([token])
-        number = tokenizer.convert_tokens_to_ids(token)
-        if (
-            number >= table.num_embeddings
-        ):  # not resize_token_embeddings, which draws the new row from a fit to all others first
-            grown = torch.cat(
-                [table.weight, table.weight.new_zeros(number + 1 - table.num_embeddings, width)]
-            )
+        words = [token, *(f"{token}_{i}" for i in range(1, len(rows)))]
+        known = tokenizer.get_vocab()
+        if token not in self.tokens and (not token or any(word in known for word in words)):
+            raise UserError(f"{token!r} is a word of this model already; give --token another")
+        tokenizer.add_tokens([word for word in words if word not in known])
+        numbers = tokenizer.convert_tokens_to_ids(words)
+        if (more := max(numbers) + 1 - table.num_embeddings) > 0:
+            # not resize_token_embeddings, which draws the new row from a fit to all others first
+            grown = torch.cat([table.weight, table.weight.new_zeros(more, width)])
             table = nn.Embedding.from_pretrained(grown, freeze=True)
             self.pipe.text_encoder.set_input_embeddings(table)
             self.pipe.text_encoder.config.vocab_size = len(grown)
-        table.weight[number] = row.to(table.weight)
-        self.tokens[token] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
-        return number
+        table.weight[numbers] = rows.to(table.weight)
+        self.tokens[token] = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+        self.spelt[token] = words
+        return numbers[0]
+
+    def read_as(self, prompt: str) -> str:
+        """A prompt as the tokenizer is given it: a token of several embeddings as that many words,
+        `<new1> <new1>_1 ...`, as diffusers writes them.
+        """
+        for token, words in self.spelt.items():
+            if len(words) > 1:
+                prompt = prompt.replace(token, " ".join(words))
+        return prompt
 
     def weight_hash(self) -> str:
         """sha256 over every component's weights (names, shapes, fp16 bytes) and LoRA scales: the

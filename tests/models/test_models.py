@@ -138,7 +138,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
 
 def test_a_pipeline_folder_without_its_weights_is_refused(tmp_path, tiny_pipeline):
     (tmp_path / "model_index.json").write_bytes((tiny_pipeline / "model_index.json").read_bytes())
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="unet/config.json is missing"):
         load_pipeline(str(tmp_path))
 
 

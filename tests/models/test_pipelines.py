@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import GONE, changed, tiny_unet
 from oracles import vmap_gradients
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,6 +16,7 @@ from concept_trak.errors import UserError
 from concept_trak.models.condition import Condition
 from concept_trak.models.denoiser import NetworkDenoiser
 from concept_trak.models.generation import Generation, initial_noise, sample
+from concept_trak.models.lora import load_lora, lora_files
 from concept_trak.models.schedule import VariancePreserving
 from concept_trak.models.text_to_image import TextToImage, load_pipeline
 from concept_trak.registry import OBJECTIVES
@@ -26,16 +27,6 @@ from concept_trak.rows.vjp import PerSampleVjp, dense, select_parameters
 from concept_trak.workshop.embedded.pipeline import build_scheduler
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-
-
-def changed(source, folder, file, **values):
-    """A copy of a pipeline folder with other values in one of its JSON files, weights linked."""
-    shutil.copytree(source, folder, copy_function=lambda a, b: shutil.os.link(a, b))
-    path = folder / file
-    content = json.loads(path.read_text())
-    path.unlink()
-    path.write_text(json.dumps(content | values))
-    return folder
 
 
 def batch(n=3):
@@ -102,16 +93,6 @@ def test_a_pipeline_of_another_kind_is_refused_with_what_it_would_need(tmp_path,
     with pytest.raises(UserError, match=needs) as caught:
         load_pipeline(str(tmp_path))
     assert "SD_MODEL_PATH" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_hub_model_of_another_kind_is_refused_by_its_downloaded_index(tmp_path, monkeypatch):
-    from diffusers import configuration_utils
-
-    index = tmp_path / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    monkeypatch.setattr(configuration_utils, "hf_hub_download", lambda *_, **__: str(index))
-    with pytest.raises(UserError, match="owner/name is a StableDiffusionXLPipeline"):
-        load_pipeline("owner/name")
 
 
 @pytest.mark.parametrize(
@@ -362,3 +343,203 @@ def test_a_network_that_would_take_forever_to_build_is_refused_at_once(
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"{key}=.* is too large; copy or download the model again"):
         load_pipeline(str(tmp_path / "other"))
+
+
+# what is read of a folder, and what is wrong with it
+
+
+def test_a_variant_is_taken_where_the_plain_weights_are_missing_and_said(
+    tiny_pipeline, tiny_model, tmp_path, capsys
+):
+    shutil.copytree(tiny_pipeline, tmp_path / "p")
+    for file in (tmp_path / "p").glob("*e*/*.safetensors"):  # of unet/ and vae/ and text_encoder/
+        if file.parent.name != "text_encoder":
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    model = load_pipeline(str(tmp_path / "p"))
+    assert model.identity() == tiny_model.identity()
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is there as fp16 alone")[0][-4:] for line in told] == ["unet", " vae"]
+
+
+def test_the_conversion_of_a_pickle_that_is_told_makes_the_same_model(
+    tiny_pipeline, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(shutil.copytree(tiny_pipeline, tmp_path / "p").parent)
+    for file in (tmp_path / "p/unet").glob("*.safetensors"):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    with pytest.raises(UserError, match="as a pickle") as caught:
+        load_pipeline("p")
+    exec(str(caught.value).partition('python -c "')[2].rstrip('"'), {})
+    assert load_pipeline("model").weight_hash() == tiny_model.weight_hash()
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, "torch.compile"),
+        (lambda w: {f"module.{k}": v for k, v in w.items()}, "'module.' before their names"),
+        (lambda w: w | {"conv_in.bias": w["conv_in.bias"] * float("nan")}, "unet: conv_in.bias"),
+        (lambda w: w | {"conv_in.bias": w["conv_in.bias"] + float("inf")}, "NaN or infinite"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_told(tiny_pipeline, tmp_path, change, told):
+    shutil.copytree(tiny_pipeline, tmp_path / "p")
+    (file,) = (tmp_path / "p/unet").glob("*.safetensors")
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=told) as caught:
+        load_pipeline(str(tmp_path / "p"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"beta_schedule": "mine"}, "mine"),
+        ({"beta_start": 1e-300, "beta_end": 1e-299}, "does not grow"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [-1.0] * 1000}, "does not grow"),
+    ],
+)
+def test_a_schedule_that_is_none_is_told_before_a_network_is_read(
+    tiny_pipeline, tmp_path, monkeypatch, values, told
+):
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
+    folder = changed(tiny_pipeline, tmp_path / "p", "scheduler/scheduler_config.json", **values)
+    with pytest.raises(UserError, match=f"scheduler: .*{told}"):
+        load_pipeline(str(folder))
+
+
+def test_a_scheduler_without_shares_of_noise_is_refused(tiny_pipeline, tmp_path):
+    index = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    folder = changed(tiny_pipeline, tmp_path / "p", "model_index.json", **index)
+    with pytest.raises(UserError, match="no noise schedule of 1000 steps"):
+        load_pipeline(str(folder))
+
+
+def test_a_tokenizer_that_names_no_length_has_the_text_encoders(
+    tiny_pipeline, tiny_model, tmp_path
+):
+    file = "tokenizer/tokenizer_config.json"
+    folder = changed(tiny_pipeline, tmp_path / "p", file, model_max_length=GONE, max_length=GONE)
+    model, caption = load_pipeline(str(folder)), ["a cat in the style of blob"]
+    got, want = (m.encode_prompts(caption).embeddings for m in (model, tiny_model))
+    assert torch.equal(got, want)
+
+
+# LoRAs that are none, and other places of theirs
+
+PAIR = {
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q.lora_A.weight": (2, 8),
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q.lora_B.weight": (8, 2),
+}
+A, B = PAIR
+
+
+def pair(**changes):
+    return {name: torch.ones(shape) for name, shape in PAIR.items()} | changes
+
+
+@pytest.fixture(scope="module")
+def untouched(tiny_pipeline):
+    """A pipeline that no refused LoRA may have changed."""
+    pipe = load_pipeline(str(tiny_pipeline)).pipe
+    yield pipe
+    assert not any("lora" in name for name, _ in pipe.unet.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ({}, "holds no weights of a LoRA"),
+        ({"lora_unet_x.alpha": torch.tensor(1.0)}, "holds no weights of a LoRA"),
+        ({"some.weight": torch.ones(2, 2)}, "holds no weights of a LoRA"),
+        ({A: torch.ones(2, 8)}, "without its other half"),
+        ({B: torch.ones(8, 2)}, "without its other half"),
+        ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "without its other half"),
+        ({"unet.a.processor.to_q_lora.down.weight": torch.ones(2, 2)}, "without its other half"),
+        (pair() | {A: torch.ones(2, 8, dtype=torch.int8)}, "int8"),
+        (pair() | {A: torch.ones(0, 8)}, r"\[0, 8\]"),
+        (pair() | {B: torch.full((8, 2), float("nan"))}, "NaN"),
+        ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+        ({"lora_unet_x.lokr_w1": torch.ones(2, 2)}, "LoKr"),
+        (pair() | {"lora_unet_x.dora_scale": torch.ones(2)}, "DoRA"),
+        (pair() | {"lora_unet_x.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "CP decomposition"),
+        (pair() | {"bundle_emb.duck.string_to_param.*": torch.ones(1, 6)}, "words of its own"),
+    ],
+)
+def test_a_file_that_is_no_plain_lora_is_refused_in_our_words(untouched, tmp_path, content, told):
+    save_file(content, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=told) as caught:
+        load_lora(untouched, str(tmp_path / "lora.safetensors"))
+    assert "LORA_PATH" in str(caught.value) and "lora.safetensors" in str(caught.value)
+
+
+def peft_folder(folder, values=(), config=(), part="unet"):
+    """A LoRA of one layer as `PeftModel.save_pretrained` writes it."""
+    of = {"unet": A.removeprefix("unet.")}
+    of["text_encoder"] = "text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    width = 8 if part == "unet" else 6
+    name = f"base_model.model.{of[part]}"
+    content = {name: torch.ones(2, width), name.replace("_A", "_B"): torch.ones(width, 2)}
+    folder.mkdir(parents=True)
+    save_file(content | dict(values), folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["to_q", "q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(said | dict(config)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        ({"r": 10**9}, "has the rank 1000000000, its weights 2"),
+        ({"r": 0}, "has the rank 0"),
+        ({"r": "2"}, "has the rank 2"),
+        ({"rank_pattern": {"to_q": 10**9}}, "has the rank 1000000000"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "has the pattern"),
+        ({"peft_type": "LOHA"}, "is a LOHA"),
+        ({"peft_type": None}, "is a None"),
+    ],
+)
+def test_a_configuration_that_its_weights_do_not_have_is_refused(untouched, tmp_path, config, told):
+    with pytest.raises(UserError, match=told):
+        load_lora(untouched, str(peft_folder(tmp_path / "lora", config=config)))
+    said = {f"unet.{key}": v for key, v in ({"r": 2} | config).items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(said)}
+    if "peft_type" not in config:
+        save_file(pair(), tmp_path / "one.safetensors", metadata=metadata)
+        with pytest.raises(UserError, match=told):
+            load_lora(untouched, str(tmp_path / "one.safetensors"))
+
+
+@pytest.mark.parametrize("alpha", [0, 1e30, "x"])
+def test_a_scale_that_is_none_is_refused(tiny_pipeline, tmp_path, alpha):
+    folder = peft_folder(tmp_path / "lora", config={"lora_alpha": alpha})
+    with pytest.raises(UserError, match="LORA_PATH") as caught:
+        load_pipeline(str(tiny_pipeline), lora_path=str(folder))
+    assert "multiplies its weights by" in str(caught.value) or alpha == "x"
+
+
+def test_a_folder_of_unet_and_text_encoder_is_read_whole(tiny_pipeline, tmp_path):
+    for part in ("unet", "text_encoder"):
+        regex = {"target_modules": r".*attn.*q.*"}  # its weights say which layers it is of
+        peft_folder(tmp_path / "lora" / part, config=regex, part=part)
+    model = load_pipeline(str(tiny_pipeline), lora_path=str(tmp_path / "lora"))
+    for part in (model.pipe.unet, model.pipe.text_encoder):
+        (layer,) = [m for m in part.modules() if hasattr(m, "base_layer")]
+        assert layer.scaling["default"] == 3.0 and layer.lora_B["default"].weight.any()
+
+
+def test_capitals_in_an_ending_and_a_folder_above_are_known(
+    lora, lora_model, tiny_pipeline, tmp_path, capsys
+):
+    shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "DUCK.SAFETENSORS")
+    for path in (tmp_path, tmp_path / "DUCK.SAFETENSORS"):
+        model = load_pipeline(str(tiny_pipeline), lora_path=str(path))
+        assert model.weight_hash() == lora_model.weight_hash()
+    with pytest.raises(UserError, match=f"set LORA_PATH to one below it: {lora}"):
+        lora_files(lora.parent)
+    save_file(pair() | {B: torch.zeros(8, 2)}, tmp_path / "zero.safetensors")
+    load_pipeline(str(tiny_pipeline), lora_path=str(tmp_path / "zero.safetensors"))
+    assert "changes nothing that is predicted" in capsys.readouterr().out

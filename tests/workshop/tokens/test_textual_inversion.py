@@ -288,6 +288,52 @@ def test_public_layouts_are_read(model, tmp_path):
     ] and model.pipe.text_encoder.get_input_embeddings().num_embeddings == len(model.pipe.tokenizer)
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("learned_embeds.bin", lambda rows: {"<duck>": rows}),
+        ("duck.safetensors", lambda rows: {"emb_params": rows}),
+        (
+            "two.SAFETENSORS",
+            lambda rows: {f"<d>{'_' * (i > 0)}{i or ''}": r.clone() for i, r in enumerate(rows)},
+        ),
+        (
+            "duck.pt",
+            lambda rows: {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "step": 9},
+        ),
+    ],
+)
+def test_several_vectors_are_read_one_after_another_as_in_diffusers(
+    model, tiny_pipeline, tmp_path, name, content
+):
+    rows, words = torch.randn(3, 6), [f"a {TOKEN} cat", "a cat"]
+    save = save_file if name.lower().endswith("safetensors") else torch.save
+    save(content(rows), tmp_path / name)
+    before = model.encode_prompts(words[1:]).embeddings
+    load_token(model, tmp_path / name)
+    pipe = load_pipeline(str(tiny_pipeline)).pipe
+    pipe.load_textual_inversion({TOKEN: rows}, token=TOKEN)
+    ids = pipe.tokenizer(
+        [pipe.maybe_convert_prompt(text, pipe.tokenizer) for text in words],
+        padding="max_length",
+        return_tensors="pt",
+    ).input_ids
+    got = model.encode_prompts(words).embeddings
+    torch.testing.assert_close(got, pipe.text_encoder(ids)[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(got[1:], before) and list(model.tokens) == [TOKEN]
+    long = f"a {TOKEN} " + "cat " * 20
+    room = len(model.pipe.tokenizer("cat " * 20, truncation=True).input_ids) - 2
+    assert len(model.lost_words(long).split()) == 20 + 1 + 3 - room
+    load_token(model, save_one(tmp_path / "one.safetensors", rows[0]))  # and replaced by one
+    assert model.read_as(words[0]) == words[0]
+    assert not torch.equal(model.encode_prompts(words[:1]).embeddings, got[:1])
+
+
+def save_one(path, row):
+    save_file({TOKEN: row.clone()}, path)
+    return path
+
+
 def test_a_token_is_one_word_wherever_it_stands(model):
     number = model.add_token(TOKEN, torch.randn(6))
     ids = model.pipe.tokenizer(
@@ -309,7 +355,11 @@ def test_files_that_do_not_fit_are_refused_in_one_line(model, tmp_path, monkeypa
         "wide.bin": ({TOKEN: torch.zeros(7)}, r"\[7\].*\[6\]"),
         "nan.bin": ({TOKEN: torch.full((6,), float("nan"))}, "NaN"),
         "several.bin": ({TOKEN: torch.zeros(6), "<new2>": torch.zeros(6)}, "2 entries"),
-        "vectors.bin": ({TOKEN: torch.zeros(3, 6)}, r"\[3, 6\]"),
+        "sdxl.bin": ({"clip_l": torch.zeros(2, 6), "clip_g": torch.zeros(2, 8)}, "clip_l, clip_g"),
+        "apart.bin": ({"<a>": torch.zeros(6), "<a>_2": torch.zeros(6)}, "2 entries"),
+        "webui.pt": ({"string_to_param": {"*": "x"}}, "instead of one"),
+        "none.pt": ({"string_to_param": {}}, "instead of one"),
+        "many.bin": ({TOKEN: torch.zeros(99, 6)}, r"\[99, 6\]"),
         "list.bin": ([torch.zeros(6)], "instead of one embedding"),
         "text.bin": ({TOKEN: "embedding"}, "instead of one"),
         "code.bin": ({TOKEN: Code()}, "more than tensors"),
