@@ -1,8 +1,11 @@
-"""Whether a host can be reached at all, asked once before anything is wanted from it."""
+"""Whether a host can be reached at all, asked once before anything is wanted from it; and how an
+address is told.
+"""
 
 from __future__ import annotations
 
 import queue
+import re
 import socket
 import threading
 import urllib.request
@@ -11,6 +14,19 @@ from urllib.parse import urlsplit
 from .errors import UserError
 
 SECONDS = 4.0  # to connect; a resolver that does not answer hangs longer by itself
+# A user's name and password before the host; keys of object storage hold slashes, a port does not.
+# In abfs://container@account it is no user.
+USER = re.compile(
+    r"(?<=://)(?<!abfs://)(?<!abfss://)(?:[^\s/?#]*|[^\s/?#:]*:(?!\d*(?:[\s/?#]|$))\S*)@"
+)
+QUERY = re.compile(r"(?<=://)([^\s?#'\"<>]*)[?#][^\s'\"<>]*")  # that of a signed address opens it
+
+
+def without_credentials(address: str) -> str:
+    """An address, or a text that holds some, as it may be told and kept: without user, password and
+    query.
+    """
+    return QUERY.sub(r"\1", USER.sub("", address))
 
 
 def refuse_offline(address: str, remedy: str) -> None:
