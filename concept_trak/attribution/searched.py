@@ -92,7 +92,7 @@ def searched(
     told, results = told_of(index, search, s.damping), []
     for question, solved in zip(questions, ranker.solved(questions), strict=True):
         found = search.find(index, solved, weight)
-        spread = exact(store, sampled, solved, weight)
+        spread = exact(index, sampled, solved, weight)
         truth = emoji.truth(labels, question.words)
         result = CandidateResult(
             question.words,

@@ -63,7 +63,7 @@ def test_shards_that_come_later_are_added_and_the_others_left_alone(tmp_path):
     assert index.update() == [0, 2] and index.update() == []
     before = {path: path.stat().st_mtime_ns for path in index.folder.glob("shard-*")}
     store = make_store(tmp_path)
-    with pytest.raises(UserError, match=r"lacks the codes of shard 1; make it: .*build_index.sh"):
+    with pytest.raises(UserError, match=r"lacks the codes of shard 1, or they were changed; make it: .*build_index.sh"):
         Index.open(store)
     index = Index.create(store, WIDTHS, 1.0)
     assert index.update() == [1]
