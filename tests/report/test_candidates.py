@@ -64,7 +64,9 @@ def test_the_files_hold_candidates_and_percentiles_of_the_sample(tmp_path):
         assert float(row["percentile"]) == pytest.approx(lower, abs=100 / len(found.sampled))
         assert row["caption"] == data.captions[int(row["index"])]
         assert row["rank"] == ""  # of all pictures it is not known
-    every = searched(rows=np.arange(NUM))
+    scores, ends = concept().scores, {"rows": np.arange(NUM), "num_rows": NUM}
+    spread = {"sampled": np.arange(NUM), "sampled_scores": scores}
+    every = CandidateResult("elephant", "", scores, DAMPINGS, **ends, **spread)
     write_scores(tmp_path, every, shown(dataset=data), {})
     with open(tmp_path / "scores.csv", newline="") as file:
         ranks = [(int(row["rank"]), int(row["index"])) for row in csv.DictReader(file)]
