@@ -7,12 +7,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,7 @@ from .errors import UserError
 
 READ_BYTES = 2**24
 PART = ".part"  # ending of what is being written
+SETTLED = 2.0  # seconds after which a further change of a file is sure to change its times, too
 
 
 def sha256_file(path: Path) -> str:
@@ -30,6 +33,19 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """As `sha256_file`, but a file that has not changed since is read once in a process."""
+    found = os.stat(path)
+    if abs(time.time() - found.st_ctime) < SETTLED:
+        return sha256_file(path)
+    return _sha256_of(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _sha256_of(path: Path, *_stamp: int) -> str:
+    return sha256_file(path)
 
 
 @contextlib.contextmanager

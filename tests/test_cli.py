@@ -761,6 +761,37 @@ def test_a_store_in_grad_dir_of_another_dtype_does_not_hide_that_of_the_data(
     assert run("attribute", here) == run("attribute", here, dtype="bf16") == 0
 
 
+@pytest.mark.parametrize("verb", ["attribute", "suspects"])
+def test_an_answer_records_the_form_of_the_rows_it_was_made_from(computed, capfd, verb):
+    told, shards = [], Store.open(store_folder(computed)).num_split
+    for form in ({}, {"store_dtype": "bfloat16", "num_split": 7}):
+        capfd.readouterr()
+        assert run(verb, computed | form) == 0
+        told.append("the rows are float16, not bfloat16, and are used as" in capfd.readouterr().out)
+        records = [
+            *computed["results_dir"].glob("free_query/*/question.json"),
+            *computed["results_dir"].parent.glob("suspects/*/suspects.json"),
+        ]
+        made_by = {json.dumps(json.loads(path.read_text())["settings"]) for path in records}
+        (settings,) = map(json.loads, made_by)
+        assert (settings["store_dtype"], settings["num_split"]) == ("float16", shards)
+    assert told == [False, True]
+
+
+def test_of_two_stores_that_fit_that_of_store_dtype_is_taken(computed, tiny_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (data / "grads").mkdir()
+    store_folder(computed).rename(data / "grads" / store_folder(computed).name)
+    here = {**computed, "data_dir": data}
+    assert run("train-grad", here, store_dtype="float32") == 0
+    for dtype in ("float32", "float16"):
+        assert run("attribute", here, store_dtype=dtype) == 0
+    records = computed["results_dir"].glob("free_query/*/question.json")
+    found = {json.loads(path.read_text())["settings"]["store_dtype"] for path in records}
+    assert found == {"float32", "float16"}
+
+
 def test_a_finished_shard_that_is_damaged_is_told_instead_of_nothing_to_compute(computed, capfd):
     path = store_folder(computed) / "train_grad-1.npy"
     good = path.read_bytes()

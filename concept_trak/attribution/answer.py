@@ -76,6 +76,7 @@ def answer(
     targets, contrasts, warnings = asked_words(corpus)
     _warn(warnings)
     store = store or open_store(corpus, verify=s.search == "scan")
+    s = corpus.settings  # now those of the rows
     fit = caption_fits(corpus, store)
     doubts = [] if fit is None else doubtful(fit)
     _warn(doubts)

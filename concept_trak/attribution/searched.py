@@ -64,8 +64,10 @@ def told_of(index: Index, search: Search, damping: float) -> str:
     how = f"Found by an index; of each end the {search.candidates} likeliest at each damping are "
     how += "scored exactly."
     if measured is None:
-        return f"{how} What it finds of what a scan finds was not measured with so many."
-    entry = next(e for e in measured["dampings"] if np.isclose(e["damping"], damping))
+        return (
+            f"{how} What it finds of what a scan finds is not known: build it again to measure it."
+        )
+    entry = next((e for e in measured["dampings"] if np.isclose(e["damping"], damping)), {})
     if "recall_at_10" not in entry:
         return f"{how} There are too few images to measure what it finds."
     low, high = entry["ci95"]
@@ -92,7 +94,7 @@ def searched(
     told, results = told_of(index, search, s.damping), []
     for question, solved in zip(questions, ranker.solved(questions), strict=True):
         found = search.find(index, solved, weight)
-        spread = exact(store, sampled, solved, weight)
+        spread = exact(index, sampled, solved, weight)
         truth = emoji.truth(labels, question.words)
         result = CandidateResult(
             question.words,

@@ -24,11 +24,19 @@ Identity = dict[str, Any]  # what a store was made from, or a part of it; JSON
 
 def find_store(settings: Settings, wanted: Identity) -> Path | None:
     """The folder of the store whose identity agrees best with what is wanted of it, under GRAD_DIR
-    or, as for embedded data, DATA_DIR/grads. None if there is none of the settings' name.
+    or, as for embedded data, DATA_DIR/grads; of several, one of STORE_DTYPE. None if there is none
+    of the settings' name.
     """
     bases = store_base(settings), Path(settings.data_dir) / "grads"
     there = [f for base in bases for f in stores_named(base / folder_name(settings))]
-    return max(there, key=lambda folder: _agreement(folder, wanted), default=None)
+
+    def fits(folder: Path) -> tuple[int, ...]:
+        found = _store(folder)
+        return *_agreement(
+            folder, wanted
+        ), found is not None and found.dtype == settings.store_dtype
+
+    return max(there, key=fits, default=None)
 
 
 def new_folder(settings: Settings, identity: Identity) -> Path:
@@ -65,10 +73,17 @@ def _identity(folder: Path) -> Identity | None:
     """What a store says that it was made from; {} for shards without a manifest, None for one that
     cannot be read, which is told by whoever opens it.
     """
+    if store := _store(folder):
+        return store.identity
+    return None if (folder / "manifest.json").exists() else {}
+
+
+def _store(folder: Path) -> Store | None:
+    """The store of a folder; None where its manifest cannot be read."""
     try:
-        return Store.read_manifest(folder).identity
+        return Store.read_manifest(folder)
     except UserError:
-        return None if (folder / "manifest.json").exists() else {}
+        return None
 
 
 def _json(identity: Identity) -> Identity:

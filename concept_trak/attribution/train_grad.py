@@ -76,13 +76,18 @@ def create_store(corpus: Corpus) -> Store:
 
 
 def open_store(corpus: Corpus, verify: bool = True) -> Store:
-    """The finished store for this model, data and settings. verify: see `Store.open`.
+    """The finished store for this model, data and settings, which from then on say the form that
+    its rows have. verify: see `Store.open`.
 
     UserError naming what differs when a store of the same name was made from something else, or its
     rows would be shown with other pictures than before.
     """
-    store = _open(corpus, verify)
+    s, store = corpus.settings, _open(corpus, verify)
     refuse_other_pictures(store, corpus.data.shown_hash())
+    if store.dtype != s.store_dtype:
+        told = f"the rows are {store.dtype}, not {s.store_dtype}, and are used as they are"
+        say(f"{store.where}: {told}; for others set STORE_DTYPE and another GRAD_DIR")
+    corpus.settings = s.but(store_dtype=store.dtype, num_split=store.num_split)
     return store
 
 

@@ -162,6 +162,7 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
     """
     tasks, corpus = chosen_tasks(settings), Corpus(settings, device)
     store = open_store(corpus)
+    settings = corpus.settings  # now those of the rows
     queries, exemplar, drawn = [], [], []
     for number, task in tasks.items():
         load_token(corpus.model, token_path(settings, task), TOKEN)

@@ -4,17 +4,22 @@ index/manifest.json          which store, blocks and damping; digests of the two
 index/whitening.safetensors  the space of the codes (`whitening`)
 index/empty.faiss            FAISS's RaBitQ (Gao & Long 2024), trained, without a row
 index/shard-{i}.faiss        the codes of the store's shard i; mapped, not read
-index/shard-{i}.json         the shard's sha256 in the store, the codes' own and their length
+index/shard-{i}.npy          CRC-32 of each of its rows: of the store, only candidates are read
+index/shard-{i}.json         sha256 of the shard in the store and of the two files above
 
 A shard's codes appear when they are whole. Building again makes those that are missing or belong
-to another content of the shard. An index of another store is refused.
+to another content of the shard. An index of another store is refused, and a file that is not the
+one that was made, which is read for that once in a process. FAISS trusts what it reads, so it is
+given no file but one that it could itself have written.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shlex
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +30,12 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError, call
-from ..files import atomic, locked, make_folder, sha256_file, write_json
-from ..reading import read_json
-from ..store.manifest import MAKE
-from ..store.shards import Store
+from ..files import atomic, locked, make_folder, sha256_once, write_bytes, write_json
+from ..reading import read_json, read_npy
+from ..store.cached import write_npy
+from ..store.checks import check_shard
+from ..store.manifest import MAKE, listed
+from ..store.shards import Store, widened
 from .library import FOLDER, faiss
 from .whitening import Whitening, whitening
 
@@ -36,6 +43,7 @@ FORMAT = 1
 FILES = ("whitening.safetensors", "empty.faiss")
 BUILD = "build_index.sh"
 MEND = f"make it: {call(BUILD)}"
+COUNT_AT, CODES_AT = slice(8, 16), 57  # in the file of an index: rows, and bytes of their codes
 QUERY_BITS = 4  # of a query's values: more find no more (experiments/scale)
 BLOCK_VALUES = 2**23  # values of rows whitened at a time: 32 MB
 
@@ -64,7 +72,8 @@ class Index:
         one that was made of another store, of other blocks, at another damping or share.
         """
         folder, wanted = store.folder / place, _wanted(store, widths, damping, share)
-        if len(store.pending()) == store.num_split:
+        finished = [shard for shard in range(store.num_split) if store.finished(shard)]
+        if not finished:
             raise UserError(
                 f"{store.folder} has no finished shard; make the train gradients first, e.g. "
                 f"(about a minute) {MAKE}"
@@ -72,11 +81,12 @@ class Index:
         make_folder(folder)
         with locked(folder):
             if not (folder / "manifest.json").exists():
+                for shard in finished:
+                    check_shard(store, shard, True, store.series[:1])
                 space = whitening(store, widths, damping, share)
                 space.save(folder / "whitening.safetensors")
-                with atomic(folder / "empty.faiss") as file:
-                    _write(_trained(space), file)
-                files = {name: sha256_file(folder / name) for name in FILES}
+                write_bytes(folder / "empty.faiss", _content(_trained(space.dim)))
+                files = {name: sha256_once(folder / name) for name in FILES}
                 made = {"provenance": {"faiss": faiss().__version__}}
                 write_json(folder / "manifest.json", wanted | {"files": files} | made)
         index = cls.read_manifest(store, place=place)
@@ -97,24 +107,28 @@ class Index:
         index = cls(folder, store, manifest, mend=mend)
         if manifest.get("format") != FORMAT or manifest.get("store") != store.store_id:
             raise index._refused("belongs to another store")
-        files = manifest.get("files")
-        if not isinstance(files, dict) or set(files) != set(FILES):
+        files, widths = manifest.get("files"), manifest.get("widths")
+        whole = isinstance(files, dict) and set(files) == set(FILES) and isinstance(widths, list)
+        if (
+            not whole
+            or any(type(w) is not int or w < 1 for w in widths)
+            or sum(widths) != store.dim
+        ):
             raise index._refused("has a damaged manifest.json")
         for name, digest in files.items():
-            if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            if not (folder / name).is_file() or sha256_once(folder / name) != digest:
                 raise index._refused(f"has lost or changed {name}")
         return index
 
     @classmethod
     def open(cls, store: Store, *, mend: str = MEND, place: str = FOLDER) -> Index:
         """A whole index, for searching. UserError, beside those of `read_manifest`, for shards that
-        are missing, of another length, or of rows that were made again since. Their content is
-        compared when the index is built again: to read all of it for each question takes too long.
+        are missing, changed, of an earlier version, or of rows that were made again since.
         """
         index = cls.read_manifest(store, mend=mend, place=place)
-        if missing := index.missing(verify=False):
-            listed = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            raise UserError(f"{index.folder} lacks the codes of shard {listed}; {mend}")
+        if missing := index.missing():
+            told = f"lacks the codes of shard {listed(missing)}, or they were changed"
+            raise UserError(f"{index.folder} {told}; {mend}")
         return index
 
     def _refused(self, what: str) -> UserError:
@@ -122,27 +136,18 @@ class Index:
 
     # ---- building
 
-    def missing(self, verify: bool = True) -> list[int]:
-        """Finished shards of the store whose codes are not there, or are not of these rows. verify:
-        compare their sha256, else their length.
-        """
+    def missing(self) -> list[int]:
+        """Finished shards of the store whose codes are not there, or are not of these rows."""
         shards = range(self.store.num_split)
-        return [i for i in shards if self.store.finished(i) and not self._whole(i, verify)]
+        return [i for i in shards if self.store.finished(i) and not self._whole(i)]
 
-    def _whole(self, shard: int, verify: bool) -> bool:
-        path = self._path(shard)
-        if not (path.is_file() and path.with_suffix(".json").is_file()):
-            return False
+    def _whole(self, shard: int) -> bool:
         try:
-            known = read_json(path.with_suffix(".json"), MEND)
+            known = read_json(self._path(shard, ".json"), MEND)
         except UserError:
             return False
-        return (
-            known.get("index") == self.index_id
-            and known.get("rows_sha256") == self.store.record(shard)["sha256"]
-            and known.get("bytes") == path.stat().st_size
-            and (not verify or known.get("sha256") == sha256_file(path))
-        )
+        files = [self._path(shard), self._path(shard, ".npy")]
+        return all(file.is_file() for file in files) and known == self._record(shard)
 
     def update(self) -> list[int]:
         """Make the codes of the shards that lack them; returns these. Memory: the codes of one
@@ -152,29 +157,34 @@ class Index:
         rows = sum(self.store.count(i) for i in todo)
         with tqdm(total=rows, desc="codes", unit="row") as bar:
             for shard in todo:
-                codes = self._empty()
+                check_shard(self.store, shard, True, self.store.series[:1])
+                codes, sums = _trained(self.space.dim), []
                 for block in self._blocks(shard):
-                    codes.add(self.space.rows(block).numpy())
+                    codes.add(self.space.rows(widened(block, self.store.dtype)).numpy())
+                    sums += map(zlib.crc32, block)
                     bar.update(len(block))
                 with atomic(self._path(shard)) as file:
                     _write(codes, file)
-                write_json(self._path(shard).with_suffix(".json"), self._record(shard))
-        self.__dict__.pop("_shards", None)
+                write_npy(self._path(shard, ".npy"), np.array(sums, "<u4"))
+                write_json(self._path(shard, ".json"), self._record(shard))
+        for name in ("_shards", "_sums"):
+            self.__dict__.pop(name, None)
         return todo
 
     def _record(self, shard: int) -> dict[str, Any]:
         path, rows = self._path(shard), self.store.record(shard)["sha256"]
-        about = {"index": self.index_id, "rows_sha256": rows}
-        return about | {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        about = {"index": self.index_id, "rows_sha256": rows, "bytes": path.stat().st_size}
+        sums = sha256_once(self._path(shard, ".npy"))
+        return about | {"sha256": sha256_once(path), "row_sums_sha256": sums}
 
-    def _blocks(self, shard: int) -> Iterator[torch.Tensor]:
-        """The rows of a shard, float32 [b, k]."""
+    def _blocks(self, shard: int) -> Iterator[np.ndarray]:
+        """The rows of a shard [b, k] as they are stored."""
         size, (start, stop) = max(1, BLOCK_VALUES // self.store.dim), self.store.shard_range(shard)
         for first in range(start, stop, size):
-            yield self.store.tensor_rows(range(first, min(first + size, stop)))
+            yield self.store.stored_rows(range(first, min(first + size, stop)))
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard}.faiss"
+    def _path(self, shard: int, ending: str = ".faiss") -> Path:
+        return self.folder / f"shard-{shard}{ending}"
 
     # ---- searching
 
@@ -187,22 +197,45 @@ class Index:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row's code."""
-        return int(self._empty().code_size)
-
-    def _empty(self) -> Any:
-        return faiss().read_index(str(self.folder / "empty.faiss"))
+        return int(_trained(self.space.dim).code_size)
 
     @cached_property
     def _shards(self) -> list[tuple[int, Any]]:
         """(first row, codes mapped from the file) of each finished shard."""
-        library, found = faiss(), []
+        library, empty, found = faiss(), _content(_trained(self.space.dim)), []
+        if (self.folder / "empty.faiss").read_bytes() != empty:
+            raise self._refused("was written by another version of FAISS")
         for shard in range(self.store.num_split):
-            try:
-                codes = library.read_index(str(self._path(shard)), library.IO_FLAG_MMAP_IFC)
-            except RuntimeError as error:
-                raise self._refused(f"has a damaged shard {shard} ({error})") from None
+            path, count = self._path(shard), self.store.count(shard)
+            if not _is_written(path, empty, count, self.row_bytes):
+                raise self._refused(f"has a damaged shard {shard}")
+            codes = library.read_index(str(path), library.IO_FLAG_MMAP_IFC)
             found.append((self.store.bounds[shard], codes))
         return found
+
+    @cached_property
+    def _sums(self) -> list[np.ndarray]:
+        """CRC-32 of the rows of each shard, mapped."""
+        found, mend = [], remade(self.folder, self.mend)
+        for shard in range(self.store.num_split):
+            path = self._path(shard, ".npy")
+            sums = read_npy(path, mend, 1, mmap=True)
+            if len(sums) != self.store.count(shard):
+                raise self._refused(f"has a damaged shard {shard}")
+            found.append(sums)
+        return found
+
+    def rows(self, rows: np.ndarray) -> torch.Tensor:
+        """float32 [n, k] of some rows of the store. UserError for one that is not what it was when
+        its code was made.
+        """
+        stored = self.store.stored_rows(rows)
+        shards = np.searchsorted(self.store.bounds, rows, side="right") - 1
+        for row, shard, values in zip(rows.tolist(), shards.tolist(), stored, strict=True):
+            if zlib.crc32(values) != self._sums[shard][row - self.store.bounds[shard]]:
+                path = self.store.path(shard, ".npy")
+                raise UserError(f"{path}: row {row} was changed: {self.store.remedy(shard)}")
+        return widened(stored, self.store.dtype)
 
     def search(self, solved: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(estimated scores, rows) [P, min(count, N)] of the highest estimates, the highest first.
@@ -243,17 +276,37 @@ def _wanted(store: Store, widths: Sequence[int], damping: float, share: float) -
     }
 
 
-def _trained(space: Whitening) -> Any:
+def _trained(dim: int) -> Any:
     """An index without rows. FAISS would take the rows' mean from the queries, too, and so make
     these longer: the space has done so with the rows alone.
     """
     library = faiss()
-    codes = library.IndexRaBitQ(space.dim, library.METRIC_INNER_PRODUCT)
+    codes = library.IndexRaBitQ(dim, library.METRIC_INNER_PRODUCT)
     codes.qb = QUERY_BITS
-    codes.train(np.zeros((1, space.dim), np.float32))
+    codes.train(np.zeros((1, dim), np.float32))
     return codes
 
 
 def _write(codes: Any, file: Any) -> None:
     library = faiss()
     library.write_index(codes, library.PyCallbackIOWriter(file.write))
+
+
+def _content(codes: Any) -> bytes:
+    """What `_write` writes."""
+    file = io.BytesIO()
+    _write(codes, file)
+    return file.getvalue()
+
+
+def _is_written(path: Path, empty: bytes, count: int, row_bytes: int) -> bool:
+    """Whether a file is that of so many codes, whatever these are. empty: that of none."""
+    head, tail = bytearray(empty[: CODES_AT + 8]), empty[CODES_AT + 8 :]
+    head[COUNT_AT] = count.to_bytes(8, "little")
+    head[CODES_AT:] = (count * row_bytes).to_bytes(8, "little")
+    if path.stat().st_size != len(empty) + count * row_bytes:
+        return False
+    with open(path, "rb") as file:
+        begins = file.read(len(head)) == head
+        file.seek(-len(tail), 2)
+        return begins and file.read() == tail

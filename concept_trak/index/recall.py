@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ..files import write_json
 from ..reading import read_json
 from ..scoring.metrics import bootstrap_interval
 from ..scoring.preconditioner import Preconditioner
+from ..settings import digest
 from ..store.shards import Store
 from .codes import MEND, Index
 from .search import Search
@@ -70,12 +72,13 @@ def measure(
 ) -> dict:
     """{"queries", "candidates", "rows", "dampings": [{"damping", "recall_at_10", "ci95",
     "recall_at_100", "least_recall_at_10", "least_recall_at_100"}]}; the interval is over queries.
+    Of a store that is too small to leave k rows to find, without the recall at k.
     """
     store = index.store
     held = np.linspace(0, store.num_rows - 1, min(HELD, store.num_rows)).astype(np.int64)
     solved = preconditioner.solve(store, store.rows(held), dampings)  # [D, Q, k]
     places = [k for k in PLACES if k < store.num_rows]
-    ends = scanned(store, solved.reshape(-1, store.dim), max(places) + 1, row_weight)
+    ends = scanned(store, solved.reshape(-1, store.dim), max(places, default=0) + 1, row_weight)
     top, least = (e.reshape(len(dampings), len(held), -1) for e in (ends.top, ends.least))
     found = [search.find(index, solved[:, q], row_weight).rows for q in range(len(held))]
 
@@ -89,7 +92,8 @@ def measure(
         for k in places:
             entry[f"recall_at_{k}"] = float(np.mean(recall(top[d], k)))
             entry[f"least_recall_at_{k}"] = float(np.mean(recall(least[d], k)))
-        entry["ci95"] = list(bootstrap_interval(recall(top[d], places[0])))
+        if places:
+            entry["ci95"] = list(bootstrap_interval(recall(top[d], places[0])))
         table.append(entry)
     counts = {"queries": len(held), "candidates": search.candidates, "rows": store.num_rows}
     return counts | {"dampings": table}
@@ -103,14 +107,32 @@ def _identity(index: Index, candidates: int) -> dict:
 def keep_recall(index: Index, search: Search, measured: dict) -> None:
     """Write what `measure` found beside the codes. UserError for a full disk."""
     record = {"identity": _identity(index, search.candidates), "measured": measured}
-    write_json(index.folder / "recall.json", record)
+    write_json(index.folder / "recall.json", record | {"checksum": digest(measured)})
 
 
 def kept_recall(index: Index, search: Search) -> dict | None:
-    """What was measured of this index, these rows and as many candidates; None if nothing was."""
+    """What was measured of this index, these rows and as many candidates; None if nothing was, or
+    not these very numbers.
+    """
     try:
         record = read_json(index.folder / "recall.json", MEND)
     except (UserError, OSError):
         return None
     same = record.get("identity") == _identity(index, search.candidates)
-    return record["measured"] if same else None
+    whole = record.get("checksum") == digest(record.get("measured"))
+    return record["measured"] if same and whole and _sound(record["measured"]) else None
+
+
+def _sound(measured: Any) -> bool:
+    """Whether these are shares of rows at each damping, as `measure` has them."""
+    try:
+        shares = [
+            share
+            for entry in measured["dampings"]
+            for share in (*(entry[k] for k in entry if "recall" in k), *entry.get("ci95", ()))
+        ]
+        entries = measured["dampings"]
+        whole = all(e["damping"] > 0 and ("ci95" in e) == ("recall_at_10" in e) for e in entries)
+        return whole and measured["queries"] > 0 and all(0 <= share <= 1 for share in shares)
+    except (TypeError, KeyError, AttributeError):
+        return False

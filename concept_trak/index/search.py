@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..store.shards import Store
 from .codes import Index
 
 GROWTH, MOST = 4, 64  # rows looked at grow by the one, to the other times the candidates
@@ -57,9 +56,9 @@ class Search:
             high, low = index.search(solved, looked), index.search(-solved, looked)
             if row_weight is None:
                 rows = np.unique(np.concatenate([high[1], low[1]]))
-                return Found(rows, exact(store, rows, solved, None))
+                return Found(rows, exact(index, rows, solved, None))
             rows = self._promising(high, low, row_weight)
-            products = exact(store, rows, solved, None)
+            products = exact(index, rows, solved, None)
             ends = [_reach(high, rows, products), _reach(low, rows, -products)]
             found = Found(rows, products * row_weight[rows].astype(np.float32))
             most = looked >= min(store.num_rows, MOST * self.candidates)
@@ -116,12 +115,14 @@ def _reach(
 
 
 def exact(
-    store: Store, rows: np.ndarray, solved: np.ndarray, row_weight: np.ndarray | None
+    index: Index, rows: np.ndarray, solved: np.ndarray, row_weight: np.ndarray | None
 ) -> np.ndarray:
-    """float32 [D, M] scores of some rows, as `scoring.scores` has them of all."""
+    """float32 [D, M] scores of some rows, as `scoring.scores` has them of all. UserError as
+    `Index.rows`.
+    """
     out = np.empty((len(solved), len(rows)), np.float32)
     left = torch.as_tensor(np.asarray(solved, np.float64))
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        out[:, part] = (left @ store.tensor_rows(rows[part]).double().T).numpy()
+        out[:, part] = (left @ index.rows(rows[part]).double().T).numpy()
     return out if row_weight is None else out * row_weight[rows].astype(np.float32)

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ..errors import UserError
 from ..files import write_bytes
+from ..reading import read_safetensors
 from ..store.shards import Store
 
 SAMPLE_ROWS = 16_384  # rows from which the curvature is estimated, at most
@@ -91,12 +91,29 @@ class Whitening:
     @classmethod
     def load(cls, path: Path, widths: Sequence[int], *, mend: str) -> Whitening:
         """What `save` wrote. UserError, ended by `mend`, for a file that is not that."""
-        try:
-            named = load_file(path)
-            vectors = tuple(named.pop(f"vectors.{i}") for i in range(len(widths)))
-            return cls(vectors, tuple(widths), **named)
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}); {mend}") from None
+        named = read_safetensors(path, mend)
+        if {k: (v.dtype, v.shape) for k, v in named.items()} != _forms(widths, named.get("kept")):
+            raise UserError(f"{path} does not hold the space of blocks of {list(widths)}; {mend}")
+        vectors = tuple(named.pop(f"vectors.{i}") for i in range(len(widths)))
+        return cls(vectors, tuple(widths), **named)
+
+
+def _forms(
+    widths: Sequence[int], kept: torch.Tensor | None
+) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """{name: (dtype, shape)} of what `Whitening.save` writes; {} where `kept` cannot be that of
+    these blocks.
+    """
+    if kept is None or kept.dtype != torch.int64 or kept.ndim != 1 or not len(kept):
+        return {}
+    if kept.min() < 0 or kept.max() >= sum(widths):
+        return {}
+    dim, (a, b) = len(kept), factors(len(kept))
+    shapes = {"scale": (dim,), "left": (a, a), "right": (b, b), "mean": (dim,)}
+    for i, width in enumerate(widths):
+        shapes[f"vectors.{i}"] = (width, width) if width <= EIGEN_MAX else (0, 0)
+    forms = {name: (torch.float32, torch.Size(shape)) for name, shape in shapes.items()}
+    return forms | {"kept": (kept.dtype, kept.shape)}
 
 
 def whitening(store: Store, widths: Sequence[int], damping: float, share: float = 1.0) -> Whitening:

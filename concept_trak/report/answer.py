@@ -84,6 +84,7 @@ def attribute(corpus: Corpus, store: Store | None = None) -> Path:
         return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
 
     found, weights = answer(corpus, kept_rows, kept_picture, store), []
+    s = corpus.settings  # now those of the rows
     if s.weights:
         from .weights_section import of_concepts  # diffusion, which a page does without
 

@@ -7,7 +7,8 @@ scores.npy   float32 [dampings, pictures]; the dampings are those of metrics.jso
 scores-METHOD.npy   the same of another method; one row for a method that knows no damping
 
 Where an index was searched, scores are known of its candidates only. Then scores.csv lists these,
-its percentile is that among a random sample of all pictures, and in the place of scores.npy stand
+its percentile is that among a random sample of all pictures, its rank, which counts all pictures,
+is empty unless all are candidates, and in the place of scores.npy stand
 candidates.npy      float32 [dampings, candidates], and
 candidates-rows.npy int64 [candidates], the pictures they are of: rows of the store, ascending
 """
@@ -76,8 +77,9 @@ def _table(concept: ConceptResult, shown: Shown) -> bytes:
     if concept.relevant is not None:
         known["match"] = concept.relevant.astype(int).tolist()
     places, rows = percentiles(scores, concept.spread(d)[1]), []
+    whole = len(ranked) == concept.num_images
     listed = zip(ranked, scores, places, strict=True)
     for rank, (i, score, place) in enumerate(listed, 1):
         about = [f"{score:.6e}", f"{place:.2f}", records[i].get("file_name", ""), captions[i]]
-        rows.append([rank, *about, *(values[i] for values in known.values()), i])
+        rows.append([rank if whole else "", *about, *(values[i] for values in known.values()), i])
     return csv_bytes(["rank", "score", "percentile", "file_name", "caption", *known, "index"], rows)

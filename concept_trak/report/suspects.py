@@ -32,7 +32,8 @@ def suspects(corpus: Corpus) -> Path:
 
     UserError where the rows do not tell how well captions fit (F=contrast_llr does).
     """
-    s, store, data = corpus.settings, open_store(corpus), corpus.train
+    store, data = open_store(corpus), corpus.train
+    s = corpus.settings
     fit = caption_fits(corpus, store)
     if fit is None:
         raise UserError(f"rows of F={s.f} do not tell how captions fit; use F=contrast_llr")

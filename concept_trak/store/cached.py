@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, removal
-from ..files import atomic, disk_errors, make_folder, sha256_file, write_bytes, write_json
+from ..files import atomic, disk_errors, make_folder, sha256_once, write_bytes, write_json
 from ..reading import read_json, read_npy
 from .encoding import npy_header
 
@@ -45,7 +45,7 @@ def read_cached(path: Path, identity: dict) -> np.ndarray | None:
         if record.get("identity") != json.loads(json.dumps(identity)):
             return None
         array = read_npy(path, removal(path))
-        return array if record.get("sha256") == sha256_file(path) else None
+        return array if record.get("sha256") == sha256_once(path) else None
     except (UserError, OSError):
         return None
 
@@ -56,10 +56,17 @@ def keep(path: Path, identity: dict, array: np.ndarray) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
-    with atomic(path) as file:  # by hand: np.save does not say that the disk is full
+    write_npy(path, array)
+    write_json(record, {"identity": identity, "sha256": sha256_once(path)})
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Write an array (C order) as an .npy. UserError for a full disk, which np.save does not
+    tell.
+    """
+    with atomic(path) as file:
         file.write(npy_header(array.dtype, array.shape))
         file.write(array.data)
-    write_json(record, {"identity": identity, "sha256": sha256_file(path)})
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:

@@ -5,28 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..errors import UserError
-from ..files import READ_BYTES, disk_errors, make_folder, sha256_file
+from ..files import READ_BYTES, disk_errors, make_folder, sha256_once
 from ..system import say
 from .encoding import finite, refuse_bad_rows
 from .folder import Series, ShardFolder
 
 
-def check_shard(store: ShardFolder, shard: int, verify: bool) -> None:
-    """UserError for a missing, truncated or foreign file and, with verify, for a changed one. What
-    lies on object storage is fetched, and fetched again if the copy here is not that file.
+def check_shard(store: ShardFolder, shard: int, verify: bool, parts: Sequence[Series] = ()) -> None:
+    """UserError for a missing, truncated or foreign file and, with verify, for a changed one, which
+    is read for that once in a process. What lies on object storage is fetched, and fetched again if
+    the copy here is not that file. parts: of the shard's files; default: all.
     """
+    parts = parts or store.series
     if store.remote is None:
-        return _check_files(store, shard, verify)
+        return _check_files(store, shard, verify, parts)
     if not fetch(store, shard):
         with contextlib.suppress(UserError):
-            return _check_files(store, shard, verify)
+            return _check_files(store, shard, verify, parts)
         for series in store.series:
             store.path(shard, ".npy", series.name).unlink(missing_ok=True)
         fetch(store, shard)
-    _check_files(store, shard, verify=False)  # `fetch` has compared the checksum
+    _check_files(store, shard, False, parts)  # `fetch` has compared the checksum
 
 
 def fetch(store: ShardFolder, shard: int) -> bool:
@@ -72,8 +74,8 @@ def fetch_all(store: ShardFolder) -> None:
         fetch(store, shard)
 
 
-def _check_files(store: ShardFolder, shard: int, verify: bool) -> None:
-    for series in store.series:
+def _check_files(store: ShardFolder, shard: int, verify: bool, parts: Sequence[Series]) -> None:
+    for series in parts:
         _check_file(store, shard, series, verify)
 
 
@@ -89,7 +91,7 @@ def _check_file(store: ShardFolder, shard: int, series: Series, verify: bool) ->
             raise UserError(f"{path} does not hold {described} {series.dtype} values: {mend}")
     if path.stat().st_size != len(header) + count * series.item_bytes:
         raise UserError(f"{path} is truncated or of another size than {described}: {mend}")
-    if verify and sha256_file(path) != store.record(shard).get(series.digest):
+    if verify and sha256_once(path) != store.record(shard).get(series.digest):
         refuse_non_finite(store, shard, series)
         raise UserError(f"{path} is not the file this store finished (checksum differs): {mend}")
 

@@ -271,10 +271,12 @@ class Store(ShardFolder):
 
     def stored_blocks(self, max_rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, [b <= max_rows, dim]) over the finished shards in order, in the stored
-        type (uint16 for bfloat16); `decode` widens it. Blocks do not cross shards.
+        type (uint16 for bfloat16); `decode` widens it. Blocks do not cross shards. UserError for a
+        shard that is not the one that was finished.
         """
         for shard in range(self.num_split):
             if self.finished(shard):
+                check_shard(self, shard, True, self.series[:1])
                 yield from self.shard_blocks(shard, self.grads, max_rows)
 
     def tensor_blocks(
@@ -284,7 +286,7 @@ class Store(ShardFolder):
         faster than numpy.
         """
         for start, stored in self.stored_blocks(max_rows):
-            yield start, _widened(stored, self.dtype, device)
+            yield start, widened(stored, self.dtype, device)
 
     def rows(self, indices: Iterable[int]) -> np.ndarray:
         """float32 [len(indices), dim] of the given global rows, in that order."""
@@ -308,7 +310,7 @@ class Store(ShardFolder):
 
     def tensor_rows(self, indices: Iterable[int]) -> torch.Tensor:
         """As `rows`, but a torch tensor, widened as in `tensor_blocks`."""
-        return _widened(self.stored_rows(indices), self.dtype)
+        return widened(self.stored_rows(indices), self.dtype)
 
     def losses(self) -> np.ndarray:
         """float32 [num_rows], the loss of each row; UserError for a store without losses and for
@@ -321,12 +323,15 @@ class Store(ShardFolder):
         return np.concatenate([self.shard_losses(shard) for shard in range(self.num_split)])
 
     def shard_losses(self, shard: int) -> np.ndarray:
-        """float32 [rows of the shard] of a finished shard in a store with losses."""
+        """float32 [rows of the shard] of a finished shard in a store with losses. UserError for a
+        file that is not the one that was finished.
+        """
+        check_shard(self, shard, True, self.series[1:])
         blocks = self.shard_blocks(shard, self.series[1], self.num_rows)
         return np.concatenate([block for _, block in blocks])
 
 
-def _widened(stored: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
+def widened(stored: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """Stored values as float32 on a device."""
     import torch  # here only: writing shards needs no torch
 

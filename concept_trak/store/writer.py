@@ -97,7 +97,7 @@ class ShardWriter:
 
     def _open(self, series: Series) -> None:
         path = self._path(series, ".npy.part")
-        self.fds.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        self.fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
 
     def _cut(self, fd: int, series: Series) -> None:
         """Leave what is counted in the file, or begin it."""

@@ -1,5 +1,7 @@
 """Row weights, recall that is kept with an index, and what it takes on paper."""
 
+import json
+
 import numpy as np
 import pytest
 from indexed_rows import DAMPINGS, WIDTHS, N, make_store, preconditioner, solved_queries
@@ -10,6 +12,7 @@ from concept_trak.index.recall import keep_recall, kept_recall, measure, scanned
 from concept_trak.index.search import Search
 from concept_trak.scoring.ranking import ranking
 from concept_trak.scoring.scores import scores
+from concept_trak.settings import digest
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,38 @@ def test_measured_recall_is_that_of_the_candidates_and_is_kept(index):
     keep_recall(index, many, measured)
     assert kept_recall(index, many) == measured
     assert kept_recall(index, few) is None  # of as many candidates nothing is known
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 10, 11, 12])
+def test_few_rows_are_indexed_found_and_measured(tmp_path, count):
+    pytest.importorskip("faiss")
+    store = make_store(tmp_path, num_rows=count, splits=min(count, 2))
+    made = Index.create(store, WIDTHS, 1.0)
+    made.update()
+    measured = measure(made, preconditioner(), DAMPINGS, Search(10))
+    assert all(("recall_at_10" in entry) == (count > 10) for entry in measured["dampings"])
+    keep_recall(made, Search(10), measured)
+    assert kept_recall(made, Search(10)) == measured
+    found = Search(10).find(Index.open(store), solved_queries(store)[:, 0])
+    assert found.rows.tolist() == [*range(count)]
+
+
+def spoilt_recall(record):
+    """Records that do not say what was measured."""
+    other = json.loads(json.dumps(record))
+    other["measured"]["dampings"][0]["recall_at_10"] = 0.5
+    none = {"queries": 1, "dampings": [{"damping": 1.0, "recall_at_10": 7, "ci95": [0, 1]}]}
+    unknown = [{}, [], None, {"dampings": 3}, none, {"queries": 1, "dampings": [{"ci95": []}]}]
+    yield from (other, {k: v for k, v in record.items() if k != "checksum"})
+    yield from (record | {"measured": m, "checksum": digest(m)} for m in unknown)
+
+
+def test_a_damaged_recall_is_not_told(index):
+    search, path = Search(N), index.folder / "recall.json"
+    keep_recall(index, search, measure(index, preconditioner(), DAMPINGS, search))
+    for spoilt in spoilt_recall(json.loads(path.read_text())):
+        path.write_text(json.dumps(spoilt))
+        assert kept_recall(index, search) is None
 
 
 def test_paper_adds_up():

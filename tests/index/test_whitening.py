@@ -54,7 +54,7 @@ def test_the_same_store_gives_the_same_space_and_a_file_keeps_it(store, tmp_path
     assert torch.equal(one.rows(rows), other.rows(rows))
     assert torch.equal(one.rows(rows), kept.rows(rows))
     (tmp_path / "space.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="space.safetensors cannot be read.*; make it"):
+    with pytest.raises(UserError, match="space.safetensors is not a safetensors file.*; make it"):
         Whitening.load(tmp_path / "space.safetensors", WIDTHS, mend="make it")
 
 

@@ -63,6 +63,14 @@ def test_the_files_hold_candidates_and_percentiles_of_the_sample(tmp_path):
         lower = (found.sampled_scores[d] < np.float32(row["score"])).mean() * 100
         assert float(row["percentile"]) == pytest.approx(lower, abs=100 / len(found.sampled))
         assert row["caption"] == data.captions[int(row["index"])]
+        assert row["rank"] == ""  # of all pictures it is not known
+    scores, ends = concept().scores, {"rows": np.arange(NUM), "num_rows": NUM}
+    spread = {"sampled": np.arange(NUM), "sampled_scores": scores}
+    every = CandidateResult("elephant", "", scores, DAMPINGS, **ends, **spread)
+    write_scores(tmp_path, every, shown(dataset=data), {})
+    with open(tmp_path / "scores.csv", newline="") as file:
+        ranks = [(int(row["rank"]), int(row["index"])) for row in csv.DictReader(file)]
+    assert ranks == [*enumerate(concept().ranked(d, NUM), 1)]
 
 
 def test_page_and_metrics_say_which_search_it_was_and_how_well_it_finds(tmp_path):

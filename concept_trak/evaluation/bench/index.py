@@ -214,7 +214,7 @@ def latencies(index: Index, solved: np.ndarray) -> dict[str, Any]:
 
     def search(q: int) -> None:
         rows = index.search(solved[q : q + 1], size)[1][0]
-        exact(store, np.sort(rows), solved[q : q + 1], None)
+        exact(index, np.sort(rows), solved[q : q + 1], None)
 
     search(0)
     fast = [timed(lambda q=q: search(q))[0] for q in range(min(TIMED, len(solved)))]
