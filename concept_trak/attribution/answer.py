@@ -17,7 +17,7 @@ import torch
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
-from ..parsing import parse_methods
+from ..parsing import nfc, parse_methods
 from ..registry import OBJECTIVES, RANKERS
 from ..rows.fit import caption_llr, doubtful, relative_fit
 from ..scoring.concept import ConceptResult
@@ -119,6 +119,12 @@ def asked_words(corpus: Corpus) -> tuple[list[str], list[tuple[str, str]], list[
     """
     targets, contrasts = check_words(corpus.settings, corpus.everything)
     warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
+    for target, (_, minus) in zip(targets, contrasts, strict=True):
+        if prompts.is_in(minus, target):
+            warnings.append(
+                f"NEGATIVE_PROMPTS gives {minus!r} for {target!r}, which asks for it, too: the "
+                "difference from the prompt is not that concept"
+            )
     return targets, contrasts, warnings + _unfamiliar(corpus, targets)
 
 
@@ -195,6 +201,6 @@ def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
 
 
 def _unseen(corpus: Corpus, prompt: str) -> bool | None:
-    if prompt in corpus.train.captions:
+    if prompt in map(nfc, corpus.train.captions):
         return False
-    return True if prompt in corpus.everything.captions else None
+    return True if prompt in map(nfc, corpus.everything.captions) else None
