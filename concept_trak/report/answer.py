@@ -28,12 +28,14 @@ from ..attribution.prompts import target_folders, target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
 from ..datasets import ImageCaptionDataset
+from ..datasets.folder import looks
 from ..files import atomic_folder, make_folder, write_bytes, write_json
 from ..flags import command
 from ..settings import OF_WEIGHTS, ROOT, Settings, as_dict, digest
 from ..store.cached import cached_array
 from ..store.shards import Store
-from .index import PAGE, QUESTION, write_index
+from .index import write_index
+from .kept import PAGE, QUESTION, checksums
 from .page import write_report
 from .results import write_results
 from .scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY, npy_of, write_scores
@@ -127,7 +129,7 @@ def write_answer(
             write_scores(target, concept, shown, {k: v[:, i] for k, v in found.others.items()})
         about = {"unseen": found.unseen, "warnings": found.warnings}
         write_report(made / PAGE, s.prompt, found.concepts, shown, **about)
-        asked = {"prompt": s.prompt, "settings": as_dict(s)}
+        asked = {"prompt": s.prompt, "settings": as_dict(s), "files": checksums(made)}
         write_json(made / QUESTION, _asked(found, names) | asked)
     write_index(folder)
     return folder / PAGE
@@ -166,6 +168,7 @@ def _asked(found: Answer, names: Sequence[str]) -> dict[str, Any]:
         "pictures": {
             "root": str(data.root.resolve()).removeprefix(f"{ROOT}/"),
             "digest": pictures_digest(data),
+            "looks": looks(data),
         },
     }
 

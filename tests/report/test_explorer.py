@@ -17,7 +17,8 @@ from concept_trak.attribution.question import Picture, Question
 from concept_trak.datasets.folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.report.answer import write_answer
-from concept_trak.report.explorer import answers_in, explore, write_explorer
+from concept_trak.report.explorer import explore, write_explorer
+from concept_trak.report.kept import answers_in
 from concept_trak.report.sheets import PER, Sheets
 from concept_trak.scoring.concept import ConceptResult
 from concept_trak.settings import DAMPINGS, as_dict, resolve
@@ -350,8 +351,8 @@ def test_an_answer_that_cannot_be_read_is_left_out(results, tmp_path):
     shutil.copytree(results / "free_query", tmp_path / "free_query", symlinks=True)
     folders = [p.parent for p in tmp_path.glob("free_query/[!.l]*/report.html")]
     (folders[0] / "question.json").write_text("{")
-    found, unreadable = answers_in([tmp_path / "free_query"])
-    assert len(found) == 1 and unreadable == 1
+    found, wrong = answers_in([tmp_path / "free_query"])
+    assert len(found) == 1 and len(wrong) == 1 and str(folders[0]) in wrong[0]
 
 
 def test_no_answer_yet_is_told_with_the_command(tmp_path):
