@@ -119,13 +119,18 @@ def asked_words(corpus: Corpus) -> tuple[list[str], list[tuple[str, str]], list[
     """
     targets, contrasts = check_words(corpus.settings, corpus.everything)
     warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
-    for target, (_, minus) in zip(targets, contrasts, strict=True):
-        if prompts.is_in(minus, target):
-            warnings.append(
-                f"NEGATIVE_PROMPTS gives {minus!r} for {target!r}, which asks for it, too: the "
-                "difference from the prompt is not that concept"
-            )
+    warnings += held_against_itself(targets, contrasts)
     return targets, contrasts, warnings + _unfamiliar(corpus, targets)
+
+
+def held_against_itself(targets: list[str], contrasts: list[tuple[str, str]]) -> list[str]:
+    """A sentence for each target that the negative prompt given for it asks for, too."""
+    return [
+        f"NEGATIVE_PROMPTS gives {minus!r} for {target!r} and asks for it, too: what the prompt "
+        "is held against is not the prompt without it"
+        for target, (_, minus) in zip(targets, contrasts, strict=True)
+        if prompts.is_in(minus, target)
+    ]
 
 
 def _others(corpus: Corpus, questions: list[Question]) -> dict[str, np.ndarray]:

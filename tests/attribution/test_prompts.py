@@ -8,6 +8,7 @@ import unicodedata
 import pytest
 
 from concept_trak.attribution import prompts
+from concept_trak.attribution.answer import held_against_itself
 from concept_trak.attribution.prompts import (
     asking_words,
     contrasts,
@@ -296,3 +297,11 @@ def test_targets_of_one_slug_have_folders_of_their_own():
     second = target_folders(["cat dog", "cat-dog"])[1]
     trap = ["cat dog", second.removeprefix("target_"), "cat-dog"]
     assert len({*target_folders(trap)}) == 3
+
+
+def test_a_negative_prompt_that_asks_for_its_target_is_told():
+    prompt, targets = "a dog and a cat", ["dog", "cat"]
+    pairs = contrasts("slider", prompt, targets, "a cat|a Cat asleep")
+    (told,) = held_against_itself(targets, pairs)
+    assert "'a Cat asleep' for 'cat'" in told and "\n" not in told
+    assert not held_against_itself(targets, contrasts("slider", prompt, targets))

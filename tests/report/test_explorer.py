@@ -45,9 +45,11 @@ def pictures(root, n, side=16, files=24):
     return ImageCaptionDataset(root, records, captions)
 
 
-def write(results, data, prompt="a cat in the style of blob", methods=(), seed=0):
+def write(
+    results, data, prompt="a cat in the style of blob", methods=(), seed=0, targets=("cat", "blob")
+):
     """An answer of made-up scores: those of `concept_trak` know the label, others do not."""
-    targets, n = ("cat", "blob"), len(data)
+    n = len(data)
     settings = resolve("emoji", {"prompt": prompt, "results_dir": str(results), "top_k": 2})
     settings = settings.but(seed=seed, methods=",".join(methods))
     rng, found = np.random.default_rng(seed), []

@@ -15,7 +15,7 @@ from test_explorer import pictures, write
 from concept_trak.datasets.folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.report.explorer import explore
-from concept_trak.report.kept import Kept, read_asked
+from concept_trak.report.kept import OURS, Kept, read_asked
 from concept_trak.report.tables import csv_bytes, read_csv
 from concept_trak.settings import resolve
 
@@ -214,6 +214,29 @@ def test_pictures_that_were_not_scored_are_not_shown(tmp_path, what, capsys):
     assert "no pictures are shown" in told[-1][0]
     assert capsys.readouterr().out.count("no pictures are shown") == 1
     assert what == "moved" or (told[0] == [] and len(found["datasets"]) == 2)
+
+
+def test_two_targets_of_one_slug_keep_their_own_scores(tmp_path):
+    data = pictures(tmp_path / "data", 24)
+    folder = write(tmp_path / "qual", data, targets=("cat dog", "cat-dog"))
+    kept = Kept(folder, read_asked(folder))
+    one, two = (kept.scores(name, OURS, 24) for _, _, name in kept.concepts)
+    assert (one != two).any() and len(list(folder.glob("target_*"))) == 2
+    html = (folder / "report.html").read_text()
+    assert all(f'href="{name}/scores.csv"' in html for _, _, name in kept.concepts)
+
+
+def test_a_damaged_sheet_is_made_again_and_its_place_may_be_taken(kept):
+    results, _ = kept
+    whole = shown(results), (results / "explorer.html").read_bytes()
+    (sheet,) = (results / ".sheets").iterdir()
+    content = sheet.read_bytes()
+    _flip(sheet)
+    assert (shown(results), (results / "explorer.html").read_bytes()) == whole
+    assert sheet.read_bytes() == content
+    sheet.unlink()
+    sheet.mkdir()
+    assert (shown(results), (results / "explorer.html").read_bytes()) == whole
 
 
 # --- tables
