@@ -17,7 +17,6 @@ from PIL import Image
 from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError, removal
 from ..files import sha256_file
-from ..parsing import refuse_no_text
 from ..reading import checked_file, inside, misfit, read_json, read_npy
 from .formats import damping_name
 from .scores import CSV, NPY, npy_of
@@ -51,7 +50,9 @@ def read_asked(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {place} is missing or of another kind; {mend}")
     lengths = {len(asked[name]) for name in ("targets", "negatives", "folders")}
     names = [damping_name(d) for d in asked["dampings"]]
-    refuse_no_text(f"{path}: the root of its pictures", asked["pictures"]["root"])
+    root = asked["pictures"]["root"]
+    if "\0" in root or root != root.encode(errors="replace").decode():
+        raise UserError(f"{path}: the root of its pictures is no path; {mend}")
     if len(lengths) > 1 or not min(lengths):
         raise UserError(f"{path} has not one c- and one folder for each target; {mend}")
     if damping_name(asked["settings"]["damping"]) not in names:
@@ -74,7 +75,6 @@ class Kept:
         a = self.asked
         return list(zip(a["targets"], a["negatives"], a["folders"], strict=True))
 
-    @property
     def mend(self) -> str:
         """How an error ends."""
         return removal(self.folder, "ask it again")
@@ -83,34 +83,34 @@ class Kept:
         """Of a file of a concept, after a look at its checksum."""
         path = inside(self.folder, f"{concept}/{name}", "the file")
         known = self.asked["files"].get(f"{concept}/{name}")
-        checked_file(path, self.mend)
+        checked_file(path, self.mend())
         if known is not None and sha256_file(path) != known:
-            raise UserError(f"{path} is not the one that was written; {self.mend}")
+            raise UserError(f"{path} is not the one that was written; {self.mend()}")
         return path
 
     def rows(self, concept: str) -> list[dict[str, str]]:
         """Of scores.csv, in the order of the store."""
         path = self.path(concept, CSV)
-        rows = read_csv(path, self.mend, COLUMNS)
+        rows = read_csv(path, self.mend(), COLUMNS)
         if sorted(row["index"] for row in rows) != sorted(map(str, range(len(rows)))):
-            raise UserError(f"{path} does not have each picture once; {self.mend}")
+            raise UserError(f"{path} does not have each picture once; {self.mend()}")
         if not all(_is_number(row.get("fit", "0")) for row in rows):
-            raise UserError(f"{path} holds a fit that is no number; {self.mend}")
+            raise UserError(f"{path} holds a fit that is no number; {self.mend()}")
         outside = [r["file_name"] for r in rows if _leads_out(r["file_name"])]
         if outside:
-            raise UserError(f"{path} names {outside[0]!r}, outside its pictures; {self.mend}")
+            raise UserError(f"{path} names {outside[0]!r}, outside its pictures; {self.mend()}")
         return sorted(rows, key=lambda row: int(row["index"]))
 
     def scores(self, concept: str, method: str, count: int) -> np.ndarray:
         """float32 [dampings or 1, count] of a method."""
         path = self.path(concept, NPY if method == OURS else npy_of(method))
-        values = read_npy(path, self.mend, 2)
+        values = read_npy(path, self.mend(), 2)
         if values.shape not in ((1, count), (len(self.asked["dampings"]), count)):
             raise UserError(
-                f"{path} is {list(values.shape)}, not the scores of {count} pictures; {self.mend}"
+                f"{path} is {list(values.shape)}, not the scores of {count} pictures; {self.mend()}"
             )
         if not np.isfinite(values).all():
-            raise UserError(f"{path} holds a score that is NaN or infinite; {self.mend}")
+            raise UserError(f"{path} holds a score that is NaN or infinite; {self.mend()}")
         return values.astype("<f4")
 
     def query(self) -> Image.Image:
@@ -119,7 +119,7 @@ class Kept:
         try:
             return ImageCaptionDataset(path.parent, [{"file_name": QUERY}], [""]).image(0)
         except UserError as error:
-            raise UserError(f"{str(error).partition(';')[0]}; {self.mend}") from None
+            raise UserError(f"{str(error).partition(';')[0]}; {self.mend()}") from None
 
 
 def answers_in(folders: Iterable[Path]) -> tuple[list[Kept], list[str]]:
