@@ -219,8 +219,12 @@ def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> li
             f"QUERY_FORM={form!r} is unknown; set QUERY_FORM to one of {', '.join(QUERY_FORMS)}"
         )
     keys = [" ".join(nfc(target).casefold().split()) for target in targets]
-    if twice := next((t for i, t in enumerate(targets) if keys[i] in keys[:i]), None):
-        raise UserError(f"the target {twice!r} is there twice; name it once in TARGET_CONCEPTS")
+    for i, target in enumerate(targets):
+        if keys[i] in keys[:i]:
+            raise UserError(
+                f"{targets[keys.index(keys[i])]!r} and {target!r} are the same target; name it "
+                "once in TARGET_CONCEPTS"
+            )
     prompt = nfc(prompt)
     words = [asking_words(prompt, target) for target in targets]
     if form == "slider" or given:

@@ -285,7 +285,7 @@ def test_composed_and_decomposed_letters_are_the_same():
 
 @pytest.mark.parametrize("twice", [["cat", "cat"], ["Cat", "cat"], ["black cat", "Black  cat"]])
 def test_a_target_is_asked_once(twice):
-    with pytest.raises(UserError, match="is there twice; name it once"):
+    with pytest.raises(UserError, match="are the same target; name it once"):
         contrasts("cfg", "a black cat", twice)
 
 
