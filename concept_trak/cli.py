@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import io
 import os
 import sys
 import traceback
@@ -19,7 +18,7 @@ from typing import Any
 from .errors import UserError
 from .flags import FROM_ENV, Parser, add_setting_flags, refuse_misspelt, settings_of
 from .settings import JUDGE, OF_WEIGHTS, ROOT, Settings, version
-from .system import VERBOSITY, ended_by_sigterm, say, speak
+from .system import VERBOSITY, ended_by_sigterm, say, speak, speak_plainly
 
 
 def run_attribute(settings: Settings, device: str) -> None:
@@ -49,7 +48,8 @@ def run_explore(settings: Settings, device: str) -> None:
     """Make the page of all answers; prints where it is."""
     from .report.explorer import explore
 
-    print(f"explorer: {os.path.relpath(explore(settings))}")
+    if path := explore(settings):
+        print(f"explorer: {os.path.relpath(path)}")
 
 
 def run_serve(settings: Settings, device: str) -> None:
@@ -416,9 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0, or 2 with one line on standard error for a UserError, and for what the
     system refuses: a file, memory.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    speak_plainly()
     speak(0)  # until the arguments say otherwise
     try:
         with ended_by_sigterm():

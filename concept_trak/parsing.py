@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,11 @@ def refuse_no_text(variable: str, value: str) -> None:
             f"{variable} holds {bad[0]!r}, which is no character of a text; remove it from "
             f"{variable}"
         )
+
+
+def nfc(text: str) -> str:
+    """The text with letters and their signs composed, so that what looks the same is the same."""
+    return unicodedata.normalize("NFC", text)
 
 
 def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:

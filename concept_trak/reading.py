@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 NPY_MAGIC = b"\x93NUMPY"
+LARGEST = 1e300  # in size, of a number that is computed with
 NAME_BYTES = 255  # of a file's name, on every common disk
 
 
@@ -108,6 +109,22 @@ def parse_json(text: str | bytes, what: object, mend: str, kind: type = object) 
         wanted = {"dict": "an object", "list": "a list"}.get(kind.__name__, kind.__name__)
         raise UserError(f"{what} is not {wanted} but {type(value).__name__}; {mend}")
     return value
+
+
+def misfit(value: Any, like: Any, place: str = "") -> str:
+    """Where a JSON value is not like a pattern of types, {"name": str, "numbers": [float]}; ""
+    where it is. A float may be whole; keys that the pattern lacks may be anything.
+    """
+    if isinstance(like, dict) and isinstance(value, dict):
+        pairs = [(f"{place}.{key}".lstrip("."), value.get(key), of) for key, of in like.items()]
+    elif isinstance(like, list) and isinstance(value, list):
+        pairs = [(f"{place}[{i}]", item, like[0]) for i, item in enumerate(value)]
+    elif like in (int, float):
+        number = isinstance(value, like | int) and not isinstance(value, bool)
+        return "" if number and abs(value) < LARGEST else place
+    else:
+        return "" if isinstance(like, type) and isinstance(value, like) else place
+    return next(filter(None, (misfit(item, of, where) for where, item, of in pairs)), "")
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

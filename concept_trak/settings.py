@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import UserError
 from .parsing import (
+    nfc,
     number_ranges,
     option,
     parse_gpu_ids,
@@ -478,7 +479,7 @@ class Settings:
         for name, value in values.items():
             if name not in STAGE_OF:
                 raise TypeError(f"Settings has no field {name!r}")
-            by_stage[STAGE_OF[name]][name] = value
+            by_stage[STAGE_OF[name]][name] = nfc(value) if name in OF_WORDS else value
         return cls(**{name: stage(**by_stage[name]) for name, stage in STAGES.items()})
 
     def __getattr__(self, name: str) -> Any:
@@ -509,6 +510,8 @@ OF_WEIGHTS = (
     *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
     *("spare", "spare_weight", "edits"),
 )
+# what is compared with captions and labels
+OF_WORDS = ("prompt", "target_concepts", "negative_prompts", "negative_prompt", "concept", "spare")
 STAGES = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
 STAGE_OF = {f.name: name for name, stage in STAGES.items() for f in dataclasses.fields(stage)}
 

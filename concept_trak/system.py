@@ -5,12 +5,15 @@ when it is ended.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 VERBOSITY = {"level": 0}  # -1: results and errors alone; 1: times, and where an error came from
 START = time.monotonic()
@@ -31,6 +34,44 @@ def say(text: str) -> None:
         text = f"{time.monotonic() - START:7.1f} s  {text}"
     if VERBOSITY["level"] >= 0:
         print(text, flush=True)
+
+
+# what moves the cursor, sets a title, clears or reorders: all controls but tab and line feed, and
+# those of the writing's direction that hide how a name goes on
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+OF_BARS = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")  # what tqdm moves the cursor by
+
+
+class Plain:
+    r"""A stream of text whose controls are written as \x1b: labels, captions and names of files may
+    hold any. A name that is no text does not end a run.
+    """
+
+    def __init__(self, stream: TextIO, bars: bool) -> None:
+        self._stream, self._bars = stream, bars
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """As a stream's."""
+        bar = OF_BARS.match(text) if self._bars else None
+        start = bar.end() if bar else 0
+        self._stream.write(text[:start] + CONTROLS.sub(_escaped, text[start:]))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def speak_plainly() -> None:
+    """Let no text from outside steer the terminal: what is written from now on is `Plain`."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Plain):
+            setattr(sys, name, Plain(stream, bars=name == "stderr"))
+
+
+def _escaped(match: re.Match) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 WATCH_STDIN = "CONCEPT_TRAK_WATCH_STDIN"  # set for a process that is to end with its parent

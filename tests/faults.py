@@ -58,6 +58,10 @@ class Case:
     again: bool = False
     known: frozenset[str] = frozenset()
 
+    def key(self) -> str:
+        """Of all cases of the same command."""
+        return json.dumps([self.verb, self.flags], default=str, sort_keys=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -69,7 +73,9 @@ class Outcome:
 
 
 class Project:
-    """A pipeline, pictures, their store, encoded pictures, their store, an answer to each."""
+    """A pipeline, pictures, their store, encoded pictures, their store, an answer to each, and its
+    page in the explorer.
+    """
 
     def __init__(self, root: Path) -> None:
         from conftest import save_tiny_data, save_tiny_pipeline
@@ -96,14 +102,16 @@ class Project:
         for verb, flags in (
             ("train-grad", self.flags),
             ("attribute", self.flags),
+            ("explore", {"results_dir": self.flags["results_dir"]}),
             ("prepare", self.encoded | source),
             ("train-grad", self.encoded),
             ("attribute", self.encoded),
+            ("explore", {"results_dir": self.encoded["results_dir"]}),
         ):
             code, told = call(verb, flags)
             assert code == 0, told
         shutil.copytree(self.root, self.home / "whole", symlinks=True)
-        self.clean, self.wanted = self.content(), {}
+        self.clean, self.wanted, self.usual = self.content(), {}, {}
         (self.home / "elsewhere").mkdir()
 
     def restore(self) -> None:
@@ -116,7 +124,7 @@ class Project:
         found = {}
         for path in sorted(self.root.rglob("*")):
             if path.is_file():
-                content = path.read_bytes()
+                content = re.sub(rb'"made":"[^"]*"', b"", path.read_bytes())  # when, in a page
                 found[str(path.relative_to(self.root))] = hashlib.sha256(content).hexdigest()
         return found
 
@@ -124,6 +132,8 @@ class Project:
         """The outcome; the project is restored, and so is where the process stands."""
         here = Path.cwd()
         try:
+            if case.kind.startswith("readers"):
+                self.usual_of(case)
             if case.spoil:
                 case.spoil(self.root / case.file)
             os.chdir(self.home / "elsewhere")
@@ -157,7 +167,7 @@ class Project:
         lost = [f for f in lost if ".part" not in f and not related(f, case.file)]
         if lost:
             return f"lost {lost[0]}"
-        if case.spoil and code == 0 and not self.same(after):
+        if case.spoil and code == 0 and not self.same(after, case):
             return "silent change"
         if outside := [f.name for f in self.home.iterdir() if f.name not in HOME]:
             for name in outside:
@@ -181,9 +191,22 @@ class Project:
         wanted = self.wanted.setdefault(case.verb, said(self.content()))
         return "" if said(self.content()) == wanted else "silent change by the next"
 
-    def same(self, after: dict[str, str]) -> bool:
-        """Whether no ranking, picture or row is there that the clean project does not have."""
-        return said(after) <= said(self.clean)
+    def same(self, after: dict[str, str], case: Case) -> bool:
+        """Whether no ranking, picture, row or page is there that the clean project does not have,
+        or get by the same command.
+        """
+        if case.kind.startswith("readers"):  # what the verb leaves as it found it is not its doing
+            after = {f: digest for f, digest in after.items() if f != case.file}
+        return said(after) <= said(self.clean) | self.usual.get(case.key(), set())
+
+    def usual_of(self, case: Case) -> set[tuple[str, str]]:
+        """What the command of the case comes to when nothing is wrong; found out once."""
+        if case.key() not in self.usual:
+            code, told = call(case.verb, case.flags)
+            assert code == 0, told
+            self.usual[case.key()] = said(self.content())
+            self.restore()
+        return self.usual[case.key()]
 
 
 HOME = ("project", "whole", "elsewhere", "odd")
@@ -206,7 +229,7 @@ def within_seconds(limit: int) -> Iterator[None]:
 
 def said(content: dict[str, str]) -> set[tuple[str, str]]:
     """(name, digest) of the files that say what came out."""
-    names = ("topk-prompts", "query.png", "train_grad-", "concept_grad.npy")
+    names = ("topk-prompts", "query.png", "train_grad-", "concept_grad.npy", "explorer", "exported")
     files = {(Path(f).name, digest) for f, digest in content.items() if ".part" not in f}
     return {f for f in files if f[0].startswith(names) and not f[0].endswith(".json")}
 
@@ -245,7 +268,8 @@ def cases(project: Project) -> Iterator[Case]:
                 continue
             flags = project.flags | {name: text}
             yield Case("variables", f"{name}={text[:20]!r} #{i}", "attribute", flags)
-    files = [f for f in project.clean if "/logs/" not in f]
+    made = ("/logs/", ".sheets/", "explorer.html")  # which no verb of these reads
+    files = [f for f in project.clean if not any(name in f for name in made)]
     for file in files:
         top = file.split("/")[0]
         encoded = top in ("encoded", "grads_encoded", "results_encoded")
@@ -261,6 +285,34 @@ def cases(project: Project) -> Iterator[Case]:
             if top == "encoded":
                 again = flags | {"source_dir": project.root / "data"}
                 yield Case(kind, f"{file} {how} prepare", "prepare", again, spoil, file)
+
+
+UNREAD = re.compile(r"/logs/|/\.rows/|/topk-|/query_|/concept_grad|/index\.html$|explorer\.html$")
+
+
+def cases_of_readers(project: Project) -> Iterator[Case]:
+    """Verbs beside those of `cases`, each on every file that it reads."""
+    results, pictures = project.flags["results_dir"], project.root / "data"
+    own = {"source_dir": pictures, "benchmark": "own"}
+    asked = ("sd_model_path", "prompt", "target_concepts", "grad_dir", "proj_dim", "nfe")
+    verbs = {
+        "explore": ("results", {"results_dir": results}),
+        "concepts": ("data", {"data_dir": pictures}),
+        "estimate": ("data", own | {k: project.flags[k] for k in asked}),
+        "export": ("grads", project.export | {"out_dir": project.root / "new", "kind": "numpy"}),
+        "suspects": ("grads", project.export | {"results_dir": project.root / "results/qual"}),
+        "build-index": ("grads", project.export),
+    }
+    for verb, (top, flags) in verbs.items():
+        for file in (f for f in project.clean if f.startswith(f"{top}/") and not UNREAD.search(f)):
+            for how, spoil in every_kind(project.home / "whole" / file):
+                yield Case(f"readers, {verb}", f"{file} {how}", verb, flags, spoil, file)
+
+
+def every_kind(path: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """(name, spoil) of all that can be wrong with a file."""
+    yield from kinds_of(path)
+    yield from ((spoil.__name__.removeprefix("spoil_"), spoil) for spoil in SPOIL)
 
 
 def cases_of_hub(project: Project) -> Iterator[Case]:
@@ -318,7 +370,7 @@ def cases_of_places(project: Project) -> Iterator[Case]:
 
 def all_cases(project: Project) -> Iterator[Case]:
     """Of every class."""
-    for some in (cases, cases_of_hub, cases_of_disk, cases_of_places):
+    for some in (cases, cases_of_readers, cases_of_hub, cases_of_disk, cases_of_places):
         yield from some(project)
 
 

@@ -17,7 +17,7 @@ import torch
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
-from ..parsing import parse_methods
+from ..parsing import nfc, parse_methods
 from ..registry import OBJECTIVES, RANKERS
 from ..rows.fit import caption_llr, doubtful, relative_fit
 from ..scoring.concept import ConceptResult
@@ -120,7 +120,18 @@ def asked_words(corpus: Corpus) -> tuple[list[str], list[tuple[str, str]], list[
     """
     targets, contrasts = check_words(corpus.settings, corpus.everything)
     warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
+    warnings += held_against_itself(targets, contrasts)
     return targets, contrasts, warnings + _unfamiliar(corpus, targets)
+
+
+def held_against_itself(targets: list[str], contrasts: list[tuple[str, str]]) -> list[str]:
+    """A sentence for each target that the negative prompt given for it asks for, too."""
+    return [
+        f"NEGATIVE_PROMPTS gives {minus!r} for {target!r} and asks for it, too: what the prompt "
+        "is held against is not the prompt without it"
+        for target, (_, minus) in zip(targets, contrasts, strict=True)
+        if prompts.is_in(minus, target)
+    ]
 
 
 def _others(corpus: Corpus, questions: list[Question]) -> dict[str, np.ndarray]:
@@ -196,6 +207,6 @@ def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
 
 
 def _unseen(corpus: Corpus, prompt: str) -> bool | None:
-    if prompt in corpus.train.captions:
+    if prompt in map(nfc, corpus.train.captions):
         return False
-    return True if prompt in corpus.everything.captions else None
+    return True if prompt in map(nfc, corpus.everything.captions) else None

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import shlex
+import unicodedata
+from collections.abc import Iterator, Sequence
 
 from ..errors import UserError
-from ..parsing import nearest
+from ..parsing import nearest, nfc
 
 QUERY_FORMS = ("slider", "cfg", "concept")
+# Thai, Lao, Burmese, Khmer, Chinese and Japanese are written without blanks between words
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u3005-\u3007\u3041-\u30ff"
+    "\u31f0-\u31ff\u3400-\u9fff\ua9e0-\ua9fe\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
+STACKING = "\u1039\u17d2"  # Burmese and Khmer: the next letter stands below this one
+HYPHENS = "-\u2010\u2011"
+PAIRS = ("''", '""', "()", "[]", "{}", "\u2018\u2019", "\u201c\u201d", "\u00ab\u00bb")
+PLURALS = (("y", "ies"), ("man", "men"), ("f", "ves"), ("fe", "ves"), ("", "es"), ("", "s"))
+LETTERS = 2  # of a word, beside its plural's ending
+HALF_BEFORE, HALF_AFTER = re.compile(rf"\w[{HYPHENS}]$"), re.compile(rf"[{HYPHENS}]\w")
+IN_A = re.compile(r"\bin\s+(?:(?:an?|the)\s+)?$", re.IGNORECASE)
+STYLE = re.compile(r"\s+style(?=\s*(?:$|[,.;]))", re.IGNORECASE)
+JOINING = r"^(?:and|with|by|of|on)\s+"
 
 
 def split_list(text: str) -> list[str]:
@@ -20,8 +38,8 @@ def split_list(text: str) -> list[str]:
 
 
 def find_target(prompt: str, target: str) -> re.Match:
-    """Where the target stands in the prompt, as whole words, whatever the case. UserError if it
-    does not, or if either is empty.
+    """Where the target first stands in the prompt, in NFC, as whole words, whatever the case and
+    the blanks. UserError if it does not, or if either is empty.
     """
     if not prompt.strip():
         raise UserError(
@@ -32,7 +50,7 @@ def find_target(prompt: str, target: str) -> re.Match:
             "TARGET_CONCEPTS holds an empty concept; set TARGET_CONCEPTS to words of "
             "PROMPT, separated by ',' or '|'"
         )
-    match = _search(prompt, target)
+    match = _search(nfc(prompt), target)
     if match is None:
         words, length = prompt.split(), len(target.split())
         runs = [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]
@@ -46,61 +64,140 @@ def find_target(prompt: str, target: str) -> re.Match:
 
 
 def is_in(text: str, target: str) -> bool:
-    """Whether the target stands in a text as `find_target` finds it; blanks may be any."""
-    return _search(" ".join(text.split()), " ".join(target.split())) is not None
+    """Whether the target stands in a text as `find_target` finds it."""
+    return _search(nfc(text), target) is not None
 
 
 def _search(text: str, target: str) -> re.Match | None:
-    return re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", text, re.IGNORECASE)
+    pattern, start = _pattern(target), 0
+    while match := pattern.search(text, start):
+        if all(_may_end(text, place) for place in match.span()):
+            return match
+        start = match.start() + 1
+    return None
 
 
-def split_prompt(prompt: str, target: str) -> tuple[str, str]:
-    """(the words that ask for the target, the prompt without them): the target with its article or
-    the "in the style of" before it.
+@functools.lru_cache
+def _pattern(target: str) -> re.Pattern:
+    """The target with any blanks, either apostrophe and either spelling of a sharp s."""
+    text = r"\s+".join(map(re.escape, nfc(target).split()))
+    text = re.sub("ss|ß|ẞ", "(?:ss|ß)", text, flags=re.IGNORECASE)
+    return re.compile(re.sub("['’]", "['’]", text), re.IGNORECASE)
 
-    >>> split_prompt("an elephant in the style of blob", "elephant")
-    ('an elephant', 'in the style of blob')
+
+def _may_end(text: str, place: int) -> bool:
+    """Whether a word may end, and another begin, before text[place]: not between a letter and its
+    signs, nor between two letters, unless one is of a script without blanks.
+    """
+    if place in (0, len(text)):
+        return True
+    before, after = text[place - 1], text[place]
+    if _is_sign(after) or before in STACKING:
+        return False
+    apart = not all(c.isalnum() or c == "_" or _is_sign(c) for c in (before, after))
+    return apart or UNSPACED.search(before + after) is not None
+
+
+def _is_sign(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
+
+
+def asking_words(prompt: str, target: str) -> str:
+    """The words of the prompt that ask for the target: itself, with its article or the "in the
+    style of" before it.
+
+    >>> asking_words("an elephant in the style of blob", "elephant")
+    'an elephant'
     """
     match = find_target(prompt, target)
-    before, after = prompt[: match.start()], prompt[match.end() :]
-    before = re.sub(r"(?:\b(?:a|an|the)\s+)$", "", before, flags=re.IGNORECASE)
-    before = re.sub(
-        r"(?:,|\b(?:in the style of|painted by|by|with|and|of|on)\b)\s*$",
-        "",
-        before.rstrip(),
-        flags=re.IGNORECASE,
-    )
-    rest = re.sub(r"\s+(?=[\s,])", "", f"{before.rstrip()} {after.strip()}").strip(" ,")
-    rest = re.sub(r"^(?:and|with|by|of|on)\s+", "", rest, flags=re.IGNORECASE)
-    words = re.sub(
-        r"^(?:and|with|by|of|on)\s+",
-        "",
-        prompt[len(before) : match.end()].strip(" ,"),
-        flags=re.IGNORECASE,
-    )
-    return words, rest
+    before = match.string[: _with_marks(match)[0]]
+    words = f"{before[len(_led_up_to(before)) :]}{match[0]}".strip(" ,")
+    return re.sub(JOINING, "", words, flags=re.IGNORECASE)
 
 
 def negative_of(prompt: str, target: str) -> str:
-    """The prompt without the target, its article, and the "in the style of" or joining word that
-    led up to it.
+    """The prompt without the target wherever it stands, its article, and the "in the style of" or
+    joining word that led up to it.
+
+    UserError where that cannot be told: the target is half of a word with a hyphen, or another
+    number of it is left.
 
     >>> negative_of("an elephant in the style of blob", "elephant")
     'in the style of blob'
+    >>> negative_of("a cat and a black cat", "cat")
+    'a black'
     """
-    return split_prompt(prompt, target)[1]
+    match, rest = find_target(prompt, target), ""
+    while match:
+        rest = _without(match)
+        match = _search(rest, target)
+    if left := next((form for form in _forms(nfc(target).strip()) if is_in(rest, form)), ""):
+        raise UserError(
+            f"without {target!r} the prompt {prompt!r} still holds {left!r}; set NEGATIVE_PROMPTS "
+            "to PROMPT without all that asks for it"
+        )
+    return rest
+
+
+def _without(match: re.Match) -> str:
+    """The text without the target at this place, and without what led up to it."""
+    start, end = _with_marks(match)
+    before, after = match.string[:start], match.string[end:]
+    if HALF_BEFORE.search(before) or HALF_AFTER.match(after):
+        whole = re.search(r"\S*$", before)[0] + match[0] + re.match(r"\S*", after)[0]
+        raise UserError(
+            f"{match[0]!r} stands in the prompt {match.string!r} as a part of {whole!r}; set "
+            "NEGATIVE_PROMPTS to PROMPT without what asks for it"
+        )
+    edge = before[-1:] + after[:1]
+    joint = " " if re.search(r"\s", edge) or not UNSPACED.search(edge) else ""
+    named, style = IN_A.search(before), STYLE.match(after)
+    if named and style:  # "in blob style"
+        before, after = before[: named.start()], after[style.end() :]
+    rest = f"{_led_up_to(before)}{joint}{after.strip()}"
+    rest = re.sub(r"\s+(?=[\s,])", "", rest).strip(" ,")
+    return re.sub(JOINING, "", rest, flags=re.IGNORECASE)
+
+
+def _with_marks(match: re.Match) -> tuple[int, int]:
+    """Where the target begins and ends with the quotes round it, or with its own "'s"."""
+    text, (start, end) = match.string, match.span()
+    while start and text[start - 1] + text[end : end + 1] in PAIRS:
+        start, end = start - 1, end + 1
+    own = r"['’]s?(?!\w)" if match[0][-1:] in "sS" else r"['’]s(?!\w)"
+    owner = re.match(own, text[end:], re.IGNORECASE)
+    return start, end + (owner.end() if owner else 0)
+
+
+def _led_up_to(before: str) -> str:
+    """The text before a target without its article and the joining words."""
+    before = re.sub(r"(?:\b(?:a|an|the)\s+)$", "", before, flags=re.IGNORECASE)
+    return re.sub(
+        r"(?:,|\b(?:in\s+(?:the\s+)?style\s+of|painted by|by|with|and|of|on)\b)\s*$",
+        "",
+        before.rstrip(),
+        flags=re.IGNORECASE,
+    ).rstrip()
+
+
+def _forms(word: str) -> Iterator[str]:
+    """The word's plurals, and what it may be the plural of."""
+    for one, many in PLURALS:
+        for ending, other in ((one, many), (many, one)):
+            if word.lower().endswith(ending) and len(word) - len(ending) >= LETTERS:
+                yield word[: len(word) - len(ending)] + other
 
 
 def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
     """One negative prompt for each target: those given, else derived from *this* prompt. UserError
     when the numbers differ.
     """
-    derived = [negative_of(prompt, target) for target in targets]
+    for target in targets:
+        find_target(prompt, target)
     if not given:
-        return derived
-    items = (
-        split_list(given) if len(targets) > 1 else [given.strip()]
-    )  # the only negative may hold commas
+        return [negative_of(prompt, target) for target in targets]
+    # the only negative may hold commas
+    items = split_list(given) if len(targets) > 1 else [given.strip()]
     if len(items) != len(targets):
         raise UserError(
             f"NEGATIVE_PROMPTS has {len(items)} items for {len(targets)} targets; give "
@@ -110,7 +207,7 @@ def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
 
 
 def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> list[tuple[str, str]]:
-    """(c+, c-) of each target. Negative prompts that are `given` replace c- in every form.
+    """(c+, c-) of each target, in NFC. Negative prompts that are `given` replace c- in every form.
 
     slider    the prompt against the prompt without the target (Concept-TRAK)
     cfg       the prompt against the empty prompt
@@ -121,27 +218,49 @@ def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> li
         raise UserError(
             f"QUERY_FORM={form!r} is unknown; set QUERY_FORM to one of {', '.join(QUERY_FORMS)}"
         )
-    minus = negatives(prompt, targets, given)
-    if form != "slider" and not given:
+    keys = [" ".join(nfc(target).casefold().split()) for target in targets]
+    for i, target in enumerate(targets):
+        if keys[i] in keys[:i]:
+            raise UserError(
+                f"{targets[keys.index(keys[i])]!r} and {target!r} are the same target; name it "
+                "once in TARGET_CONCEPTS"
+            )
+    prompt = nfc(prompt)
+    words = [asking_words(prompt, target) for target in targets]
+    if form == "slider" or given:
+        minus = negatives(prompt, targets, given)
+    else:
         minus = [""] * len(targets)
-    plus = [split_prompt(prompt, target)[0] if form == "concept" else prompt for target in targets]
-    return list(zip(plus, minus, strict=True))
+    return list(zip(words if form == "concept" else [prompt] * len(words), minus, strict=True))
 
 
 def slug(text: str, length: int) -> str:
     """Lower-case words joined by "-", at most `length` characters."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "empty"
+    return re.sub(r"[^a-z0-9]+", "-", nfc(text).lower()).strip("-")[:length].strip("-") or "empty"
 
 
 def target_slug(target: str) -> str:
-    """{slug32}, as in the reference, with a hash where words were cut or letters lost, so that two
-    targets never share a folder.
-    """
+    """{slug32}, as in the reference, with a hash where words were cut or letters lost."""
     short = slug(target, 32)
-    whole = re.sub(r"\s+", "-", target.strip().lower()) == short
-    return short if whole else f"{short}-{hashlib.sha1(target.encode()).hexdigest()[:6]}"
+    whole = re.sub(r"\s+", "-", nfc(target).strip().lower()) == short
+    return short if whole else f"{short}-{_hash(target)[:6]}"
+
+
+def target_folders(targets: Sequence[str]) -> list[str]:
+    """A folder for each target of an answer; no two share one: "cat dog" beside "cat-dog"."""
+    names: list[str] = []
+    for target in targets:
+        name = f"target_{target_slug(target)}"
+        while name in names:
+            name += f"-{_hash(target)[:6]}"
+        names.append(name)
+    return names
 
 
 def query_slug(prompt: str) -> str:
     """{slug48}-{sha1[:10]} of the prompt, as in the reference."""
-    return f"{slug(prompt, 48)}-{hashlib.sha1(prompt.encode()).hexdigest()[:10]}"
+    return f"{slug(prompt, 48)}-{_hash(prompt)[:10]}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha1(nfc(text).encode()).hexdigest()

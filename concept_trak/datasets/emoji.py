@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..flags import line_of
-from ..parsing import nearest
+from ..parsing import nearest, nfc
 from ..settings import EMOJI
 from .folder import ImageCaptionDataset
 
@@ -62,8 +62,8 @@ def concept(dataset: ImageCaptionDataset, target: str, column: str = "object") -
     column: of which kind the word seems to be. Raises UserError, naming words that are near or else
     some of that kind, if the dataset does not know it.
     """
-    vocabulary = {name.casefold(): value for name, value in concepts(dataset).items()}
-    word = target.strip().casefold()
+    vocabulary = {nfc(name).casefold(): value for name, value in concepts(dataset).items()}
+    word = nfc(target).strip().casefold()
     if word in vocabulary:
         return vocabulary[word]
     close = nearest(word, vocabulary)
@@ -86,7 +86,8 @@ def relevant(dataset: ImageCaptionDataset, target: str) -> np.ndarray:
     Raises UserError if the dataset does not know the word.
     """
     column, value = concept(dataset, target)
-    return np.array([item == value for item in dataset.column(column)], dtype=bool)
+    carry = [item is not None and nfc(item) == nfc(value) for item in dataset.column(column)]
+    return np.array(carry, dtype=bool)
 
 
 def has_labels(dataset: ImageCaptionDataset) -> bool:
@@ -106,5 +107,5 @@ def refuse_unknown(dataset: ImageCaptionDataset, prompt: str, targets: list[str]
         if style:
             concept(dataset, style[1], "style")
         for word in targets:
-            is_style = style and word.strip().casefold() in style[0].casefold()
+            is_style = style and nfc(word).strip().casefold() in nfc(style[0]).casefold()
             concept(dataset, word, "style" if is_style else "object")

@@ -29,14 +29,13 @@ from ..errors import UserError, call, removal
 from ..files import sha256_file, write_json
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
-from ..reading import named, read_json, read_npy, read_text
+from ..reading import read_json, read_npy, read_text
 from ..settings import digest
-from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
+from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder, looks
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
 HASHES = ".content.json"  # of the arrays: 36 GB would take minutes at every start
 SHOWN_HASH = ".pictures.json"  # the same of released pictures
-HEAD_BYTES = 4096  # of each of those
 SOURCE = "my_pictures"  # stands for a folder that nothing here names
 
 
@@ -186,24 +185,10 @@ class EncodedData:
             return ""
         files = [[data.path(i).name, *_stamp(data.path(i))] for i in range(len(data))]
         stamps = hashlib.sha256(json.dumps([files, data.captions]).encode()).hexdigest()
-        return _remembered(self.root / SHOWN_HASH, stamps, lambda: {"pictures": _looks(data)})[
+        mend = fetch_shown(self.root)
+        return _remembered(self.root / SHOWN_HASH, stamps, lambda: {"pictures": looks(data, mend)})[
             "pictures"
         ]
-
-
-def _looks(data: ImageCaptionDataset) -> str:
-    """sha256 over names, sizes, first bytes and captions: to read all of 100,000 photos (265 GB)
-    would take an hour.
-    """
-    whole = hashlib.sha256()
-    for record, caption, path in zip(
-        data.records, data.captions, map(data.path, range(len(data))), strict=True
-    ):
-        with named(path, fetch_shown(data.root.parent.parent)), open(path, "rb") as file:
-            head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
-        line = [record["file_name"], path.stat().st_size, head, caption]
-        whole.update(json.dumps(line).encode())
-    return whole.hexdigest()
 
 
 def _remembered(path: Path, stamps: Any, compute: Callable[[], dict[str, str]]) -> dict[str, str]:

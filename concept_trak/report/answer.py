@@ -24,16 +24,18 @@ from safetensors.torch import save
 from ..attribution.answer import Answer, answer, drawn
 from ..attribution.corpus import Corpus
 from ..attribution.plan import question_folder
-from ..attribution.prompts import target_slug
+from ..attribution.prompts import target_folders, target_slug
 from ..attribution.question import Picture, Question, picture_identity
 from ..attribution.rankers import GradientRanker
 from ..datasets import ImageCaptionDataset
+from ..datasets.folder import looks
 from ..files import atomic_folder, make_folder, write_bytes, write_json
 from ..flags import command
 from ..settings import OF_WEIGHTS, ROOT, Settings, as_dict, digest
 from ..store.cached import cached_array
 from ..store.shards import Store
-from .index import PAGE, QUESTION, write_index
+from .index import write_index
+from .kept import PAGE, QUESTION, checksums
 from .page import write_report
 from .results import write_results
 from .scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY, npy_of, write_scores
@@ -103,6 +105,7 @@ def write_answer(
     """
     s = settings
     folder = question_folder(s, found.settings["store_checksum"])
+    names = target_folders([question.words for question in found.questions])
     shown = Shown(
         Image.fromarray(found.picture.pixels),
         found.dataset,
@@ -111,13 +114,13 @@ def write_answer(
         found.settings,
         found.provenance,
         found.fit,
-        _links(found, folder),
+        _links(found, folder, names),
         weights,
         command("attribute", s, ASKED, weights="1"),
     )
     with atomic_folder(folder) as made:
         for i, (question, concept) in enumerate(zip(found.questions, found.concepts, strict=True)):
-            target = make_folder(made / target_folder(question))
+            target = make_folder(made / names[i])
             meta = {"prompt": s.prompt, "target": question.words, "plus": question.plus}
             meta |= {"negative": question.minus, "settings": as_dict(s)}
             save_query(target, found.picture, meta | {"provenance": found.provenance})
@@ -127,26 +130,22 @@ def write_answer(
             write_scores(target, concept, shown, {k: v[:, i] for k, v in found.others.items()})
         about = {"unseen": found.unseen, "warnings": found.warnings}
         write_report(made / PAGE, s.prompt, found.concepts, shown, **about)
-        write_json(made / QUESTION, _asked(found) | {"prompt": s.prompt, "settings": as_dict(s)})
+        asked = {"prompt": s.prompt, "settings": as_dict(s), "files": checksums(made)}
+        write_json(made / QUESTION, _asked(found, names) | asked)
     write_index(folder)
     return folder / PAGE
 
 
-def target_folder(question: Question) -> str:
-    """Of the files of one concept, inside the folder of an answer."""
-    return f"target_{target_slug(question.words)}"
-
-
-def _links(found: Answer, folder: Path) -> Links:
-    """From the page in `folder`."""
+def _links(found: Answer, folder: Path, names: Sequence[str]) -> Links:
+    """From the page in `folder`. names: of the concepts' own folders."""
     named = {NPY: "scores.npy (every damping)", CSV: "scores.csv (the fixed damping)"}
     if any(concept.told for concept in found.concepts):
         named = {CANDIDATES: "candidates.npy (every damping)", CANDIDATE_ROWS: "their rows"}
         named[CSV] = "scores.csv (the fixed damping)"
     named |= {npy_of(name): f"{name}, every damping" for name in found.others}
     files = {
-        q.words: {what: f"{quote(target_folder(q))}/{quote(file)}" for file, what in named.items()}
-        for q in found.questions
+        q.words: {what: f"{quote(name)}/{quote(file)}" for file, what in named.items()}
+        for q, name in zip(found.questions, names, strict=True)
     }
 
     def url(path: Path) -> str:
@@ -155,13 +154,13 @@ def _links(found: Answer, folder: Path) -> Links:
     return Links(lambda i: url(found.dataset.path(i)), files, url)
 
 
-def _asked(found: Answer) -> dict[str, Any]:
+def _asked(found: Answer, names: Sequence[str]) -> dict[str, Any]:
     """What the explorer and the index read of an answer."""
     data = found.dataset
     return {
         "targets": [q.words for q in found.questions],
         "negatives": [q.minus for q in found.questions],
-        "folders": [target_folder(q) for q in found.questions],
+        "folders": list(names),
         "methods": list(found.others),
         "dampings": list(found.concepts[0].dampings),
         "search": found.settings["search"],
@@ -170,6 +169,7 @@ def _asked(found: Answer) -> dict[str, Any]:
         "pictures": {
             "root": str(data.root.resolve()).removeprefix(f"{ROOT}/"),
             "digest": pictures_digest(data),
+            "looks": looks(data),
         },
     }
 

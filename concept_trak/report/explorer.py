@@ -9,11 +9,9 @@ sight; scores, float32 in base64, when they are asked for.
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,58 +19,19 @@ from typing import Any
 from urllib.parse import quote
 
 from ..datasets.emoji import COLUMNS
+from ..datasets.folder import ImageCaptionDataset, looks
 from ..errors import UserError
 from ..files import make_folder, write_bytes
 from ..flags import line_of
-from ..reading import read_json, read_npy, read_text
 from ..settings import ROOT, Settings
 from .formats import damping_name
-from .index import PAGE, QUESTION, changed_settings
+from .index import changed_settings
+from .kept import OURS, PAGE, Kept, answers_in
 from .page import environment
 from .pictures import QUERY_SIDE, data_uri, shrunk
-from .scores import CSV, NPY, npy_of
 from .sheets import Sheets
 
 EXPLORER = "explorer.html"
-OURS = "concept_trak"
-MEND = f"ask it again, e.g. {line_of('attribute', 'emoji', {})}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """An answer on disk. asked: its question.json."""
-
-    folder: Path
-    asked: dict[str, Any]
-
-    @property
-    def concepts(self) -> list[tuple[str, str, Path]]:
-        """(target, c-, folder) of each concept."""
-        a = self.asked
-        names = zip(a["targets"], a["negatives"], a["folders"], strict=True)
-        return [(target, minus, self.folder / name) for target, minus, name in names]
-
-
-def answers_in(folders: Iterable[Path]) -> tuple[list[Found], int]:
-    """(the answers of these folders, the newest first, how many cannot be read): made by an earlier
-    version, or damaged. Answers by an index do not know all scores and are passed over with a word.
-    """
-    found, unreadable = [], 0
-    pages = [page for folder in folders for page in folder.glob(f"*/{PAGE}")]
-    pages = [page for page in pages if not page.parent.is_symlink()]
-    for page in sorted(pages, key=lambda p: p.stat().st_mtime, reverse=True):
-        try:
-            asked = read_json(page.parent / QUESTION, MEND)
-            answer = Found(page.parent, asked)
-            if asked.get("search") == "index":
-                print(f"{page.parent.name} knows its candidates' scores only: left out; see {page}")
-                continue
-            if not all((folder / NPY).is_file() for _, _, folder in answer.concepts):
-                raise UserError(f"{page.parent} has no {NPY}; {MEND}")
-            found.append(answer)
-        except (UserError, KeyError, ValueError):
-            unreadable += 1
-    return found, unreadable
 
 
 def places(settings: Settings) -> tuple[list[Path], Path]:
@@ -87,95 +46,150 @@ def places(settings: Settings) -> tuple[list[Path], Path]:
     return [own], Path(settings.results_dir) / EXPLORER
 
 
-def explore(settings: Settings) -> Path:
-    """Write the page over all answers there are; returns its path. UserError where there is none
-    that can be shown.
+def explore(settings: Settings) -> Path | None:
+    """Write the page over all answers there are; returns its path. Each that cannot be shown is
+    told and left out; None where all that there are were found by an index. UserError where there
+    is none that can be shown.
     """
     folders, path = places(settings)
-    found, unreadable = answers_in(folders)
-    if unreadable:
-        print(f"{unreadable} answers of an earlier version are left out; to see one, {MEND}")
-    if not found:
-        ask = line_of("attribute", "emoji", {})
-        raise UserError(f"there is no answer to explore yet; make one (about 10 s): {ask}")
-    write_explorer(path, found)
+    found, wrong = answers_in(folders)
+    for sentence in wrong:
+        _leave_out(sentence)
+    whole = [answer for answer in found if answer.asked["search"] != "index"]
+    for answer in found:
+        if answer not in whole:
+            _leave_out(f"{answer.folder.name} knows its candidates' scores only; see its {PAGE}")
+    if found and not whole:
+        return None
+    write_explorer(path, whole)
     return path
 
 
-def write_explorer(path: Path, answers: Sequence[Found]) -> None:
-    """The page of these answers, the first of them shown first."""
+def _leave_out(sentence: str) -> None:
+    print(f"left out: {sentence}")
+
+
+def write_explorer(path: Path, answers: Sequence[Kept]) -> None:
+    """The page of these answers, the first of them shown first. UserError where none can be."""
     make_folder(path.parent)
     data, blobs, sheets = gathered(answers, path.parent)
+    if not data["answers"]:
+        ask = line_of("attribute", "emoji", {})
+        raise UserError(f"there is no answer to explore yet; make one (about 10 s): {ask}")
     template = environment().get_template("explorer.html.jinja")
     html = template.render(data=_script_json(data), first=blobs[:1], rest=blobs[1:], sheets=sheets)
     write_bytes(path, html.encode())
 
 
 def gathered(
-    answers: Sequence[Found], place: Path
+    answers: Sequence[Kept], place: Path
 ) -> tuple[dict[str, Any], list[tuple[str, str]], list[tuple[str, str]]]:
     """(what the page knows, (id, base64) of scores, (id, base64) of sheets). place: of the page."""
-    datasets: dict[str, dict[str, Any]] = {}
+    galleries: dict[tuple[str | None, ...], _Gallery] = {}
     told, blobs, sheets = [], [], []
-    for number, answer in enumerate(answers):
-        about = answer.asked["pictures"]
-        rows = _rows(answer.concepts[0][2])
-        if about["digest"] not in datasets:
-            data = _dataset(rows, ROOT / about["root"], place)
-            thumbs = Sheets(ROOT / about["root"], data.pop("names"), place / ".sheets")
-            data |= {"side": thumbs.side, "across": thumbs.across, "number": len(datasets)}
-            sheets += [(f"p{data['number']}-{i}", text) for i, text in enumerate(thumbs.encoded())]
-            datasets[about["digest"]] = data
-        concepts = []
-        for i, (target, minus, folder) in enumerate(answer.concepts):
-            methods = {}
-            for method in (OURS, *answer.asked["methods"]):
-                name = NPY if method == OURS else npy_of(method)
-                values = read_npy(folder / name, MEND, 2)
-                methods[method] = {"id": f"s{number}-{i}-{len(methods)}", "rows": len(values)}
-                blobs.append((methods[method]["id"], _base64(values.astype("<f4").tobytes())))
-            relevant = _relevant(rows if i == 0 else _rows(folder))
-            concepts.append(
-                {"target": target, "minus": minus, "methods": methods, "relevant": relevant}
-            )
-        told.append(
-            _about(answer, place)
-            | {"dataset": datasets[about["digest"]]["number"], "concepts": concepts}
+    for answer in answers:
+        pictures = answer.asked["pictures"]
+        known = tuple(pictures.get(name) for name in ("root", "digest", "looks"))
+        try:
+            rows = answer.rows(answer.concepts[0][2])
+            concepts, scores = _concepts(answer, rows, f"s{len(told)}")
+            about = _about(answer, place)
+        except UserError as error:
+            _leave_out(str(error))
+            continue
+        if known not in galleries:
+            galleries[known] = _Gallery(*_pictures(pictures, rows), rows, len(galleries))
+        about["dataset"] = galleries[known].number
+        about["warnings"] = about["warnings"] + galleries[known].warnings
+        told.append(about | {"concepts": concepts})
+        blobs += scores
+    shown = []
+    for gallery in galleries.values():
+        data, made = gallery.told(place)
+        shown.append(data)
+        sheets += made
+    return {"answers": told, "datasets": shown}, blobs, sheets
+
+
+@dataclass(frozen=True)
+class _Gallery:
+    """The pictures of some answers. rows: of a scores.csv. warnings: what must be said of them."""
+
+    data: ImageCaptionDataset
+    warnings: list[str]
+    rows: list[dict[str, str]]
+    number: int
+
+    def told(self, place: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        """(what the page knows of them, (id, base64) of their sheets)."""
+        names = [row["file_name"] for row in self.rows]
+        shown = [""] * len(names) if self.warnings else names
+        thumbs = Sheets(self.data.root, shown, place / ".sheets")
+        about = {"side": thumbs.side, "across": thumbs.across, "number": self.number}
+        sheets = [(f"p{self.number}-{i}", text) for i, text in enumerate(thumbs.encoded())]
+        return _dataset(self.rows, self.data.root, place) | about, sheets
+
+
+def _pictures(
+    about: dict[str, Any], rows: list[dict[str, str]]
+) -> tuple[ImageCaptionDataset, list[str]]:
+    """(the pictures of an answer, what must be said of them): where they look otherwise than when
+    they were scored, none is shown.
+    """
+    records = [{"file_name": row["file_name"]} for row in rows]
+    data = ImageCaptionDataset(ROOT / about["root"], records, [row["caption"] for row in rows])
+    try:
+        if about.get("looks") in (None, looks(data)):
+            return data, []
+        reason = f"the pictures in {data.root} are not those that were scored"
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+    print(f"no pictures are shown: {reason}")
+    return data, [f"no pictures are shown: {reason}"]
+
+
+def _concepts(
+    answer: Kept, rows: list[dict[str, str]], prefix: str
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """(what the page knows of an answer's concepts, (id, base64) of their scores)."""
+    concepts, blobs = [], []
+    for i, (target, minus, folder) in enumerate(answer.concepts):
+        methods = {}
+        for method in (OURS, *answer.asked["methods"]):
+            values = answer.scores(folder, method, len(rows))
+            methods[method] = {"id": f"{prefix}-{i}-{len(methods)}", "rows": len(values)}
+            blobs.append((methods[method]["id"], _base64(values.tobytes())))
+        relevant = _relevant(rows if i == 0 else answer.rows(folder))
+        concepts.append(
+            {"target": target, "minus": minus, "methods": methods, "relevant": relevant}
         )
-    return {"answers": told, "datasets": list(datasets.values())}, blobs, sheets
+    return concepts, blobs
 
 
-def _about(answer: Found, place: Path) -> dict[str, Any]:
+def _about(answer: Kept, place: Path) -> dict[str, Any]:
     """What is said of an answer beside its scores."""
-    from PIL import Image
-
     asked, folder = answer.asked, answer.folder
-    settings = asked["settings"]
-    with Image.open(answer.concepts[0][2] / "query.png") as picture:
-        query = data_uri(shrunk(picture.convert("RGB"), QUERY_SIDE // 2))
+    settings, unseen = asked["settings"], asked.get("unseen")
     made = datetime.fromtimestamp((folder / PAGE).stat().st_mtime)
+    names = [damping_name(d) for d in asked["dampings"]]
     return {
         "id": folder.name.rsplit("-", 1)[-1],
         "prompt": asked["prompt"],
-        "unseen": asked.get("unseen"),
-        "warnings": asked.get("warnings", []),
-        "seed": settings.get("seed", 0),
+        "unseen": unseen if isinstance(unseen, bool) else None,
+        "warnings": asked["warnings"],
+        "seed": settings["seed"],
         "settings": changed_settings(settings),
-        "page": quote(os.path.relpath(folder / PAGE, place)),
-        "query": query,
+        "page": _address(folder / PAGE, place),
+        "query": data_uri(shrunk(answer.query(), QUERY_SIDE // 2)),
         "made": made.strftime("%Y-%m-%d %H:%M"),
-        "dampings": [damping_name(d) for d in asked["dampings"]],
-        "fixed": [damping_name(d) for d in asked["dampings"]].index(
-            damping_name(settings["damping"])
-        ),
+        "dampings": names,
+        "fixed": names.index(damping_name(settings["damping"])),
     }
 
 
-def _rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of a scores.csv, in the order of the store."""
-    text = read_text(folder / CSV, MEND)
-    rows = sorted(csv.DictReader(io.StringIO(text, newline="")), key=lambda r: int(r["index"]))
-    return rows
+def _address(path: Path, place: Path) -> str:
+    """Of a file for a page in `place`, whatever bytes its name has."""
+    return quote(os.fsencode(os.path.relpath(path, place)))
 
 
 def _dataset(rows: list[dict[str, str]], root: Path, place: Path) -> dict[str, Any]:
@@ -186,12 +200,10 @@ def _dataset(rows: list[dict[str, str]], root: Path, place: Path) -> dict[str, A
             values = list(dict.fromkeys(row[column] for row in rows))
             number = {value: i for i, value in enumerate(values)}
             labels[column] = {"values": values, "of": [number[row[column]] for row in rows]}
-    base = quote(os.path.relpath(root, place))
     return {
         "captions": [row["caption"] for row in rows],
-        "names": [row["file_name"] for row in rows],
         "files": [quote(row["file_name"]) for row in rows],
-        "base": base,
+        "base": _address(root, place),
         "labels": labels,
         "fit": [float(row["fit"]) for row in rows] if rows and "fit" in rows[0] else None,
     }

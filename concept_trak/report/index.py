@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..attribution.plan import NOT_DECIDING
-from ..errors import UserError, removal
+from ..errors import UserError
 from ..files import link, locked, write_bytes
-from ..reading import read_json
 from ..settings import EMOJI, Settings
+from .kept import PAGE, read_asked
 from .page import environment
 
-PAGE, QUESTION = "report.html", "question.json"
 # in columns of their own, or without effect on the answer
 TOLD = {"prompt", "target_concepts", "seed", "top_k", "render_leastk", *NOT_DECIDING} - {
     "methods",
@@ -40,10 +39,10 @@ def _made(folder: Path) -> float:
 def _row(folder: Path) -> dict[str, Any]:
     """What the index says of an answer; little of one that another version wrote."""
     try:
-        asked = read_json(folder / QUESTION, removal(folder, "ask it again"))
+        asked = read_asked(folder)
     except UserError:
         asked = {}
-    settings = asked.get("settings") or {}
+    settings = asked.get("settings", {})
     return {
         "page": f"{folder.name}/{PAGE}",
         "prompt": asked.get("prompt", folder.name),

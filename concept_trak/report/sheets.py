@@ -5,6 +5,8 @@ pictures, and each only when one of its pictures is in sight.
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -56,17 +58,19 @@ class Sheets:
 
     def _sheet(self, rows: range) -> bytes:
         stamps = [[str(self.data.path(i)), *_stamp(self.data.path(i))] for i in rows]
-        kept = self.cache / f"{digest([self.side, stamps])}.webp"
-        if kept.is_file():
-            return kept.read_bytes()
+        name = digest([self.side, stamps])
+        for kept in self.cache.glob(f"{name}-*.webp"):
+            if kept.is_file() and kept.stem == f"{name}-{_checksum(known := kept.read_bytes())}":
+                return known
         sheet = Image.new("RGB", (ACROSS * self.side, -(-len(rows) // ACROSS) * self.side), "white")
         for place, picture in self._pictures(rows):
             sheet.paste(picture, (place % ACROSS * self.side, place // ACROSS * self.side))
         out = io.BytesIO()
         small = self.side < LOSSLESS_SIDE and len(self.data) <= MANY
         sheet.save(out, "WEBP", lossless=small, quality=20 if small else 78, method=2)
-        make_folder(self.cache)
-        write_bytes(kept, out.getvalue())
+        with contextlib.suppress(UserError):  # it is made again the next time
+            make_folder(self.cache)
+            write_bytes(self.cache / f"{name}-{_checksum(out.getvalue())}.webp", out.getvalue())
         return out.getvalue()
 
     def _pictures(self, rows: range) -> Iterator[tuple[int, Image.Image]]:
@@ -75,6 +79,10 @@ class Sheets:
                 yield place, self.data.image(i, self.side)
             except UserError:
                 continue
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _stamp(path: Path) -> list[int]:

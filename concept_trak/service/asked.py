@@ -84,8 +84,6 @@ def settings_of(asked: BaseModel, base: Settings) -> Settings:
         raise UserError(
             "a concept may hold no '|', nor ',' where it is the only one; give concepts without"
         )
-    if len({prompts.target_slug(concept) for concept in concepts}) < len(concepts):
-        raise UserError(f"two of {concepts} are the same; give concepts that differ, each once")
     given |= {"target_concepts": text}
     if "negative_prompts" in given:
         given["negative_prompts"] = _joined(given["negative_prompts"], len(concepts))

@@ -111,6 +111,7 @@ def run(app: Any, desk: Desk, bound: socket.socket) -> None:
         log_level="warning" if quiet else "info",
         proxy_headers=False,
         server_header=False,
+        use_colors=False,
         limit_concurrency=CONNECTIONS + desk.length,
     )
     server = Server(config)

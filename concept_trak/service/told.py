@@ -19,7 +19,7 @@ from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError, removal
 from ..reading import inside, read_json, read_npy
 from ..report.answer import pictures_digest
-from ..report.index import PAGE, QUESTION
+from ..report.kept import PAGE, read_asked
 from ..report.pictures import data_uri, load_pictures
 from ..report.scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY
 from ..scoring.ranking import ranking
@@ -122,7 +122,7 @@ class Teller:
         thumbnails: links, data (data URLs) or none. UserError for a folder that is not whole.
         """
         mend = removal(folder, "ask again")
-        asked = read_json(folder / QUESTION, mend)
+        asked = read_asked(folder)
         settings, base = asked["settings"], f"/answers/{folder.name}"
         if asked["pictures"]["digest"] != self.digest:
             raise UserError(

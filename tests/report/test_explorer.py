@@ -17,7 +17,8 @@ from concept_trak.attribution.question import Picture, Question
 from concept_trak.datasets.folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.report.answer import write_answer
-from concept_trak.report.explorer import answers_in, explore, write_explorer
+from concept_trak.report.explorer import explore, write_explorer
+from concept_trak.report.kept import answers_in
 from concept_trak.report.sheets import PER, Sheets
 from concept_trak.scoring.concept import ConceptResult
 from concept_trak.settings import DAMPINGS, as_dict, resolve
@@ -44,9 +45,11 @@ def pictures(root, n, side=16, files=24):
     return ImageCaptionDataset(root, records, captions)
 
 
-def write(results, data, prompt="a cat in the style of blob", methods=(), seed=0):
+def write(
+    results, data, prompt="a cat in the style of blob", methods=(), seed=0, targets=("cat", "blob")
+):
     """An answer of made-up scores: those of `concept_trak` know the label, others do not."""
-    targets, n = ("cat", "blob"), len(data)
+    n = len(data)
     settings = resolve("emoji", {"prompt": prompt, "results_dir": str(results), "top_k": 2})
     settings = settings.but(seed=seed, methods=",".join(methods))
     rng, found = np.random.default_rng(seed), []
@@ -350,8 +353,8 @@ def test_an_answer_that_cannot_be_read_is_left_out(results, tmp_path):
     shutil.copytree(results / "free_query", tmp_path / "free_query", symlinks=True)
     folders = [p.parent for p in tmp_path.glob("free_query/[!.l]*/report.html")]
     (folders[0] / "question.json").write_text("{")
-    found, unreadable = answers_in([tmp_path / "free_query"])
-    assert len(found) == 1 and unreadable == 1
+    found, wrong = answers_in([tmp_path / "free_query"])
+    assert len(found) == 1 and len(wrong) == 1 and str(folders[0]) in wrong[0]
 
 
 def test_no_answer_yet_is_told_with_the_command(tmp_path):
