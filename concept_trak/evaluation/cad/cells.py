@@ -18,18 +18,18 @@ from ...errors import removal, restoration
 from ...files import make_folder, write_bytes, write_json
 from ...reading import read_json
 from ...scoring.metrics import bootstrap_interval
-from ...settings import ROOT, digest
+from ...settings import ROOT, digest, results_folder
 from .bed import DRAW_STEPS, Bed, Target
 
 KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 
 
 class Cells:
-    """The folder of a bed; by default RESULTS_DIR/../cad/cells, with the committed ones."""
+    """The folder of a bed; by default cad/cells in RESULTS_DIR, with the committed ones."""
 
     def __init__(self, bed: Bed, folder: Path | None = None) -> None:
         self.bed = bed
-        usual = Path(bed.corpus.settings.results_dir).parent / "cad/cells"
+        usual = results_folder(bed.corpus.settings, "cad/cells")
         self.folder = make_folder(folder or usual)
         committed = folder is None and KEPT.exists()
         self.kept = read_json(KEPT, restoration(KEPT)) if committed else {}
