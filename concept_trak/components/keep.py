@@ -30,7 +30,12 @@ def save_scores(folder: Path, scores: Scores, among: list[Component]) -> None:
     tensors |= {f"stderr/{k}": v.contiguous() for k, v in finite.items()}
     content = save(tensors)
     write_bytes(folder / TENSORS, content)
-    facts = {"sha256": hashlib.sha256(content).hexdigest(), "aim": scores.aim, "levels": scores.levels, "profile": scores.profile.tolist()}
+    facts = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "aim": scores.aim,
+        "levels": scores.levels,
+        "profile": scores.profile.tolist(),
+    }
     facts |= {"names": list(scores.names()), "layers": layers(scores, among)}
     write_json(folder / FACTS, facts | scores.about)
 

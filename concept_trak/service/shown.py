@@ -21,7 +21,8 @@ MEDIA |= {".html": "text/html", ".png": "image/png", ".jpg": "image/jpeg"}
 MEDIA |= {".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"}
 # a command of this machine's shell, with its variables, as refusals end in one
 COMMAND = re.compile(
-    r"(?:\b[A-Z_]+=(?:'[^']*'|\S)+ )*\b(?:bash scripts/|concept-trak |git checkout |pip install |rm )"
+    r"(?:\b[A-Z_]+=(?:'[^']*'|\S)+ )*"
+    r"\b(?:bash scripts/|concept-trak |git checkout |pip install |rm )"
 )
 PATH = re.compile(r"(?<![\w/.:])~?/(?!(?:answers|docs|pictures|thumbnails)\b)[^\s'\"(),;:]+")
 
@@ -31,7 +32,7 @@ class Moved(Exception):
 
 
 def opened(path: Path, real: Path) -> int:
-    """A descriptor of the regular file `path`, whose name led to `real` when that was found allowed.
+    """A descriptor of the regular file `path`, which led to `real` when that was found allowed.
     Moved if it leads elsewhere by now: through a link that was put there meanwhile, say.
     """
     found = -1
