@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def inside(root: Path, name: Any, what: str) -> Path:
     mend = (
         "give a name below that folder in the file it comes from, or get that from a trusted source"
     )
-    shown = repr(name) if len(repr(name)) < 120 else repr(name)[:116] + "..."
+    shown = told(name)
     if not isinstance(name, str) or not name.strip() or "\0" in name or _too_long(name):
         raise UserError(f"{what} {shown} is no path below {root}; {mend}")
     try:
@@ -44,6 +44,11 @@ def inside(root: Path, name: Any, what: str) -> Path:
     if path == base or not path.is_relative_to(base):
         raise UserError(f"{what} {shown} lies outside {root}; {mend}")
     return Path(root) / name
+
+
+def told(name: object) -> str:
+    """What a file names, for a message: quoted, and of bounded length."""
+    return repr(name) if len(repr(name)) < 120 else repr(name)[:116] + "..."
 
 
 def _too_long(name: str) -> bool:
@@ -196,3 +201,41 @@ def read_safetensors(path: Path, mend: str) -> dict[str, torch.Tensor]:
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise UserError(f"{path}: {name} holds a NaN or infinite value; {mend}")
     return tensors
+
+
+def refuse_misfits(
+    tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], what: object, mend: str
+) -> None:
+    """UserError that names the first tensor which is missing in `what`, is one too many, or has
+    another dtype or shape than the one of that name in `wanted`.
+    """
+    for name in (*wanted, *tensors):
+        if name not in tensors:
+            raise UserError(f"{what} lacks {told(name)}; {mend}")
+        if name not in wanted:
+            raise UserError(f"{what} holds {told(name)}, which is no part of it; {mend}")
+        found, right = (f"{t.dtype} {list(t.shape)}" for t in (tensors[name], wanted[name]))
+        if found != right:
+            raise UserError(f"{what}: {told(name)} is {found}, not {right}; {mend}")
+
+
+def read_numbers(
+    found: Any, key: str, shape: tuple[int | None, ...], what: object, mend: str
+) -> np.ndarray:
+    """The numbers of a JSON object under `key`, of that shape (None: any length above 0). UserError
+    for anything else, which names `what` they were read from.
+    """
+    import numpy as np
+
+    value = found.get(key) if isinstance(found, dict) else None
+    with contextlib.suppress(ValueError):  # lists of unequal length
+        array = np.array(value)
+        sizes = zip(array.shape, shape, strict=False)
+        if (
+            array.dtype.kind in "iuf"
+            and array.ndim == len(shape)
+            and all(n == wanted or (wanted is None and n) for n, wanted in sizes)
+        ):
+            return array
+    size = " x ".join("n" if n is None else str(n) for n in shape)
+    raise UserError(f"{what}: {told(key)} is not {size} numbers; {mend}")

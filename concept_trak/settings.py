@@ -560,6 +560,15 @@ def preset(benchmark: str) -> dict[str, Any]:
     return EMOJI | REGISTERED.get(benchmark).settings
 
 
+def results_folder(settings: Settings, kind: str) -> Path:
+    """RESULTS_DIR/{kind}, where all results but answers lie; beside RESULTS_DIR where that is one
+    of the defaults, experiments/{benchmark}/results/qual.
+    """
+    given = Path(settings.results_dir)
+    usual = given.name == "qual" and given.absolute().is_relative_to(ROOT / "experiments")
+    return (given.parent if usual else given) / kind
+
+
 def as_dict(settings: Settings) -> dict[str, Any]:
     """Plain JSON types, flat; paths inside the repository are given relative to it, so that results
     do not depend on where it lies.

@@ -24,11 +24,13 @@ from torch import nn
 
 from ..errors import UserError, call
 from ..files import write_bytes
-from ..reading import read_safetensors
+from ..reading import parse_json, read_safetensors, refuse_misfits, told
 from .operators import put
 
 MEND = f"make the edit again, e.g. {call('cad/run_erase.sh', CONCEPT='cat')}"
 FIELDS = ("index", "old", "new")
+
+Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index, old, new [n]
 
 
 def network_hash(network: nn.Module) -> str:
@@ -46,12 +48,14 @@ def network_hash(network: nn.Module) -> str:
 @dataclass(frozen=True)
 class Edit:
     """Values at flat positions. changes {name: (index [n], old [n], new [n])}. model: see
-    `network_hash`, of the network before any edit. about: what made it (JSON).
+    `network_hash`, of the network before any edit. about: what made it (JSON). file: it was read
+    from, for messages.
     """
 
     model: str
-    changes: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    changes: Mapping[str, Change]
     about: dict[str, Any] = field(default_factory=dict)
+    file: str = "this edit"
 
     @property
     def count(self) -> int:
@@ -64,7 +68,7 @@ class Edit:
         for name, values in sorted(self.changes.items()):
             whole.update(name.encode())
             for part in values:
-                whole.update(part.cpu().contiguous().numpy().tobytes())
+                whole.update(part.cpu().flatten().view(torch.uint8).numpy().tobytes())
         return whole.hexdigest()
 
 
@@ -92,8 +96,8 @@ def save_edit(path: Path, edit: Edit) -> None:
         for name, values in edit.changes.items()
         for part, value in zip(FIELDS, values, strict=True)
     }
-    told = {"model": edit.model, "digest": edit.digest(), "about": json.dumps(edit.about)}
-    write_bytes(path, save(tensors, metadata=told))
+    facts = {"model": edit.model, "digest": edit.digest(), "about": json.dumps(edit.about)}
+    write_bytes(path, save(tensors, metadata=facts))
 
 
 def load_edit(path: str | Path) -> Edit:
@@ -101,16 +105,37 @@ def load_edit(path: str | Path) -> Edit:
     path = Path(path)
     tensors = read_safetensors(path, MEND)
     with safe_open(path, "pt") as file:
-        told = file.metadata() or {}
-    names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-    try:
-        changes = {n: tuple(tensors[f"{n}/{part}"] for part in FIELDS) for n in names}
-        edit = Edit(told["model"], changes, json.loads(told["about"]))
-    except (KeyError, ValueError):
-        raise UserError(f"{path} is no edit of a model's weights; {MEND}") from None
-    if edit.digest() != told.get("digest"):
-        raise UserError(f"{path} is not what was written; {MEND}")
+        facts = file.metadata() or {}
+    if not {"model", "digest", "about"} <= facts.keys():
+        raise UserError(f"{path} is no edit of a model's weights; {MEND}")
+    about = parse_json(facts["about"], f"'about' of {path}", MEND, dict)
+    changes = _changes(path, tensors)
+    edit = Edit(facts["model"], changes, about, str(path))
+    if edit.digest() != facts["digest"]:
+        raise UserError(f"{path} is not what was written (its digest differs); {MEND}")
     return edit
+
+
+def _changes(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Change]:
+    """{weight: index, old, new} of a file's tensors. UserError that names the first that is none of
+    an edit's.
+    """
+    changes: dict[str, Change] = {}
+    wanted: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
+        index, old, new = (tensors.get(f"{name}/{part}", torch.zeros(0)) for part in FIELDS)
+        values = old if old.is_floating_point() else torch.zeros(0)
+        flat = values.new_zeros(index.numel())
+        wanted |= {f"{name}/index": flat.long(), f"{name}/old": flat, f"{name}/new": flat}
+        changes[name] = index, old, new
+    refuse_misfits(tensors, wanted, path, MEND)
+    for name, (index, *_) in changes.items():
+        if not len(index) or index.min() < 0 or len(index.unique()) < len(index):
+            wrong = "holds no position, a negative one, or one twice"
+            raise UserError(f"{path}: {told(f'{name}/index')} {wrong}; {MEND}")
+    if not changes:
+        raise UserError(f"{path} changes no weight; {MEND}")
+    return changes
 
 
 class EditedNetwork:
@@ -126,13 +151,10 @@ class EditedNetwork:
         self._kept: list[dict[str, torch.Tensor]] = []  # what stood where each edit wrote
 
     def apply(self, edit: Edit) -> None:
-        """Write the edit's new values. UserError for an edit of another model."""
-        if edit.model != self.base:
-            made_for = edit.about.get("model_path", edit.model[:10])
-            raise UserError(
-                f"this edit was made for another model ({made_for}); load that one with "
-                "SD_MODEL_PATH and DTYPE, or make the edit again"
-            )
+        """Write the edit's new values. UserError for an edit of another model, or one that does not
+        fit it; then nothing is written.
+        """
+        self._refuse_misfits(edit)
         weights, kept = dict(self.network.named_parameters()), {}
         for name, (index, _, new) in edit.changes.items():
             weight = weights[name]
@@ -140,6 +162,39 @@ class EditedNetwork:
             put(weight, index.to(weight.device), new)
         self.stack.append(edit)
         self._kept.append(kept)
+
+    def _refuse_misfits(self, edit: Edit) -> None:
+        if edit.model != self.base:
+            made_for = told(edit.about.get("model_path", edit.model[:10]))
+            raise UserError(
+                f"{edit.file} was made for another model ({made_for}); load that one with "
+                "SD_MODEL_PATH and DTYPE, or make the edit again"
+            )
+        weights = dict(self.network.named_parameters())
+        for name, (index, old, new) in edit.changes.items():
+            weight = weights.get(name)
+            wrong = ""
+            if weight is None:
+                wrong = "is no weight of this model"
+            elif len(index) and index.max() >= weight.numel():
+                wrong = f"has {weight.numel():,} values, and position {index.max():,} is to change"
+            elif not new.to(weight).isfinite().all():
+                wrong = f"has new values that {weight.dtype} cannot hold"
+            elif not self._stood_there(name, index, old):
+                wrong = "is not of the old values (edits that it was made on come first in EDITS)"
+            if wrong:
+                raise UserError(f"{edit.file}: {told(name)} {wrong}; {MEND}")
+
+    def _stood_there(self, name: str, index: torch.Tensor, old: torch.Tensor) -> bool:
+        """Whether each of these values is the model's own, or one that the stack wrote."""
+        values = self.network.get_parameter(name).detach().flatten()
+        index, old = index.to(values.device), old.to(values)
+        found = values[index] == old
+        for edit, kept in zip(reversed(self.stack), reversed(self._kept), strict=True):
+            if not found.all() and name in kept:
+                values = values.index_put((edit.changes[name][0].to(values.device),), kept[name])
+                found |= values[index] == old
+        return bool(found.all())
 
     def undo(self) -> Edit:
         """Take the last edit back, to the bit, and return it. UserError where there is none."""

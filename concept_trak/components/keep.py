@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
 from ..errors import UserError, call
-from ..files import write_bytes, write_json
-from ..reading import read_json, read_safetensors
+from ..files import sha256_file, write_bytes, write_json
+from ..reading import read_json, read_numbers, read_safetensors, refuse_misfits
+from .objective import AIMS
 from .roles import Component
 from .scores import Scores
 
@@ -26,27 +28,43 @@ def save_scores(folder: Path, scores: Scores, among: list[Component]) -> None:
     tensors = {f"mean/{k}": v.contiguous() for k, v in scores.mean.items()}
     finite = {k: v for k, v in scores.stderr.items() if v.isfinite().all()}
     tensors |= {f"stderr/{k}": v.contiguous() for k, v in finite.items()}
-    write_bytes(folder / TENSORS, save(tensors))
-    facts = {"aim": scores.aim, "levels": scores.levels, "profile": scores.profile.tolist()}
+    content = save(tensors)
+    write_bytes(folder / TENSORS, content)
+    facts = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "aim": scores.aim,
+        "levels": scores.levels,
+        "profile": scores.profile.tolist(),
+    }
     facts |= {"names": list(scores.names()), "layers": layers(scores, among)}
     write_json(folder / FACTS, facts | scores.about)
 
 
-def load_scores(folder: str | Path) -> Scores:
-    """Read what `save_scores` wrote. UserError for files that are missing, damaged or NaN."""
-    folder = Path(folder)
-    facts, tensors = read_json(folder / FACTS, MEND), read_safetensors(folder / TENSORS, MEND)
-    try:
-        mean = {n: tensors[f"mean/{n}"] for n in facts["names"]}
-        unknown = {f"stderr/{n}": torch.full_like(v, torch.inf) for n, v in mean.items()}
-        stderr = {n: (unknown | tensors)[f"stderr/{n}"] for n in mean}
-        profile = np.array(facts["profile"], dtype=np.float64)
-        found = Scores(facts["aim"], mean, stderr, facts["levels"], profile)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / FACTS} and {TENSORS} do not belong together; {MEND}") from None
-    if bad := [name for name, value in mean.items() if not value.isfinite().all()]:
-        raise UserError(f"{folder / TENSORS}: scores of {bad[0]} are NaN or infinite; {MEND}")
-    return found
+def load_scores(folder: str | Path, among: Sequence[Component] = ()) -> Scores:
+    """Read what `save_scores` wrote. UserError for files that are missing, damaged, not of one
+    another or, where they are given, not of the components `among`.
+    """
+    path, facts_path = Path(folder) / TENSORS, Path(folder) / FACTS
+    facts, tensors = read_json(facts_path, MEND), read_safetensors(path, MEND)
+    names = facts.get("names")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
+        raise UserError(f"{facts_path}: 'names' is not a list of weights; {MEND}")
+    if facts.get("aim") not in AIMS:
+        raise UserError(f"{facts_path}: 'aim' is none of {', '.join(AIMS)}; {MEND}")
+    mean = {n: tensors.get(f"mean/{n}", torch.zeros(0)).float() for n in names}
+    wanted = {c.name: c.weight for c in among} or mean
+    wanted = {f"mean/{n}": value for n, value in wanted.items()} | {
+        f"stderr/{n}": value for n, value in mean.items() if f"stderr/{n}" in tensors
+    }
+    refuse_misfits(tensors, wanted, path, MEND)
+    # those that were written before digests were kept have none
+    found = sha256_file(path)
+    if facts.get("sha256", found) != found or len(set(names)) < len(names):
+        raise UserError(f"{facts_path} and {TENSORS} do not belong together; {MEND}")
+    stderr = {n: tensors.get(f"stderr/{n}", torch.full_like(v, torch.inf)) for n, v in mean.items()}
+    levels = read_numbers(facts, "levels", (None,), facts_path, MEND)
+    profile = read_numbers(facts, "profile", (len(levels), len(names)), facts_path, MEND)
+    return Scores(facts["aim"], mean, stderr, levels.astype(int).tolist(), profile.astype(float))
 
 
 def layers(scores: Scores, among: list[Component]) -> list[dict[str, Any]]:

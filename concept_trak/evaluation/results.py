@@ -9,7 +9,7 @@ from typing import Any
 
 from ..attribution.plan import deciding
 from ..files import atomic_folder, link, write_json
-from ..settings import Settings, as_dict, provenance
+from ..settings import Settings, as_dict, provenance, results_folder
 
 ASKED = ("num_queries", "methods", "task_idx")  # decide what is evaluated, but no single answer
 LATEST = "latest"
@@ -17,14 +17,14 @@ LATEST = "latest"
 
 @contextlib.contextmanager
 def results(settings: Settings, kind: str, name: str, made_from: Any) -> Iterator[Path]:
-    """A folder to fill, which becomes RESULTS_DIR/../{kind}/{name}-{hash} when the block ends, and
+    """A folder to fill, which becomes {kind}/{name}-{hash} in RESULTS_DIR when the block ends, and
     the one that `latest` there names.
 
     made_from: what decides the results beside the settings (JSON): the model, the pictures.
     UserError for a disk that does not take it.
     """
     asked = {field: getattr(settings, field) for field in ASKED}
-    below = Path(settings.results_dir).parent / kind
+    below = results_folder(settings, kind)
     folder = below / f"{name}-{deciding(settings, asked, made_from)}"
     with atomic_folder(folder) as made:
         yield made

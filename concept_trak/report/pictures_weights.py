@@ -1,6 +1,6 @@
 """Which training pictures put a concept into which weights, on disk.
 
-RESULTS_DIR/../cad/images-{name}-{hash}/
+RESULTS_DIR/cad/images-{name}-{hash}/
 influence.npy     [N, groups] float32, see `components.by_picture`
 influence.csv     rank, score, file_name, caption, the three groups that it went through most
 influence.png     heat map of the highest pictures, and of what shows the concept and what does not
@@ -30,7 +30,7 @@ from ..errors import UserError
 from ..files import atomic_folder, link, write_bytes, write_json
 from ..registry import OBJECTIVES
 from ..rows.states import train_states_of
-from ..settings import as_dict, digest, provenance
+from ..settings import as_dict, digest, provenance, results_folder
 from .tables import csv_bytes
 from .weights import words_of
 
@@ -67,7 +67,7 @@ def write_influence(corpus: Corpus) -> Path:
     rows = [_row(found, data, rank, int(i)) for rank, i in enumerate(order, 1)]
     decides = [as_dict(s), corpus.model.identity(), data.content_hash()]
     name = f"images-{slug(words.name, 32)}-{digest(decides)}"
-    folder = Path(s.results_dir).parent / "cad" / name
+    folder = results_folder(s, "cad") / name
     shows = truth(data, words.name) if words.others else None
     total = dict(zip(found.groups, found.values.sum(0).tolist(), strict=True))
     told = {"prompt": words.prompt, "groups": total, "pictures": len(found.values)}

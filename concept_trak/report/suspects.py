@@ -18,7 +18,7 @@ from ..attribution.train_grad import open_store
 from ..errors import UserError
 from ..files import atomic_folder, link, write_bytes, write_json
 from ..rows.fit import MIDDLE
-from ..settings import as_dict, provenance
+from ..settings import as_dict, provenance, results_folder
 from .pictures import load_pictures, picture_grid
 from .results import image_bytes
 from .tables import csv_bytes
@@ -28,7 +28,7 @@ HEADER = ("rank", "fit", "file_name", "caption")
 
 
 def suspects(corpus: Corpus) -> Path:
-    """Write RESULTS_DIR/../suspects/{hash}/ and print its beginning; returns the folder.
+    """Write RESULTS_DIR/suspects/{hash}/ and print its beginning; returns the folder.
 
     UserError where the rows do not tell how well captions fit (F=contrast_llr does).
     """
@@ -44,7 +44,7 @@ def suspects(corpus: Corpus) -> Path:
         (rank, f"{fit[i]:.3f}", name, " ".join(data.captions[i].split()))
         for rank, (i, name) in enumerate(zip(found, names, strict=True), 1)
     ]
-    folder = Path(s.results_dir).parent / "suspects" / deciding(s, store.checksum)
+    folder = results_folder(s, "suspects") / deciding(s, store.checksum)
     with atomic_folder(folder) as made:
         write_bytes(made / "suspects.csv", csv_bytes(HEADER, rows))
         if found:

@@ -1,6 +1,6 @@
 """What weights carry a concept, and an edit of them, on disk and as a page.
 
-RESULTS_DIR/../cad/{name}-{hash}/
+RESULTS_DIR/cad/{name}-{hash}/
 scores.safetensors, scores.json     scores and layer statistics    (run_cad.sh and the edits)
 layers.png                          positive and negative scores by layer, and by timestep
 edit.safetensors, edit.json         positions, old and new values; what made it
@@ -26,6 +26,7 @@ from PIL import Image
 from ..attribution.prompts import is_in, slug, split_list
 from ..components.concept import Asked, edit_of, plan_of, scores_of
 from ..components.edits import EditedNetwork, load_edit, save_edit
+from ..components.export import export, refuse_place
 from ..components.keep import layers, save_scores
 from ..components.objective import AIMS
 from ..components.operators import Operator
@@ -39,7 +40,7 @@ from ..errors import UserError
 from ..files import atomic_folder, link, write_bytes, write_json
 from ..models.generation import Generation, initial_noise, sample
 from ..models.text_to_image import TextToImage, load_pipeline
-from ..settings import Settings, as_dict, digest, provenance
+from ..settings import Settings, as_dict, digest, provenance, results_folder
 from .page import environment, pairs
 
 OF_TARGET, OF_OTHERS = 4, 8  # pictures shown before and after
@@ -135,11 +136,12 @@ class Weights:
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings, self.words = settings, words_of(settings)
         s = settings
+        edits = [load_edit(path) for path in split_list(s.edits)] if s.edits else []
         self.model: TextToImage = load_pipeline(s.sd_model_path, device, "fp32", s.lora_path)
         self.among: list[Component] = select(self.model.network, s.selection)
         self.edited = EditedNetwork(self.model.network)
-        for path in split_list(s.edits) if s.edits else ():
-            self.edited.apply(load_edit(path))
+        for edit in edits:
+            self.edited.apply(edit)
 
     def but(self, **changes: Any) -> Weights:
         """The same model, asked under other settings."""
@@ -153,11 +155,7 @@ class Weights:
         """Folder of these scores or edits, named by all that decides them."""
         s = self.settings
         decides = [as_dict(s.but(export="", weights=False)), kind, self.edited.base, self.prompts()]
-        return (
-            Path(s.results_dir).parent
-            / "cad"
-            / f"{kind}-{slug(self.words.name, 32)}-{digest(decides)}"
-        )
+        return results_folder(s, "cad") / f"{kind}-{slug(self.words.name, 32)}-{digest(decides)}"
 
     def asked(self, prompt: str) -> Asked:
         """See `asked_of`."""
@@ -212,13 +210,19 @@ def write_scores(weights: Weights, scores: Scores) -> Path:
 def edit_weights(settings: Settings, device: str, aim: str) -> Path:
     """Make an erasing or amplifying edit and show it; returns the folder.
 
-    UserError as `selection.choose` raises it.
+    UserError as `selection.choose` and `export.refuse_place` raise it.
     """
-    weights = Weights(settings, device)
+    s = settings
+    if s.export:
+        used = (s.data_dir, s.grad_dir, s.results_dir, s.lora_path, *split_list(s.edits), ".")
+        refuse_place(Path(s.export), s.sd_model_path, filter(None, used))
+    weights = Weights(s, device)
     folder = write_edit(weights, weights.scores(aim), weights.draw())
-    if settings.export:
-        weights.model.pipe.save_pretrained(settings.export)
-        print(f"exported: {os.path.relpath(settings.export)}")
+    if s.export:
+        edited = weights.edited
+        facts = {"model": edited.base, "edits": [edit.digest() for edit in edited.stack]}
+        export(weights.model.pipe, Path(s.export), facts | {"provenance": provenance()})
+        print(f"exported: {os.path.relpath(s.export)}")
     return folder
 
 

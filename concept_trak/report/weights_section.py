@@ -16,14 +16,13 @@ from PIL import Image
 
 from ..attribution.corpus import Corpus
 from ..attribution.prompts import split_list
-from ..components.edits import MEND as MEND_EDIT
-from ..components.keep import FACTS, MEND, load_scores
+from ..components.edits import load_edit
+from ..components.keep import layers, load_scores
 from ..components.scores import Scores
-from ..errors import UserError
-from ..reading import read_json
+from ..errors import UserError, removal
 from ..settings import AMPLIFY, Components
 from ..system import say
-from .pictures import EMBED_SIDE, shrunk
+from .pictures import EMBED_SIDE, read_picture, shrunk
 from .shown import OfConcept, Row
 from .weights import OF_TARGET, PICTURES, Weights, write_edit, write_scores
 
@@ -51,13 +50,13 @@ def _of_concept(weights: Weights, target: str) -> OfConcept:
     place = weights.place("scores")
     if not (place / "report.html").exists():
         write_scores(weights, weights.scores("erase"))
-    layers = read_json(place / FACTS, MEND)["layers"]
+    rows = layers(load_scores(place, weights.among), weights.among)
     shown = [*range(OF_TARGET), *range(OF_TARGET, len(weights.prompts()))[:OTHERS]]
     return OfConcept(
         target,
         weights.words.prompt,
-        sorted(layers, key=lambda row: -row["share"])[:LAYERS],
-        heads_of(layers),
+        sorted(rows, key=lambda row: -row["share"])[:LAYERS],
+        heads_of(rows),
         place / "report.html",
         [weights.prompts()[i] for i in shown],
         list(_rows(weights, shown)),
@@ -65,10 +64,10 @@ def _of_concept(weights: Weights, target: str) -> OfConcept:
     )
 
 
-def heads_of(layers: list[dict[str, Any]]) -> dict[str, list[float]]:
+def heads_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     """{attention: [sum of alpha of each head over its q, k, v and out]}."""
     found: dict[str, list[float]] = {}
-    for row in layers:
+    for row in rows:
         if row["heads"]:
             name = row["name"].partition(".to_")[0].replace("transformer_blocks.", "")
             before = found.get(name, [0.0] * len(row["heads"]))
@@ -95,7 +94,7 @@ def _rows(weights: Weights, shown: list[int]) -> Iterator[Row]:
                 edits.append(Row(name, f"no edit: {error}", [], {}))
                 continue
             before = before or _cut(folder / PICTURES, 0, len(weights.prompts()))
-            edits.append(_row(name, folder, shown, len(weights.prompts())))
+            edits.append(_row(name, at, folder, shown))
     unedited = before or weights.draw()
     yield Row("unedited", "", [shrunk(unedited[i], EMBED_SIDE) for i in shown], {})
     yield from edits
@@ -112,22 +111,24 @@ def _scores(weights: Weights, aim: str) -> Scores:
     """Those on the disk for erasing, which are to the bit what would be made again."""
     if aim != "erase":
         return weights.scores(aim)
-    return replace(load_scores(weights.place("scores")), about=weights.about())
+    return replace(load_scores(weights.place("scores"), weights.among), about=weights.about())
 
 
-def _row(name: str, folder: Path, shown: list[int], count: int) -> Row:
-    facts = read_json(folder / "edit.json", MEND_EDIT)
-    note = f"{facts['weights']:,} of {facts['of']:,} weights"
-    pictures = _cut(folder / PICTURES, 1, count)
+def _row(name: str, weights: Weights, folder: Path, shown: list[int]) -> Row:
+    edit = load_edit(folder / "edit.safetensors")
+    note = f"{edit.count:,} of {sum(c.weight.numel() for c in weights.among):,} weights"
+    pictures = _cut(folder / PICTURES, 1, len(weights.prompts()))
     links = {"page": folder / "report.html", "edit": folder / "edit.safetensors"}
     return Row(name, note, [shrunk(pictures[i], EMBED_SIDE) for i in shown], links)
 
 
 def _cut(path: Path, row: int, count: int) -> list[Image.Image]:
-    """The pictures of one row of `weights.sheet`."""
-    with Image.open(path) as sheet:
-        width, height = sheet.width // count, sheet.height // 2
-        return [
-            sheet.crop((i * width, row * height, (i + 1) * width, (row + 1) * height))
-            for i in range(count)
-        ]
+    """The pictures of one row of `weights.sheet`. UserError for a file that is none."""
+    sheet = read_picture(path, removal(path.parent))
+    width, height = sheet.width // count, sheet.height // 2
+    if (width * count, height * 2) != sheet.size:
+        raise UserError(f"{path} is no sheet of {count} pictures; {removal(path.parent)}")
+    return [
+        sheet.crop((i * width, row * height, (i + 1) * width, (row + 1) * height))
+        for i in range(count)
+    ]

@@ -6,14 +6,16 @@ Annotations are evaluated here: FastAPI reads those that name a model made at ru
 import asyncio
 import json
 import math
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -29,12 +31,10 @@ from . import pages
 from .counts import CONTENT_TYPE_LATEST, Counts
 from .desk import Desk, Failed, Full, Job, Refused, Stopping, told_status
 from .guard import Guard, Limits
+from .shown import Moved, Opened, opened, places, printable, read, without_places
 from .told import AnswerTold, ErrorTold, StatusTold, Teller
 
 POLL_SECONDS = 1.0  # to wait again while the service stops: the connection is all that is left
-MEDIA = {".csv": "text/csv", ".txt": "text/plain", ".json": "application/json"}
-MEDIA |= {".html": "text/html", ".png": "image/png", ".jpg": "image/jpeg"}
-MEDIA |= {".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"}
 ABOUT = """Which training pictures taught a diffusion model a concept? A question is a prompt and
 words of it; the answer gives every training picture a score for each concept. A high score:
 removing the picture would weaken the concept."""
@@ -43,6 +43,7 @@ SAYS: dict[int, tuple[str, type[BaseModel]]] = {
     202: ("accepted; where the answer will be, and how many are before it", StatusTold),
     401: ("API_TOKEN is set, and was not given", ErrorTold),
     404: ("there is no such thing", ErrorTold),
+    410: ("the file is not there any more, or is another", ErrorTold),
     413: ("the body is too large", ErrorTold),
     422: ("words or values that do not fit", ErrorTold),
     429: ("the queue is full; Retry-After says when to come again", ErrorTold),
@@ -57,17 +58,25 @@ def says(*codes: int) -> Any:
 
 
 FILE = {200: {"description": "the file", "content": {"application/octet-stream": {}}}}
-FILE |= says(401, 404, 422)
+FILE |= says(401, 404, 410, 422)
+Tell = Callable[[Any], str]  # a sentence as others may read it
 
 
 def make_app(desk: Desk, limits: Limits, counts: Counts) -> FastAPI:
     """The application. It owns nothing: whoever made the desk closes it."""
-    app = FastAPI(title="concept-trak", version=version(), description=ABOUT, docs_url=None)
+    about: dict[str, Any] = {"title": "concept-trak", "version": version(), "description": ABOUT}
+    app = FastAPI(**about, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
     counts.watch(lambda: desk.unanswered, desk.length)
-    add_errors(app)
-    add_answers(app, Service(desk, counts))
-    add_pictures(app, desk)
+    known = places(desk.corpus.settings)
+
+    def tell(sentence: Any) -> str:
+        return printable(without_places(str(sentence), known))
+
+    add_errors(app, tell)
+    service = Service(desk, counts)
+    add_answers(app, service, tell)
+    add_pictures(app, desk, service.links)
     add_about(app, desk, counts)
     app.add_middleware(Guard, limits=limits, counts=counts)
     return app
@@ -144,7 +153,7 @@ class Service:
         return JSONResponse(told)
 
 
-def add_answers(app: FastAPI, service: Service) -> None:
+def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
     """To ask, and to read answers."""
     desk, longest = service.desk, service.desk.wait
     Asked, Wait = service.desk.question, Annotated[float, Query(ge=0, le=longest)]
@@ -185,7 +194,7 @@ def add_answers(app: FastAPI, service: Service) -> None:
             if file != PAGE:
                 raise HTTPException(404, "the answer is on its way; its files come with it")
             return HTMLResponse(pages.waiting(told_status(job, desk)), 202)
-        return await run_in_threadpool(file_of, desk.folder / name, file, service.links)
+        return await run_in_threadpool(file_of, desk.folder, f"{name}/{file}", service.links)
 
     @app.post("/ask", include_in_schema=False)
     async def ask_by_form(request: Request) -> Response:
@@ -194,11 +203,12 @@ def add_answers(app: FastAPI, service: Service) -> None:
             asked = desk.question(**pages.question_of(given, desk.question))
             name = await service.accept(asked)
         except ValidationError as error:
-            return HTMLResponse(pages.form(desk, given, sentence_of(error.errors()[0])), 422)
+            said = tell(sentence_of(error.errors()[0]))
+            return HTMLResponse(pages.form(desk, given, said), 422)
         except UserError as error:
-            return HTMLResponse(pages.form(desk, given, str(error)), 422)
+            return HTMLResponse(pages.form(desk, given, tell(error)), 422)
         except HTTPException as error:
-            page = pages.form(desk, given, error.detail)
+            page = pages.form(desk, given, tell(error.detail))
             return HTMLResponse(page, error.status_code, error.headers)
         return RedirectResponse(f"/answers/{name}/{PAGE}", 303)
 
@@ -212,25 +222,28 @@ def index_page(desk: Desk) -> Response:
     path = desk.folder / "index.html"
     if not path.is_file():
         raise HTTPException(404, "there is no answer yet; ask one")
-    return HTMLResponse(path.read_text("utf-8"))
+    return HTMLResponse(read(path, inside(desk.folder, path.name, "the file").resolve()))
 
 
 def file_of(folder: Path, name: str, links: pages.Links) -> Response:
-    """A file of an answer. HTTPException for one that is not there."""
+    """A file of an answer below the folder of all answers. HTTPException for one that is not
+    there.
+    """
     try:
         path = inside(folder, name, "the file")
-    except UserError:
-        path = None
-    if path is None or not path.is_file() or any(p.startswith(".") for p in Path(name).parts):
-        raise HTTPException(404, f"the answer has no file {name[:300]!r}")
-    if name == PAGE:
-        return HTMLResponse(pages.report(path, links))
-    return FileResponse(path, media_type=MEDIA.get(path.suffix, "application/octet-stream"))
+        real = path.resolve()
+    except (UserError, OSError, RuntimeError):
+        path = real = folder
+    if not real.is_file() or any(p.startswith(".") for p in Path(name).parts):
+        raise HTTPException(404, f"the answer has no file {name.partition('/')[2][:300]!r}")
+    if path.name == PAGE:
+        return HTMLResponse(pages.moved(read(path, real), path.parent, links))
+    return Opened(path, real)
 
 
-def add_pictures(app: FastAPI, desk: Desk) -> None:
+def add_pictures(app: FastAPI, desk: Desk, links: pages.Links) -> None:
     """The training pictures."""
-    data = desk.corpus.train
+    data, reals = desk.corpus.train, links.reals
     kept = {"Cache-Control": "private, max-age=3600"}
 
     def checked(index: str) -> int:
@@ -243,14 +256,18 @@ def add_pictures(app: FastAPI, desk: Desk) -> None:
     @app.get("/pictures/{index}", responses=FILE, summary="A training picture")
     def picture(index: str) -> Response:
         """The file as it is."""
-        path = data.path(checked(index))
-        media = MEDIA.get(path.suffix.lower(), "application/octet-stream")
-        return FileResponse(path, media_type=media, headers=kept)
+        row = checked(index)
+        return Opened(data.path(row), reals[row], **kept)
 
     @app.get("/thumbnails/{index}", responses=FILE, summary="A training picture, small")
     def thumbnail(index: str) -> Response:
         """PNG of at most 128 pixels a side."""
-        small = shrunk(data.image(checked(index)), EMBED_SIDE)
+        row = checked(index)
+        os.close(opened(data.path(row), reals[row]))
+        try:
+            small = shrunk(data.image(row), EMBED_SIDE)
+        except UserError:
+            raise Moved from None
         return Response(image_bytes(small, "PNG"), media_type="image/png", headers=kept)
 
 
@@ -323,10 +340,11 @@ def sentence_of(error: Any) -> str:
     return f"{place[:200]!r}: {text[:1].lower()}{text[1:]}"[:600]
 
 
-def add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI, tell: Tell) -> None:
     """Every error as {"error": one sentence}, or as a page for a browser."""
 
-    def said(request: Request, status: int, sentence: str, headers: Any = None) -> Response:
+    def said(request: Request, status: int, sentence: Any, headers: Any = None) -> Response:
+        sentence = tell(sentence)
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(pages.refusal(status, sentence), status, headers)
         return JSONResponse({"error": sentence}, status, headers)
@@ -337,7 +355,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        sentence = " ".join(str(error.detail).split())
+        sentence = str(error.detail)
         if error.status_code == 404 and sentence == "Not Found":
             sentence = "there is nothing at this address; /docs lists those that there are"
         if error.status_code == 405:
@@ -346,11 +364,15 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def mended(request: Request, error: UserError) -> Response:
-        return said(request, 500, " ".join(str(error).split()))
+        return said(request, 500, error)
+
+    @app.exception_handler(Moved)
+    async def gone(request: Request, error: Moved) -> Response:
+        return said(request, 410, "this file is not there any more, or is another than it was")
 
     @app.exception_handler(Failed)
     async def failed(request: Request, error: Failed) -> Response:
-        return said(request, 500, str(error))
+        return said(request, 500, error)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:

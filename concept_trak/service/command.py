@@ -89,8 +89,9 @@ def address_of(bound: socket.socket) -> str:
 
 
 def run(app: Any, desk: Desk, bound: socket.socket) -> None:
-    """Serve until a signal. A second SIGINT ends at once: what is accepted is written down, and the
-    next service takes it up.
+    """Serve until a signal, and then, with 503 for new questions, until all that was accepted is
+    answered. A second SIGINT ends at once: what is accepted is written down, and the next service
+    takes it up.
     """
     import uvicorn
 
@@ -99,9 +100,9 @@ def run(app: Any, desk: Desk, bound: socket.socket) -> None:
             desk.stop()
             if left := desk.unanswered:
                 say(f"stopping: {left} accepted questions are answered first; Ctrl-C ends at once")
-            await super().shutdown(sockets)
             while desk.unanswered and not self.force_exit:
                 await asyncio.sleep(0.1)
+            await super().shutdown(sockets)
 
     quiet = VERBOSITY["level"] <= 0
     config = uvicorn.Config(
@@ -114,6 +115,9 @@ def run(app: Any, desk: Desk, bound: socket.socket) -> None:
         use_colors=False,
         limit_concurrency=CONNECTIONS + desk.length,
     )
+    config.load()
+    seconds = desk.corpus.settings.body_timeout
+    config.http_protocol_class = patient(config.http_protocol_class, seconds, CONNECTIONS)
     server = Server(config)
     with contextlib.suppress(
         SystemExit, KeyboardInterrupt
@@ -125,3 +129,45 @@ def run(app: Any, desk: Desk, bound: socket.socket) -> None:
         os._exit(SECOND_INTERRUPT)  # the worker is in the middle of an answer
     desk.close()
     say("stopped: every accepted question is answered")
+
+
+def patient(protocol: Any, seconds: float, most: int) -> Any:
+    """uvicorn's protocol, which waits without end, with an end: a connection that in so many
+    seconds neither sends a whole head nor takes any of its answer is cut off; and of more than
+    `most` at once the one that has asked nothing for longest.
+    """
+    opened: dict[Any, Any] = {}  # connection -> its timer, the oldest first
+
+    class Patient(protocol):  # type: ignore[misc]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            opened[self] = self.loop.call_later(seconds, self.look, self.state())
+            if len(opened) > most:
+                idle = (each for each in opened if each is not self and not each.state()[1])
+                if oldest := next(idle, None):
+                    oldest.cut_off()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if timer := opened.pop(self, None):
+                timer.cancel()
+
+        def state(self) -> tuple[Any, bool, int]:
+            """(the last request, whether it is being answered, bytes that wait to be taken)."""
+            asking = self.cycle is not None and not self.cycle.response_complete
+            return self.cycle, asking, self.transport.get_write_buffer_size()
+
+        def look(self, before: tuple[Any, bool, int]) -> None:
+            now = self.state()
+            if now == before and (now[2] or not now[1]):
+                self.cut_off()
+            elif self in opened:
+                opened[self] = self.loop.call_later(seconds, self.look, now)
+
+        def cut_off(self) -> None:
+            self.transport.abort()
+            self.connections.discard(self)  # at once: the next one is not to be turned away for it
+            if timer := opened.pop(self, None):
+                timer.cancel()
+
+    return Patient

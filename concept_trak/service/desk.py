@@ -8,6 +8,8 @@ one that is there already is not made again.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import threading
 import time
 import traceback
@@ -31,6 +33,7 @@ from ..reading import NAME_BYTES, read_json
 from ..report.answer import attribute
 from ..report.index import PAGE
 from ..settings import Settings, provenance
+from ..store.shards import Store
 from ..system import say
 from .asked import asked_model, settings_of, usual_service
 
@@ -100,6 +103,7 @@ class Desk:
         self.corpus, self.answered = corpus.with_settings(usual), answered
         self.question = asked_model(usual)
         self.store = open_store(self.corpus)
+        self._rows = _stamps(self.store)
         self.provenance = provenance()
         self.folder = Path(usual.results_dir) / "free_query"
         self.stopping = False
@@ -222,7 +226,22 @@ class Desk:
             asked_words(corpus)
         except UserError as error:
             raise Refused(str(error)) from None
-        return attribute(corpus, self.store).parent
+        self._refuse_other_rows()
+        folder = attribute(corpus, self.store).parent
+        try:
+            self._refuse_other_rows()
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)  # of rows that its name does not tell of
+            raise
+        return folder
+
+    def _refuse_other_rows(self) -> None:
+        """UserError once the files of the rows are not those that were checked at the start."""
+        if _stamps(self.store) != self._rows:
+            raise UserError(
+                "the rows on the disk are not those that this service checked when it started; "
+                "start the service again"
+            )
 
     # ---- what is accepted and not yet answered, on disk
 
@@ -270,6 +289,16 @@ class Desk:
         """Wait until all that was accepted is answered."""
         self.stop()
         self._worker.shutdown(wait=True)
+
+
+def _stamps(store: Store) -> list[tuple[str, int, int, int]]:
+    """(name, size, time of the last change, inode) of the files of the rows that are there."""
+    found = []
+    for path in sorted((*store.folder.glob("train_*-*.*"), store.folder / "manifest.json")):
+        with contextlib.suppress(OSError):
+            told = path.stat()
+            found.append((path.name, told.st_size, told.st_mtime_ns, told.st_ino))
+    return found
 
 
 def _modified(path: Path) -> float:

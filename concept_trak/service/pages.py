@@ -40,10 +40,14 @@ def environment() -> Environment:
 
 
 class Links:
-    """The addresses of training pictures in place of the paths that a report's file names."""
+    """The addresses of training pictures in place of the paths that a report's file names.
+
+    reals: where each picture was when the service started, links followed.
+    """
 
     def __init__(self, data: ImageCaptionDataset) -> None:
-        self.rows = {str(data.path(i).resolve()): i for i in range(len(data))}
+        self.reals = [data.path(i).resolve() for i in range(len(data))]
+        self.rows = {str(real): i for i, real in enumerate(self.reals)}
 
     def address(self, folder: Path, link: str) -> str | None:
         """Of a link of a page in `folder`; None for one that leads to no training picture."""
@@ -51,15 +55,15 @@ class Links:
         return None if row is None else f"/pictures/{row}"
 
 
-def report(path: Path, links: Links) -> str:
+def moved(html: str, folder: Path, links: Links) -> str:
     """A report's page, its links to pictures leading to this service, with a line back."""
 
-    def moved(match: re.Match[str]) -> str:
-        found = links.address(path.parent, match[1])
+    def changed(match: re.Match[str]) -> str:
+        found = links.address(folder, match[1])
         return f'href="{found}"' if found else match[0]
 
-    html = re.sub(r'href="(?!#|data:|https?:)([^"<>]+)"', moved, path.read_text("utf-8"))
-    back = BACK.format(name=quote(path.parent.name))
+    html = re.sub(r'href="(?!#|data:|https?:)([^"<>]+)"', changed, html)
+    back = BACK.format(name=quote(folder.name))
     return html.replace("<main>", f"<main>{back}", 1)
 
 

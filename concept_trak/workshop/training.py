@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, removal
 from ..files import write_bytes
-from ..reading import parse_json, read_safetensors
+from ..reading import parse_json, read_safetensors, refuse_misfits
 from ..settings import digest
 
 LOG_EVERY = 50  # steps
@@ -183,20 +183,14 @@ class Progress:
         self.step, self.mean, self.rate, self.norm = 0, None, 0.0, 0.0
         self.begun, self.log = time.time(), run.checkpoint.with_suffix(".jsonl")
 
-    def identity(self, step: int) -> dict[str, Any]:
-        """What the weights after so many steps depend on."""
-        run, shapes = self.run, {name: list(p.shape) for name, p in self.params.items()}
-        own = {k: getattr(run, k) for k in ("lr", "warmup", "ema_decay", "weight_decay")}
-        phases = {"phases": phases_until(step, run.phases)}
-        return own | phases | {"parameters": digest(shapes)} | run.made_from
-
     def save(self) -> None:
         """Write the checkpoint."""
         tensors = {f"param/{k}": p for k, p in self.params.items()}
         tensors |= {f"ema/{k}": p for k, p in self.ema.shadow.items()}
         for name, p in self.params.items():
             tensors |= {f"{key}/{name}": self.optimizer.state[p][key] for key in MOMENTS}
-        state = {"step": self.step, "mean": self.mean, "identity": self.identity(self.step)}
+        made = identity_of(self.run, self.params, self.step)
+        state = {"step": self.step, "mean": self.mean, "identity": made}
         save_checkpoint(self.run.checkpoint, tensors, state)
 
     @torch.no_grad()
@@ -204,10 +198,8 @@ class Progress:
         """Go on from the checkpoint, if there is one. UserError when it is of another run."""
         path = self.run.checkpoint
         if path.exists():
-            tensors, state = load_checkpoint(path)
+            tensors, state = load_own(self.run, self.params)
             self.step, self.mean = state["step"], state.get("mean")
-            found = state.get("identity", {})
-            refuse_other(self.identity(self.step), found, path, removal(path))
             for name, p in self.params.items():
                 p.copy_(tensors[f"param/{name}"])
                 self.ema.shadow[name].copy_(tensors[f"ema/{name}"])
@@ -240,6 +232,45 @@ class Progress:
         line["seconds"] = round(time.time() - self.begun, 1)
         with self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def identity_of(run: Run, params: Mapping[str, torch.Tensor], step: int) -> dict[str, Any]:
+    """What the weights after so many steps depend on."""
+    shapes = {name: list(p.shape) for name, p in params.items()}
+    own = {k: getattr(run, k) for k in ("lr", "warmup", "ema_decay", "weight_decay")}
+    phases = {"phases": phases_until(step, run.phases)}
+    return own | phases | {"parameters": digest(shapes)} | run.made_from
+
+
+def load_own(
+    run: Run, params: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The checkpoint of a run. UserError for one of another run, another seed say, or with other
+    tensors than those of its parameters.
+    """
+    path = run.checkpoint
+    tensors, state = load_checkpoint(path)
+    wanted = identity_of(run, params, state.get("step") or 0)
+    refuse_other(wanted, state.get("identity") or {}, path, removal(path))
+    kinds = ("param", "ema", *MOMENTS)
+    like = {f"{kind}/{name}": p for kind in kinds for name, p in params.items()}
+    refuse_misfits(tensors, like, path, removal(path))
+    return tensors, state
+
+
+@torch.no_grad()
+def load_averages(run: Run, params: Mapping[str, torch.Tensor]) -> bool:
+    """Put the averaged weights of a run that has ended into its parameters; False where it has
+    not. UserError as `load_own`.
+    """
+    if not run.checkpoint.exists():
+        return False
+    tensors, state = load_own(run, params)
+    if state.get("step") != run.steps:
+        return False
+    for name, p in params.items():
+        p.copy_(tensors[f"ema/{name}"])
+    return True
 
 
 def run_training(

@@ -1,11 +1,21 @@
 """Edits: the published rule, exact undo, stacks, other models, operators."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from concept_trak.components.concept import Asked, edit_of, plan_of, scores_of
-from concept_trak.components.edits import EditedNetwork, load_edit, make_edit, save_edit
+from concept_trak.components.edits import (
+    FIELDS,
+    EditedNetwork,
+    load_edit,
+    make_edit,
+    save_edit,
+)
 from concept_trak.components.objective import AIMS, mean_value
 from concept_trak.components.operators import Operator
 from concept_trak.components.roles import select
@@ -187,3 +197,128 @@ def test_an_edit_can_be_made_of_nothing_but_positions_and_values(tiny_model):
     with EditedNetwork(tiny_model.network) as edited:
         edited.apply(edit)
         assert edited.network.get_parameter(name).flatten()[[0, 3]].tolist() == [1, 1]
+
+
+# what may be wrong with an edit of the right model: (index, old, new) -> the same
+INDEX, OLD, NEW = range(3)
+SPOILS = {
+    "beyond the weight": (INDEX, lambda x: x + 10**9),
+    "negative": (INDEX, lambda x: x - 1),
+    "one twice": (INDEX, lambda x: x * 0),
+    "positions as floats": (INDEX, lambda x: x.float()),
+    "positions of 32 bits": (INDEX, lambda x: x.int()),
+    "a mask": (INDEX, lambda x: x.bool()),
+    "two dimensions": (INDEX, lambda x: x[None]),
+    "one value for all": (NEW, lambda x: x[0]),
+    "too few values": (NEW, lambda x: x[:2]),
+    "whole numbers": (NEW, lambda x: x.long()),
+    "halves": (NEW, lambda x: x.half()),
+    "brain floats": (NEW, lambda x: x.bfloat16()),
+    "infinite": (NEW, lambda x: x + torch.inf),
+    "NaN": (OLD, lambda x: x * torch.nan),
+    "other old values": (OLD, lambda x: x + 1),
+}
+FACTS = {
+    "a list": {"about": "[1]"},
+    "deep": {"about": "[" * 100_000},
+    "a key twice": {"about": '{"a": 1, "a": 2}'},
+    "a number that is none": {"about": '{"a": NaN}'},
+    "another digest": {"digest": "0" * 64},
+}
+
+
+def small_edit(network, count=4):
+    name = select(network, "feed_forward")[0].name
+    index = torch.arange(count)
+    return make_edit(network, {name: torch.zeros(count)}, {name: index}), name
+
+
+def write(path, edit, **facts):
+    """A file as anyone may make it, its digest that of its content."""
+    tensors = {
+        f"{name}/{part}": value.contiguous()
+        for name, values in edit.changes.items()
+        for part, value in zip(FIELDS, values, strict=True)
+    }
+    told = {"model": edit.model, "digest": edit.digest(), "about": json.dumps(edit.about)}
+    path.write_bytes(save(tensors, told | facts))
+    return path
+
+
+def refused(path, network, *words):
+    """One line that names the file, and nothing is written."""
+    before = bits(network)
+    with EditedNetwork(network) as edited, pytest.raises(UserError) as told:
+        edited.apply(load_edit(path))
+    assert same(before, bits(network))
+    said = str(told.value)
+    assert "\n" not in said and len(said) < 600
+    assert [word for word in (str(path), *words, "run_erase.sh") if word not in said] == []
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_an_edit_that_does_not_fit_its_model_is_one_line_and_changes_nothing(
+    spoil, tiny_model, tmp_path
+):
+    edit, name = small_edit(tiny_model.network)
+    part, change = SPOILS[spoil]
+    values = list(edit.changes[name])
+    values[part] = change(values[part])
+    spoiled = replace(edit, changes={name: tuple(values)})
+    refused(write(tmp_path / "edit.safetensors", spoiled), tiny_model.network, name)
+
+
+@pytest.mark.parametrize("spoil", FACTS)
+def test_an_edit_whose_record_does_not_fit_is_one_line(spoil, tiny_model, tmp_path):
+    edit, _ = small_edit(tiny_model.network)
+    refused(write(tmp_path / "edit.safetensors", edit, **FACTS[spoil]), tiny_model.network)
+
+
+def test_an_edit_of_other_names_or_of_nothing_is_one_line(tiny_model, tmp_path):
+    network = tiny_model.network
+    edit, name = small_edit(network)
+    path = tmp_path / "edit.safetensors"
+    for other in ("mid.none.weight", "", f"{name}/index", "conv_norm_out.running_mean"):
+        changes = {other: edit.changes[name]}
+        refused(write(path, replace(edit, changes=changes)), network, repr(other))
+    tensors = {f"{name}/{part}": v for part, v in zip(FIELDS, edit.changes[name], strict=True)}
+    told = {"model": edit.model, "digest": edit.digest(), "about": "{}"}
+    for more in ({f"{name}/more": torch.zeros(4)}, {"loose": torch.zeros(4)}):
+        path.write_bytes(save(tensors | more, told))
+        refused(path, network)
+    for part in FIELDS:
+        path.write_bytes(save({k: v for k, v in tensors.items() if not k.endswith(part)}, told))
+        refused(path, network, f"{name}/{part}")
+    path.write_bytes(save(tensors))
+    refused(path, network, "is no edit")
+    none = tuple(v[:0] for v in edit.changes[name])
+    for changes in ({}, {name: none}):
+        refused(write(path, replace(edit, changes=changes)), network)
+
+
+def test_old_values_are_the_models_or_those_of_an_edit_before(tiny_model, tmp_path):
+    """Edits of one model stack in any order; one that was made on others follows them."""
+    network = tiny_model.network
+    first, name = small_edit(network, 4)
+    second, _ = small_edit(network, 2)
+    with EditedNetwork(network) as edited:
+        edited.apply(first)
+        third = make_edit(network, {name: torch.ones(3)}, {name: torch.arange(3)}, edited.base)
+    for stack in ((first, second), (second, first), (first, third), (first, second, third)):
+        with EditedNetwork(network) as edited:
+            for edit in stack:
+                edited.apply(edit)
+    path = tmp_path / "third.safetensors"
+    save_edit(path, third)
+    refused(path, network, name, "EDITS")
+
+
+def test_new_values_that_the_network_cannot_hold_are_refused(tiny_model):
+    network = tiny_model.network
+    edit, name = small_edit(network)
+    index, old, new = edit.changes[name]
+    large = replace(edit, changes={name: (index, old, new + 1e6)})
+    network.half()
+    with pytest.raises(UserError, match="cannot hold"):
+        EditedNetwork(network, edit.model).apply(large)
+    EditedNetwork(network, edit.model).apply(edit)

@@ -28,7 +28,7 @@ def flags(tiny_pipeline, tiny_data, tmp_path):
 
 
 def latest(tmp_path):
-    return tmp_path / "results/cad/latest"
+    return tmp_path / "results/qual/cad/latest"
 
 
 def test_scores_are_files_and_a_page(flags, tmp_path, capsys):

@@ -187,7 +187,7 @@ def test_evaluation_ends_with_one_json_line_and_keeps_a_folder_a_task(trained, t
         "oracle",
     } <= figures.keys()
     listing = (
-        (trained.root / "results/eval/latest/task_0/topk-prompts-lambda_1.0e+02.txt")
+        (trained.root / "results/qual/eval/latest/task_0/topk-prompts-lambda_1.0e+02.txt")
         .read_text()
         .splitlines()
     )

@@ -74,7 +74,7 @@ def test_the_table_is_that_of_its_cells_and_is_made_once(
     assert cli.main(["cad-counterfactual", *flags]) == 0
     out = capsys.readouterr().out.strip()
     line = json.loads(out.splitlines()[-1])
-    (folder,) = (tmp_path / "results/cad").glob("counterfactual-*")
+    (folder,) = (tmp_path / "results/qual/cad").glob("counterfactual-*")
     assert (folder / "table.md").read_text().strip() in out
     rows, unit = line["rows"], line["unit"]
     assert rows["all"]["unedited"]["score"]["value"] == 1 and unit["score"] > 0

@@ -147,7 +147,7 @@ def line_of(capsys):
 
 
 def latest(given):
-    return given["results_dir"].parent / "protocol/latest"
+    return given["results_dir"] / "protocol/latest"
 
 
 def pairs(given):
@@ -569,7 +569,7 @@ def refused(given, wanted, capsys):
     assert main(given) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and wanted in lines[0], lines
-    assert not list(given["results_dir"].parent.glob("protocol/pictures/*/*.png"))
+    assert not list(given["results_dir"].glob("protocol/pictures/*/*.png"))
 
 
 def test_bad_input_is_one_line_before_anything_is_drawn(
@@ -633,7 +633,7 @@ def test_what_erase_writes_is_what_the_protocol_takes(few, tiny_data, tmp_path, 
     how |= {"gen_num_inference_steps": 3, "score_seeds": 1, "data_dir": tiny_data, "device": "cpu"}
     how |= {"results_dir": few["results_dir"], "selection": "cross_attention"}
     assert cli.main(["cad-erase", *(f"--{k.replace('_', '-')}={v}" for k, v in how.items())]) == 0
-    made = few["results_dir"].parent / "cad/latest/edit.safetensors"
+    made = few["results_dir"] / "cad/latest/edit.safetensors"
     assert main(few, edits=made, seeds_per_prompt=1) == 0
     line = line_of(capsys)
     assert line["erased"] == ["church"] and line["pictures"] == 4

@@ -73,7 +73,7 @@ def test_the_table_is_that_of_its_cells_and_is_made_once(flags, tmp_path, capsys
         by_random[str(cell["what"][:-3])][cell["what"][-3]].add(cell["weights"])
     pairs = [of for of in by_random.values() if True in of]
     assert len(pairs) == 2 and all(of[True] == of[False] for of in pairs)
-    assert not (tmp_path / "results/cad/cells").exists()  # they are of another model
+    assert not (tmp_path / "results/qual/cad/cells").exists()  # they are of another model
 
     def never(*_):
         raise AssertionError("made again")

@@ -25,7 +25,7 @@ def flags(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
 def test_a_replay_is_a_table_a_map_and_sums_that_close(flags, tmp_path, capsys, monkeypatch):
     assert cli.main(["cad-replay", *flags, "--methods=concept_trak,caption_similarity"]) == 0
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    folder = tmp_path / "results/cad/latest"
+    folder = tmp_path / "results/qual/cad/latest"
     told = json.loads((folder / "replay.json").read_text())
     assert {k: told[k] for k in line} == line and line["replay_is_the_training"]
     parts = np.load(folder / "replay.npy")

@@ -51,7 +51,7 @@ def test_a_certificate_is_whole_its_hashes_hold_and_a_second_run_measures_nothin
 ):
     assert cli.main(["cad-verify", *flags_of(asked)]) == 0
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    folder = tmp_path / "results/cad/latest"
+    folder = tmp_path / "results/qual/cad/latest"
     told = json.loads((folder / "certificate.json").read_text())
     assert {k: told[k] for k in line} == line and told["settings"]["target_ua"] == 0.9
     bytes_of = (folder / line["edit"]["file"]).read_bytes()

@@ -141,7 +141,7 @@ def test_evaluation_prints_the_table_and_one_json_line_and_a_second_run_says_the
             )
         assert 0 < first["ood"][concept]["chance"]["recall_at_10"] <= 1
     assert first["damping"] in DAMPINGS and {"id", "real", "dampings"} <= first.keys()
-    made = Path(settings["results_dir"]).parent / "eval/latest"
+    made = Path(settings["results_dir"]) / "eval/latest"
     assert Image.open(made / "recall.png").size[0] > 1200  # a panel a split and concept
     assert cli.main(flags) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first

@@ -47,7 +47,7 @@ def test_a_picture_depends_on_its_seed_and_place_alone(corpus):
 def test_the_last_line_holds_what_the_file_holds(corpus, capsys):
     measure.measure_model(corpus)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    path = Path(corpus.settings.results_dir).parent / "model/latest/accuracy.json"
+    path = Path(corpus.settings.results_dir) / "model/latest/accuracy.json"
     written, count = json.loads(path.read_text()), 2 * measure.SEEDS
     assert all(printed[kind]["style"]["pictures"] == count for kind in ("seen", "held_out"))
     assert printed.items() <= written.items() and {"settings", "provenance"} <= set(written)

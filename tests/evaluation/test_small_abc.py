@@ -123,7 +123,7 @@ def test_the_whole_of_it_runs_and_a_second_run_says_the_same(
     assert figures["contrast"]["blind"]["recall_at_10"] == found["blind"]["contrast"]
     assert cli.main(given) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
-    made = tmp_path / "results/abc_tables/latest"
+    made = tmp_path / "results/qual/abc_tables/latest"
     assert Image.open(made / "recall.png").size[0] > 900  # three panels
     assert not (made / "ablation.png").exists()  # not all of its steps were asked for
 
@@ -143,7 +143,7 @@ def test_every_ranker_can_be_asked(tiny_pipeline, data, tmp_path, quick, capsys)
     assert figures["nda"]["blind"]["chosen"] is None
     # patches know no captions; an unlearned picture's loss does
     assert found["published"]["nda"] == found["blind"]["nda"]
-    kept = sorted(path.name for path in (tmp_path / "results/abc/passes").glob("abu-*.npy"))
+    kept = sorted(path.name for path in (tmp_path / "results/qual/abc/passes").glob("abu-*.npy"))
     assert "abu-pen-1.npy" in kept and "abu-pen-100.npy" in kept  # the tune token, at every step
     assert cli.main(chosen) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found

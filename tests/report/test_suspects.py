@@ -24,7 +24,7 @@ def test_all_below_the_middle_are_listed_the_worst_first(flags, tmp_path, capsys
     (folder,) = (tmp_path / "grads").iterdir()
     beside = Store.open(folder).losses()
     fit = relative_fit(beside, beside)
-    latest = tmp_path / "results/suspects/latest"
+    latest = tmp_path / "results/qual/suspects/latest"
     rows = list(csv.DictReader((latest / "suspects.csv").open()))
     listed = [float(row["fit"]) for row in rows]
     assert listed == sorted(listed) and len(listed) == (fit < MIDDLE).sum() > 0

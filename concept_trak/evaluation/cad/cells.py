@@ -14,22 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import removal, restoration
+from ...errors import UserError, removal, restoration
 from ...files import make_folder, write_bytes, write_json
-from ...reading import read_json
+from ...reading import read_json, read_numbers
 from ...scoring.metrics import bootstrap_interval
-from ...settings import ROOT, digest
+from ...settings import ROOT, digest, results_folder
 from .bed import DRAW_STEPS, Bed, Target
 
 KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 
 
 class Cells:
-    """The folder of a bed; by default RESULTS_DIR/../cad/cells, with the committed ones."""
+    """The folder of a bed; by default cad/cells in RESULTS_DIR, with the committed ones."""
 
     def __init__(self, bed: Bed, folder: Path | None = None) -> None:
         self.bed = bed
-        usual = Path(bed.corpus.settings.results_dir).parent / "cad/cells"
+        usual = results_folder(bed.corpus.settings, "cad/cells")
         self.folder = make_folder(folder or usual)
         committed = folder is None and KEPT.exists()
         self.kept = read_json(KEPT, restoration(KEPT)) if committed else {}
@@ -41,11 +41,12 @@ class Cells:
         name = f"{target.kind}-{target.name}".replace(" ", "_")
         name = f"{name}-{digest([*self.origin, name, what])}"
         if name in self.kept:
-            return self.kept[name]
+            return checked(self.kept, name, what, KEPT, restoration(KEPT))
         path = self.folder / f"{name}.json"
         if not path.exists():
-            write_json(path, make() | {"what": what})
-        return read_json(path, removal(path))
+            cell = json.loads(json.dumps(make() | {"what": what}))
+            write_json(path, cell | {"digest": digest(cell)})
+        return checked({name: read_json(path, removal(path))}, name, what, path, removal(path))
 
     def gather(self, path: Path) -> None:
         """Write all cells there are as one file, as `KEPT` is."""
@@ -53,6 +54,30 @@ class Cells:
         lines = (f"{json.dumps(k)}: {json.dumps(found[k], sort_keys=True)}" for k in sorted(found))
         body = ",\n".join(lines)
         write_bytes(path, f"{{\n{body}\n}}\n".encode())
+
+
+HITS = ("shown", "beside", "object", "style")
+
+
+def checked(
+    cells: dict[str, Any], name: str, what: Any, path: Path, mend: str
+) -> dict[str, Any]:
+    """The cell of that name. UserError for one of something else than `what`, one that is not what
+    was written, and hits that are not 0 or 1 each.
+    """
+    cell = cells[name]
+    if not isinstance(cell, dict) or cell.get("what") != json.loads(json.dumps(what)):
+        raise UserError(f"{path}: {name} is a cell of something else; {mend}")
+    cell = {key: value for key, value in cell.items() if key != "digest"}
+    # the committed ones, and those that were written before digests were kept, have none
+    if cells[name].get("digest", found := digest(cell)) != found:
+        raise UserError(f"{path}: {name} is not what was written; {mend}")
+    for key in HITS:
+        if isinstance(cell.get(key, {}), dict):  # not measured, or by object
+            continue
+        if not np.isin(read_numbers(cell, key, (None,), path, mend), (0, 1)).all():
+            raise UserError(f"{path}: {key} of {name} is not 0 and 1; {mend}")
+    return cell
 
 
 def rate(hits: list[int] | np.ndarray) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The certificate of an edit.
 
-RESULTS_DIR/../cad/verify-{concept}-{hash}/
+RESULTS_DIR/cad/verify-{concept}-{hash}/
 edit.safetensors     the edit (`components.edits`)
 certificate.json     verdict, figures, probes, every plan tried; the file's sha256
 certificate.html     the same as a page, with pictures before and after
@@ -20,7 +20,7 @@ from ...attribution.prompts import slug
 from ...components.edits import Edit, save_edit
 from ...files import write_bytes
 from ...report.page import environment, pairs
-from ...settings import Settings, as_dict, provenance
+from ...settings import Settings, as_dict, provenance, results_folder
 from ..results import results, write_metrics
 from .bed import Bed, Target
 from .verify import Goal, target_of, verify
@@ -46,7 +46,7 @@ def certify(settings: Settings, device: str) -> dict[str, Any]:
         write_bytes(folder / PAGE, page(found, shown, s).encode())
     print(found["says"])
     print(found["behind"])
-    latest = os.path.join(os.path.dirname(s.results_dir), "cad", "latest", PAGE)
+    latest = results_folder(s, "cad") / "latest" / PAGE
     print(f"certificate: {os.path.relpath(latest)}")
     return found
 

@@ -24,6 +24,7 @@ score, moves, presence and others as shares of the mean of `all`, unedited.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,21 @@ from ...datasets.folder import ImageCaptionDataset
 from ...errors import call, removal
 from ...files import make_folder, write_bytes, write_json
 from ...models.text_to_image import TextToImage
-from ...reading import read_json
+from ...reading import read_json, read_numbers
 from ...scoring.metrics import bootstrap_interval
 from ...settings import JUDGE, digest
 from ...system import say
 from ...workshop.judge.net import Judge
 from ...workshop.judge.saved import load_judge
+from ...workshop.training import load_checkpoint
 from ..results import results, write_metrics
 from ..retraining import small, trainer
 from ..retraining.counterfactual import targets
 from ..retraining.fleet import Bench, Work, retrain
 from ..retraining.plan import Plan as Trainings
-from ..retraining.plan import Subset, base_plan, groups, read_plan
+from ..retraining.plan import Subset, base_plan, groups, kept_plan
 from ..retraining.presence import Measure, Presences, judged_of, losses_of
-from ..retraining.shared import KEPT, MODELS, cell
+from ..retraining.shared import KEPT, MODELS, bench_of, cell, refuse_unmeasured
 from .replayed import as_trained, small_settings
 
 KIND = "object"
@@ -85,7 +87,7 @@ class Concept:
 
 def subsets_of(corpus: Corpus) -> dict[str, Subset]:
     """What the four models learn. UserError for pictures that the committed plan is not of."""
-    plan = read_plan(KEPT / "plans/counterfactual.json", corpus.train)
+    plan = kept_plan(KEPT / "plans", "counterfactual", corpus.train)
     named = {s.name: s for s in plan.subsets}
     first, second = base_plan(corpus.train, (0, 1)).subsets
     return {"all": first, "seed": second} | {arm: named[name] for arm, name in RETRAINED.items()}
@@ -130,7 +132,7 @@ def _committed(subset: Subset, settings: small.SmallSettings) -> Path | None:
 def _is_there(corpus: Corpus, subset: Subset, settings: small.SmallSettings) -> bool:
     path = _checkpoint(corpus, subset, settings)
     if path.exists():
-        return trainer.load_checkpoint(path)[1]["step"] == settings.steps
+        return load_checkpoint(path)[1].get("step") == settings.steps
     return _committed(subset, settings) is not None
 
 
@@ -138,7 +140,10 @@ def _model(corpus: Corpus, subset: Subset, settings: small.SmallSettings) -> Tex
     """That of TRUTH_DIR, made on the same machine as the others, before the committed one."""
     committed = _committed(subset, settings)
     if committed and not _checkpoint(corpus, subset, settings).exists():
-        return small.load(corpus.model, committed)
+        model = small.load(corpus.model, committed)
+        plan = "base" if subset.name.startswith("base-") else "counterfactual"
+        refuse_unmeasured(bench_of(corpus), plan, subset, model)
+        return model
     work = Path(corpus.settings.truth_dir)
     line = call("cad/run_counterfactual.sh", TRUTH_DIR=work)
     return trainer.trained(corpus.model, corpus.train, subset, settings, work, line)
@@ -180,7 +185,10 @@ class Cells:
         decides += [s.score_seeds, repr((MEASURE, SAMPLING)), self.others.content_hash()]
         path = self.folder / f"{arm}-{concept.name.replace(' ', '_')}-{digest(decides)}.json"
         if path.exists():
-            return read_json(path, removal(path))
+            found = read_json(path, removal(path))
+            for state, figure in itertools.product(STATES, FIGURES):
+                read_numbers(found.get(state), figure, (), path, removal(path))
+            return found
         say(f"{LABELS[arm]}: {concept.name}")
         found = self._measured(arm, place)
         write_json(path, found)

@@ -6,7 +6,7 @@ dJ/dw of the concept's erasing objective split exactly over its pictures (`retra
 over all weights of SELECTION, and over those that an edit of RATIO takes. An accounting identity of
 this one training, no counterfactual: what the model would be without a picture it does not say.
 
-RESULTS_DIR/../cad/replay-{name}-{hash}/
+RESULTS_DIR/cad/replay-{name}-{hash}/
 replay.npy    [2, N, components] float64: selected weights, edited ones
 replay.csv    all pictures by their part in the edited weights, beside their ranks by METHODS
 replay.png    heat map pictures x weights
@@ -45,7 +45,7 @@ from ...report.tables import csv_bytes
 from ...report.weights import Words, asked_of, words_of
 from ...scoring.metrics import recall_at_k
 from ...scoring.ranking import ranking
-from ...settings import Settings, as_dict, digest, provenance
+from ...settings import Settings, as_dict, digest, provenance, results_folder
 from ...system import say
 from ..retraining import small, trainer
 from ..retraining.asked import ask, corpus_of
@@ -232,7 +232,7 @@ def _written(known: Small, found: Split, words: Words, told: dict[str, Any]) -> 
     edited = Influence(found.pictures[1], groups)
     order = np.array(ranking(edited.scores))
     decides = [as_dict(s), known.model.identity(), data.content_hash()]
-    folder = Path(s.results_dir).parent / "cad" / f"replay-{slug(words.name, 32)}-{digest(decides)}"
+    folder = results_folder(s, "cad") / f"replay-{slug(words.name, 32)}-{digest(decides)}"
     shows = truth(data, words.name)
     rows = [_row(found, groups, data, shows, rank, int(i)) for rank, i in enumerate(order, 1)]
     with atomic_folder(folder) as made:

@@ -36,9 +36,9 @@ from ..retraining.plan import (
     base_plan,
     counterfactual_plan,
     groups,
+    kept_plan,
     kinds_of,
     lds_plan,
-    read_plan,
 )
 from ..retraining.presence import Drawn
 from ..retraining.shared import FIXED, damping_of, keep_plan
@@ -76,12 +76,11 @@ class Truth:
         """The plan kept, or with RETRAIN=1 made; with RETRAIN=1 it gets the `arms` that it lacks,
         and what is missing is trained.
         """
-        path = self.plans / f"{name}.json"
         if self.bench.settings.retrain:
-            keep_plan(path, self.data, make, arms)
+            keep_plan(self.plans / f"{name}.json", self.data, make, arms)
             assert self.bench.classifier  # trained once, before the models measured by it
-            retrain(self.models, read_plan(path, self.data), WORK)
-        return read_plan(path, self.data)
+            retrain(self.models, kept_plan(self.plans, name, self.data), WORK)
+        return kept_plan(self.plans, name, self.data)
 
     def found(self, plan: Plan, least: int) -> tuple[Plan, dict[str, Any]]:
         """(the measured part of a plan, its presences). UserError for fewer than `least`."""

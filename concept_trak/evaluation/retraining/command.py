@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     device, work = pick_device(given.device, given.gpu_id), Path(given.truth_dir)
     # rows and tables of small models, apart from all others
-    places = {"grad_dir": str(work / "grads"), "results_dir": str(work / "qual")}
+    places = {"grad_dir": str(work / "grads"), "results_dir": str(work)}
     corpus = Corpus(given.on(device).but(**places), device)
     test = importlib.import_module(f".tables.{arguments.test}", __package__)
     print(json.dumps(test.table(corpus)))

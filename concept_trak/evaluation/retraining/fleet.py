@@ -68,7 +68,7 @@ def retrain(bench: Any, plan: Plan, work: Work | None = None) -> None:
     models; work: how one is trained and measured, by default `train_and_measure`.
     UserError at the end if some died, naming them; the others are finished.
     """
-    todo = [s for s in plan.subsets if not is_measured(bench, plan, s)]
+    todo = [s for s in plan.subsets if not is_measured(bench, plan.name, s)]
     known = hasattr(os, "sched_getaffinity")  # not everywhere
     there = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     cores = max(1, min(there, len(todo)))
@@ -157,15 +157,25 @@ def _last_step(log: Path) -> int:
         return 0
 
 
-def is_measured(bench: Any, plan: Plan, subset: Subset) -> bool:
+def is_measured(bench: Any, plan: str, subset: Subset) -> bool:
     """Whether the presences of exactly this subset are there."""
-    path = bench.presences(plan.name, subset)
+    path = bench.presences(plan, subset)
     if not path.exists():
         return False
     known = read_json(path, mend(path)).get("made_from")
     if not isinstance(known, dict):
         raise UserError(f"{path} holds no presences; {mend(path)}")
     return known.get("subset") == subset_digest(subset) and known.get("bench") == how(bench)
+
+
+def refuse_other_subset(bench: Any, plan: str, subset: Subset) -> None:
+    """UserError for presences that are not of this subset, its seed among what it is."""
+    if not is_measured(bench, plan, subset):
+        path = bench.presences(plan, subset)
+        raise UserError(
+            f"{path} is of another subset or other settings than the plan's {subset.name} with "
+            f"seed {subset.seed}; {mend(path)}"
+        )
 
 
 def subset_digest(subset: Subset) -> str:
@@ -221,10 +231,7 @@ def presences_of(
     for subset in plan.subsets:
         path = bench.presences(plan.name, subset)
         found[subset.name] = read(path, held_out, plan.data)
-        if not is_measured(bench, plan, subset):
-            raise UserError(
-                f"{path} is of another subset or other settings than the plan's; {mend(path)}"
-            )
+        refuse_other_subset(bench, plan.name, subset)
     for name, rate, usual in accidents({name: one.judged for name, one in found.items()}):
         say(
             f"{name} draws what is asked in {rate:.2f} of its pictures, models of the plan "

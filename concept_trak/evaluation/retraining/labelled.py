@@ -23,12 +23,11 @@ import torch
 
 from ...datasets.attributes import Labels, Scheme, labels_of, load_labelled
 from ...datasets.folder import ImageCaptionDataset
-from ...errors import UserError
 from ...files import make_folder, write_bytes
 from ...models.class_conditional import Architecture, ClassConditional
 from ...models.ddim import q_sample
 from ...models.generation import Generation, sample
-from ...reading import read_json
+from ...reading import read_json, read_numbers
 from ...rows.states import draw_noise
 from ...settings import provenance
 from ...workshop.class_conditional.classifier import (
@@ -39,7 +38,7 @@ from ...workshop.class_conditional.classifier import (
 from ...workshop.class_conditional.train import Job, TrainSettings, train
 from .fleet import how, subset_digest
 from .plan import Plan, Subset, kinds_of, mend
-from .presence import by_concept
+from .presence import by_concept, refuse_other_pictures
 
 LEVELS = (300, 500, 700, 900)
 
@@ -205,18 +204,14 @@ def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Labe
 
     data: content hash of the train pictures that the model must have learned from.
     """
-    found = read_json(path, mend(path))
-    try:
-        parts = [
-            {kind: np.array(found[part][kind], dtype=float) for kind in kinds_of(held_out)}
-            for part in ("gains", "judged")
-        ]
-        known = found["made_from"]
-        measured_on, learned_from = known["held_out"], known["data"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no presences ({error!r:.80}); {mend(path)}") from None
-    if {values.shape for part in parts for values in part.values()} != {(len(held_out),)}:
-        raise UserError(f"{path} is not of {len(held_out)} pictures; {mend(path)}")
-    if measured_on != held_out.content_hash() or learned_from != data:
-        raise UserError(f"{path} was measured on other pictures than {held_out.root}; {mend(path)}")
+    found, shape, remedy = read_json(path, mend(path)), (len(held_out),), mend(path)
+    what = f"{path} holds no presences"
+    parts = [
+        {
+            kind: read_numbers(found.get(part), kind, shape, what, remedy).astype(float)
+            for kind in kinds_of(held_out)
+        }
+        for part in ("gains", "judged")
+    ]
+    refuse_other_pictures(path, found, held_out, data)
     return LabelledPresences(*parts)

@@ -83,16 +83,10 @@ def read_plan(path: Path, data: ImageCaptionDataset) -> Plan:
     """What `Plan.write` wrote. UserError for a file that is none, or of other pictures."""
     found = read_json(path, mend(path))
     try:
-        subsets = tuple(
-            Subset(
-                str(s["name"]),
-                int(s["seed"]),
-                tuple(map(int, s["removed"])),
-                {int(row): [str(text) for text in texts] for row, texts in s["captions"].items()},
-            )
-            for s in found["subsets"]
-        )
-        plan = Plan(str(found["name"]), str(found["data"]), subsets, dict(found["made_from"]))
+        subsets = tuple(map(_subset, found["subsets"]))
+        if len({s.name for s in subsets}) < len(subsets):
+            raise ValueError("a name is there twice")
+        plan = Plan(_name(found["name"]), str(found["data"]), subsets, dict(found["made_from"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no plan ({error!r:.80}); {mend(path)}") from None
     if plan.data != data.content_hash():
@@ -101,6 +95,45 @@ def read_plan(path: Path, data: ImageCaptionDataset) -> Plan:
     if rows and not 0 <= min(rows) <= max(rows) < len(data):
         raise UserError(f"{path} names pictures that {data.root} does not have; {mend(path)}")
     return plan
+
+
+def kept_plan(folder: Path, name: str, data: ImageCaptionDataset) -> Plan:
+    """The plan of that name in a folder of plans. UserError as `read_plan`, and for another's."""
+    path = folder / f"{name}.json"
+    plan = read_plan(path, data)
+    if plan.name != name:
+        raise UserError(f"{path} is the plan {plan.name!r}; {mend(path)}")
+    return plan
+
+
+def _subset(told: Any) -> Subset:
+    """Of its JSON; KeyError, TypeError or ValueError for what is none."""
+    captions = told["captions"].items()
+    return Subset(
+        _name(told["name"]),
+        _number(told["seed"]),
+        tuple(map(_number, told["removed"])),
+        {int(row): _texts(texts) for row, texts in captions},
+    )
+
+
+def _name(value: Any) -> str:
+    """One that a file may have."""
+    if not isinstance(value, str) or not value.isprintable() or Path(value).name != value:
+        raise ValueError(f"{value!r:.40} is no name")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no number")
+    return value
+
+
+def _texts(value: Any) -> Texts:
+    if not isinstance(value, list) or [type(text) for text in value] != [str] * 3:
+        raise ValueError(f"{value!r:.40} is not three captions")
+    return value
 
 
 def retrain_line(plan: str, work: Path) -> str:

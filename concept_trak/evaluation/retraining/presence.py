@@ -27,7 +27,7 @@ from ...files import make_folder, write_bytes
 from ...models.ddim import q_sample
 from ...models.generation import Generation, sample
 from ...models.text_to_image import TextToImage
-from ...reading import read_json
+from ...reading import read_json, read_numbers
 from ...rows.states import draw_noise
 from ...workshop.judge.net import Judge, resized
 from .plan import KINDS, WITHOUT, mend, texts
@@ -165,21 +165,22 @@ def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Pres
 
     data: content hash of the train pictures that the model must have learned from.
     """
-    found = read_json(path, mend(path))
-    try:
-        losses = np.array(found["losses"], dtype=float)
-        judged = {kind: np.array(found["judged"][kind], dtype=float) for kind in KINDS}
-        known = found["made_from"]
-        measured_on, learned_from = known["held_out"], known["data"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no presences ({error!r:.80}); {mend(path)}") from None
-    wanted = (len(held_out), len(LEVELS), len(PROMPTS))
-    shapes = {losses.shape[:1], *(values.shape for values in judged.values())}
-    if losses.shape != wanted or shapes != {(len(held_out),)}:
-        raise UserError(f"{path} has losses of shape {losses.shape}, not {wanted}; {mend(path)}")
-    if measured_on != held_out.content_hash() or learned_from != data:
+    found, count, remedy = read_json(path, mend(path)), len(held_out), mend(path)
+    shape, what = (count, len(LEVELS), len(PROMPTS)), f"{path} holds no presences"
+    losses = read_numbers(found, "losses", shape, what, remedy).astype(float)
+    shares = {k: read_numbers(found.get("judged"), k, (count,), what, remedy) for k in KINDS}
+    refuse_other_pictures(path, found, held_out, data)
+    return Presences(losses, {kind: values.astype(float) for kind, values in shares.items()})
+
+
+def refuse_other_pictures(
+    path: Path, found: dict[str, Any], held_out: ImageCaptionDataset, data: str
+) -> None:
+    """UserError for presences, as JSON, of other pictures; see `read_presences`."""
+    known = found.get("made_from")
+    known = known if isinstance(known, dict) else {}
+    if (known.get("held_out"), known.get("data")) != (held_out.content_hash(), data):
         raise UserError(f"{path} was measured on other pictures than {held_out.root}; {mend(path)}")
-    return Presences(losses, judged)
 
 
 def weights_of(path: Path) -> str:

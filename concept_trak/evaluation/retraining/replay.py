@@ -289,8 +289,8 @@ class Replay:
         if (
             pictures is None
             or rounding is None
-            or pictures.shape != self.pictures.shape
-            or not np.isfinite(pictures).all()
+            or (pictures.shape, rounding.shape) != (self.pictures.shape, self.rounding.shape)
+            or not (np.isfinite(pictures).all() and np.isfinite(rounding).all())
         ):
             folder = os.path.relpath(self.folder)
             raise UserError(f"{path} is missing or damaged; begin the replay anew: rm -r {folder}")

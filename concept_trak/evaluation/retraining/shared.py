@@ -23,8 +23,8 @@ from ..plots import png
 from ..rankers import swept
 from ..results import results, write_metrics
 from .asked import Asked, ask, corpus_of
-from .fleet import Bench, retrain
-from .plan import Plan, Subset, base_plan, mend, read_plan, retrain_line, with_arms
+from .fleet import Bench, refuse_other_subset, retrain
+from .plan import Plan, Subset, base_plan, kept_plan, mend, read_plan, retrain_line, with_arms
 from .presence import weights_of
 from .small import load, save
 from .trainer import trained
@@ -54,11 +54,11 @@ def plan_of(corpus: Corpus, name: str, make: Callable[[], Plan], arms: Sequence[
     """The committed plan. With RETRAIN=1 it is made where there is none, gets the `arms` that it
     lacks, and its subsets without presences are trained.
     """
-    path = KEPT / "plans" / f"{name}.json"
+    folder = KEPT / "plans"
     if corpus.settings.retrain:
-        keep_plan(path, corpus.train, make, arms)
-        retrain(bench_of(corpus), read_plan(path, corpus.train))
-    return read_plan(path, corpus.train)
+        keep_plan(folder / f"{name}.json", corpus.train, make, arms)
+        retrain(bench_of(corpus), kept_plan(folder, name, corpus.train))
+    return kept_plan(folder, name, corpus.train)
 
 
 def keep_plan(
@@ -88,12 +88,21 @@ def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
     else:
         line = retrain_line(plan, bench.work)
         model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work, line)
+    refuse_unmeasured(bench, plan, subset, model)
+    return model
+
+
+def refuse_unmeasured(bench: Bench, plan: str, subset: Subset, model: TextToImage) -> None:
+    """UserError where presences are known, and are of another model, or of another subset or seed
+    than the plan's.
+    """
     measured = bench.presences(plan, subset)
     if measured.exists() and weights_of(measured) != model.weight_hash():
         raise UserError(
             f"{measured} was measured on another model of {subset.name}; {mend(measured)}"
         )
-    return model
+    if measured.exists():
+        refuse_other_subset(bench, plan, subset)
 
 
 def models_there(corpus: Corpus, plan: Plan) -> Iterator[tuple[Subset, TextToImage]]:

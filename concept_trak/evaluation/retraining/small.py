@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ...errors import UserError, restoration
 from ...models.text_to_image import TextToImage
+from ...reading import refuse_misfits
 from ...workshop.embedded import pipeline as embedded
 from ...workshop.training import load_checkpoint, save_checkpoint
 
@@ -93,15 +94,15 @@ def load(like: TextToImage, path: Path) -> TextToImage:
         settings = SmallSettings(**state["settings"])
         settings = replace(settings, channels=tuple(settings.channels))
         model = build(like, settings, 0)
-        own = parameters(model)
-        if own.keys() != tensors.keys():
-            raise KeyError("other layers")
-        with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(tensors[name])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is no small model ({reason}); {restoration(path)}") from None
+    own = parameters(model)
+    like = {name: p.detach().half() for name, p in own.items()}
+    refuse_misfits(tensors, like, f"{path} is no small model; it", restoration(path))
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name])
     return frozen(model)
 
 

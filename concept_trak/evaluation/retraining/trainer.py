@@ -28,7 +28,7 @@ from ...workshop.training import (
     Phase,
     Run,
     fingerprint,
-    load_checkpoint,
+    load_averages,
     run_training,
     step_generator,
 )
@@ -129,19 +129,13 @@ def trained(
     line: str,
 ) -> TextToImage:
     """The finished model of a subset from its checkpoint. UserError, which ends in the line that
-    trains it, when there is none.
+    trains it, when there is none, and for one of another subset, seed or settings.
     """
-    made_from = identity(like, data, subset, settings)
-    path = folder_of(work, subset, made_from) / "model.safetensors"
-    if not path.exists():
+    run, model = run_of(like, data, subset, settings, work), build(like, settings, subset.seed)
+    if not run.checkpoint.exists():
         raise UserError(f"no model of {subset.name} in {work}; {LASTS}: {line}")
-    tensors, state = load_checkpoint(path)
-    if state.get("step") != settings.steps:
-        raise UserError(f"{path} is not finished; {LASTS}: {line}")
-    model = build(like, settings, subset.seed)
-    with torch.no_grad():
-        for name, p in parameters(model).items():
-            p.copy_(tensors[f"ema/{name}"])
+    if not load_averages(run, parameters(model)):
+        raise UserError(f"{run.checkpoint} is not finished; {LASTS}: {line}")
     return frozen(model)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...flags import add_setting_flags, settings_of
-from ...settings import Settings
+from ...settings import Settings, results_folder
 
 USES = ("methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
 
@@ -67,7 +67,7 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     if first:
         chosen = [t for s in ("tune", "report") for t in _of(tokens, s)[:first]]
         tasks = [task for task in tasks if task.token in chosen]
-    asked = scores.Asked(corpus, tokens, tasks, Path(settings.results_dir).parent / "abc")
+    asked = scores.Asked(corpus, tokens, tasks, results_folder(settings, "abc"))
     told = {name: tables.figures(asked, scores.scores_of(asked, name)) for name in names}
     for name, found in scores.controls_of(asked).items():
         told[name] = tables.figures(asked, found)

@@ -27,7 +27,7 @@ from ...models.class_conditional import Architecture, ClassConditional, call_net
 from ...models.condition import Condition
 from ...models.vocabulary import Vocabulary
 from ...settings import digest
-from ..training import Phase, Run, load_checkpoint, run_training, step_generator
+from ..training import Phase, Run, load_averages, run_training, step_generator
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,21 @@ class Job:
         """Where its training is kept, below a folder of trainings."""
         return work / f"{self.name}-{digest(self.identity())}" / "model.safetensors"
 
+    def run(self, work: Path) -> Run:
+        """How it is trained."""
+        s = self.settings
+        return Run(
+            self.checkpoint(work),
+            (Phase(s.steps, s.steps),),
+            s.lr,
+            s.warmup,
+            s.ema_decay,
+            s.save_every,
+            weight_decay=s.weight_decay,
+            desc=self.name,
+            made_from=self.identity(),
+        )
+
 
 def train(job: Job, work: Path, device: str = "cpu") -> ClassConditional:
     """The model of a job with its averaged weights, frozen; goes on from its checkpoint.
@@ -150,21 +165,10 @@ def train(job: Job, work: Path, device: str = "cpu") -> ClassConditional:
     UserError for a checkpoint of something else, a full disk; FloatingPointError on a loss that is
     not finite.
     """
-    s, path = job.settings, job.checkpoint(work)
+    s, run = job.settings, job.run(work)
     model = fresh(job, device)
     params = dict(model.network.named_parameters())
-    make_folder(path.parent)
-    run = Run(
-        path,
-        (Phase(s.steps, s.steps),),
-        s.lr,
-        s.warmup,
-        s.ema_decay,
-        s.save_every,
-        weight_decay=s.weight_decay,
-        desc=job.name,
-        made_from=job.identity(),
-    )
+    make_folder(run.checkpoint.parent)
     examples = examples_of(model, job.scheme, job.data, job.kept)
     loss = functools.partial(loss_of_step, model, examples, s, job.seed)
     run_training(params, loss, run).copy_to(params)
@@ -172,18 +176,12 @@ def train(job: Job, work: Path, device: str = "cpu") -> ClassConditional:
 
 
 def finished(job: Job, work: Path, device: str = "cpu") -> ClassConditional | None:
-    """The model of a job if its training has ended, else None."""
-    path = job.checkpoint(work)
-    if not path.exists():
-        return None
-    tensors, state = load_checkpoint(path)
-    if state.get("step") != job.settings.steps:
-        return None
+    """The model of a job if its training has ended, else None. UserError for a checkpoint of
+    another job.
+    """
     model = fresh(job, device)
-    with torch.no_grad():
-        for name, p in model.network.named_parameters():
-            p.copy_(tensors[f"ema/{name}"])
-    return frozen(model)
+    ended = load_averages(job.run(work), dict(model.network.named_parameters()))
+    return frozen(model) if ended else None
 
 
 def fresh(job: Job, device: str) -> ClassConditional:

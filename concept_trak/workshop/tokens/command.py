@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...flags import add_setting_flags, boolean, settings_of
-from ...settings import TOKEN, Settings
+from ...settings import TOKEN, Settings, results_folder
 from .settings import TokenSettings
 
 # Stages and fields of `Settings` that its help shows.
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=given.seed,
         init_word=arguments.init_word,
     )
-    folder = Path(arguments.out_dir or Path(given.results_dir).parent / "tokens")
+    folder = Path(arguments.out_dir or results_folder(given, "tokens"))
     words = {"prompt": arguments.prompt or "", "token": arguments.new_token}
     images = arguments.images
     jobs = [(images, folder, words)] if images else jobs_of_tasks(given)

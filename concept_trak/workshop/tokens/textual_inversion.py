@@ -31,7 +31,7 @@ from ...models.condition import Condition
 from ...models.schedule import NUM_TRAIN_TIMESTEPS
 from ...models.text_to_image import TextToImage
 from ...models.tokens import load_token
-from ...reading import read_json
+from ...reading import read_json, refuse_misfits
 from ...settings import TOKEN, provenance
 from ..training import (
     MOMENTS,
@@ -144,7 +144,9 @@ def fit(
     optimizer = torch.optim.AdamW([row], lr=settings.lr, weight_decay=settings.weight_decay)
     if checkpoint.exists():
         tensors, state = load_checkpoint(checkpoint)
-        refuse_other(identity, state.get("identity", {}), checkpoint, other_folder(checkpoint))
+        refuse_other(identity, state.get("identity") or {}, checkpoint, other_folder(checkpoint))
+        like = dict.fromkeys(("row", *MOMENTS), start)
+        refuse_misfits(tensors, like, checkpoint, removal(checkpoint))
         first, mean, row.data = state["step"], state["mean"], tensors.pop("row").to(device)
         moments = {k: v.to(device) for k, v in tensors.items()}
         optimizer.state[row] = moments | {"step": torch.tensor(float(first))}

@@ -199,7 +199,7 @@ def test_presences_that_do_not_fit_are_refused_in_one_line(kept, data):
     path, held_out, _ = kept
     with pytest.raises(UserError, match="was measured on other pictures"):
         presence.read_presences(path, held_out, "something else")
-    with pytest.raises(UserError, match="has losses of shape"):
+    with pytest.raises(UserError, match="'losses' is not"):
         presence.read_presences(path, data.split("train"), "learned")
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "judged": {}}))

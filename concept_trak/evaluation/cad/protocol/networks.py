@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ....errors import UserError
+from ....errors import UserError, removal
 from ....models.folder import is_local
 from ....models.hub import folder_of
 from ....models.identity import hash_of_weights
+from ....report.pictures import read_picture
 from ....settings import IN_CHECKOUT
-from .pictures import read_picture
 
 EXTRA = "-e '.[protocols]'" if IN_CHECKOUT else "'concept-trak[protocols]'"
 USUAL = {  # what a message offers in place of a folder that cannot be used
@@ -103,7 +103,7 @@ def batches(paths: Sequence[Path], size: int, what: str) -> Iterator[tuple[slice
     with tqdm(total=len(paths), desc=what, unit="picture") as bar:
         for start in range(0, len(paths), size):
             which = slice(start, start + size)
-            yield which, [read_picture(path) for path in paths[which]]
+            yield which, [read_picture(path, removal(path)) for path in paths[which]]
             bar.update(len(paths[which]))
 
 

@@ -1,6 +1,6 @@
 """Pictures of the original and of the edited pipeline, drawn once and kept.
 
-    RESULTS_DIR/../protocol/pictures/{hash of model, edits, ...}/{hash of prompt, seed, ...}.png
+    RESULTS_DIR/protocol/pictures/{hash of model, edits, ...}/{hash of prompt, seed, ...}.png
 
 The original's are shared by all edits and protocols. A killed run goes on where it stopped;
 SHARDS of NUM_SPLIT draws a part, so that several processes or machines on one disk share the work.
@@ -14,17 +14,16 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ....attribution.prompts import split_list
 from ....components.edits import Edit, EditedNetwork, load_edit
-from ....errors import UserError, call, removal
+from ....errors import UserError, call
 from ....files import make_folder, write_bytes, write_json
 from ....models.generation import Generation, initial_noise, sample
 from ....models.text_to_image import DTYPES, TextToImage, load_pipeline
 from ....parsing import parse_shards
-from ....settings import Settings, as_dict, digest, provenance
+from ....settings import Settings, as_dict, digest, provenance, results_folder
 from ....system import say
 from .prompts import Ask
 
@@ -62,7 +61,7 @@ class Drawer:
     def paths(self, asks: Sequence[Ask], edited: bool) -> list[Path]:
         """Where each picture is, or will be."""
         made = self._decides | {"edits": [e.digest() for e in self.edits] if edited else []}
-        below = Path(self.settings.results_dir).parent / "protocol/pictures"
+        below = results_folder(self.settings, "protocol/pictures")
         folder = make_folder(below / digest(made))
         if not (folder / "made.json").exists():
             told = {"decides": made, "settings": as_dict(self.settings)}
@@ -103,13 +102,3 @@ class Drawer:
             png = io.BytesIO()
             picture.save(png, "png")
             write_bytes(path, png.getvalue())
-
-
-def read_picture(path: Path) -> Image.Image:
-    """An RGB picture of a file. UserError for one that is damaged."""
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no picture ({reason}); {removal(path)}") from None

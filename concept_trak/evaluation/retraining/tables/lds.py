@@ -15,7 +15,7 @@ from .. import lds, plots
 from ..asked import Asked, ask
 from ..counterfactual import TOP
 from ..fleet import presences_of
-from ..plan import KINDS, Plan, groups, lds_plan, read_plan
+from ..plan import KINDS, Plan, groups, lds_plan, kept_plan
 from ..presence import Drawn, Presences
 from ..shared import (
     FIXED,
@@ -146,7 +146,7 @@ def _agreement(corpus: Corpus, asked: Asked, small: np.ndarray) -> dict[str, flo
 def truths_of(corpus: Corpus) -> tuple[Plan, dict[str, Presences], dict[str, lds.Measured]]:
     """(the part of the LDS plan that was measured, its presences, what they say of each kind)."""
     data, held_out = corpus.train, corpus.everything.split("held_out")
-    there = measured_part(corpus, read_plan(KEPT / "plans/lds.json", data), 3)
+    there = measured_part(corpus, kept_plan(KEPT / "plans", "lds", data), 3)
     found = presences_of(bench_of(corpus), there, held_out)
     return there, found, _measured(corpus, there, found)
 
