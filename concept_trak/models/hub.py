@@ -15,12 +15,12 @@ SECONDS = 10.0  # for the hub to answer
 TEXTS = (".json", ".txt", ".model")  # configurations, and what a tokenizer reads
 
 
-def folder_of(source: str, variable: str = "SD_MODEL_PATH", mark: str = INDEX) -> Path:
+def model_folder(source: str, variable: str = "SD_MODEL_PATH", mark: str = INDEX) -> Path:
     """The folder of a model, or the cache's of a hub id, whose configurations (some 100 KB) are
     fetched if they are not there. mark: a file that it has. UserError for one that cannot be had.
     """
     if not is_local(source):
-        return cached(source, mark) or fetch(source, texts, variable)
+        return cached(source, mark) or from_hub(source, texts, variable)
     if not Path(source).exists():
         told = f"set {variable} to a folder or a hub id (owner/name)"
         raise UserError(f"{no_folder(source)}; {told}")
@@ -29,10 +29,10 @@ def folder_of(source: str, variable: str = "SD_MODEL_PATH", mark: str = INDEX) -
 
 def folder_with_weights(source: str) -> Path:
     """The same, with the weights of every network. UserError where there are none to be had."""
-    folder = folder_of(source)
+    folder = model_folder(source)
     lacking = [part for part in STEMS if not weights(folder, part)[1]]
     if lacking and not is_local(source) and not is_offline():
-        return fetch(source, needed)
+        return from_hub(source, needed)
     for part in lacking:
         place = folder / part
         names = [p.name for p in place.iterdir()] if place.is_dir() else []
@@ -74,7 +74,7 @@ def needed(source: str, names: list[str]) -> list[str]:
     return found
 
 
-def fetch(
+def from_hub(
     source: str, choose: Callable[[str, list[str]], list[str]], variable: str = "SD_MODEL_PATH"
 ) -> Path:
     """Fetch the files of a hub id that `choose` wants of (id, names); the folder in the cache.
@@ -89,10 +89,7 @@ def fetch(
         told = f"{missing}, and HF_HUB_OFFLINE keeps it from being asked of the hub"
         raise UserError(f"{told}; {another}, or unset HF_HUB_OFFLINE")
     host = way_to(constants.ENDPOINT)[1]
-    try:
-        refuse_offline(constants.ENDPOINT, f"{another}, or connect")
-    except UserError as error:
-        raise UserError(f"{missing}, and no hub to ask for it: {error}") from None
+    refuse_offline(constants.ENDPOINT, f"{missing}: {another}, or connect")
     try:
         found = HfApi().model_info(source, timeout=SECONDS).siblings or []
         wanted = choose(source, [file.rfilename for file in found])

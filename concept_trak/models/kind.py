@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ..errors import UserError
 from ..reading import read_json
 from .folder import INDEX, copy_again, refuse_endless, refuse_other_folder, side_of
-from .hub import folder_of
+from .hub import model_folder
 
 FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
 FLOW = (
@@ -58,7 +58,7 @@ def check_source(source: str, variable: str = "SD_MODEL_PATH") -> Path:
     """The folder of a pipeline, or the cache's of a hub id. UserError for one that is not there, or
     cannot be used, as `check_kind`.
     """
-    folder = folder_of(source, variable)
+    folder = model_folder(source, variable)
     refuse_other_folder(folder, variable)
     check_kind(folder, source)
     return folder

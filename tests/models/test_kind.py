@@ -171,7 +171,7 @@ def test_the_size_is_that_of_the_files_that_are_loaded(tiny_pipeline, tmp_path):
     ],
 )
 def test_what_cannot_be_a_hub_id_is_a_folder_that_is_not_there(source, monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "fetch", None)
+    monkeypatch.setattr(hub, "from_hub", None)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     told = refused(source)
@@ -220,7 +220,7 @@ def test_without_a_network_the_estimate_names_the_proxy_at_once(
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, proxy)
-    with pytest.raises(UserError, match="no such folder: owner/name, and no hub") as caught:
+    with pytest.raises(UserError, match="no such folder: owner/name: set") as caught:
         early.own_estimate(own("owner/name"))
     told = str(caught.value)
     assert f"proxy 127.0.0.1 (of {variable})" in told and "s3cr3t" not in told
@@ -238,7 +238,7 @@ def test_a_model_in_the_cache_is_used_as_it_is_there(own, no_cache, tiny_pipelin
     shutil.copytree(tiny_pipeline, place / "snapshots/c0ffee")
     (place / "refs").mkdir()
     (place / "refs/main").write_text("c0ffee")
-    monkeypatch.setattr(hub, "fetch", None)
+    monkeypatch.setattr(hub, "from_hub", None)
     assert hub.folder_with_weights("owner/name") == place / "snapshots/c0ffee"
     check_source("owner/name")
     here, there = own(str(tiny_pipeline)), own("owner/name")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ....errors import UserError, removal
 from ....models.folder import is_local
-from ....models.hub import folder_of
+from ....models.hub import model_folder
 from ....models.identity import hash_of_weights
 from ....report.pictures import read_picture
 from ....settings import IN_CHECKOUT
@@ -56,7 +56,7 @@ class Pretrained:
         import transformers
 
         self.kind, self.source, self.device, self.variable = kind, source, device, variable
-        folder_of(source, variable, "config.json")
+        model_folder(source, variable, "config.json")
         transformers.utils.logging.disable_progress_bar()
         # without torchvision only these exist; with it they still resize as the references did
         modern = int(transformers.__version__.partition(".")[0]) >= 5
