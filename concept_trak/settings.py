@@ -22,6 +22,7 @@ from .parsing import (
     parse_memory,
     parse_methods,
     parse_shards,
+    refuse_credentials,
     refuse_selection,
 )
 from .registry import BENCHMARKS as REGISTERED
@@ -263,6 +264,7 @@ class Store:
     grad_dir: str = option(
         str(ROOT / "experiments/abc/results/grads"),
         "folder of the stores, or an address on object storage: s3://bucket/prefix",
+        parse=refuse_credentials,
     )
     store_cache: str = option(
         "",
