@@ -169,6 +169,20 @@ def parse_memory(text: str) -> int:
     return size
 
 
+def refuse_credentials(address: str) -> None:
+    """UserError for an address that holds a user, a password or a signature: it is told and kept
+    wherever its stores are.
+    """
+    from .network import without_credentials  # here: few starts need an address
+
+    if "://" in address and (plain := without_credentials(address)) != address:
+        raise UserError(
+            f"the address {plain} came with a user, a password or a query, which would be told and "
+            "kept with it; set GRAD_DIR without, and give credentials in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
+        )
+
+
 def parse_gpu_ids(text: str) -> list[str]:
     """ "0 1 2" or "0,1,2" -> ["0", "1", "2"]; "cpu" stands for a process on the CPU and may be
     repeated. UserError for anything else.

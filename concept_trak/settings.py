@@ -23,6 +23,7 @@ from .parsing import (
     parse_memory,
     parse_methods,
     parse_shards,
+    refuse_credentials,
     refuse_selection,
 )
 from .registry import BENCHMARKS as REGISTERED
@@ -264,6 +265,7 @@ class Store:
     grad_dir: str = option(
         str(ROOT / "experiments/abc/results/grads"),
         "folder of the stores, or an address on object storage: s3://bucket/prefix",
+        parse=refuse_credentials,
     )
     store_cache: str = option(
         "",

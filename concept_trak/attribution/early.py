@@ -87,7 +87,9 @@ def check_index(settings: Settings) -> None:
 
 
 def check_model(settings: Settings) -> None:
-    """UserError for pictures or a model that are not there."""
+    """UserError for pictures or a model that are not there, or object storage that refuses."""
+    if is_address(settings.grad_dir):
+        stores_there(settings)
     if not (Path(settings.data_dir) / LATENTS).exists():
         load_folder(settings.data_dir)
     for variable in ("SD_MODEL_PATH", "FIT_MODEL_PATH"):

@@ -29,6 +29,8 @@ from typing import Any, TypeVar
 
 from ..errors import TransientError, UserError
 from ..files import disk_errors, make_folder, sha256_file, write_bytes, write_json
+from ..network import without_credentials
+from ..parsing import refuse_credentials
 from ..reading import read_json
 
 MARK = ".remote.json"  # in the folder of the copies of an address
@@ -42,6 +44,18 @@ LASTING_NAMES = (
     *("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "NotSupportedError"),
     *("UnknownConfigurationKeyError", "NoCredentialsError"),
 )
+# Of a listing it tells an answer of the server as it does a cut connection, in words alone.
+STATUS = re.compile(r"status code: (\d{3})")
+PASSING = (408, 409, 425, 429)  # of HTTP's refusals, those that a further try may mend
+ANSWER = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
+MENDS = {  # what mends a refusal that no further try does; otherwise `CREDENTIALS`
+    "TooSkewed|RequestExpired": "set the clock of this machine",
+    "redirect without LOCATION|PermanentRedirect|HeaderMalformed": (
+        "set AWS_REGION to the region of the bucket"
+    ),
+    "NoSuchBucket|InvalidBucketName": "set GRAD_DIR to a bucket that is there",
+}
+CREDENTIALS = "set GRAD_DIR to what is there, or the credentials (AWS_ACCESS_KEY_ID, ...)"
 Result = TypeVar("Result")
 
 
@@ -53,27 +67,38 @@ def is_address(place: str) -> bool:
 def local_base(place: str, cache: str = "") -> Path:
     """The folder of the stores at `place`: itself or, for an address, that of their copies.
 
-    cache: below which copies lie; empty: ~/.cache/concept-trak/stores.
+    cache: below which copies lie; empty: ~/.cache/concept-trak/stores. UserError as
+    `parsing.refuse_credentials`.
     """
     if not is_address(place):
         return Path(place)
+    refuse_credentials(place)
     url = place.rstrip("/")
     root = Path(cache).expanduser() if cache else Path.home() / ".cache/concept-trak/stores"
-    plain = re.sub(r"[^A-Za-z0-9.]+", "-", url)[-60:].strip("-")
-    folder = root / f"{plain}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    make_folder(folder)
+    folder = make_folder(root / _name_of(url))
     if not (folder / MARK).exists():
         write_json(folder / MARK, {"url": url})
     return folder
 
 
+def _name_of(url: str) -> str:
+    """Of the folder of the copies of an address."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", url)[-60:].strip("-")
+    return f"{plain}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
 def address_of(base: Path) -> str | None:
-    """The address whose stores have their copies in a folder; None for any other folder."""
+    """The address whose stores have their copies in a folder; None for any other folder. UserError
+    for a folder that says another address than that of its name.
+    """
     mark = base / MARK
-    if not mark.exists():
+    if not os.path.lexists(mark):
         return None
     mend = f"remove the folder, which holds copies alone: rm -r {shlex.quote(str(base))}"
-    return read_json(mark, mend)["url"]
+    url = read_json(mark, mend).get("url")
+    if not isinstance(url, str) or _name_of(url) != base.name:
+        raise UserError(f"{mark} does not name the address of its folder; {mend}")
+    return url
 
 
 def remote_of(folder: Path) -> Remote | None:
@@ -272,11 +297,10 @@ class Remote:
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 - each library has classes of its own
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = _reason(error)
                 if _lasting(error):
-                    mend = (
-                        "set GRAD_DIR to what is there, or the credentials (AWS_ACCESS_KEY_ID, ...)"
-                    )
+                    known = (mend for of, mend in MENDS.items() if re.search(of, str(error)))
+                    mend = next(known, CREDENTIALS)
                     raise UserError(f"cannot {what} {self.url}: {reason}; {mend}") from None
                 if wait is None:
                     tried = f"tried {len(WAITS) + 1} times over {sum(WAITS):.0f} s"
@@ -288,7 +312,23 @@ class Remote:
         raise AssertionError("the last try returns or raises")
 
 
+def _reason(error: Exception) -> str:
+    """What a client library tells, in a short line: of an answer of the server, its own words."""
+    text = " ".join(str(error).partition("Debug source:")[0].split())
+    status, answer = STATUS.search(text), ANSWER.search(text)
+    if answer:
+        text = ": ".join(
+            filter(None, [f"{status[1] if status else 'error'} {answer[1]}", answer[2]])
+        )
+    return without_credentials(text)[-200:] or type(error).__name__
+
+
 def _lasting(error: Exception) -> bool:
     """Whether no further try mends it."""
+    told = STATUS.search(str(error))
+    if told and 300 <= int(told[1]) < 500:
+        return int(told[1]) not in PASSING
+    if re.search("|".join(MENDS), str(error)):
+        return True
     missing = isinstance(error, FileNotFoundError)
     return missing or isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES

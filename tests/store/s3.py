@@ -5,6 +5,7 @@ of the checkout, which .ci/run makes; MOTO_SERVER names another.
 """
 
 import contextlib
+import http.server
 import os
 import shutil
 import socket
@@ -99,6 +100,37 @@ class Proxy:
 
     def stop(self):
         self.listener.close()
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers every request with `answer`, (status, code of S3); `asked` counts them."""
+
+    answer, asked = (403, "AccessDenied"), 0
+
+    def do_GET(self):
+        type(self).asked += 1
+        status, code = self.answer
+        body = f"<Error><Code>{code}</Code><Message>told of {code}</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def refusing(status, code):
+    """(handler, port) of a server that refuses everything."""
+    handler = type("Handler", (Refusing,), {"answer": (status, code)})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield handler, server.server_port
+    server.shutdown()
+    server.server_close()
 
 
 def reset(connection):

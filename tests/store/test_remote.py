@@ -3,7 +3,9 @@
 Against a server that speaks S3 (`s3`) where there is one, and fsspec's own in memory.
 """
 
+import hashlib
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import s3
 from stores import K, contents, fill, make, read, some_rows
 
 from concept_trak.errors import TransientError, UserError
+from concept_trak.settings import resolve
 from concept_trak.store import piecewise, remote
 from concept_trak.store.checks import still_to_make
 from concept_trak.store.manifest import Layout
@@ -176,6 +179,135 @@ def test_a_server_that_is_gone_is_told_and_what_was_committed_is_kept(proxy, tmp
 def test_a_bucket_that_is_not_there_is_told_at_once(proxy, tmp_path):
     with pytest.raises(UserError, match="s3://nowhere/x.*set GRAD_DIR"):
         make(base("s3://nowhere", tmp_path) / "x")
+
+
+REFUSALS = [
+    (403, "AccessDenied", "403 AccessDenied: told of AccessDenied; .*AWS_ACCESS_KEY_ID"),
+    (403, "RequestTimeTooSkewed", "set the clock of this machine"),
+    (403, "SignatureDoesNotMatch", "403 SignatureDoesNotMatch.*AWS_ACCESS_KEY_ID"),
+    (401, "Unauthorized", "401 Unauthorized.*AWS_ACCESS_KEY_ID"),
+    (301, "PermanentRedirect", "set AWS_REGION to the region of the bucket"),
+    (400, "AuthorizationHeaderMalformed", "set AWS_REGION to the region of the bucket"),
+    (404, "NoSuchBucket", "404 NoSuchBucket.*set GRAD_DIR to a bucket that is there"),
+]
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """A function that lets obstore ask a port."""
+    pytest.importorskip("obstore", reason="obstore is not installed (extra s3)")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+
+    def ask(port):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        remote.filesystem.cache_clear()
+
+    yield ask
+    remote.filesystem.cache_clear()
+
+
+@pytest.mark.parametrize("status, code, said", REFUSALS)
+def test_what_the_server_refuses_is_told_at_once_with_what_mends_it(
+    client, tmp_path, status, code, said
+):
+    with s3.refusing(status, code) as (server, port):
+        client(port)
+        there = remote.Remote("s3://bucket/x", tmp_path)
+        for act in (there.names, lambda: there.write("a", b"b")):
+            server.asked = 0
+            with pytest.raises(UserError, match=said) as told:
+                act()
+            assert server.asked == 1 and not isinstance(told.value, TransientError)
+            assert len(str(told.value)) < 400 and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_has_no_time_is_asked_again(client, tmp_path, status):
+    with s3.refusing(status, "SlowDown") as (server, port):
+        client(port)
+        there = remote.Remote("s3://bucket/x", tmp_path)
+        with pytest.raises(TransientError, match=f"{status} SlowDown.*tried 3 times"):
+            there.names()
+        assert server.asked >= 3
+
+
+@pytest.mark.parametrize("error, lasting", [
+    (PermissionError("Access Denied"), True),
+    (OSError(5, "An error occurred (RequestTimeTooSkewed) when calling ListObjectsV2"), True),
+    (OSError(5, "An error occurred (PermanentRedirect) when calling ListObjectsV2"), True),
+    (FileNotFoundError("The specified bucket does not exist"), True),
+    (OSError(5, "An error occurred (SlowDown) when calling ListObjectsV2"), False),
+    (ConnectionResetError("connection reset"), False),
+    (TimeoutError("timed out"), False),
+])  # fmt: skip
+def test_what_lasts_is_known_of_every_client(error, lasting):
+    assert remote._lasting(error) is lasting
+
+
+SECRETS = [
+    "s3://KEY:SECRET@bucket/p",
+    "s3://KEY:SEC/SECRET@bucket/p",
+    "s3://SECRET@bucket",
+    "https://user:SECRET@host/p",
+    "https://host/p?X-Amz-Signature=SECRET&X-Amz-Date=1",
+    "file:///nowhere/x?sig=SECRET",
+    "memory://bucket/p#SECRET",
+]
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_credentials_in_an_address_are_refused_before_they_are_told_or_kept(address, tmp_path):
+    refusals = (
+        lambda: remote.local_base(address, str(tmp_path)),
+        lambda: resolve("emoji", {"grad_dir": address}),
+    )
+    for refused in refusals:
+        with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY") as told:
+            refused()
+        assert "SECRET" not in str(told.value).replace("AWS_SECRET_ACCESS_KEY", "")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_client_library_that_tells_credentials_is_not_repeated(tmp_path, monkeypatch):
+    remote.filesystem.cache_clear()
+    there = remote.Remote("memory://bucket/x", tmp_path)
+    for told in SECRETS:
+        error = PermissionError(f"no access to {told} today")
+        monkeypatch.setattr(there, "fs", SimpleNamespace(pipe_file=raising(error)))
+        with pytest.raises(UserError, match="cannot write a to memory://bucket/x") as said:
+            there.write("a", b"")
+        assert "SECRET" not in str(said.value)
+
+
+def raising(error):
+    def act(*_):
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("address, name", [
+    ("s3://bucket/prefix", "s3-bucket-prefix-9737a7d8"),
+    ("memory://bucket/a b/", "memory-bucket-a-b-0a3a86bc"),
+    ("abfs://container@account.dfs.core.windows.net/x", None),
+])  # fmt: skip
+def test_copies_keep_the_place_they_had(address, name, tmp_path):
+    folder = remote.local_base(address, str(tmp_path))
+    url = address.rstrip("/")
+    hashed = hashlib.sha256(url.encode()).hexdigest()[:8]
+    assert folder.name.endswith(hashed) and (name is None or folder.name == name)
+    assert remote.address_of(folder) == url
+
+
+@pytest.mark.parametrize("mark", ["", "{", "{}", "[]", '{"url": 5}', '{"url": "s3://other/x"}'])
+def test_a_damaged_record_of_an_address_is_one_line(mark, tmp_path):
+    folder = remote.local_base("memory://bucket/x", str(tmp_path))
+    (folder / remote.MARK).write_text(mark)
+    with pytest.raises(UserError, match="remove the folder, which holds copies alone: rm -r"):
+        remote.remote_of(folder / "store")
 
 
 def test_an_address_that_nothing_serves_is_told(tmp_path):
