@@ -9,13 +9,7 @@ import torch
 from safetensors.torch import save
 
 from concept_trak.components.concept import Asked, edit_of, plan_of, scores_of
-from concept_trak.components.edits import (
-    FIELDS,
-    EditedNetwork,
-    load_edit,
-    make_edit,
-    save_edit,
-)
+from concept_trak.components.edits import FIELDS, EditedNetwork, load_edit, make_edit, save_edit
 from concept_trak.components.objective import AIMS, mean_value
 from concept_trak.components.operators import Operator
 from concept_trak.components.roles import select

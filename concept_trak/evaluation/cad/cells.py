@@ -59,9 +59,7 @@ class Cells:
 HITS = ("shown", "beside", "object", "style")
 
 
-def checked(
-    cells: dict[str, Any], name: str, what: Any, path: Path, mend: str
-) -> dict[str, Any]:
+def checked(cells: dict[str, Any], name: str, what: Any, path: Path, mend: str) -> dict[str, Any]:
     """The cell of that name. UserError for one of something else than `what`, one that is not what
     was written, and hits that are not 0 or 1 each.
     """

@@ -15,7 +15,7 @@ from .. import lds, plots
 from ..asked import Asked, ask
 from ..counterfactual import TOP
 from ..fleet import presences_of
-from ..plan import KINDS, Plan, groups, lds_plan, kept_plan
+from ..plan import KINDS, Plan, groups, kept_plan, lds_plan
 from ..presence import Drawn, Presences
 from ..shared import (
     FIXED,
