@@ -81,7 +81,9 @@ class Option:
 def refuse_no_text(variable: str, value: str) -> None:
     """UserError for a text that is none: bytes that are no UTF-8, or a control character."""
     if bad := [
-        c for c in value if (ord(c) < 32 and c not in "\t\n\r") or 0xD800 <= ord(c) < 0xE000
+        c
+        for c in value
+        if (ord(c) < 32 and c not in "\t\n\r") or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000
     ]:
         raise UserError(
             f"{variable} holds {bad[0]!r}, which is no character of a text; remove it from "

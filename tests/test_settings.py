@@ -39,6 +39,16 @@ def option(name):
     return next(f.metadata["option"] for f in flat_fields() if f.name == name)
 
 
+def test_all_results_lie_in_results_dir_but_those_beside_a_default():
+    for benchmark in ("emoji", "own", "abc"):
+        given = resolve(benchmark, {})
+        folder = settings.results_folder(given, "cad")
+        assert folder == settings.ROOT / f"experiments/{benchmark}/results/cad"
+        for place in ("x", "x/qual", "/x", "experiments/results", "../experiments/qual"):
+            own = settings.results_folder(given.but(results_dir=place), "cad")
+            assert own == Path(place) / "cad"
+
+
 def test_what_the_user_sets_wins_over_recipe_benchmark_and_defaults():
     default, emoji = Settings().gen_guidance_scale, settings.EMOJI["gen_guidance_scale"]
     assert resolve("emoji", {}).gen_guidance_scale == emoji != default

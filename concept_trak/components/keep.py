@@ -49,7 +49,7 @@ def load_scores(folder: str | Path, among: Sequence[Component] = ()) -> Scores:
     names = facts.get("names")
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
         raise UserError(f"{facts_path}: 'names' is not a list of weights; {MEND}")
-    if facts.get("aim") not in AIMS:
+    if facts.get("aim") not in tuple(AIMS):
         raise UserError(f"{facts_path}: 'aim' is none of {', '.join(AIMS)}; {MEND}")
     mean = {n: tensors.get(f"mean/{n}", torch.zeros(0)).float() for n in names}
     wanted = {c.name: c.weight for c in among} or mean

@@ -103,7 +103,7 @@ class Desk:
         self.corpus, self.answered = corpus.with_settings(usual), answered
         self.question = asked_model(usual)
         self.store = open_store(self.corpus)
-        self._rows = _stamps(self.store)
+        self._checksum, self._rows = self.store.checksum, _stamps(self.store)
         self.provenance = provenance()
         self.folder = Path(usual.results_dir) / "free_query"
         self.stopping = False
@@ -126,7 +126,7 @@ class Desk:
 
     def name_of(self, settings: Settings) -> str:
         """The name of the answer's folder, by all that decides it."""
-        return question_folder(settings, self.store.checksum).name
+        return question_folder(settings, self._checksum).name
 
     def known(self, name: str) -> Path | None:
         """The folder of an answer that need not be made; None for one that is not there, or that

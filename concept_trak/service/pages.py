@@ -142,9 +142,11 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
 
 
 def fields_of(body: bytes) -> dict[str, str]:
-    """What a form sends (application/x-www-form-urlencoded), empty fields left out."""
+    """What a form sends (application/x-www-form-urlencoded), empty fields left out; nothing of what
+    is no text.
+    """
     try:
-        found = parse_qs(body.decode("ascii", "replace"), max_num_fields=FORM_FIELDS)
+        found = parse_qs(body.decode("ascii"), max_num_fields=FORM_FIELDS, errors="strict")
     except ValueError:
         return {}
     return {name: values[0] for name, values in found.items() if values[0].strip()}

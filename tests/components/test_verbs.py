@@ -40,6 +40,8 @@ def test_scores_are_files_and_a_page(flags, tmp_path, capsys):
     assert (folder / "layers.png").stat().st_size > 5000
     page = (folder / "report.html").read_text()
     assert "Where “cat” lives" in page and "http" not in page.replace("http-equiv", "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results"]  # RESULTS_DIR holds it all
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["qual"]
     tensors = (folder / "scores.safetensors").read_bytes()
     (folder / "scores.safetensors").write_bytes(tensors[:-4])
     with pytest.raises(UserError):
@@ -97,6 +99,8 @@ def test_amplifying_has_its_own_choice_of_weights_unless_one_is_given(
         (["--granularity=head", "--selection=feed_forward"], "no attention head"),
         (["--concept=", "--prompt= ", "--target-concepts="], "CONCEPT and PROMPT are empty"),
         (["--spare=unicorn"], "unknown concept 'unicorn'"),
+        (["--export=."], "set EXPORT to a new folder"),
+        (["--export=/"], "set EXPORT to a new folder"),
     ],
 )
 def test_bad_input_gives_one_line(changes, words, flags, tmp_path, capsys):
@@ -104,6 +108,17 @@ def test_bad_input_gives_one_line(changes, words, flags, tmp_path, capsys):
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("error: ") and words in told
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_the_model_itself_is_no_place_for_an_export(flags, tmp_path, capsys):
+    model = Path(flags[0].partition("=")[2])
+    before = {p: p.read_bytes() for p in model.rglob("*") if p.is_file()}
+    (tmp_path / "link").symlink_to(model)
+    for place in (model, model.parent, model / "unet", tmp_path / "link", tmp_path):
+        assert cli.main(["cad-erase", *flags, f"--export={place}"]) == 2
+        told = capsys.readouterr().err.strip().splitlines()
+        assert len(told) == 1 and f"EXPORT={place} " in told[0]
+    assert before == {p: p.read_bytes() for p in model.rglob("*") if p.is_file()}
 
 
 def test_captions_of_every_style_are_spared_and_none_that_shows_the_concept(flags, tmp_path):

@@ -12,6 +12,7 @@ from concept_trak import cli
 from concept_trak.attribution.corpus import Corpus
 from concept_trak.components.concept import edit_of
 from concept_trak.components.roles import select
+from concept_trak.errors import UserError
 from concept_trak.evaluation.cad import amplify, cells, controls, table, tuning
 from concept_trak.evaluation.cad import bed as beds
 from concept_trak.settings import resolve
@@ -37,6 +38,36 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
 @pytest.fixture
 def bed(asked):
     return beds.Bed(Corpus(resolve("emoji", asked), "cpu"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        {"what": ["something", "else"]},
+        {"shown": [1, 0, 1, 1]},  # what is there is not what was written
+        {"shown": [1, 0, 2], "digest": None},
+        {"shown": ["1"], "digest": None},
+        {"shown": [], "digest": None},
+        {"style": None, "digest": None},
+        {"object": [[1], [0]], "digest": None},
+    ],
+)
+def test_a_kept_cell_that_is_not_what_was_written_is_one_line(spoil, tmp_path):
+    made = cells.Cells.__new__(cells.Cells)
+    made.kept, made.folder, made.origin = {}, tmp_path, ["model"]
+    target, measured = beds.Target("object", "cat", "cat"), {"shown": [1, 0], "style": [1, 1]}
+    assert made.cell(target, ["plan", 0.1], lambda: measured)["shown"] == [1, 0]
+    (path,) = tmp_path.iterdir()
+    kept = json.loads(path.read_text()) | spoil
+    path.write_text(json.dumps({k: v for k, v in kept.items() if (k, v) != ("digest", None)}))
+    with pytest.raises(UserError, match=rf"{path.name}: .*; remove it"):
+        made.cell(target, ["plan", 0.1], dict)
+
+
+def test_the_committed_cells_are_whole():
+    kept = json.loads(cells.KEPT.read_text())
+    for name, cell in kept.items():
+        assert cells.checked(kept, name, cell["what"], cells.KEPT, "") == cell
 
 
 def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys, monkeypatch):

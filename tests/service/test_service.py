@@ -6,10 +6,12 @@ import asyncio
 import base64
 import contextlib
 import csv
+import http.client
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,7 @@ import pytest
 from conftest import small_run
 
 pytest.importorskip("fastapi", reason="no fastapi: pip install -e .[serve]")
+uvicorn = pytest.importorskip("uvicorn", reason="no uvicorn: pip install -e .[serve]")
 pytest.importorskip("prometheus_client", reason="no prometheus_client: pip install -e .[serve]")
 testclient = pytest.importorskip(
     "starlette.testclient", reason="no httpx: pip install -e .[test]", exc_type=(ImportError)
@@ -412,6 +416,157 @@ def test_addresses_that_lead_nowhere_are_told(shared):
         assert shared.client.get(f"/answers/{out}").status_code == 404
         assert shared.client.get(f"/pictures/{out}").status_code == 404
     assert one_sentence(shared.client.delete("/answers")).startswith("DELETE")
+    for path in ("/redoc", "/docs/oauth2-redirect"):  # pages that load scripts from elsewhere
+        assert shared.client.get(path).status_code == 404
+
+
+@pytest.fixture
+def own(flags, tiny_data, tmp_path):
+    """A service of pictures and rows that a test may change; (service, folder of pictures)."""
+    for name in ("data", "grads"):
+        shutil.copytree(tiny_data if name == "data" else flags["grad_dir"], tmp_path / name)
+    places = {"data_dir": str(tmp_path / "data"), "grad_dir": str(tmp_path / "grads")}
+    made = Served(Corpus(resolve("emoji", flags | places), "cpu"), tmp_path / "results")
+    yield made, tmp_path / "data"
+    made.desk.close()
+
+
+def test_a_picture_or_file_that_leads_elsewhere_by_now_is_gone(own, tmp_path):
+    served, data = own
+    secret = tmp_path / "secret.png"
+    secret.write_text("root:x:0:0")
+    pictures = [data / r["file_name"] for r in served.desk.corpus.train.records]
+    kept = [path.read_bytes() for path in pictures]
+    assert served.client.get("/pictures/0").content == kept[0]
+    ranged = served.client.get("/pictures/0", headers={"Range": "bytes=2-5"})
+    assert ranged.status_code == 206 and ranged.content == kept[0][2:6]
+    pictures[0].unlink(), pictures[0].symlink_to(secret)
+    pictures[1].unlink(), pictures[1].symlink_to(pictures[2])  # another picture
+    pictures[3].unlink()
+    pictures[4].unlink(), pictures[4].mkdir()
+    pictures[5].unlink(), os.mkfifo(pictures[5])
+    pictures[6].unlink(), pictures[6].symlink_to(pictures[6].name)  # a loop
+    for row in (0, 1, 3, 4, 5, 6):
+        for kind in ("pictures", "thumbnails"):
+            told = served.client.get(f"/{kind}/{row}")
+            assert told.status_code == 410 and "not there any more" in one_sentence(told)
+    assert served.client.get("/pictures/2").content == kept[2]
+    (tmp_path / "other").mkdir()  # the folder itself becomes a link
+    (tmp_path / "other" / pictures[2].name).write_text("root:x:0:0")
+    pictures[2].parent.rename(tmp_path / "aside")
+    pictures[2].parent.symlink_to(tmp_path / "other")
+    assert served.client.get("/pictures/2").status_code == 410
+
+
+def test_no_file_of_an_answer_leads_out_of_the_answers(served, tmp_path):
+    name = served.ask().json()["id"]
+    folder = served.desk.folder / name
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (folder / "scores.csv").symlink_to(tmp_path / "secret")
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "pipe").unlink(missing_ok=True), os.mkfifo(folder / "pipe")
+    (served.desk.folder / "outside").symlink_to(tmp_path)
+    (tmp_path / "report.html").write_text("root:x:0:0")
+    for path in (f"{name}/scores.csv", f"{name}/up/secret", f"{name}/pipe", "outside/report.html"):
+        told = served.client.get(f"/answers/{path}")
+        assert told.status_code == 404 and "root:" not in one_sentence(told)
+    index = served.desk.folder / "index.html"
+    index.unlink(), index.symlink_to(tmp_path / "secret")
+    told = served.client.get("/answers/index.html")
+    assert told.status_code in (404, 410, 500) and "root:" not in told.text
+    assert served.client.get(f"/answers/{name}/report.html").status_code == 200
+
+
+def exchanged(rows):
+    """Ways in which the rows may become others while a service runs."""
+    mapped = np.load(rows, mmap_mode="r+")
+    mapped[:] = mapped[::-1].copy()
+    mapped.flush()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        exchanged,
+        lambda rows: rows.unlink(),
+        lambda rows: rows.write_bytes(rows.read_bytes()[:-1]),
+        lambda rows: (
+            shutil.copy(rows, rows.with_suffix(".x")),
+            rows.with_suffix(".x").rename(rows),
+        ),
+        lambda rows: rows.with_suffix(".json").write_text("{}"),
+    ],
+)
+def test_rows_that_were_exchanged_since_are_told_and_answer_nothing(change, own):
+    served, _ = own
+    (rows,) = served.desk.store.folder.glob("train_grad-0.npy")
+    first = served.ask()
+    assert first.status_code == 200
+    change(rows)
+    told = served.ask(ASKED | {"seed": 5})
+    assert told.status_code == 500 and "start the service again" in told.json()["error"]
+    assert len(list(served.desk.folder.glob("a-cat*"))) == 1
+    assert served.ask().json() == first.json()  # that was made of the rows of the start
+
+
+def test_an_answer_whose_rows_are_exchanged_while_it_is_made_is_not_kept(own, monkeypatch):
+    served, _ = own
+    (rows,) = served.desk.store.folder.glob("train_grad-0.npy")
+    made = desks.attribute
+
+    def late(*asked):
+        exchanged(rows)
+        return made(*asked)
+
+    monkeypatch.setattr(desks, "attribute", late)
+    assert served.ask().status_code == 500
+    assert not list(served.desk.folder.glob("a-cat*"))
+
+
+ODD_LETTERS = ("\x1b", "\x07", "\0", "\x7f", "\x9b", "\ud800", "\udfff")
+
+
+@pytest.mark.parametrize("letter", ODD_LETTERS, ids=ascii)
+def test_what_is_no_text_is_refused_in_a_line_of_text(letter, shared):
+    asked = [{name: f"a cat {letter}"} for name in ("prompt", "negative_prompt", "thumbnails")]
+    asked += [{"concepts": [f"cat{letter}"]}, {"negative_prompts": [letter, ""]}, {letter: 1}]
+    for changes in asked:
+        content = json.dumps(ASKED | changes)
+        told = shared.client.post(
+            "/answers", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert told.status_code == 422, (changes, told.text)
+        assert one_sentence(told).isprintable()
+    quoted = urllib.parse.quote(letter, errors="surrogatepass")
+    for path in (f"/answers/{quoted}", f"/answers/x/{quoted}", f"/pictures/{quoted}", f"/{quoted}"):
+        assert one_sentence(shared.client.get(path)).isprintable()
+    told = shared.client.post("/ask", content=f"prompt=a+cat+{quoted}&concepts=cat")
+    assert told.status_code == 422
+
+
+def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch):
+    served, data = own
+    folders = [str(data), str(served.desk.folder), os.getcwd(), "bash scripts", "_DIR="]
+    refused = [served.ask(about(*words)) for words in (("zebra",), ("cat", "blub"))]
+    assert [told.status_code for told in refused] == [422, 422]
+    assert "unknown concept 'zebra'" in refused[0].json()["error"]
+    page = served.client.post("/ask", data={"prompt": "a zebra in the style of blob"})
+    form = served.client.post("/ask", data={"prompt": "a zebra", "concepts": "zebra"})
+    for error in (
+        UserError(f"{data}/metadata.jsonl is missing; make it again: rm {data}/x"),
+        UserError(f"cannot write {served.desk.folder}/a: the disk is full; make room"),
+        UserError("/root/.cache/x is damaged; remove it and run the same again: rm /root/.cache/x"),
+        OSError(2, "No such file or directory", str(data / "a.png")),
+    ):
+
+        def failing(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(desks, "attribute", failing)
+        refused.append(served.ask())
+        assert refused[-1].status_code == 500
+    for told in (*refused, page, form):
+        assert [f for f in (*folders, "/root", "/tmp") if f in told.text] == [], told.text
 
 
 # ---- who may ask
@@ -685,6 +840,104 @@ def test_a_signal_stops_it_after_every_accepted_request_is_answered(corpus, tmp_
     assert "every accepted question is answered" in capfd.readouterr().out
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{address}/health", timeout=5)
+
+
+@contextlib.contextmanager
+def running(served):
+    """A service that listens, in a thread beside this one; (address, what stops it)."""
+    kept = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with command.listening("127.0.0.1", 0) as bound:
+        bound.listen(command.CONNECTIONS)
+        place, servers = bound.getsockname()[:2], []
+        own = uvicorn.Server.__init__
+
+        def known(server, config):
+            servers.append(server)
+            own(server, config)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uvicorn.Server, "__init__", known)
+            thread = threading.Thread(target=command.run, args=(served.app, served.desk, bound))
+            thread.start()
+            while not (servers and servers[0].started):
+                time.sleep(0.01)
+        try:
+            yield place, lambda: setattr(servers[0], "should_exit", True)
+        finally:
+            servers[0].should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
+    assert kept == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def status(place, path="/health", method="GET", body=None):
+    via = http.client.HTTPConnection(*place, timeout=60)
+    with contextlib.closing(via):
+        via.request(method, path, body, {"Content-Type": "application/json"})
+        return via.getresponse().status
+
+
+def closed(via):
+    """Whether the other end has let go of a connection."""
+    via.settimeout(20)
+    with contextlib.suppress(ConnectionError):
+        while via.recv(2**16):
+            pass
+    return True
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"G",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\n",
+    ],
+)
+def test_half_a_head_holds_nobody(sent, corpus, tmp_path, monkeypatch):
+    """More connections than are taken at a time, none of which asks to the end."""
+    monkeypatch.setattr(command, "CONNECTIONS", 20)
+    served = Served(corpus, tmp_path / "results", body_timeout=1.0)
+    with running(served) as (place, _), contextlib.ExitStack() as held:
+        before = time.monotonic()
+        each = [held.enter_context(socket.create_connection(place, 20)) for _ in range(30)]
+        for via in each:
+            with contextlib.suppress(ConnectionError):  # the first ones are let go by now
+                via.sendall(sent)
+        assert status(place) == 200 and time.monotonic() - before < 10
+        assert all(map(closed, each))
+
+
+def test_who_asks_slowly_but_to_the_end_is_served(corpus, tmp_path):
+    served = Served(corpus, tmp_path / "results", body_timeout=1.5)
+    with running(served) as (place, _), socket.create_connection(place, 20) as via:
+        for _ in range(4):  # on one connection, for longer than one head may take
+            for part in (b"GET /health HTTP/1.1\r\n", b"Host: localhost\r\n\r\n"):
+                via.sendall(part)
+                time.sleep(0.3)
+            assert via.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
+def test_a_stopping_service_listens_until_all_is_answered(corpus, tmp_path, gate):
+    served, found = Served(corpus, tmp_path / "results", queue_length=9), []
+    with running(served) as (place, stop):
+        asked = json.dumps(about("cat")).encode()
+        assert status(place, "/answers?wait=0", "POST", asked) == 202
+        (name,) = (path.stem for path in (served.desk.folder / desks.ASKED).glob("*.json"))
+        stop()
+        while not served.desk.stopping:
+            time.sleep(0.01)
+        assert status(place) == 503
+        assert status(place, "/answers", "POST", json.dumps(about("dog")).encode()) == 503
+        waiting = threading.Thread(target=lambda: found.append(status(place, f"/answers/{name}")))
+        waiting.start()  # who was told to come again
+        time.sleep(0.3)
+        gate.open()
+        waiting.join(60)
+    assert found == [200]
+    with pytest.raises(OSError):
+        status(place)
 
 
 def test_who_reads_the_address_can_connect_at_once(corpus, tmp_path, monkeypatch, capfd):

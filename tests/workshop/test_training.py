@@ -15,6 +15,7 @@ from concept_trak.workshop.training import (
     Progress,
     Run,
     learning_rate,
+    load_averages,
     load_checkpoint,
     phase_of,
     phases_until,
@@ -234,3 +235,46 @@ def test_a_checkpoint_whose_state_cannot_be_one_is_refused(tmp_path, state):
     save_checkpoint(tmp_path / "a.safetensors", {"row": torch.ones(4)}, state)
     with pytest.raises(UserError, match="damaged .its state.; remove it"):
         load_checkpoint(tmp_path / "a.safetensors")
+
+
+def averages(folder, **changes):
+    """(whether there are averaged weights, those of a network that had others before)."""
+    net = network()
+    return load_averages(run_of(folder, **changes), dict(net.named_parameters())), net
+
+
+def test_averages_are_read_of_the_very_run_that_made_them(tmp_path):
+    _, ema, *_ = trained(tmp_path, made_from={"seed": 0, "taught": "a"})
+    found, net = averages(tmp_path, made_from={"seed": 0, "taught": "a"})
+    assert found and all(torch.equal(p, ema.shadow[n]) for n, p in net.named_parameters())
+    others = [{"made_from": made} for made in ({"seed": 1, "taught": "a"}, {"seed": 0}, {})]
+    for other in (*others, {"lr": 0.1}):
+        with pytest.raises(UserError, match=r"net.safetensors was made from another .*; remove it"):
+            averages(tmp_path, **({"made_from": {"seed": 0, "taught": "a"}} | other))
+    assert not averages(tmp_path / "none")[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("ema/0.bias"),
+        lambda tensors: tensors.update({"ema/1.bias": torch.zeros(1)}),
+        lambda tensors: tensors.update({"param/0.bias": torch.zeros(1)}),
+        lambda tensors: tensors.update({"exp_avg/0.bias": torch.zeros(8, dtype=torch.float64)}),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_is_one_line(change, tmp_path):
+    _, _, tensors, state = trained(tmp_path)
+    change(tensors)
+    save_checkpoint(tmp_path / "net.safetensors", tensors, state)
+    for read in (averages, trained):
+        with pytest.raises(UserError, match=r"net.safetensors.*(0|1).bias.*; remove it"):
+            read(tmp_path)
+
+
+def test_a_checkpoint_that_says_nothing_of_its_run_is_refused(tmp_path):
+    _, _, tensors, state = trained(tmp_path)
+    for spoiled in ({**state, "identity": None}, {"step": state["step"]}):
+        save_checkpoint(tmp_path / "net.safetensors", tensors, spoiled)
+        with pytest.raises(UserError, match="was made from another"):
+            trained(tmp_path)

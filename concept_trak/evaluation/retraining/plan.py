@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -119,9 +120,10 @@ def _subset(told: Any) -> Subset:
 
 def _name(value: Any) -> str:
     """One that a file may have."""
-    if not isinstance(value, str) or not value.isprintable() or Path(value).name != value:
+    fits = isinstance(value, str) and value.isprintable() and re.fullmatch(r"[^./][^/]*", value)
+    if not fits:
         raise ValueError(f"{value!r:.40} is no name")
-    return value
+    return str(value)
 
 
 def _number(value: Any) -> int:

@@ -105,9 +105,18 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(data, tmp_path):
     subset = {"name": "x", "seed": 0, "removed": [len(data)], "captions": {}}
     with pytest.raises(UserError, match="names pictures that"):
         plans.read_plan(spoiled(path, subsets=[subset]), data)
-    for wrong in ([{"name": "x"}], "no list", [{**subset, "captions": [1]}]):
+    fine = subset | {"removed": [1]}
+    odd = [{"seed": "0"}, {"seed": True}, {"seed": 1.0}, {"seed": -1}, {"removed": ["1"]}]
+    odd += [{"removed": [-1]}, {"name": "../x"}, {"name": ""}, {"name": 3}, {"name": "a\x1b"}]
+    odd += [{"captions": {"1": ["a", "b"]}}, {"captions": {"1": "abc"}}, {"captions": {"x": []}}]
+    assert plans.read_plan(spoiled(path, subsets=[fine]), data).subsets[0].removed == (1,)
+    wrongs = [[fine | change] for change in odd]
+    for wrong in (*wrongs, [fine, fine], [{"name": "x"}], "no list", [fine | {"captions": [1]}]):
         with pytest.raises(UserError, match="is no plan"):
             plans.read_plan(spoiled(path, subsets=wrong), data)
+    plans.lies_plan(data, (0,)).write(tmp_path / "lds.json")
+    with pytest.raises(UserError, match="lds.json is the plan 'lies'"):
+        plans.kept_plan(tmp_path, "lds", data)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="is not JSON"):
         plans.read_plan(path, data)

@@ -237,6 +237,39 @@ def test_a_model_that_does_not_fit_is_one_line(tiny_model, data, tmp_path):
         trainer.trained(tiny_model, data.split("train"), Subset("x", 0), TINY, tmp_path, "a line")
 
 
+def test_the_models_of_two_seeds_do_not_pass_for_one_another(tiny_model, data, latents, tmp_path):
+    train, work, places = data.split("train"), tmp_path / "work", []
+    for subset in (Subset("x", 0), Subset("x", 1)):
+        trained(tiny_model, data, latents, subset, work)
+        made = trainer.identity(tiny_model, train, subset, TINY)
+        places.append(trainer.folder_of(work, subset, made) / "model.safetensors")
+    one, other = (path.read_bytes() for path in places)
+    places[0].write_bytes(other), places[1].write_bytes(one)
+    for seed in (0, 1):
+        asked = (tiny_model, train, Subset("x", seed), TINY, work, "a line")
+        with pytest.raises(UserError, match="model.safetensors was made from another seed"):
+            trainer.trained(*asked)
+
+
+@pytest.mark.parametrize(
+    "part, spoil",
+    [
+        ("losses", lambda values: values[:-1]),
+        ("losses", lambda values: [[["0.5"] * 4] * 5] * len(values)),
+        ("losses", lambda values: None),
+        ("judged", lambda values: {**values, "style": values["style"][1:]}),
+        ("judged", lambda values: {**values, "object": [[0.5]] * len(values["object"])}),
+        ("judged", lambda values: [1]),
+    ],
+)
+def test_presences_of_other_values_are_one_line_that_names_them(part, spoil, kept):
+    path, held_out, _ = kept
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {part: spoil(content[part])}))
+    with pytest.raises(UserError, match=rf"{path.name} holds no presences: '\w+' is not \d+"):
+        presence.read_presences(path, held_out, "learned")
+
+
 @pytest.mark.slow
 def test_a_process_of_the_fleet_ends_with_the_one_that_started_it(tmp_path):
     """Even when that is killed: nothing trains on behind its back."""

@@ -3,6 +3,7 @@ is committed.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from concept_trak import cli
 from concept_trak.datasets.folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.evaluation.retraining import counterfactual, hidden, lds, lies, presence, shared
+from concept_trak.evaluation.retraining import plan as plans
 from concept_trak.evaluation.retraining.fleet import presences_of
 from concept_trak.evaluation.retraining.plan import (
     Plan,
@@ -263,6 +265,29 @@ def test_a_model_that_its_presences_were_not_measured_on_is_refused(tmp_path, mo
     path.write_text(json.dumps({"made_from": {"weights": "of another"}}))
     with pytest.raises(UserError, match="was measured on another model of base-0"):
         shared.model_of(corpus, "base", base.subsets[0])
+
+
+def test_presences_of_another_plan_or_seed_are_refused(data, tmp_path, monkeypatch):
+    held_out = load_folder(ROOT / "data/emoji").split("held_out")
+    plan = plans.kept_plan(shared.KEPT / "plans", "lds", data)
+    pair = tuple(s for s in plan.subsets if s.name in ("lds-0-0", "lds-0-1"))
+    kept = shared.KEPT / "presences"
+    corpus = type("Corpus", (), {"settings": tables_settings(tmp_path)})
+    monkeypatch.setattr(shared, "KEPT", tmp_path)
+    folder = tmp_path / "presences/lds"
+    folder.mkdir(parents=True)
+
+    def put(**files):
+        for name, source in files.items():
+            (folder / f"{name.replace('_', '-')}.json").write_bytes((kept / source).read_bytes())
+        return presences_of(shared.bench_of(corpus), replace(plan, subsets=pair), held_out)
+
+    one, other = "lds/lds-0-0.json", "lds/lds-0-1.json"
+    assert len(put(lds_0_0=one, lds_0_1=other)) == 2
+    swaps = {"lds_0_0": other, "lds_0_1": one}, {"lds_0_0": "base/base-0.json", "lds_0_1": other}
+    for swap in (*swaps, {"lds_0_0": one, "lds_0_1": "lies/lies-0.json"}):
+        with pytest.raises(UserError, match=r"is of another subset .* lds-0-\d with seed \d"):
+            put(**swap)
 
 
 def tables_settings(folder):
