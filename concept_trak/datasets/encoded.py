@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,9 @@ from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
 from ..reading import named, read_json, read_npy, read_text
 from ..settings import digest
-from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder
+from .folder import ImageCaptionDataset, load_folder
+from .metadata import is_data
+from .picture import IMAGE_SUFFIXES
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
 HASHES = ".content.json"  # of the arrays: 36 GB would take minutes at every start
@@ -196,12 +199,11 @@ def _looks(data: ImageCaptionDataset) -> str:
     would take an hour.
     """
     whole = hashlib.sha256()
-    for record, caption, path in zip(
-        data.records, data.captions, map(data.path, range(len(data))), strict=True
-    ):
-        with named(path, fetch_shown(data.root.parent.parent)), open(path, "rb") as file:
+    for i, (record, caption) in enumerate(zip(data.records, data.captions, strict=True)):
+        with named(data.path(i), fetch_shown(data.root.parent.parent)), data.opened(i) as file:
             head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
-        line = [record["file_name"], path.stat().st_size, head, caption]
+            size = os.fstat(file.fileno()).st_size
+        line = [record["file_name"], size, head, caption]
         whole.update(json.dumps(line).encode())
     return whole.hexdigest()
 
@@ -247,7 +249,7 @@ def _laion(root: Path, count: int) -> ImageCaptionDataset:
         fetch = call("abc/run_download.sh", DATA_DIR=root.parent, PARTS="laion_subset")
         raise UserError(f"{missing}; fetch it (about 265 GB): {fetch}")
     images = (p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(p.name for p in images)[:count]
+    names = sorted(p.name for p in images if is_data(Path(p.name)))[:count]
     mend = fetch_shown(root.parent)
     lines = io.StringIO(read_text(root / "captions.txt", mend), None)
     captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..datasets.emoji import COLUMNS
+from ..datasets.picture import read_picture
 from ..errors import UserError
 from ..files import make_folder, write_bytes
 from ..flags import line_of
@@ -147,12 +148,10 @@ def gathered(
 
 def _about(answer: Found, place: Path) -> dict[str, Any]:
     """What is said of an answer beside its scores."""
-    from PIL import Image
-
     asked, folder = answer.asked, answer.folder
     settings = asked["settings"]
-    with Image.open(answer.concepts[0][2] / "query.png") as picture:
-        query = data_uri(shrunk(picture.convert("RGB"), QUERY_SIDE // 2))
+    picture = read_picture(answer.concepts[0][2] / "query.png", MEND)
+    query = data_uri(shrunk(picture, QUERY_SIDE // 2))
     made = datetime.fromtimestamp((folder / PAGE).stat().st_mtime)
     return {
         "id": folder.name.rsplit("-", 1)[-1],

@@ -19,6 +19,7 @@ from ..attribution.prompts import split_list
 from ..components.edits import MEND as MEND_EDIT
 from ..components.keep import FACTS, MEND, load_scores
 from ..components.scores import Scores
+from ..datasets.picture import read_picture
 from ..errors import UserError
 from ..reading import read_json
 from ..settings import AMPLIFY, Components
@@ -125,9 +126,9 @@ def _row(name: str, folder: Path, shown: list[int], count: int) -> Row:
 
 def _cut(path: Path, row: int, count: int) -> list[Image.Image]:
     """The pictures of one row of `weights.sheet`."""
-    with Image.open(path) as sheet:
-        width, height = sheet.width // count, sheet.height // 2
-        return [
-            sheet.crop((i * width, row * height, (i + 1) * width, (row + 1) * height))
-            for i in range(count)
-        ]
+    sheet = read_picture(path, MEND_EDIT)
+    width, height = sheet.width // count, sheet.height // 2
+    return [
+        sheet.crop((i * width, row * height, (i + 1) * width, (row + 1) * height))
+        for i in range(count)
+    ]

@@ -240,17 +240,26 @@ def add_pictures(app: FastAPI, desk: Desk) -> None:
             raise HTTPException(404, told)
         return row
 
+    @contextlib.contextmanager
+    def found(index: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            told = f"training picture {index[:40]} is not there any more; see the service's log"
+            raise HTTPException(404, told) from None
+
     @app.get("/pictures/{index}", responses=FILE, summary="A training picture")
     def picture(index: str) -> Response:
         """The file as it is."""
-        path = data.path(checked(index))
-        media = MEDIA.get(path.suffix.lower(), "application/octet-stream")
-        return FileResponse(path, media_type=media, headers=kept)
+        with found(index):
+            content, media = data.file(checked(index))
+        return Response(content, media_type=media, headers=kept)
 
     @app.get("/thumbnails/{index}", responses=FILE, summary="A training picture, small")
     def thumbnail(index: str) -> Response:
         """PNG of at most 128 pixels a side."""
-        small = shrunk(data.image(checked(index)), EMBED_SIDE)
+        with found(index):
+            small = shrunk(data.image(checked(index)), EMBED_SIDE)
         return Response(image_bytes(small, "PNG"), media_type="image/png", headers=kept)
 
 

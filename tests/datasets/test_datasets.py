@@ -226,7 +226,7 @@ def test_bad_folders_are_told_in_one_line(folder):
             [{"file_name": "a.png", "text": "x"}, {"file_name": "gone.png"}],
             "row 2: the file gone.png does not exist",
         ),
-        ([{"file_name": "a.png"}], "empty caption for a.png"),
+        ([{"file_name": "a.png"}], "no caption for a.png .its columns: file_name"),
         ([{"text": "x"}], "no file_name"),
         ([], "is empty"),
     ):

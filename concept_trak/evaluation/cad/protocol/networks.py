@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ....errors import UserError
+from ....datasets.picture import read_picture
+from ....errors import UserError, removal
 from ....models.folder import is_local
 from ....models.identity import hash_of_weights
 from ....settings import IN_CHECKOUT
-from .pictures import read_picture
 
 EXTRA = "-e '.[protocols]'" if IN_CHECKOUT else "'concept-trak[protocols]'"
 USUAL = {  # what a message offers in place of a folder that cannot be used
@@ -101,7 +101,7 @@ def batches(paths: Sequence[Path], size: int, what: str) -> Iterator[tuple[slice
     with tqdm(total=len(paths), desc=what, unit="picture") as bar:
         for start in range(0, len(paths), size):
             which = slice(start, start + size)
-            yield which, [read_picture(path) for path in paths[which]]
+            yield which, [read_picture(path, removal(path)) for path in paths[which]]
             bar.update(len(paths[which]))
 
 

@@ -14,12 +14,11 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ....attribution.prompts import split_list
 from ....components.edits import Edit, EditedNetwork, load_edit
-from ....errors import UserError, call, removal
+from ....errors import UserError, call
 from ....files import make_folder, write_bytes, write_json
 from ....models.generation import Generation, initial_noise, sample
 from ....models.text_to_image import DTYPES, TextToImage, load_pipeline
@@ -103,13 +102,3 @@ class Drawer:
             png = io.BytesIO()
             picture.save(png, "png")
             write_bytes(path, png.getvalue())
-
-
-def read_picture(path: Path) -> Image.Image:
-    """An RGB picture of a file. UserError for one that is damaged."""
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no picture ({reason}); {removal(path)}") from None
