@@ -131,7 +131,7 @@ def read_text(path: Path, mend: str) -> str:
     checked_file(path, mend)
     with named(path, mend):
         content = path.read_bytes()
-    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # a spreadsheet's "Unicode"
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(content) > 2
     try:
         text = content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:

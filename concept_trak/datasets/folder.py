@@ -132,10 +132,10 @@ class ImageCaptionDataset:
         return self if len(indices) == len(self) else self.subset(indices)
 
     def told_splits(self) -> str:
-        """ "; by split: train 3, held_out 1 (kept out)"; "" where all pictures are of one."""
+        """ "by split: train 3, held_out 1 (kept out)"; "" where all pictures are of one."""
         counts = Counter(_split_of(value) for value in self.column("split"))
         told = (f"{k} {n}{' (kept out)' * (k == HELD_OUT)}" for k, n in sorted(counts.items()))
-        return f"; by split: {', '.join(told)}" if counts.keys() - {"train"} else ""
+        return f"by split: {', '.join(told)}" if counts.keys() - {"train"} else ""
 
     def content_hash(self) -> str:
         """sha256 hex over captions and file contents in row order, not names; computed once."""
@@ -236,15 +236,14 @@ def _check_file(row: Row, root: Path, disk: OnDisk, seen: dict[str, Row]) -> Non
         there = f" (its columns: {', '.join(row.record)[:80]})" if row.record else ""
         raise UserError(f"{where}: no file_name{there}; write one into that row of {path.name}")
     _check_texts(row, ("file_name",))
-    file = inside(root, name, f"{where}: the file", links=True)
-    if not file.is_file():
+    if not inside(root, name, f"{where}: the file", links=True).is_file():
         name = row.record["file_name"] = disk.name(name)
-        file = root / name
-    if not file.is_file():
-        lost = f"is a link to {os.readlink(file)}, which" if file.is_symlink() else "does not exist"
-        told = f"{lost} is not there" if file.is_symlink() else f"{lost} in {root}"
+    if not (root / name).is_file():
+        lost = f"does not exist in {root}"
+        if (root / name).is_symlink():
+            lost = f"is a link to {os.readlink(root / name)}, which is not there"
         raise UserError(
-            f"{where}: the file {name} {told}; put it there, or remove the row from {path.name}"
+            f"{where}: the file {name} {lost}; put it there, or remove the row from {path.name}"
         )
     before = seen.setdefault(normalized(posixpath.normpath(name)), row)
     if before is not row:
@@ -297,8 +296,9 @@ def _check_texts(row: Row, columns: Iterable[str]) -> None:
 
 def _check_labels(row: Row) -> None:
     """UserError for a row without the labels that other rows have."""
+    path = row.path
     if lost := [name for name in LABELS if not row.record.get(name)]:
         raise UserError(
             f"{row.where} has no {lost[0]}: {', '.join(PHRASES)} say that every row has labels; "
-            f"write all of {', '.join(LABELS)}, or remove the phrases from {row.path.name}"
+            f"write all of {', '.join(LABELS)}, or remove the phrases from {path.name}"
         )

@@ -246,10 +246,9 @@ def _read_sidecars(root: Path) -> list[Row]:
         return []
     for name, path in found.items():
         if path is None:
-            stem, _ = posixpath.splitext(name)
             raise UserError(
-                f"{root / name} has no caption beside it, as other pictures there; write it into "
-                f"{stem}.txt"
+                f"{root / name} has no caption beside it, as other pictures there have; write it "
+                "there, as a.txt is that of a.png"
             )
         lines = [s for s in map(str.strip, read_text(path, MEND).splitlines()) if s]
         if len(lines) > 1:
@@ -280,8 +279,12 @@ def refuse_container(root: Path, paths: list[Path]) -> None:
     for path in paths:
         kind = next((k for k in OTHERS if path.name.endswith(k)), None)
         if kind is not None and path.is_file():
-            line = OTHERS[kind].format(*(shlex.quote(str(p)) for p in (path, path.parent)))
-            raise UserError(f"{path} is not read as it is; {line}")
+            raise UserError(f"{path} is not read as it is; {line(kind, path)}")
+
+
+def line(kind: str, path: Path) -> str:
+    """What makes a folder of the file; see `OTHERS`."""
+    return OTHERS[kind].format(*(shlex.quote(str(p)) for p in (path, path.parent)))
 
 
 READERS = {  # the first of these files that is there counts

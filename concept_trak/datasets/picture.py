@@ -102,7 +102,11 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     form = form[0] if isinstance(form, tuple) else form  # how the samples lie in the file
     wide = opened.mode.startswith("I") or opened.mode == "F"
     most = _largest(opened.mode, tags) if wide else 255
-    picture = ImageOps.exif_transpose(opened)
+    opened.load()
+    try:
+        picture = ImageOps.exif_transpose(opened)
+    except UNREADABLE:  # of the EXIF alone: the pixels are there
+        picture = opened.copy()
     clear = picture.info.get("transparency")
     if wide:
         values = np.asarray(picture).astype(np.uint32)

@@ -4,9 +4,11 @@ Annotations are evaluated here: FastAPI reads those that name a model made at ru
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
