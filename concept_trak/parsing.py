@@ -79,20 +79,25 @@ class Option:
 
 
 def refuse_no_text(variable: str, value: str) -> None:
-    """UserError for a text that is none: bytes that are no UTF-8, or a control character."""
-    if bad := [
-        c
-        for c in value
-        if (ord(c) < 32 and c not in "\t\n\r") or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000
-    ]:
+    """UserError for a text that is none; see `no_character`."""
+    if bad := no_character(value):
         raise UserError(
-            f"{variable} holds {bad[0]!r}, which is no character of a text; remove it from "
-            f"{variable}"
+            f"{variable} holds {bad!r}, which is no character of a text; remove it from {variable}"
         )
 
 
-def nfc(text: str) -> str:
-    """The text with letters and their signs composed, so that what looks the same is the same."""
+def no_character(value: str) -> str:
+    """The first in it that no text has: half a pair of surrogates (as of bytes that are no UTF-8),
+    or a control character; "" where there is none. For whatever a user or a file says.
+    """
+    wrong = (c for c in value if (c < " " and c not in "\t\n\r") or "\ud800" <= c < "\ue000")
+    return next(wrong, "")
+
+
+def normalized(text: str) -> str:
+    """The text with composed letters (NFC): the same word is written in two ways, by systems that
+    differ. What is compared is compared so; what is kept stays as it was given.
+    """
     return unicodedata.normalize("NFC", text)
 
 

@@ -6,13 +6,16 @@ line that names it and what mends it; nothing here can run code.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
 import json
 import math
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import UserError
 
@@ -25,11 +28,12 @@ LARGEST = 1e300  # in size, of a number that is computed with
 NAME_BYTES = 255  # of a file's name, on every common disk
 
 
-def inside(root: Path, name: Any, what: str) -> Path:
+def inside(root: Path, name: Any, what: str, links: bool = False) -> Path:
     """root/name for a name that comes from outside: a listing, an archive, metadata, a record.
 
-    what: whose name it is, for the message. UserError for a name that is no text, is empty, or
-    leads out of `root` once links are followed.
+    what: whose name it is, for the message. links: whether those in `root` are the user's own, who
+    may have put the files elsewhere (a hub's cache does). UserError for a name that is no text, is
+    empty, or leads out of `root`, other links followed.
     """
     mend = (
         "give a name below that folder in the file it comes from, or get that from a trusted source"
@@ -37,6 +41,9 @@ def inside(root: Path, name: Any, what: str) -> Path:
     shown = told(name)
     if not isinstance(name, str) or not name.strip() or "\0" in name or _too_long(name):
         raise UserError(f"{what} {shown} is no path below {root}; {mend}")
+    parts = Path(name).parts
+    if links and parts and ".." not in parts and not Path(name).is_absolute():
+        return Path(root) / name
     try:
         base, path = Path(root).resolve(), (Path(root) / name).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
@@ -74,6 +81,10 @@ def checked_file(path: Path, mend: str) -> int:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError
+    return _regular(found, path, mend)
+
+
+def _regular(found: os.stat_result, path: Path, mend: str) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path} is not a regular file; {mend}")
     if not found.st_size:
@@ -81,31 +92,83 @@ def checked_file(path: Path, mend: str) -> int:
     return found.st_size
 
 
+def open_unlinked(real: Path, path: Path, mend: str) -> BinaryIO:
+    """The file `path`, open to read, if it is still what it was when `real` was its real path.
+
+    No link on the way to `real` is followed: one there was put there since. UserError for that,
+    and as `checked_file`.
+    """
+    with named(path, mend):
+        try:
+            file = open(_fd_without_links(real), "rb")
+        except ValueError as error:  # a name that no disk takes
+            raise UserError(f"{path} cannot be opened ({error}); {mend}") from None
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            raise UserError(f"{path} has become a link since it was listed; {mend}") from None
+    try:
+        _regular(os.fstat(file.fileno()), path, mend)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def _fd_without_links(real: Path) -> int:
+    """Folder by folder from the root, so that none can be exchanged for a link on the way."""
+    look = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
+    folder = os.open(real.anchor, look)
+    try:
+        for part in real.parts[1:-1]:
+            inner = os.open(part, look, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        # a pipe would wait for a writer
+        return os.open(real.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
 def read_text(path: Path, mend: str) -> str:
-    """UTF-8 text, a byte order mark left out. UserError as `checked_file`."""
+    """UTF-8 text, or UTF-16 with a byte order mark, which is left out. UserError as `checked_file`,
+    and for what is none, with its line.
+    """
     checked_file(path, mend)
     with named(path, mend):
         content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(content) > 2
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); {mend}") from None
-    if "\0" in text:
-        raise UserError(f"{path} is not text (it holds a zero byte); {mend}")
+        line = content.count(b"\n", 0, error.start) + 1
+        where = f"byte {error.start}, line {line}"
+        raise UserError(f"{path} is not UTF-8 text ({where}); {mend}") from None
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise UserError(f"{path} is not text (it holds a zero byte in line {line}); {mend}")
     return text
 
 
-def parse_json(text: str | bytes, what: object, mend: str, kind: type = object) -> Any:
+def parse_json(
+    text: str | bytes, what: object, mend: str, kind: type = object, gaps: bool = False
+) -> Any:
     """A JSON value of type `kind`; refused are NaN and Infinity, which JSON does not know, and a
     key that is there twice with two values.
+
+    gaps: read them as null, as tables are written where a cell is empty.
     """
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
+    def number(text: str) -> float | None:
+        if not math.isfinite(value := float(text)):
+            if gaps:
+                return None
+            raise ValueError(f"{text} is no number, or too large a one")
+        return value
 
     try:
         value = json.loads(
-            text, parse_constant=refuse, parse_float=_finite, object_pairs_hook=_unambiguous
+            text, parse_constant=number, parse_float=number, object_pairs_hook=_unambiguous
         )
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -138,12 +201,6 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if found.setdefault(key, value) != value:
             raise ValueError(f"{key[:40]!r} is there twice")
     return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is too large a number")
-    return value
 
 
 def read_json(path: Path, mend: str, kind: type = dict) -> Any:

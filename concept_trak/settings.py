@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import UserError
 from .parsing import (
-    nfc,
+    normalized,
     number_ranges,
     option,
     parse_gpu_ids,
@@ -481,7 +481,7 @@ class Settings:
         for name, value in values.items():
             if name not in STAGE_OF:
                 raise TypeError(f"Settings has no field {name!r}")
-            by_stage[STAGE_OF[name]][name] = nfc(value) if name in OF_WORDS else value
+            by_stage[STAGE_OF[name]][name] = normalized(value) if name in OF_WORDS else value
         return cls(**{name: stage(**by_stage[name]) for name, stage in STAGES.items()})
 
     def __getattr__(self, name: str) -> Any:

@@ -17,7 +17,7 @@ import torch
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset
 from ..errors import UserError
-from ..parsing import nfc, parse_methods
+from ..parsing import normalized, parse_methods
 from ..registry import OBJECTIVES, RANKERS
 from ..rows.fit import caption_llr, doubtful, relative_fit
 from ..scoring.concept import ConceptResult
@@ -207,6 +207,6 @@ def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
 
 
 def _unseen(corpus: Corpus, prompt: str) -> bool | None:
-    if prompt in map(nfc, corpus.train.captions):
+    if prompt in map(normalized, corpus.train.captions):
         return False
-    return True if prompt in map(nfc, corpus.everything.captions) else None
+    return True if prompt in map(normalized, corpus.everything.captions) else None

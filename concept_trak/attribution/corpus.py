@@ -43,11 +43,6 @@ class FolderData:
         self.everything, self.model = load_folder(root), model
         self._kept: dict[int, torch.Tensor] = {}  # the blocks of the last batch
         self.pictures = self.everything.split("train")
-        if not len(self.pictures):
-            raise UserError(
-                f"{root} has no picture in its train split; write train into the column split "
-                "of its metadata.jsonl or metadata.csv"
-            )
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from ..errors import UserError
-from ..parsing import nearest, nfc
+from ..parsing import nearest, normalized
 
 QUERY_FORMS = ("slider", "cfg", "concept")
 # Thai, Lao, Burmese, Khmer, Chinese and Japanese are written without blanks between words
@@ -50,7 +50,7 @@ def find_target(prompt: str, target: str) -> re.Match:
             "TARGET_CONCEPTS holds an empty concept; set TARGET_CONCEPTS to words of "
             "PROMPT, separated by ',' or '|'"
         )
-    match = _search(nfc(prompt), target)
+    match = _search(normalized(prompt), target)
     if match is None:
         words, length = prompt.split(), len(target.split())
         runs = [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]
@@ -65,7 +65,7 @@ def find_target(prompt: str, target: str) -> re.Match:
 
 def is_in(text: str, target: str) -> bool:
     """Whether the target stands in a text as `find_target` finds it."""
-    return _search(nfc(text), target) is not None
+    return _search(normalized(text), target) is not None
 
 
 def _search(text: str, target: str) -> re.Match | None:
@@ -80,7 +80,7 @@ def _search(text: str, target: str) -> re.Match | None:
 @functools.lru_cache
 def _pattern(target: str) -> re.Pattern:
     """The target with any blanks, either apostrophe and either spelling of a sharp s."""
-    text = r"\s+".join(map(re.escape, nfc(target).split()))
+    text = r"\s+".join(map(re.escape, normalized(target).split()))
     text = re.sub("ss|ß|ẞ", "(?:ss|ß)", text, flags=re.IGNORECASE)
     return re.compile(re.sub("['’]", "['’]", text), re.IGNORECASE)
 
@@ -131,7 +131,7 @@ def negative_of(prompt: str, target: str) -> str:
     while match:
         rest = _without(match)
         match = _search(rest, target)
-    if left := next((form for form in _forms(nfc(target).strip()) if is_in(rest, form)), ""):
+    if left := next((form for form in _forms(normalized(target).strip()) if is_in(rest, form)), ""):
         raise UserError(
             f"without {target!r} the prompt {prompt!r} still holds {left!r}; set NEGATIVE_PROMPTS "
             "to PROMPT without all that asks for it"
@@ -218,14 +218,14 @@ def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> li
         raise UserError(
             f"QUERY_FORM={form!r} is unknown; set QUERY_FORM to one of {', '.join(QUERY_FORMS)}"
         )
-    keys = [" ".join(nfc(target).casefold().split()) for target in targets]
+    keys = [" ".join(normalized(target).casefold().split()) for target in targets]
     for i, target in enumerate(targets):
         if keys[i] in keys[:i]:
             raise UserError(
                 f"{targets[keys.index(keys[i])]!r} and {target!r} are the same target; name it "
                 "once in TARGET_CONCEPTS"
             )
-    prompt = nfc(prompt)
+    prompt = normalized(prompt)
     words = [asking_words(prompt, target) for target in targets]
     if form == "slider" or given:
         minus = negatives(prompt, targets, given)
@@ -236,13 +236,16 @@ def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> li
 
 def slug(text: str, length: int) -> str:
     """Lower-case words joined by "-", at most `length` characters."""
-    return re.sub(r"[^a-z0-9]+", "-", nfc(text).lower()).strip("-")[:length].strip("-") or "empty"
+    return (
+        re.sub(r"[^a-z0-9]+", "-", normalized(text).lower()).strip("-")[:length].strip("-")
+        or "empty"
+    )
 
 
 def target_slug(target: str) -> str:
     """{slug32}, as in the reference, with a hash where words were cut or letters lost."""
     short = slug(target, 32)
-    whole = re.sub(r"\s+", "-", nfc(target).strip().lower()) == short
+    whole = re.sub(r"\s+", "-", normalized(target).strip().lower()) == short
     return short if whole else f"{short}-{_hash(target)[:6]}"
 
 
@@ -263,4 +266,4 @@ def query_slug(prompt: str) -> str:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha1(nfc(text).encode()).hexdigest()
+    return hashlib.sha1(normalized(text).encode()).hexdigest()

@@ -108,7 +108,8 @@ def below(root: Path, path: Any, what: str = "the path") -> Path:
 
     what: whose path it is. UserError for one that is no text or leads out of DATA_DIR.
     """
-    return inside(root, path.removeprefix("dataset/") if isinstance(path, str) else path, what)
+    name = path.removeprefix("dataset/") if isinstance(path, str) else path
+    return inside(root, name, what, links=True)  # parts of 100 GB and more may lie elsewhere
 
 
 def token_folder(root: Path, task: Task) -> Path:

@@ -21,9 +21,8 @@ from ..errors import UserError, call, removal
 from ..files import atomic_folder, write_bytes, write_json
 from ..models.vocabulary import Vocabulary
 from ..reading import read_json
-from .folder import ImageCaptionDataset, load_folder
+from .folder import ATTRIBUTES, ImageCaptionDataset, load_folder
 
-ATTRIBUTES = "attributes.json"
 MEND = f"make the data again, e.g. {call('synthetic/run_all.sh', STAGE='generate')}"
 Labels = dict[str, str]  # attribute -> class
 

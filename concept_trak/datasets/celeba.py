@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..errors import UserError, call
 from ..models.vocabulary import Vocabulary
-from ..reading import read_text
+from ..reading import inside, read_text
 from .attributes import Labels, Scheme, parse_held_out, write_labelled
 from .folder import ImageCaptionDataset
 
@@ -77,6 +77,7 @@ def read_list(source: Path, attributes: tuple[str, ...]) -> tuple[list[str], lis
             raise UserError(
                 f"{path}, line {number} is not a name and {len(known)} of 1, -1; {mend}"
             )
+        inside(source / IMAGES, row[0], f"{path}, line {number}: the photo", links=True)
         labels.append({a: a if row[i] == "1" else f"no_{a}" for a, i in places.items()})
     return [row[0] for row in rows], labels
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..errors import UserError
 from ..flags import line_of
-from ..parsing import nearest, nfc
+from ..parsing import nearest, normalized
 from ..settings import EMOJI
-from .folder import ImageCaptionDataset
+from .folder import LABELS, ImageCaptionDataset
 
 STYLE_JOINT = " in the style of "
 COLUMNS = ("object", "style")
@@ -62,8 +62,8 @@ def concept(dataset: ImageCaptionDataset, target: str, column: str = "object") -
     column: of which kind the word seems to be. Raises UserError, naming words that are near or else
     some of that kind, if the dataset does not know it.
     """
-    vocabulary = {nfc(name).casefold(): value for name, value in concepts(dataset).items()}
-    word = nfc(target).strip().casefold()
+    vocabulary = {normalized(k).casefold(): value for k, value in concepts(dataset).items()}
+    word = normalized(target).strip().casefold()
     if word in vocabulary:
         return vocabulary[word]
     close = nearest(word, vocabulary)
@@ -86,13 +86,18 @@ def relevant(dataset: ImageCaptionDataset, target: str) -> np.ndarray:
     Raises UserError if the dataset does not know the word.
     """
     column, value = concept(dataset, target)
-    carry = [item is not None and nfc(item) == nfc(value) for item in dataset.column(column)]
+    carry = [
+        item is not None and normalized(item) == normalized(value)
+        for item in dataset.column(column)
+    ]
     return np.array(carry, dtype=bool)
 
 
 def has_labels(dataset: ImageCaptionDataset) -> bool:
-    """Whether the metadata say what a picture shows."""
-    return any(v is not None for name in ("object", "style") for v in dataset.column(name))
+    """Whether the metadata say what each picture shows, in all columns of `LABELS`; a column of
+    such a name in other people's data says something else.
+    """
+    return all(record.get(name) for record in dataset.records for name in LABELS)
 
 
 def truth(dataset: ImageCaptionDataset, target: str) -> np.ndarray | None:
@@ -107,5 +112,7 @@ def refuse_unknown(dataset: ImageCaptionDataset, prompt: str, targets: list[str]
         if style:
             concept(dataset, style[1], "style")
         for word in targets:
-            is_style = style and nfc(word).strip().casefold() in nfc(style[0]).casefold()
+            is_style = (
+                style and normalized(word).strip().casefold() in normalized(style[0]).casefold()
+            )
             concept(dataset, word, "style" if is_style else "object")

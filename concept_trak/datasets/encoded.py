@@ -31,7 +31,9 @@ from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
 from ..reading import read_json, read_npy, read_text
 from ..settings import digest
-from .folder import IMAGE_SUFFIXES, ImageCaptionDataset, load_folder, looks
+from .folder import ImageCaptionDataset, load_folder, looks
+from .metadata import is_data
+from .picture import IMAGE_SUFFIXES
 
 LATENTS, TEXT, PREPARED = "laion_latents.npy", "laion_text_embeddings.npy", "prepared.json"
 HASHES = ".content.json"  # of the arrays: 36 GB would take minutes at every start
@@ -232,7 +234,7 @@ def _laion(root: Path, count: int) -> ImageCaptionDataset:
         fetch = call("abc/run_download.sh", DATA_DIR=root.parent, PARTS="laion_subset")
         raise UserError(f"{missing}; fetch it (about 265 GB): {fetch}")
     images = (p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(p.name for p in images)[:count]
+    names = sorted(p.name for p in images if is_data(Path(p.name)))[:count]
     mend = fetch_shown(root.parent)
     lines = io.StringIO(read_text(root / "captions.txt", mend), None)
     captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]

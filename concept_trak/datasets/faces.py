@@ -15,7 +15,6 @@ variant and colour) is drawn at random, so that a class has many looks.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from PIL import Image
 from ..errors import UserError
 from ..models.vocabulary import Vocabulary
 from .attributes import Labels, Scheme, parse_held_out, write_combinations
+from .picture import decoded, on_white
 
 STYLE, CANVAS = "pixel-art.json", 16  # pixels
 CLASSES = {
@@ -132,10 +132,8 @@ def draw(labels: Labels, size: int, rng: np.random.Generator) -> Image.Image:
     options.pop("backgroundColor")
     svg = re.sub(r"<metadata.*?</metadata>", "", Avatar(_style(), options).to_string(), flags=re.S)
     png = resvg_py.svg_to_bytes(svg_string=svg, width=CANVAS, height=CANVAS)
-    layer = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    paper = Image.new("RGBA", layer.size, BACKGROUND)
-    paper.alpha_composite(layer)
-    return paper.convert("RGB").resize((size, size), Image.Resampling.NEAREST)
+    picture = on_white(decoded(bytes(png), "the drawn face", INSTALL))
+    return picture.resize((size, size), Image.Resampling.NEAREST)
 
 
 @functools.cache

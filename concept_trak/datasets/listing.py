@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 
+from ..parsing import normalized
 from . import emoji
 from .folder import ImageCaptionDataset
 
@@ -80,7 +81,7 @@ def frequent_words(dataset: ImageCaptionDataset) -> dict[str, int]:
     found = Counter(
         word
         for caption in dataset.captions
-        for word in set(re.findall(r"[^\W\d_]+", caption.casefold()))
+        for word in set(re.findall(r"[^\W\d_]+", normalized(caption).casefold()))
         if len(word) >= LETTERS
     )
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS])

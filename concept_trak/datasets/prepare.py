@@ -211,8 +211,11 @@ def prepare(settings: Settings, device: str) -> Path:
         line = call("abc/run_prepare.sh", SOURCE_DIR="my_pictures", DATA_DIR=folder)
         raise UserError(f"SOURCE_DIR is not set; give a folder of pictures with {kinds}: {line}")
     model_path, dtype = settings.sd_model_path, settings.dtype
+    everything = load_folder(source)
+    data = everything.split("train")
     model = load_pipeline(model_path, device, dtype, settings.lora_path)
-    data = load_folder(source).split("train")
+    if told := everything.told_splits():
+        print(f"{source}: {len(data)} of {len(everything)} pictures, {told}")
     made_from = {"source": str(Path(source).resolve()), "pictures": data.content_hash()}
     made_by = {"encoders": model.encoder_hash(), "dtype": dtype}
     made_from |= made_by | {"rows": len(data)}

@@ -6,12 +6,12 @@ import re
 
 import numpy as np
 
-from ..parsing import nfc
+from ..parsing import normalized
 
 
 def overlap(concept: str, captions: list[str]) -> np.ndarray:
     """[N] share of the concept's words that each caption holds, "a" and "an" left out."""
-    words = [set(re.findall(r"\w+", nfc(c).lower())) for c in [concept, *captions]]
+    words = [set(re.findall(r"\w+", normalized(c).lower())) for c in [concept, *captions]]
     wanted = words[0] - {"a", "an", "the"}
     if not wanted:
         return np.zeros(len(captions), dtype=np.float32)

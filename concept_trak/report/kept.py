@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..datasets.folder import ImageCaptionDataset
+from ..datasets.picture import read_picture
 from ..errors import UserError, removal
 from ..files import sha256_file
 from ..reading import checked_file, inside, misfit, read_json, read_npy
@@ -115,11 +115,7 @@ class Kept:
 
     def query(self) -> Image.Image:
         """The picture that was asked about, RGB."""
-        path = self.path(self.concepts[0][2], QUERY)
-        try:
-            return ImageCaptionDataset(path.parent, [{"file_name": QUERY}], [""]).image(0)
-        except UserError as error:
-            raise UserError(f"{str(error).partition(';')[0]}; {self.mend()}") from None
+        return read_picture(self.path(self.concepts[0][2], QUERY), self.mend())
 
 
 def answers_in(folders: Iterable[Path]) -> tuple[list[Kept], list[str]]:

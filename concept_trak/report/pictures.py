@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..datasets import ImageCaptionDataset
-from ..datasets.folder import UNREADABLE
-from ..errors import UserError
-from ..reading import checked_file
 
 # px; larger pictures are shrunk to this in the page
 EMBED_SIDE = 128
@@ -36,17 +32,6 @@ def load_pictures(dataset: ImageCaptionDataset, indices: list[int]) -> dict[int,
     return {
         i: Image.fromarray(np.asarray(a, np.uint8)) for i, a in zip(unique, arrays, strict=True)
     }
-
-
-def read_picture(path: Path, mend: str) -> Image.Image:
-    """A PNG that was written here, RGB. UserError for one that is damaged."""
-    checked_file(path, mend)
-    try:
-        with Image.open(path, formats=("PNG",)) as opened:
-            return opened.convert("RGB")
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no picture ({reason}); {mend}") from None
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -36,7 +36,8 @@ from ..components.selection import Chosen, sparing
 from ..components.states import Sampling
 from ..datasets import emoji
 from ..datasets.folder import ImageCaptionDataset, load_folder
-from ..errors import UserError
+from ..datasets.picture import read_picture
+from ..errors import UserError, removal
 from ..files import atomic_folder, link, write_bytes, write_json
 from ..models.generation import Generation, initial_noise, sample
 from ..models.text_to_image import TextToImage, load_pipeline
@@ -320,7 +321,7 @@ def _page(made: Path, weights: Weights, scores: Scores, shown: Any) -> None:
             groups=[("The concept", both[:OF_TARGET]), ("Everything else", both[OF_TARGET:])],
             layers=rows[:24],
             largest=max((r["share"] for r in rows), default=1.0) or 1.0,
-            plot=Image.open(io.BytesIO((made / "layers.png").read_bytes())),
+            plot=read_picture(made / "layers.png", removal(made)),
             records={
                 "Settings": pairs(as_dict(weights.settings)),
                 "Provenance": pairs(provenance()),

@@ -19,10 +19,11 @@ from ..attribution.prompts import split_list
 from ..components.edits import load_edit
 from ..components.keep import layers, load_scores
 from ..components.scores import Scores
+from ..datasets.picture import read_picture
 from ..errors import UserError, removal
 from ..settings import AMPLIFY, Components
 from ..system import say
-from .pictures import EMBED_SIDE, read_picture, shrunk
+from .pictures import EMBED_SIDE, shrunk
 from .shown import OfConcept, Row
 from .weights import OF_TARGET, PICTURES, Weights, write_edit, write_scores
 

@@ -4,11 +4,11 @@ Annotations are evaluated here: FastAPI reads those that name a model made at ru
 """
 
 import asyncio
+import contextlib
 import json
 import math
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ from . import pages
 from .counts import CONTENT_TYPE_LATEST, Counts
 from .desk import Desk, Failed, Full, Job, Refused, Stopping, told_status
 from .guard import Guard, Limits
-from .shown import Moved, Opened, opened, places, printable, read, without_places
+from .shown import Moved, Opened, places, printable, read, without_places
 from .told import AnswerTold, ErrorTold, StatusTold, Teller
 
 POLL_SECONDS = 1.0  # to wait again while the service stops: the connection is all that is left
@@ -76,7 +76,7 @@ def make_app(desk: Desk, limits: Limits, counts: Counts) -> FastAPI:
     add_errors(app, tell)
     service = Service(desk, counts)
     add_answers(app, service, tell)
-    add_pictures(app, desk, service.links)
+    add_pictures(app, desk)
     add_about(app, desk, counts)
     app.add_middleware(Guard, limits=limits, counts=counts)
     return app
@@ -241,9 +241,9 @@ def file_of(folder: Path, name: str, links: pages.Links) -> Response:
     return Opened(path, real)
 
 
-def add_pictures(app: FastAPI, desk: Desk, links: pages.Links) -> None:
+def add_pictures(app: FastAPI, desk: Desk) -> None:
     """The training pictures."""
-    data, reals = desk.corpus.train, links.reals
+    data = desk.corpus.train
     kept = {"Cache-Control": "private, max-age=3600"}
 
     def checked(index: str) -> int:
@@ -253,21 +253,25 @@ def add_pictures(app: FastAPI, desk: Desk, links: pages.Links) -> None:
             raise HTTPException(404, told)
         return row
 
+    @contextlib.contextmanager
+    def found() -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise Moved from None
+
     @app.get("/pictures/{index}", responses=FILE, summary="A training picture")
     def picture(index: str) -> Response:
         """The file as it is."""
-        row = checked(index)
-        return Opened(data.path(row), reals[row], **kept)
+        with found():
+            content, media = data.file(checked(index))
+        return Response(content, media_type=media, headers=kept)
 
     @app.get("/thumbnails/{index}", responses=FILE, summary="A training picture, small")
     def thumbnail(index: str) -> Response:
         """PNG of at most 128 pixels a side."""
-        row = checked(index)
-        os.close(opened(data.path(row), reals[row]))
-        try:
-            small = shrunk(data.image(row), EMBED_SIDE)
-        except UserError:
-            raise Moved from None
+        with found():
+            small = shrunk(data.image(checked(index)), EMBED_SIDE)
         return Response(image_bytes(small, "PNG"), media_type="image/png", headers=kept)
 
 

@@ -40,14 +40,10 @@ def environment() -> Environment:
 
 
 class Links:
-    """The addresses of training pictures in place of the paths that a report's file names.
-
-    reals: where each picture was when the service started, links followed.
-    """
+    """The addresses of training pictures in place of the paths that a report's file names."""
 
     def __init__(self, data: ImageCaptionDataset) -> None:
-        self.reals = [data.path(i).resolve() for i in range(len(data))]
-        self.rows = {str(real): i for i, real in enumerate(self.reals)}
+        self.rows = {str(data.path(i).resolve()): i for i in range(len(data))}
 
     def address(self, folder: Path, link: str) -> str | None:
         """Of a link of a page in `folder`; None for one that leads to no training picture."""

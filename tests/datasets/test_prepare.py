@@ -242,7 +242,9 @@ def test_a_picture_added_is_encoded_with_its_neighbours_and_the_others_are_copie
     own, tmp_path, monkeypatch
 ):
     settings, source = own
-    added = json.loads(lines_of(source)[-1]) | {"text": "the tree in the style of soft"}
+    last = json.loads(lines_of(source)[-1])
+    added = last | {"file_name": "new.png", "text": "the tree in the style of soft"}
+    shutil.copy(source / last["file_name"], source / "new.png")
     with (source / "metadata.jsonl").open("a") as file:
         file.write(json.dumps(added) + "\n")
     fresh, made, seen = settings.but(data_dir=str(tmp_path / "fresh")), module.encoded, []

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...datasets.picture import decoded
 from ...errors import UserError, removal
 from ...reading import parse_json
 
@@ -99,7 +100,7 @@ def render_svg(svg: str, name: str) -> Image.Image:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, skip_system_fonts=True)
     except ValueError as error:
         raise UserError(f"resvg cannot draw {name}: {error}; {PINNED}") from None
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return decoded(bytes(png), name, PINNED).convert("RGBA")
 
 
 def iconify_svg(icons: dict[str, Any], name: str) -> str:
@@ -161,7 +162,7 @@ def icon_pictures(
     if kind == "svg":
         return [render_svg(files[name].decode("utf-8"), name) for name in names]
     if kind == "webp":
-        return [Image.open(io.BytesIO(files[name])).convert("RGBA") for name in names]
+        return [decoded(files[name], name, removal(tarball)).convert("RGBA") for name in names]
     if kind == "font":
         points = [item["unicode"] for item in items]
         fonts = [(files[name], point) for name, point in zip(names, points, strict=True)]

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ....datasets.picture import read_picture
 from ....errors import UserError, removal
 from ....models.folder import is_local
 from ....models.hub import model_folder
 from ....models.identity import hash_of_weights
-from ....report.pictures import read_picture
 from ....settings import IN_CHECKOUT
 
 EXTRA = "-e '.[protocols]'" if IN_CHECKOUT else "'concept-trak[protocols]'"
