@@ -1,4 +1,4 @@
-"""`python -m concept_trak VERB`: every field of `Settings` is a flag (NUM_SPLIT -> --num-split);
+"""`concept-trak VERB`: every field of `Settings` is a flag (NUM_SPLIT -> --num-split);
 one line for a user's mistake.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from .errors import UserError
 from .flags import FROM_ENV, Parser, add_setting_flags, refuse_misspelt, settings_of
+from .isolated import isolate
 from .settings import JUDGE, OF_WEIGHTS, ROOT, Settings, version
 from .system import VERBOSITY, ended_by_sigterm, say, speak
 
@@ -416,6 +417,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0, or 2 with one line on standard error for a UserError, and for what the
     system refuses: a file, memory.
     """
+    if argv is None:  # of the installed script
+        isolate()
     for stream in (sys.stdout, sys.stderr):  # a name that is no text must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -12,6 +12,7 @@ PACKAGE = Path(concept_trak.__file__).parent
 ROOMS = concept_trak.ROOMS  # in the order of the way of the data
 FOUNDATION = (
     "errors",
+    "isolated",
     "registry",
     "settings",
     "files",

@@ -11,7 +11,8 @@ if [ "$PRESET" = s8-n128 ]; then DEFAULT_OUT=$ROOT/data/emoji; else DEFAULT_OUT=
 
 ensure_env
 # The renderer is needed only here, so it is an extra of the package; pyproject.toml holds its version.
-"$PYTHON" -c 'import fontTools, resvg_py' 2>/dev/null ||
-    "$PYTHON" -m pip install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[build-data]" >&2
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m concept_trak.workshop.art.build \
+"$PYTHON" -I -c 'import fontTools, resvg_py' 2>/dev/null ||
+    "$PYTHON" -I -m pip install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[build-data]" >&2
+in_place=exec
+run_module concept_trak.workshop.art.build \
     --preset "$PRESET" --out "${OUT_DIR:-$DEFAULT_OUT}" --work "${WORK:-$ROOT/build/emoji}" --size "${SIZE:-64}"
