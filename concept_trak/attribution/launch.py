@@ -17,6 +17,7 @@ import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .. import flags, isolated
@@ -68,6 +69,17 @@ def visible(gpu: str) -> str:
             "numbered from 0; mend GPU_IDS"
         )
     return there[int(gpu)]
+
+
+def refuse_missing(gpu: str) -> None:
+    """UserError for a GPU that is not there, or not visible."""
+    if gpu == "cpu" or "MIG" in visible(gpu):  # of parts of a GPU a process counts but the first
+        return
+    if int(gpu) >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"GPU_IDS names GPU {gpu}, but {count} can be used here, numbered from 0; mend "
+            "GPU_IDS, or set GPU_IDS=cpu"
+        )
 
 
 class ShardProcesses:
@@ -128,6 +140,8 @@ def launch_shards(settings: Settings) -> None:
         raise UserError(
             "GPU_IDS names no device; set GPU_IDS to e.g. '0 1', or leave it out: unset GPU_IDS"
         )
+    for gpu in gpus:
+        refuse_missing(gpu)
     wanted = parse_shards(settings.shards, settings.num_split)
     print("loading the model once, to see what it needs", flush=True)
     store = Store.read_manifest(created(settings, gpus[0]))
