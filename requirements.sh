@@ -11,6 +11,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/lib.sh"
 
+unset PYTHONPATH # its packages would count as installed; an empty item of it is the working folder
 CPU_INDEX_URL=https://download.pytorch.org/whl/cpu
 python='' # the environment's interpreter and folder, set by main
 prefix=''
@@ -30,10 +31,10 @@ base_python() {
     local minimum name found=
     for minimum in 11 10; do
         for name in python3 python3.11 python3.12 python3.13 python3.14 python3.10; do
-            "$name" -c "import sys; sys.exit(sys.version_info < (3, $minimum))" 2>/dev/null ||
+            "$name" -I -c "import sys; sys.exit(sys.version_info < (3, $minimum))" 2>/dev/null ||
                 continue
             found=$name
-            "$name" -c 'import venv, ensurepip' 2>/dev/null && { echo "$name"; return; }
+            "$name" -I -c 'import venv, ensurepip' 2>/dev/null && { echo "$name"; return; }
         done
     done
     [ -z "$found" ] || die "$found has no venv module; install it (Debian, Ubuntu:" \
@@ -46,10 +47,10 @@ make_venv() {
     local base
     # An interrupted set-up can leave an interpreter without pip, and an upgraded system a dangling
     # link: then start afresh.
-    if "$ROOT/.venv/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
+    if "$ROOT/.venv/bin/python" -I -m pip --version >/dev/null 2>&1; then return; fi
     base=$(base_python)
     echo "creating the virtual environment .venv with $base"
-    "$base" -m venv --clear "$ROOT/.venv" ||
+    "$base" -I -m venv --clear "$ROOT/.venv" ||
         die "could not create $ROOT/.venv with $base -m venv; remove it and run the same again:" \
             "rm -r $ROOT/.venv"
 }
@@ -70,7 +71,7 @@ pip_install() {
     local what=$1 log="$prefix/concept-trak-install.log" cause
     shift
     echo "installing $what into $prefix (some minutes)"
-    if "$python" -m pip install "$@" >"$log" 2>&1; then return; fi
+    if "$python" -I -m pip install "$@" >"$log" 2>&1; then return; fi
     cause=$(grep -E '^ERROR|No space left' "$log" | tail -n 1 || true)
     die "pip could not install $what: ${cause:-unknown cause}. The whole log: $log. Then go on:" \
         "bash requirements.sh"
@@ -93,7 +94,7 @@ install_torch() {
 # Is torch installed and within bounds? --isolated and --no-index leave pip only the environment to
 # satisfy the requirement from.
 has_torch_within_bounds() {
-    "$python" -m pip --isolated install --quiet --dry-run --no-index --no-deps \
+    "$python" -I -m pip --isolated install --quiet --dry-run --no-index --no-deps \
         "torch$torch_bounds" >/dev/null 2>&1
 }
 

@@ -1,4 +1,4 @@
-"""`python -m concept_trak VERB`: every field of `Settings` is a flag (NUM_SPLIT -> --num-split);
+"""`concept-trak VERB`: every field of `Settings` is a flag (NUM_SPLIT -> --num-split);
 one line for a user's mistake.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .flags import FROM_ENV, Parser, add_setting_flags, refuse_misspelt, settings_of
+from .flags import FROM_ENV, Parser, add_setting_flags, place, refuse_misspelt, settings_of
+from .isolated import isolate
 from .settings import JUDGE, OF_WEIGHTS, ROOT, Settings, version
 from .system import VERBOSITY, ended_by_sigterm, say, speak, speak_plainly
 
@@ -375,7 +376,8 @@ def add_export(verbs: Any) -> None:
     sub = add_verb(verbs, "export", says, "--kind numpy --out-dir exported")
     kinds = ("numpy", "trak", "dattri")
     sub.add_argument("--kind", choices=kinds, default="numpy", help="layout (default: numpy)")
-    sub.add_argument("--out-dir", required=True, metavar="FOLDER", help="where to (required)")
+    add = sub.add_argument
+    add("--out-dir", required=True, type=place, metavar="FOLDER", help="where to (required)")
     add_setting_flags(sub, ROWS)
 
     def run(arguments: argparse.Namespace) -> None:
@@ -390,6 +392,8 @@ def run_with_settings(
 ) -> None:
     """Call `run` of VERBS with the settings and the device that the flags ask for."""
     settings = settings_of(arguments)
+    if run in (run_estimate, run_prepare, run_train_grad):
+        settings = with_fitting_shards(settings, run is run_train_grad, arguments)
     if verb and verb.light:
         return run(settings, "cpu")
     if verb and verb.check:
@@ -412,10 +416,25 @@ def run_with_settings(
     run(settings.on(device), device)
 
 
+def with_fitting_shards(
+    settings: Settings, encoded: bool, arguments: argparse.Namespace
+) -> Settings:
+    """See `early.with_shards`. encoded: whether the pictures are those of DATA_DIR, not of
+    SOURCE_DIR.
+    """
+    from .attribution.early import number_of_pictures, with_shards
+
+    place = settings.data_dir if encoded else settings.source_dir
+    count = number_of_pictures(settings.but(data_dir=place)) if place else 0
+    return with_shards(settings, count, arguments.num_split is not None)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0, or 2 with one line on standard error for a UserError, and for what the
     system refuses: a file, memory.
     """
+    if argv is None:  # of the installed script
+        isolate()
     speak_plainly()
     speak(0)  # until the arguments say otherwise
     try:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import shlex
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +36,8 @@ OF_SCRIPTS = (
 )
 # what works with the scores of all pictures: LDS, tables of recall and average precision
 NEED_ALL_SCORES = ("evaluate", "evaluate-tasks", "truth", "labelled", "small-abc")
+# what works with the model as EDITS leave it; of `attribute` with WEIGHTS=1 the part on weights
+READ_EDITS = ("cad", "cad-erase", "cad-amplify", "cad-protocol")
 SHORTEST = 5  # letters of a variable whose neighbours are looked at: ETA is near to too much
 SHOWN_AS = {"bool": "0|1", "int": "N", "float": "X", "str": "TEXT"}
 
@@ -47,6 +50,13 @@ def boolean(text: str) -> bool:
     if word in ("0", "false", "no", "off", ""):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
+
+
+def place(text: str) -> str:
+    """A path that is needed where it is given: not the empty string."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
 
 
 class Help(argparse.Action):
@@ -169,13 +179,18 @@ def _add_fields(sub: Parser, uses: Sequence[str] | None) -> None:
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Settings from the parsed flags. UserError for a value that does not exist, and for
-    SEARCH=index where a verb needs the scores of all pictures.
+    SEARCH=index where a verb needs the scores of all pictures. EDITS where they have no effect is
+    told, not refused: scripts pass on what was exported for others.
     """
     given = {k: v for k, v in vars(arguments).items() if k in names() and v is not None}
-    settings = resolve(arguments.benchmark, given)
-    if settings.search == "index" and getattr(arguments, "verb", None) in NEED_ALL_SCORES:
+    settings, verb = resolve(arguments.benchmark, given), getattr(arguments, "verb", "")
+    if settings.edits and verb not in READ_EDITS and not (verb == "attribute" and settings.weights):
+        where = "without WEIGHTS=1" if verb == "attribute" else f"on {verb}"
+        told = f"EDITS has no effect {where}, which takes the model as it is"
+        print(f"warning: {told}; leave it out: unset EDITS", file=sys.stderr)
+    if settings.search == "index" and verb in NEED_ALL_SCORES:
         raise UserError(
-            f"{arguments.verb} needs the scores of all pictures, and an index knows those of the "
+            f"{verb} needs the scores of all pictures, and an index knows those of the "
             "highest and lowest only: leave SEARCH out, or set SEARCH=scan"
         )
     return settings

@@ -43,7 +43,8 @@ class Option:
     """What stands beside a setting's default.
 
     help, one line · unit · choices, the allowed values · low, high, inclusive bounds · parse, which
-    raises UserError for a value that breaks the setting's inner grammar.
+    raises UserError for a value that breaks the setting's inner grammar · place, whether it is a
+    path that is always needed: an empty one would be the working folder.
     """
 
     help: str
@@ -52,6 +53,7 @@ class Option:
     low: float | None = None
     high: float | None = None
     parse: Callable[[Any], object] | None = None
+    place: bool = False
 
     def allowed(self) -> tuple[str, ...]:
         """The choices there are now; empty is everything."""
@@ -61,6 +63,8 @@ class Option:
         """UserError for a value that is not allowed; it names the variable and the remedy."""
         if isinstance(value, str):
             refuse_no_text(variable, value)
+        if self.place:
+            refuse_no_place(variable, value)
         if self.choices and value not in self.allowed():
             raise UserError(unknown(variable, value, self.allowed()))
         if isinstance(value, float) and not math.isfinite(value):
@@ -80,7 +84,8 @@ class Option:
 
 def refuse_no_text(variable: str, value: str) -> None:
     """UserError for a text that is none; see `no_character`."""
-    if bad := no_character(value):
+    controls = (c for c in value if "\x7f" <= c < "\xa0")  # files of old programs hold some
+    if bad := no_character(value) or next(controls, ""):
         raise UserError(
             f"{variable} holds {bad!r}, which is no character of a text; remove it from {variable}"
         )
@@ -99,6 +104,15 @@ def normalized(text: str) -> str:
     differ. What is compared is compared so; what is kept stays as it was given.
     """
     return unicodedata.normalize("NFC", text)
+
+
+def refuse_no_place(variable: str, value: str) -> None:
+    """UserError for an empty path."""
+    if not value.strip():
+        raise UserError(
+            f"{variable} is empty, which is no path; give {variable} one, or leave it out for the "
+            f"default: unset {variable}"
+        )
 
 
 def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:
@@ -195,10 +209,11 @@ def parse_gpu_ids(text: str) -> list[str]:
     repeated. UserError for anything else.
     """
     ids = text.replace(",", " ").split()
-    if bad := [i for i in ids if i != "cpu" and not i.isdecimal()]:
+    if bad := [i for i in ids if i != "cpu" and not (i.isascii() and i.isdecimal())]:
         raise UserError(
             f"GPU_IDS={text!r} names {bad[0]!r}; set GPU_IDS to numbers such as '0 1 2 3', or cpu"
         )
+    ids = [i if i == "cpu" else str(int(i)) for i in ids]
     if bad := [i for i in ids if i != "cpu" and ids.count(i) > 1]:
         raise UserError(
             f"GPU_IDS={text!r} names GPU {bad[0]} twice, whose processes would share "

@@ -235,6 +235,7 @@ class Model:
     sd_model_path: str = option(
         "CompVis/stable-diffusion-v1-4",
         "folder or hub id of a Stable Diffusion 1.x or 2.x pipeline",
+        place=True,
     )
     lora_path: str = option("", "a LoRA on top of the model (safetensors)")
     fit_model_path: str = option(
@@ -253,7 +254,9 @@ class Model:
 class Data:
     """The training pictures."""
 
-    data_dir: str = option(str(ROOT / "data/abc"), "pictures and captions, or encoded pictures")
+    data_dir: str = option(
+        str(ROOT / "data/abc"), "pictures and captions, or encoded pictures", place=True
+    )
     source_dir: str = option("", "pictures and captions to encode into DATA_DIR")
     num_train: int = option(0, "only the first so many encoded ones; 0: all", "pictures", low=0)
 
@@ -266,6 +269,7 @@ class Store:
         str(ROOT / "experiments/abc/results/grads"),
         "folder of the stores, or an address on object storage: s3://bucket/prefix",
         parse=refuse_credentials,
+        place=True,
     )
     store_cache: str = option(
         "",
@@ -286,7 +290,9 @@ class Store:
 class Run:
     """Where and how it runs."""
 
-    results_dir: str = option(str(ROOT / "experiments/abc/results/qual"), "folder of the results")
+    results_dir: str = option(
+        str(ROOT / "experiments/abc/results/qual"), "folder of the results", place=True
+    )
     batch_size: int = option(16, "pictures, or draws, at a time", low=1)
     device: str = option("", "cpu, cuda:0, ...; empty: GPU_ID, or the first GPU, or the CPU")
     gpu_id: str = option("", "number of the GPU; empty: the first")
@@ -330,11 +336,13 @@ class Tasks:
     task_idx: str = option(
         "0", "their numbers, e.g. 3,7-9; empty: all", parse=partial(number_ranges, "TASK_IDX")
     )
-    task_json: str = option(str(ROOT / "experiments/abc/configs/all_tasks.json"), "their list")
+    task_json: str = option(
+        str(ROOT / "experiments/abc/configs/all_tasks.json"), "their list", place=True
+    )
     ti_model_path: str = option(
         "", "folder of the token; empty: where the release or run_ti.sh puts it"
     )
-    ti_weight_name: str = option("new1.bin", "file of the token")
+    ti_weight_name: str = option("new1.bin", "file of the token", place=True)
 
 
 @dataclass(frozen=True)
@@ -343,7 +351,9 @@ class Truth:
 
     retrain: bool = option(False, "train the models of a plan that have no presences yet; hours")
     truth_dir: str = option(
-        str(ROOT / "experiments/truth/results"), "folder of checkpoints and rows of small models"
+        str(ROOT / "experiments/truth/results"),
+        "folder of checkpoints and rows of small models",
+        place=True,
     )
     replay_steps: int = option(
         0, "of a shorter training, to try the scripts of scripts/cad; 0: all", "steps", low=0
@@ -435,10 +445,14 @@ class Protocols:
     prompts_file: str = option("", "prompts (.csv, COCO's .json, .txt); empty: a few of our own")
     seeds_per_prompt: int = option(8, "of a prompt that has no seed of its own", "pictures", low=1)
     classifier: str = option(
-        "microsoft/resnet-50", "folder or hub id of transformers that names ImageNet's classes"
+        "microsoft/resnet-50",
+        "folder or hub id of transformers that names ImageNet's classes",
+        place=True,
     )
     clip_model: str = option(
-        "openai/clip-vit-base-patch32", "folder or hub id of the CLIP that scores captions"
+        "openai/clip-vit-base-patch32",
+        "folder or hub id of the CLIP that scores captions",
+        place=True,
     )
     alexnet_path: str = option("", "file of AlexNet's weights, for LPIPS")
     feature_model: str = option(

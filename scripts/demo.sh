@@ -3,11 +3,7 @@
 # Example: bash scripts/demo.sh      (every variable of scripts/emoji/run_qual_free.sh works here too)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-ensure_env # before the marker, so that only this run's reports are newer
-marker=$(mktemp)
-trap 'rm -f "$marker"' EXIT
-bash "$ROOT/scripts/emoji/run_qual_free.sh" "$@"
-results=${RESULTS_DIR:-$ROOT/experiments/emoji/results}
-reports=$(find "$results" -name report.html -newer "$marker" 2>/dev/null || true)
-[ -n "$reports" ] || die "no report.html was written under $results; run the same again with another RESULTS_DIR"
-printf '\nOpen in a browser:\n%s\n' "$reports"
+ensure_env
+exec 3>&1 # what it says appears as it comes, and is kept
+told=$(bash "$ROOT/scripts/emoji/run_qual_free.sh" "$@" | tee -i /dev/fd/3)
+case $'\n'$told in *$'\n''report: '*) printf '\nOpen in a browser:\n%s\n' "${told##*report: }" ;; esac

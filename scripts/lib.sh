@@ -1,7 +1,9 @@
 # Shared by every script: finds the environment, sets it up, turns variables into flags. Source it; by itself it runs nothing.
 # Defaults stand in concept_trak/settings.py. A script passes on only what the caller has set.
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+unset CDPATH           # or cd would look there first, and print where it went
+unset PYTHONOPTIMIZE   # at 2 it takes the docstrings that transformers needs
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 ENV_NAME=concept-trak
 STAMP_NAME=.concept-trak-stamp # written by requirements.sh into the environment when everything is installed
 
@@ -106,12 +108,13 @@ ensure_env() {
     PYTHON=$(find_python) || die "no environment after requirements.sh; set PYTHON_BIN to a Python with concept-trak installed"
 }
 
-# run_cli VERB ARGUMENT...: the command line, with this checkout's code from any working folder. in_place=exec: instead of
-# the shell, so that a signal to the script reaches the program.
+# run_module MODULE ARGUMENT...: of this checkout, whatever the working folder is and holds. in_place=exec: instead of the
+# shell, so that a signal to the script reaches the program.
 in_place=''
-run_cli() {
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CONCEPT_TRAK_FROM_ENV=1 $in_place "$PYTHON" -m concept_trak "$@"
-}
+run_module() { $in_place "$PYTHON" -I -u "$ROOT/concept_trak/isolated.py" "$@"; }
+
+# run_cli VERB ARGUMENT...: the command line.
+run_cli() { CONCEPT_TRAK_FROM_ENV=1 run_module concept_trak "$@"; }
 
 # run_verb VERB ARGUMENT...: set-up, then the verb with the caller's variables. Arguments come last and so win over variables.
 run_verb() {

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 ensure_env
-cd "$ROOT"
+cd "$ROOT" # Python finds code in the working folder
 status=0
 "$PYTHON" -m ruff format --check || status=1
 "$PYTHON" -m ruff check || status=1

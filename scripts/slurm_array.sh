@@ -8,7 +8,8 @@
 #   NUM_SPLIT=64 sbatch --array=0-15 scripts/slurm_array.sh          BENCHMARK=own ... for other defaults
 set -euo pipefail
 # Slurm runs a copy of this file; the checkout is where sbatch was called.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+unset CDPATH
+cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/..}"
 source scripts/lib.sh
 : "${SLURM_ARRAY_TASK_ID:?run it with: sbatch --array=0-15 scripts/slurm_array.sh}"
 : "${NUM_SPLIT:=16}" "${SLURM_ARRAY_TASK_COUNT:=1}"
@@ -16,5 +17,5 @@ export NUM_SPLIT
 SHARDS=$(seq -s, "$SLURM_ARRAY_TASK_ID" "$SLURM_ARRAY_TASK_COUNT" $((NUM_SPLIT - 1)))
 export SHARDS
 [ -n "$SHARDS" ] || exit 0 # more tasks than shards
-unset GPU_IDS EXECUTOR
+unset GPU_ID GPU_IDS EXECUTOR # Slurm shows a task its own GPU alone, as the first
 run_verb train-grad --benchmark "${BENCHMARK:-emoji}" "$@"

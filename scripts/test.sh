@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 ensure_env
-cd "$ROOT"
+cd "$ROOT" # Python finds code in the working folder
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 cores=$((cores < 4 ? cores : 4)) # the tests' tensors are small: more threads only wait for another
 files=0

@@ -36,7 +36,8 @@ TOOLS = (
     "sha256sum shasum tail tr uname"
 ).split()
 
-# Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing.
+# Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing. What it is
+# given says that it is isolated (-I): no folder of the user's is on its path.
 FAKE_PYTHON = """#!/bin/bash
 record="$0"; for argument in "$@"; do record+="|$argument"; done; echo "$record" >>"$LOG"
 case "$*" in
@@ -44,13 +45,12 @@ case "$*" in
     *"import sys; sys.exit(sys.version_info"*) [ -z "${OLD_PYTHON:-}" ] ;;
     *"import venv, ensurepip"*) [ -z "${NO_VENV:-}" ] ;;
     --version) echo "Python 3.8.1" ;;
-    "-m venv --clear "*) mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" ;;
+    "-I -m venv --clear "*) mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" ;;
     *"pip --isolated install"*) [ -n "${TORCH_PRESENT:-}" ] ;;
     *"pip install"*-e*)
         cp "${!#}" "$LOG.constraints"
         [ -z "${PIP_ERROR:-}" ] || { echo "$PIP_ERROR"; exit 1; } ;;
-    "-m concept_trak attribute "*)
-        mkdir -p "$RESULTS_DIR/one" && echo report >"$RESULTS_DIR/one/report.html" ;;
+    "-I -u "*"/isolated.py concept_trak attribute "*) echo "report: $RESULTS_DIR/one/report.html" ;;
     *"import xdist"*) [ -z "${NO_XDIST:-}" ] ;;
     "-m ruff check"*) exit "${LINT_STATUS:-0}" ;;
     "-m pytest"*) echo "threads: $OMP_NUM_THREADS"; exit "${PYTEST_STATUS:-0}" ;;
@@ -202,8 +202,9 @@ def test_script_calls_its_verb_with_variables_then_arguments(sandbox, name, verb
     done, calls = sandbox.bash(sandbox.repo / "scripts" / name, "--top-k", "3 4", **variables)
     assert done.returncode == 0, done.stderr
     [call] = calls
-    _, m, module, called, *arguments = call.split("|")
-    assert [m, module, called] == ["-m", "concept_trak", verb[0]]
+    _, isolated, unbuffered, start, module, called, *arguments = call.split("|")
+    assert [isolated, unbuffered, module, called] == ["-I", "-u", "concept_trak", verb[0]]
+    assert start == f"{sandbox.repo}/concept_trak/isolated.py"
     results = f"--results-dir={sandbox.env['RESULTS_DIR']}"
     assert sorted(arguments[:3]) == ["--negative-prompt=", results, "--top-k=7"]
     # last, so that an argument wins over a variable

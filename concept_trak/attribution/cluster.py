@@ -221,7 +221,7 @@ def run_tasks(
     executor = RayTasks(
         settings.num_cpus, settings.num_gpus, settings.task_retries, progress.watch, failed, done
     )
-    everywhere = settings.but(**{name: _absolute(getattr(settings, name)) for name in PATHS})
+    everywhere = settings.but(**{name: _absolute(name, getattr(settings, name)) for name in PATHS})
     whole = [Finish(shard) for shard in shards if not unmade[shard]]
     try:
         with progress.bar:
@@ -258,6 +258,7 @@ def _prepare(settings: Settings, level: int) -> Path:
     return store.folder
 
 
-def _absolute(place: str) -> str:
+def _absolute(name: str, place: str) -> str:
     """A path that other processes understand; addresses and names of a hub stay."""
-    return os.path.abspath(place) if place and os.path.exists(place) else place
+    is_path = os.path.exists(place) or name == "store_cache"  # which is made when it is needed
+    return os.path.abspath(place) if place and is_path else place

@@ -15,12 +15,13 @@ from ..models.folder import is_local, unet_size
 from ..models.hub import cached
 from ..models.kind import check_source
 from ..parsing import parse_methods
+from ..reading import read_npy
 from ..settings import Settings
 from ..store.remote import bring_manifests, is_address
 from . import prompts
 from .plan import folder_name, store_base
 
-LATENTS = "laion_latents.npy"  # of encoded pictures, see `datasets.encoded`
+LATENTS, TEXT = "laion_latents.npy", "laion_text_embeddings.npy"  # see `datasets.encoded`
 ROW_STAGES = ("rows", "projection", "model", "data_dir", "num_train", "grad_dir")
 # Two CPU cores: a row of the default recipe, 28 forward passes' worth, of the embedded model took
 # 0.063 s (scripts/bench.sh); a pass of Stable Diffusion 1.4 9.5 s (scripts/abc/bench_sd14.sh). Time
@@ -122,9 +123,26 @@ def rows_missing(settings: Settings) -> str:
 
 def number_of_pictures(settings: Settings) -> int:
     """Of the train split; 0 where that is not told without the model."""
-    if (Path(settings.data_dir) / LATENTS).exists():
-        return settings.num_train
-    return len(train_split(settings.data_dir))
+    text = Path(settings.data_dir) / TEXT
+    if not (Path(settings.data_dir) / LATENTS).exists():
+        return len(train_split(settings.data_dir))
+    there = len(read_npy(text, "mend DATA_DIR", 3, mmap=True)) if text.exists() else 0
+    return min(settings.num_train or there, there or settings.num_train)
+
+
+def with_shards(settings: Settings, count: int, given: bool) -> Settings:
+    """With no more shards than rows, of which there are `count` (0: nobody knows yet).
+
+    given: whether NUM_SPLIT is the user's, and no default. UserError then.
+    """
+    if not 0 < count < settings.num_split:
+        return settings
+    if given:
+        raise UserError(
+            f"NUM_SPLIT={settings.num_split} is more than the {count} training pictures; set "
+            f"NUM_SPLIT to at most {count}, or leave it out: unset NUM_SPLIT"
+        )
+    return settings.but(num_split=count)
 
 
 def train_split(folder: str) -> ImageCaptionDataset:

@@ -14,16 +14,16 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from .. import flags
+from .. import flags, isolated
 from ..errors import UserError
 from ..parsing import parse_gpu_ids, parse_shards
-from ..settings import ROOT, Settings
+from ..settings import Settings
 from ..store.checks import still_to_make
 from ..store.shards import Store
 from ..system import WATCH_STDIN
@@ -32,6 +32,7 @@ from .early import ROW_STAGES
 from .executor import AtATime
 from .train_grad import create_store
 
+PLAIN = Path(__file__).with_name("accelerate.yaml")  # in the place of the user's own configuration
 ACCELERATE = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 
@@ -40,7 +41,7 @@ def command(settings: Settings, shard: int, gpu: str) -> list[str]:
 
     Every field is passed on, so that parent and child cannot differ.
     """
-    place = ["--cpu"] if gpu == "cpu" else ["--gpu_ids", gpu]
+    place = ["--cpu"] if gpu == "cpu" else ["--config_file", str(PLAIN), "--gpu_ids", visible(gpu)]
     device = "cpu" if gpu == "cpu" else ""
     here = {"gpu_ids": "", "gpu_id": "", "device": device, "executor": "local"}
     child = settings.but(shards=str(shard), repair=False, **here)
@@ -48,8 +49,37 @@ def command(settings: Settings, shard: int, gpu: str) -> list[str]:
         f"--{name.replace('_', '-')}={int(v) if isinstance(v, bool) else v}"
         for name, v in child.flat().items()
     ]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE, *place]
-    return [*launcher, "-m", "concept_trak", "train-grad", *flags]
+    launcher = isolated.command("accelerate.commands.launch", *ACCELERATE, *place, "--no_python")
+    return [*launcher, *isolated.command("concept_trak", "train-grad", *flags)]
+
+
+def visible(gpu: str) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that is to see one GPU alone, number `gpu` of those that
+    this one sees: a number, or the UUID of a GPU or of a part of one (MIG). UserError for more.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return gpu
+    names = [name.strip() for name in shown.split(",")]
+    ends = (i for i, name in enumerate(names) if not name or name.startswith("-"))  # as CUDA does
+    there = names[: next(ends, None)]
+    if int(gpu) >= len(there):
+        raise UserError(
+            f"GPU_IDS names GPU {gpu}, but CUDA_VISIBLE_DEVICES={shown!r} shows {len(there)}, "
+            "numbered from 0; mend GPU_IDS"
+        )
+    return there[int(gpu)]
+
+
+def refuse_missing(gpu: str) -> None:
+    """UserError for a GPU that is not there, or not visible."""
+    if gpu == "cpu" or "MIG" in visible(gpu):  # of parts of a GPU a process counts but the first
+        return
+    if int(gpu) >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"GPU_IDS names GPU {gpu}, but {count} can be used here, numbered from 0; mend "
+            "GPU_IDS, or set GPU_IDS=cpu"
+        )
 
 
 class ShardProcesses:
@@ -66,14 +96,14 @@ class ShardProcesses:
     def compute(self, shard: int) -> None:
         """Start the process and wait for it; what it says goes to its log. UserError if it dies."""
         gpu, log = self.places.get(), self.logs / f"train_grad-{shard}.log"
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        own = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
         with log.open("ab") as out:
             process = subprocess.Popen(
                 command(self.settings, shard, gpu),
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.PIPE,  # closed when this process ends, however it does
-                env={**os.environ, "PYTHONPATH": path, WATCH_STDIN: "1"},
+                env=own | {WATCH_STDIN: "1"},
                 start_new_session=True,  # accelerate's own child is to be ended with it
             )
         self.running.add(process)
@@ -110,6 +140,8 @@ def launch_shards(settings: Settings) -> None:
         raise UserError(
             "GPU_IDS names no device; set GPU_IDS to e.g. '0 1', or leave it out: unset GPU_IDS"
         )
+    for gpu in gpus:
+        refuse_missing(gpu)
     wanted = parse_shards(settings.shards, settings.num_split)
     print("loading the model once, to see what it needs", flush=True)
     store = Store.read_manifest(created(settings, gpus[0]))

@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import isolated
 from ..errors import TransientError, UserError
-from ..settings import ROOT
 from ..system import VERBOSITY, ended_by_sigterm
 from .executor import POLL_SECONDS, Compute
 
@@ -176,31 +176,32 @@ def cluster(num_cpus: float = 1.0, total: int = 0) -> Iterator[None]:
     or `num_cpus`. UserError for an address that does not answer.
     """
     refuse_without_ray()
-    address, folder = os.environ.get("RAY_ADDRESS", ""), ""
-    before = dict(os.environ)
+    address, before = os.environ.get("RAY_ADDRESS", ""), dict(os.environ)
     os.environ |= VARIABLES | before
     if not address:
-        path = filter(None, [str(ROOT), before.get("PYTHONPATH")])
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
-        os.environ |= token | before | {"PYTHONPATH": os.pathsep.join(path)}
+        path = os.pathsep.join(isolated.python_path())
+        os.environ |= token | before | {"PYTHONPATH": path}
     import ray
 
     quiet = {"log_to_driver": VERBOSITY["level"] > 0, "logging_level": "ERROR"}
+    folder, here = tempfile.mkdtemp(prefix="concept-trak-ray-"), os.getcwd()
     try:
+        os.chdir(folder)  # Ray puts the working folder on the path of every worker
         if address:
             _join(ray, address, quiet)
         else:
-            folder = tempfile.mkdtemp(prefix="concept-trak-ray-")
             _start(ray, folder, total or max(_cores(), math.ceil(num_cpus)), quiet)
+        os.chdir(here)
         with ended_by_sigterm():  # Ray has set a handler of its own
             yield
     finally:
+        os.chdir(here)
         ray.shutdown()
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ |= before
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,14 @@ def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:
 
 
 def create_store(corpus: Corpus) -> Store:
-    """The store of the settings, made or opened again. UserError when it is of something else."""
+    """The store of the settings, made or opened again. UserError when it is of something else.
+
+    That questions about its rows will need more than MAX_MEMORY is told.
+    """
+    try:
+        corpus.preconditioner  # noqa: B018
+    except UserError as error:
+        print(f"warning: to answer from these rows: {error}", file=sys.stderr)
     s, weighted = corpus.settings, OBJECTIVES.get(corpus.settings.f).row_weight is not None
     dim = corpus.projection.proj_dim
     layout = Layout(len(corpus.data), dim, s.num_split, s.store_dtype, losses=weighted)

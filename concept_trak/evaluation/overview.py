@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import restoration
+from ..flags import place
 from ..reading import read_json
 from ..settings import ROOT
 
@@ -38,6 +39,7 @@ def add_parser(verbs: Any) -> None:
     sub = verbs.add_parser("tables", help=says, description=says)
     sub.add_argument(
         "--experiments",
+        type=place,
         metavar="FOLDER",
         default=str(ROOT / "experiments"),
         help="their folder (default: experiments)",

@@ -78,11 +78,20 @@ class BlockFisher:
     own. A block without any gradient has no say.
 
     widths: features of each block, side by side. UserError also for widths that are not the
-    store's, and blocks that do not fit in max_memory.
+    store's, and, when it is made, for blocks that do not fit in max_memory.
     """
 
     budget: Budget
     widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        widths = self.widths
+        needed = sum(8 * w * w for w in widths) + _primal_bytes(max(widths))
+        if needed > self.budget.max_memory:
+            raise UserError(
+                f"{len(widths)} blocks of up to {max(widths)} features need "
+                f"{needed / 2**30:.2g} GiB; raise MAX_MEMORY or lower PROJ_DIM"
+            )
 
     def solve(self, store: Store, queries: np.ndarray, dampings: Sequence[float]) -> np.ndarray:
         """As `Preconditioner.solve`."""
@@ -99,17 +108,10 @@ class BlockFisher:
         return torch.cat(solved, 2).cpu().numpy()
 
     def _check(self, store: Store) -> None:
-        widths = self.widths
-        if sum(widths) != store.dim:
+        if sum(self.widths) != store.dim:
             raise UserError(
-                f"blocks of {sum(widths)} features do not fit {store.folder}; give widths "
+                f"blocks of {sum(self.widths)} features do not fit {store.folder}; give widths "
                 f"that add up to the {store.dim} of its rows"
-            )
-        needed = sum(8 * w * w for w in widths) + _primal_bytes(max(widths))
-        if needed > self.budget.max_memory:
-            raise UserError(
-                f"{len(widths)} blocks of up to {max(widths)} features need "
-                f"{needed / 2**30:.1f} GiB; raise MAX_MEMORY or lower PROJ_DIM"
             )
 
     def _kernels(self, store: Store) -> list[torch.Tensor]:

@@ -14,7 +14,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from .. import isolated
 from ..datasets.folder import load_folder
 from ..datasets.listing import labelled_questions
 from ..errors import UserError
@@ -161,7 +161,7 @@ def started(settings: Settings, folder: Path) -> Iterator[Running]:
     flags = [f"--{k.replace('_', '-')}={int(v) if v is True else v}" for k, v in given.items()]
     log = folder / "service.log"
     with open(log, "wb") as told:
-        line = [sys.executable, "-m", "concept_trak", "serve", *flags]
+        line = isolated.command("concept_trak", "serve", *flags)
         process = subprocess.Popen(line, stdout=told, stderr=subprocess.STDOUT)
     try:
         yield Running(process, _address(process, log, settings), log)

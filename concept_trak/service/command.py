@@ -47,7 +47,9 @@ def serve(settings: Settings, device: str) -> None:
     token = checked_token(os.environ.get(TOKEN, ""), s.listen_host)
     with listening(s.listen_host, s.listen_port) as bound:
         counts = Counts()
-        desk = Desk(Corpus(s, device), counts.answered)
+        corpus = Corpus(s, device)
+        corpus.preconditioner  # noqa: B018 - too little MAX_MEMORY is told before any question
+        desk = Desk(corpus, counts.answered)
         app = make_app(desk, Limits(token, s.body_bytes, s.body_timeout), counts)
         if taken := desk.resume():
             say(f"{taken} questions that an ended service had accepted are answered first")

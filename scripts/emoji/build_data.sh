@@ -9,9 +9,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 PRESET=${PRESET:-s8-n128}
 if [ "$PRESET" = s8-n128 ]; then DEFAULT_OUT=$ROOT/data/emoji; else DEFAULT_OUT=$ROOT/data/emoji-$PRESET; fi
 
+for name in OUT_DIR WORK; do
+    [ -n "${!name-unset}" ] || die "$name is empty, which is no path; give $name one, or leave it out: unset $name"
+done
 ensure_env
 # The renderer is needed only here, so it is an extra of the package; pyproject.toml holds its version.
-"$PYTHON" -c 'import fontTools, resvg_py' 2>/dev/null ||
-    "$PYTHON" -m pip install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[build-data]" >&2
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m concept_trak.workshop.art.build \
-    --preset "$PRESET" --out "${OUT_DIR:-$DEFAULT_OUT}" --work "${WORK:-$ROOT/build/emoji}" --size "${SIZE:-64}"
+"$PYTHON" -I -c 'import fontTools, resvg_py' 2>/dev/null ||
+    "$PYTHON" -I -m pip install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[build-data]" >&2
+in_place=exec
+run_module concept_trak.workshop.art.build \
+    --preset "$PRESET" --out "${OUT_DIR-$DEFAULT_OUT}" --work "${WORK-$ROOT/build/emoji}" --size "${SIZE:-64}"

@@ -4,7 +4,7 @@
 # Example: bash scripts/emoji/train_judge.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
-if [ -z "${DATA_DIR:-}" ]; then
+if [ -z "${DATA_DIR+set}" ]; then
     export DATA_DIR=$ROOT/data/emoji-s8-n364
     [ -f "$DATA_DIR/tree.sha256" ] || PRESET=s8-n364 OUT_DIR=$DATA_DIR bash "$ROOT/scripts/emoji/build_data.sh"
 fi

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ...errors import UserError
-from ...flags import add_setting_flags, settings_of
+from ...flags import add_setting_flags, place, settings_of
 from ...parsing import parse_memory
 from ...settings import REFERENCE, as_dict, provenance, resolve
 
@@ -50,7 +50,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         help="after the warm-up (rounds; at least 1; default: 3)",
     )
     what = "folder for the synthetic rows, kept and reused (default: a temporary one)"
-    add("--workdir", metavar="FOLDER", help=what)
+    add("--workdir", type=place, metavar="FOLDER", help=what)
     add_setting_flags(sub, USES)
     sub.set_defaults(run=bench)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import UserError, call
 from ...files import write_json
-from ...flags import add_setting_flags, settings_of
+from ...flags import add_setting_flags, place, settings_of
 from ...reading import read_json
 from ...settings import ROOT, Settings, provenance
 
@@ -43,6 +43,7 @@ def add_parser(verbs: Any) -> None:
     )
     add(
         "--workdir",
+        type=place,
         default=str(WORKDIR),
         metavar="FOLDER",
         help="for synthetic rows and results, kept: a killed run goes on (default: of the scale "

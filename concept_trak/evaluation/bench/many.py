@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import UserError
-from ...flags import add_setting_flags, settings_of
+from ...flags import add_setting_flags, place, settings_of
 from ...parsing import parse_memory
 from ...settings import provenance, resolve
 
@@ -39,7 +39,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     add("--n", type=int, help=f"rows of the large store (at least 128; default: {LARGE[0]})")
     add("--k", type=int, help=f"length of its rows (features; at least 8; default: {LARGE[1]})")
     what = "folder for the synthetic rows, kept and reused (default: a temporary one)"
-    add("--workdir", metavar="FOLDER", help=what)
+    add("--workdir", type=place, metavar="FOLDER", help=what)
     add_setting_flags(sub, ("max_memory",))
     sub.set_defaults(run=bench)
 

@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 from ...errors import UserError
+from ...flags import place
 from ...settings import ROOT
 from .assets import PARTS, bring_parts, chosen_parts
 from .release import SETTINGS_NAME, SOURCE, Release, bring_release
@@ -22,7 +23,9 @@ def add_parser(verbs: Any) -> None:
     """
     says = "Fetch and unpack the assets of the AbC benchmark."
     abc = verbs.add_parser("download-abc", help=says, description=says)
-    optional(abc, "--data-dir", str(ROOT / DATA_DIR), f"folder to fetch into (default: {DATA_DIR})")
+    says = f"folder to fetch into (default: {DATA_DIR})"
+    folder = {"metavar": "FOLDER", "type": place}
+    abc.add_argument("--data-dir", default=str(ROOT / DATA_DIR), help=says, **folder)
     abc.add_argument(
         "--parts",
         default="",
@@ -33,17 +36,16 @@ def add_parser(verbs: Any) -> None:
 
     says = "Fetch the released train gradients and make them a store."
     grad = verbs.add_parser("download-train-grad", help=says, description=says)
-    optional(grad, "--hf-repo-id", SOURCE, f"repository on the hub (default: {SOURCE})", "NAME")
+    optional(grad, "--hf-repo-id", SOURCE, f"repository on the hub (default: {SOURCE})")
     kinds = ("dataset", "model", "space")
     says = f"of that repository ({', '.join(kinds)}; default: dataset)"
     grad.add_argument("--repo-type", default="dataset", choices=kinds, metavar="KIND", help=says)
     says = f"folder below --grad-root (default: {SETTINGS_NAME})"
-    optional(grad, "--train-grad-name", SETTINGS_NAME, says, "NAME")
+    optional(grad, "--train-grad-name", SETTINGS_NAME, says)
     says = "folder on the hub (default: the train grad name; . is the top)"
     grad.add_argument("--path-in-repo", default="", metavar="PATH", help=says)
-    optional(
-        grad, "--grad-root", str(ROOT / GRAD_ROOT), f"folder to fetch into (default: {GRAD_ROOT})"
-    )
+    says = f"folder to fetch into (default: {GRAD_ROOT})"
+    grad.add_argument("--grad-root", default=str(ROOT / GRAD_ROOT), help=says, **folder)
     grad.add_argument(
         "--count",
         type=int,
@@ -66,14 +68,10 @@ def add_parser(verbs: Any) -> None:
         verb.add_argument("--max-workers", type=int, default=8, metavar="N", help=says)
 
 
-def optional(
-    verb: argparse.ArgumentParser, flag: str, default: str, says: str, shown: str = "FOLDER"
-) -> None:
-    """A flag whose empty value means the default, too: an empty DATA_DIR must not mean the current
-    folder.
-    """
+def optional(verb: argparse.ArgumentParser, flag: str, default: str, says: str) -> None:
+    """A name whose empty value means the default, too."""
     verb.add_argument(
-        flag, default=default, metavar=shown, type=lambda given: given or default, help=says
+        flag, default=default, metavar="NAME", type=lambda given: given or default, help=says
     )
 
 

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ...flags import add_setting_flags, boolean, settings_of
+from ...flags import add_setting_flags, boolean, place, settings_of
 from ...settings import TOKEN, Settings, results_folder
 from .settings import TokenSettings
 
@@ -36,7 +36,7 @@ def add_parser(verbs: Any) -> None:
     sub = verbs.add_parser("train-token", help=says, description=says)
     default, flag = TokenSettings(), sub.add_argument
     source = "a folder or picture files (default: the exemplars of the tasks --task-idx)"
-    flag("--images", nargs="+", metavar="PATH", help=source)
+    flag("--images", nargs="+", type=place, metavar="PATH", help=source)
     flag(
         "--new-token",
         default=TOKEN,
@@ -53,7 +53,7 @@ def add_parser(verbs: Any) -> None:
     flip = "also learn from mirrored pictures (default: 0)"
     flag("--random-flip", metavar="0|1", type=boolean, default=default.random_flip, help=flip)
     folder = "for the token, its record and checkpoint (default: tokens, beside RESULTS_DIR)"
-    flag("--out-dir", metavar="FOLDER", help=folder)
+    flag("--out-dir", type=place, metavar="FOLDER", help=folder)
     add_setting_flags(sub, USES)
     sub.set_defaults(run=run)
 
