@@ -99,3 +99,12 @@ def test_several_tensors_are_blocks_of_their_own():
 def test_nothing_to_fit_on_is_refused():
     with pytest.raises(UserError, match="EK-FAC had no"):
         Ekfac.fit(lambda: [])
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 12, 30, groups=4), nn.Embedding(100, 90)])
+def test_a_tensor_without_factors_is_refused_beyond_what_a_full_block_holds(layer):
+    x = torch.randint(100, (2, 3)) if isinstance(layer, nn.Embedding) else torch.ones(2, 4, 30, 30)
+    with PerSampleVjp(nn.Sequential(layer), "weight") as tape:
+        grads = tape.vjp(layer(x).flatten(1), torch.ones_like(layer(x).flatten(1)))
+    with pytest.raises(UserError, match="no factors for a tensor of"):
+        Ekfac.fit(lambda: [grads])
