@@ -29,7 +29,7 @@ def test_a_clean_project_gives_the_same_again_and_a_changed_result_is_noticed(pr
 
 
 def test_a_part_of_the_fault_table_holds(project):
-    found = outcomes(project, every=113)
+    found = outcomes(project, every=131)
     assert len(found) >= 60 and not unexpected(found)
 
 
