@@ -1,4 +1,5 @@
-"""A verb that is killed at a chosen moment: right before its n-th change to the disk.
+"""A verb that is killed at a chosen moment: right before its n-th change to the disk, or before
+the first of a file whose name is given.
 
 The moments are counted by an audit hook in a forked child, so that the same verb meets the same
 ones again.
@@ -28,8 +29,10 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["diffusers", "transformers", "peft", "kills", "tiny_trainings"])
 
 
-def count_changes(below: Path, at: int, tell: Callable[[int], None]) -> None:
-    """From now on count the changes below a folder; the process dies before number `at`."""
+def count_changes(below: Path, at: int | str, tell: Callable[[int], None]) -> None:
+    """From now on count the changes below a folder; the process dies before number `at`, or before
+    the first whose path that pattern finds.
+    """
     root, seen = str(below), 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -37,17 +40,20 @@ def count_changes(below: Path, at: int, tell: Callable[[int], None]) -> None:
         if event not in CHANGES or (event == "open" and not arguments[2] & WRITING):
             return
         names = [a for a in arguments[:2] if isinstance(a, str | bytes | os.PathLike)]
-        if not any(os.fsdecode(name).startswith(root) for name in names):
+        paths = [path for path in map(os.fsdecode, names) if path.startswith(root)]
+        if not paths:
             return
         seen += 1
         tell(seen)
-        if seen == at:
+        if any(re.search(at, path) for path in paths) if isinstance(at, str) else seen == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
-def child(argv: list[str], below: Path, at: int, told: Path, variables: dict[str, str]) -> None:
+def child(
+    argv: list[str], below: Path, at: int | str, told: Path, variables: dict[str, str]
+) -> None:
     """A verb in a process of its own; what it prints goes to the file `told`."""
     from tiny_trainings import SMALLER
 
@@ -64,7 +70,7 @@ def child(argv: list[str], below: Path, at: int, told: Path, variables: dict[str
 
 
 def run(
-    argv: list[str], below: Path, at: int = 0, variables: dict[str, str] | None = None
+    argv: list[str], below: Path, at: int | str = 0, variables: dict[str, str] | None = None
 ) -> tuple[int, int, str]:
     """(exit code, or minus the signal; changes to the disk; what was printed) of a verb.
 

@@ -32,7 +32,7 @@ TASKS = {"proj_dim": 64, "num_split": 2, "epochs": 1, "gen_num_inference_steps":
 PROGRESS = re.compile(r"train_grad-\d+\.json|index\.html|checkpoints/\w+\.\w+$|\.checkpoint\.")
 # folders whose files go together: all old or all new
 WHOLE = re.compile(
-    r"(free_query|eval|model)/[^/.][^/]*/|exported/|data/emoji/judge/|checkpoints/\w+/"
+    r"(free_query|eval|model|cad)/[^/.][^/]*/|exported/|edited/|data/emoji/judge/|checkpoints/\w+/"
 )
 
 
@@ -190,11 +190,19 @@ def download_train_grad(bench):
     return [], call("download-train-grad", {"grad_root": bench.work / "released", **numbers})
 
 
+def edit(bench):
+    """An erasing edit and the edited pipeline."""
+    flags = bench.flags(concept="cat", ratio=0.3, score_seeds=1, selection="cross_attention")
+    kept = ("sd_model_path", "data_dir", "results_dir", "concept", "ratio", "score_seeds")
+    asked = {k: flags[k] for k in (*kept, "selection", "gen_num_inference_steps", "device")}
+    return [], call("cad-erase", asked, f"--export={bench.work}/edited")
+
+
 test_grad.__test__ = False
 QUICK = (train_grad, attribute, train_judge)
 VERBS = (train_grad, attribute, attribute_again, evaluate, prepare, prepare_more, export)
 VERBS += (make_tasks, task_grad, test_grad, evaluate_tasks, train_model, train_judge, judge_model)
-VERBS += (train_token, download_abc, download_train_grad, suspects)
+VERBS += (train_token, download_abc, download_train_grad, suspects, edit)
 
 
 def part_of(content, folder):
@@ -255,6 +263,21 @@ def test_a_killed_encoding_encodes_only_the_step_at_hand_again(bench):
     assert len(counts) == 5 and max(counts) <= SMALL["batch_size"]
     # most kills come when some of it is on the disk, and none of that is encoded again
     assert sum(count == 0 for count in counts) >= 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_in_the_middle_of_an_export_leaves_no_part_of_a_pipeline(bench):
+    shutil.rmtree(bench.work)
+    bench.work.mkdir()
+    _, argv = edit(bench)
+    code, _, told = bench.run(argv, r"\bvae/config\.json$")
+    assert code == -signal.SIGKILL, told
+    assert not (bench.work / "edited").exists() and list(bench.work.glob(".edited.*.part"))
+    code, _, told = bench.run(argv)
+    assert code == 0, told
+    made = {path.name for path in (bench.work / "edited").iterdir()}
+    assert made >= {"model_index.json", "unet", "vae", "text_encoder", "export.json"}
+    assert not list(bench.work.glob(".edited.*"))
 
 
 @pytest.mark.slow
