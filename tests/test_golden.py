@@ -33,7 +33,11 @@ def machine():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), "")
-    return {"cpu": name or platform.processor(), "torch": torch.__version__.partition("+")[0]}
+    return {
+        "cpu": name or platform.processor(),  # a cloud's says little of the generation
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__.partition("+")[0],
+    }
 
 
 def known():
