@@ -180,7 +180,7 @@ def test_the_line_for_lists_of_captions_keeps_the_first_of_each(folder, monkeypa
     shutil.move(*move.split()[1:])
     code, _, given = code.removeprefix('python -c "').rpartition('" ')
     monkeypatch.setattr(sys, "argv", ["-c", *given.split()])
-    exec(code)
+    exec(code, {})
     assert load_folder(folder).captions == ["a cat", "a dög"]
 
 
@@ -473,7 +473,7 @@ def test_the_line_for_parquet_writes_pictures_and_texts(folder, tmp_path, monkey
     parquet.write_table(table, tmp_path / "train.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path)])
-    exec(PARQUET.replace("{{", "{").replace("}}", "}"))
+    exec(PARQUET.replace("{{", "{").replace("}}", "}"), {})
     assert load_folder(tmp_path / "my_pictures").captions == ["a cat", "a dog"]
 
 

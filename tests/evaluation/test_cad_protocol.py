@@ -618,7 +618,7 @@ def test_a_damaged_picture_and_a_full_disk_lose_nothing(few, capsys, request):
     whole = before[4].read_bytes()
     before[4].write_bytes(whole[:60])
     assert main(few) == 2
-    assert f"{before[4].name} is no picture" in capsys.readouterr().err
+    assert f"{before[4].name} cannot be read as a picture" in capsys.readouterr().err
     before[4].unlink()
     request.getfixturevalue("full_disk")
     assert main(few) == 2
