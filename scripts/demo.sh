@@ -5,5 +5,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 ensure_env
 exec 3>&1 # what it says appears as it comes, and is kept
-told=$(bash "$ROOT/scripts/emoji/run_qual_free.sh" "$@" | tee -i /dev/fd/3)
-case $'\n'$told in *$'\n''report: '*) printf '\nOpen in a browser:\n%s\n' "${told##*report: }" ;; esac
+told=$'\n'$(bash "$ROOT/scripts/emoji/run_qual_free.sh" "$@" | tee -i /dev/fd/3)
+report=${told##*$'\n'report: }
+[ "$report" = "$told" ] || printf '\nOpen in a browser:\n%s\n' "$report" # --help writes none

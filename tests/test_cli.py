@@ -822,3 +822,67 @@ def test_other_methods_stand_beside_ours_for_one_prompt(computed):
     assert "target_cat/scores-das.npy" in page and "target_blob/scores.csv" in page
     pictures = re.findall(r'<a href="([^"]+\.png)"', page)
     assert pictures and all((folder.parent / unquote(name)).is_file() for name in pictures)
+
+
+@pytest.mark.parametrize("verb", ["attribute", "train-grad"])
+def test_too_little_memory_is_told_before_the_work(verb, flags, capsys, monkeypatch):
+    """Of a question it is refused; rows can be asked with more of it."""
+    assert run("train-grad", flags) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("concept_trak.attribution.answer.drawn", lambda *_: pytest.fail("drawn"))
+    assert run(verb, flags, max_memory="100") == (2 if verb == "attribute" else 0)
+    told = capsys.readouterr().err
+    start = "error: " if verb == "attribute" else "warning: to answer from these rows: "
+    assert any(line.startswith(start) and "MAX_MEMORY" in line for line in told.splitlines())
+    assert "Traceback" not in told
+
+
+def test_more_scores_than_memory_holds_are_refused_before_the_picture(flags, capsys, monkeypatch):
+    assert run("train-grad", flags) == 0
+    monkeypatch.setattr("concept_trak.attribution.answer.drawn", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("concept_trak.attribution.answer.DAMPINGS", (1.0,) * 10**9)
+    assert run("attribute", flags) == 2
+    assert "scores take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb, changes, said",
+    [
+        ("concepts", {}, "on concepts"),
+        ("attribute", {"weights": 0}, "without WEIGHTS=1"),
+        ("cad-images", {}, "on cad-images"),
+        ("attribute", {"weights": 1}, ""),
+        ("cad-erase", {}, ""),
+        ("cad-protocol", {}, ""),
+        ("concepts", {"edits": ""}, ""),
+    ],
+)
+def test_edits_that_have_no_effect_are_told(verb, changes, said, flags, capsys):
+    """Not refused: scripts pass on what was exported for others."""
+    given = {"edits": "no.safetensors", "data_dir": flags["data_dir"]} | changes
+    line = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    cli.settings_of(cli.parser().parse_args([verb, *line]))
+    told = capsys.readouterr().err
+    assert told.count("EDITS has no effect") == bool(said) and said in told
+
+
+@pytest.mark.parametrize(
+    "verb, flag",
+    [
+        ("export", "--out-dir"),
+        ("bench-index", "--workdir"),
+        ("bench-scoring", "--workdir"),
+        ("download-abc", "--data-dir"),
+        ("download-train-grad", "--grad-root"),
+        ("train-token", "--out-dir"),
+        ("attribute", "--results-dir"),
+        ("train-grad", "--grad-dir"),
+        ("serve", "--data-dir"),
+        ("explore", "--results-dir"),
+    ],
+)
+def test_an_empty_path_is_refused_by_every_verb(verb, flag, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([verb, f"{flag}="]) == 2
+    told = capsys.readouterr().err
+    assert "empty" in told and told.count("\n") == 1 and not [*tmp_path.iterdir()]

@@ -26,6 +26,7 @@ from concept_trak.settings import (
     ROOT,
     Settings,
     as_dict,
+    flat_fields,
     digest,
     flat_fields,
     names,
@@ -129,6 +130,25 @@ def test_dampings_are_nine_decades_around_a_tenth_of_the_mean_eigenvalue():
 def test_values_that_do_not_exist_are_refused_by_name(overrides, word):
     with pytest.raises(UserError, match=word):
         resolve("emoji", overrides)
+
+
+PLACES = {f.name for f in flat_fields() if f.metadata["option"].place}
+
+
+def test_a_path_that_is_needed_is_never_the_working_folder():
+    """All that are texts with a default, and name no word, number or choice."""
+    told = {f.name: f.metadata["option"] for f in flat_fields() if f.type == "str" and f.default}
+    words = ("prompt", "target_concepts", "layer", "max_memory", "task_idx", "selection")
+    words += ("listen_host",)
+    assert PLACES == {name for name, o in told.items() if not o.choices} - {*words}
+
+
+@pytest.mark.parametrize("name", sorted(PLACES))
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+@pytest.mark.parametrize("benchmark", ["emoji", "own", "abc"])
+def test_an_empty_path_is_refused(name, empty, benchmark):
+    with pytest.raises(UserError, match=f"^{name.upper()} is empty.*unset {name.upper()}$"):
+        resolve(benchmark, {name: empty})
 
 
 def test_values_with_an_inner_grammar_are_kept_as_they_were_written():

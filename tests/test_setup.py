@@ -33,7 +33,7 @@ VERBS = {
 }
 TOOLS = (
     "awk basename bash cat cp cut df dirname env find flock getconf grep mkdir mktemp rm sed "
-    "sha256sum shasum tail tr uname"
+    "seq sha256sum shasum tail tee tr uname"
 ).split()
 
 # Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing. What
@@ -227,6 +227,86 @@ def test_demo_sets_up_and_names_the_report(sandbox):
     report = f"{sandbox.env['RESULTS_DIR']}/one/report.html"
     assert done.stdout.endswith(f"Open in a browser:\n{report}\n")
     assert installs(calls) and "|attribute|" in calls[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, results",
+    [
+        (["--results-dir", "elsewhere"], "elsewhere"),
+        (["-q"], "-x"),
+        ([], "two  words"),
+        ([], "a\nline"),
+        ([], "report: x"),
+    ],
+)
+def test_demo_names_the_report_that_was_written_wherever_it_is(sandbox, arguments, results):
+    demo, env = sandbox.repo / "scripts/demo.sh", {"PYTHON_BIN": sandbox.python}
+    done, _ = sandbox.bash(demo, *arguments, **env, RESULTS_DIR=results)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"Open in a browser:\n{results}/one/report.html\n")
+
+
+def test_demo_ends_as_the_verb_does(sandbox):
+    sandbox.executable(sandbox.python, "#!/bin/bash\necho 'error: no' >&2\nexit 2\n")
+    done, _ = sandbox.bash(sandbox.repo / "scripts/demo.sh", PYTHON_BIN=sandbox.python)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: no\n")
+
+
+# --- folders: what cd would take for something else
+
+FOLDERS = ["-", "-P", "--", "-L x", "two  words", "a\nline", "ends\n", "~", "$HOME", "*", "pics/"]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_own_pictures_are_those_of_the_folder_that_is_named(sandbox, name):
+    here, home = sandbox.bin.parent, sandbox.bin.parent / "home"
+    for folder in (here / name, home / name, here / "elsewhere" / name):
+        folder.mkdir(parents=True)
+    script, words = sandbox.repo / "scripts/abc/run_own_data.sh", {"PROMPT": "x"}
+    # the record has a line for each call: names with line breaks are shown by `printf %q`
+    sandbox.executable(sandbox.python, '#!/bin/bash\nprintf "%q " "$@" >>"$LOG"; echo >>"$LOG"\n')
+    words |= {"TARGET_CONCEPTS": "x", "PYTHON_BIN": sandbox.python, "OLDPWD": home}
+    done, calls = sandbox.bash(script, name, **words, CDPATH=here / "elsewhere")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    shown = subprocess.run(
+        ["bash", "-c", 'printf %q "$1"', "x", f"--source-dir={here / name}"],
+        capture_output=True,
+        text=True,
+    )
+    source = shown.stdout.removesuffix("/")
+    assert len(calls) == 5 and all(source in call for call in calls[:2])
+
+
+@pytest.mark.parametrize("cdpath", [".", "..", "{repo}", ".:/", "{repo}/scripts:."])
+def test_an_exported_cdpath_changes_nothing(sandbox, cdpath):
+    cdpath = cdpath.format(repo=sandbox.repo)
+    done, _ = sandbox.lib('echo "$ROOT"', CDPATH=cdpath)
+    assert done.stdout == f"{sandbox.repo}\n"
+    script = f"{sandbox.repo.name}/scripts/slurm_array.sh"  # by a path that cd would look for
+    slurm = {"SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_TASK_COUNT": 2, "GPU_ID": 3, "NUM_SPLIT": 4}
+    done, [call] = sandbox.bash(script, **slurm, CDPATH=cdpath, PYTHON_BIN=sandbox.python)
+    assert done.returncode == 0 and "|--shards=1,3|" in call and "--gpu-id" not in call
+
+
+@pytest.mark.parametrize("variable", ["DATA_DIR", "GRAD_DIR", "RESULTS_DIR"])
+def test_an_empty_path_reaches_the_settings_which_refuse_it(sandbox, variable):
+    (sandbox.bin.parent / "pics").mkdir()
+    env = {"PROMPT": "x", "TARGET_CONCEPTS": "x", "PYTHON_BIN": sandbox.python, variable: ""}
+    _, calls = sandbox.bash(sandbox.repo / "scripts/abc/run_own_data.sh", "pics", **env)
+    assert calls and f"|--{variable.lower().replace('_', '-')}=|" in f"{calls[0]}|"
+
+
+@pytest.mark.parametrize("variable", ["OUT_DIR", "WORK"])
+def test_art_is_built_into_no_empty_path(sandbox, variable):
+    env = {"PYTHON_BIN": sandbox.python, variable: ""}
+    done, calls = sandbox.bash(sandbox.repo / "scripts/emoji/build_data.sh", **env)
+    assert is_one_line_of_error(done) and f"{variable} is empty" in done.stderr and not calls
+
+
+def test_the_set_up_starts_no_python_that_looks_into_the_working_folder(sandbox):
+    _, calls = sandbox.requirements()
+    pythons = [call for call in calls if "python" in call.split("|")[0]]
+    assert len(pythons) > 5 and all(call.split("|")[1] in ("-I", "--version") for call in pythons)
 
 
 @pytest.mark.parametrize("status", [0, 1, 5])

@@ -3,8 +3,10 @@
 import shutil
 from collections import namedtuple
 
+import numpy as np
 import pytest
 
+from concept_trak import cli
 from concept_trak.attribution import early
 from concept_trak.errors import UserError
 from concept_trak.models.folder import unet_size
@@ -62,3 +64,39 @@ def test_the_early_checks_know_the_same_files_as_those_that_read_them():
     from concept_trak.datasets import encoded
 
     assert early.LATENTS == encoded.LATENTS and (ROOT / "data/emoji/pipeline/unet").is_dir()
+
+
+@pytest.mark.parametrize(
+    "count, split, shards", [(3, 4, 3), (1, 16, 1), (4, 4, 4), (900, 4, 4), (0, 4, 4)]
+)
+def test_a_default_makes_no_more_shards_than_there_are_pictures(count, split, shards):
+    settings = resolve("own", {"num_split": split})
+    assert early.with_shards(settings, count, given=False).num_split == shards
+    if shards == split:
+        assert early.with_shards(settings, count, given=True) == settings
+    else:
+        with pytest.raises(UserError, match=f"NUM_SPLIT={split} is more than the {count} training"):
+            early.with_shards(settings, count, given=True)
+
+
+@pytest.mark.parametrize("verb", ["estimate", "prepare", "train-grad"])
+def test_more_shards_than_pictures_are_refused_at_the_first_step(
+    verb, tiny_data, tiny_pipeline, tmp_path, capsys
+):
+    words = ["--prompt=a cat in the style of line", "--target-concepts=cat", "--benchmark=own"]
+    flags = [*words, f"--sd-model-path={tiny_pipeline}", "--num-split=12"]
+    where = "data" if verb == "train-grad" else "source"
+    flags += [f"--{where}-dir={tiny_data}", f"--grad-dir={tmp_path}"]
+    assert cli.main([verb, *flags]) == 2
+    told = capsys.readouterr().err
+    assert "NUM_SPLIT=12 is more than the 11 training pictures" in told and told.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("rows, num_train, known", [(5, 0, 5), (5, 3, 3), (5, 9, 5), (0, 7, 7)])
+def test_encoded_pictures_are_counted(tmp_path, rows, num_train, known):
+    (tmp_path / early.LATENTS).touch()
+    if rows:
+        np.save(tmp_path / early.TEXT, np.zeros((rows, 2, 3), np.float32))
+    settings = resolve("own", {"data_dir": str(tmp_path), "num_train": num_train})
+    assert early.number_of_pictures(settings) == known
