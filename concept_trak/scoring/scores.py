@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UserError
 from ..store.shards import Store
+from .memory import refuse_scores
 from .preconditioner import Preconditioner
 
 # Values of X widened at a time: 4 MB of float64, which two threads take a third faster than 2 MB.
@@ -69,11 +70,7 @@ def scores(
 
 def room(count: int, store: Store, max_memory: int) -> np.ndarray:
     """[count, N] float32 to fill with scores. UserError for more than max_memory bytes."""
-    if (needed := 4 * count * store.num_rows) > max_memory:
-        raise UserError(
-            f"{count} x {store.num_rows} scores take {needed / 2**30:.1f} GiB; raise MAX_MEMORY "
-            "or score fewer queries at a time"
-        )
+    refuse_scores(count, store.num_rows, max_memory)
     return np.empty((count, store.num_rows), np.float32)
 
 
