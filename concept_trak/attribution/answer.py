@@ -21,7 +21,7 @@ from ..parsing import normalized, parse_methods
 from ..registry import OBJECTIVES, RANKERS
 from ..rows.fit import caption_llr, doubtful, relative_fit
 from ..scoring.concept import ConceptResult
-from ..scoring.scores import refuse_large
+from ..scoring.memory import refuse_scores
 from ..settings import DAMPINGS, as_dict, digest, provenance
 from ..store.shards import Store
 from ..system import say
@@ -80,7 +80,7 @@ def answer(
     s = corpus.settings  # now those of the rows
     memory = corpus.preconditioner.budget.max_memory  # too little for it is told by now
     if s.search == "scan":
-        refuse_large(len(DAMPINGS) * len(targets), store, memory)
+        refuse_scores(len(DAMPINGS) * len(targets), store.num_rows, memory)
     fit = caption_fits(corpus, store)
     doubts = [] if fit is None else doubtful(fit)
     _warn(doubts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +15,11 @@ from ..index.library import FOLDER, faiss
 from ..models.folder import is_local, unet_size
 from ..models.hub import cached
 from ..models.kind import check_source
-from ..parsing import parse_methods
+from ..parsing import parse_memory, parse_methods
 from ..reading import read_npy
-from ..settings import Settings
+from ..scoring.memory import refuse_blocks, refuse_scores
+from ..settings import DAMPINGS, Settings
+from ..store.manifest import block_widths, read_manifest
 from ..store.remote import bring_manifests, is_address
 from . import prompts
 from .plan import folder_name, store_base
@@ -40,6 +43,7 @@ def check_question(settings: Settings) -> None:
     if s.search == "index":
         refuse_all_scores(s)
     check_rows(s)
+    check_memory(s)
 
 
 def check_words(
@@ -53,6 +57,24 @@ def check_words(
     if everything is not None:
         emoji.refuse_unknown(everything, s.prompt, targets)
     return targets, contrasts
+
+
+def check_memory(settings: Settings) -> None:
+    """UserError for a MAX_MEMORY too small for the scores by the rows there are, of several stores
+    the smallest.
+    """
+    s, found = settings, []
+    for folder in stores_there(s):
+        with contextlib.suppress(UserError):  # told by whoever opens it
+            found.append(read_manifest(folder))
+    if not found:
+        return
+    manifest, limit = min(found, key=lambda m: m["num_rows"]), parse_memory(s.max_memory)
+    if len(widths := block_widths(manifest)) > 1:
+        refuse_blocks(widths, limit)
+    if s.search == "scan":
+        questions = len(prompts.split_list(s.target_concepts))
+        refuse_scores(questions * len(DAMPINGS), manifest["num_rows"], limit)
 
 
 def refuse_all_scores(settings: Settings) -> None:

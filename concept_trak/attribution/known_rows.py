@@ -97,7 +97,9 @@ def _digests(store: Store) -> list[str]:
     except UserError:
         return []
     digests = record.get("digests")
-    whole = record.get("checksum") == digest(digests) and len(digests or []) == store.num_rows
+    if not isinstance(digests, list) or not all(isinstance(name, str) for name in digests):
+        return []
+    whole = record.get("checksum") == digest(digests) and len(digests) == store.num_rows
     return digests if whole else []
 
 

@@ -57,6 +57,7 @@ def attribute(corpus: Corpus, store: Store | None = None) -> Path:
     another damping, or another number of pictures, does not make them again.
     """
     s, kept = corpus.settings, []
+    force = s.force_recompute_concept_grad
 
     def kept_rows(ranker: GradientRanker, questions: list[Question]) -> np.ndarray:
         rows = []
@@ -65,10 +66,8 @@ def attribute(corpus: Corpus, store: Store | None = None) -> Path:
             name = f"{target_slug(question.words)}-{digest(json.loads(json.dumps(identity)))}.npy"
             kept.append(Path(s.results_dir) / "free_query" / ROWS / name)
             make = functools.partial(ranker.row, question)
-            row = cached_array(kept[-1], identity, make, s.force_recompute_concept_grad)
-            if row.shape != (1, corpus.projection.proj_dim):  # a file that lies about itself
-                row = cached_array(kept[-1], identity, make, force=True)
-            rows.append(row)
+            shape = (1, corpus.projection.proj_dim)
+            rows.append(cached_array(kept[-1], identity, make, force, shape))
         return np.concatenate(rows)
 
     def kept_picture(corpus: Corpus) -> Picture:
@@ -80,9 +79,7 @@ def attribute(corpus: Corpus, store: Store | None = None) -> Path:
             return drawings[0].x0.float().cpu().numpy()
 
         path = Path(s.results_dir) / "free_query" / ROWS / name
-        x0 = cached_array(path, made_from, draw, s.force_recompute_concept_grad)
-        if x0.shape != (1, *corpus.model.latent_shape):  # a file that lies about itself
-            x0 = cached_array(path, made_from, draw, force=True)
+        x0 = cached_array(path, made_from, draw, force, (1, *corpus.model.latent_shape))
         return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
 
     found, weights = answer(corpus, kept_rows, kept_picture, store), []

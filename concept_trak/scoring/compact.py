@@ -77,13 +77,17 @@ def compact_gram(store: Store, budget: Budget) -> CompactGram:
             "krylov_rows"
         )
     files = _Files(store, budget)
-    head = files.read("head", {})
+    rank, dim = min(HEAD, store.dim, store.num_rows), store.dim
+    head = files.read("head", {}, "<f8", (2, rank, dim))
     if head is None:
         head = files.write("head", {}, _head(store, budget.device).cpu().numpy())
     made_from = {"head": hashlib.sha256(head.tobytes()).hexdigest()}
     head, images = torch.from_numpy(head).to(budget.device)
-    edges = [(top, min(top + BAND, store.dim)) for top in range(0, store.dim, BAND)]
-    bands = {edge: files.read(f"band-{edge[0]}", made_from) for edge in edges}
+    edges = [(top, min(top + BAND, dim)) for top in range(0, dim, BAND)]
+    bands = {
+        (top, end): files.read(f"band-{top}", made_from, "<f4", (end - top, dim - top))
+        for top, end in edges
+    }
     missing = [edge for edge in edges if bands[edge] is None]
     for group in _groups(missing, store.dim, budget.max_memory // 4):
         for edge, band in zip(group, _bands(store, head, group, budget.device), strict=True):
@@ -101,10 +105,12 @@ class _Files:
         self.others = [old for old in of_stores if old != self.folder]
         self.identity = {"store": store.checksum, "head": HEAD, "band": BAND, "sweeps": SWEEPS}
 
-    def read(self, name: str, made_from: dict) -> np.ndarray | None:
+    def read(
+        self, name: str, made_from: dict, dtype: str, shape: tuple[int, ...]
+    ) -> np.ndarray | None:
         """An array that was kept, of exactly this."""
         identity = self.identity | {"made_from": made_from}
-        return read_cached(self._path(name), identity) if self.cache else None
+        return read_cached(self._path(name), identity, dtype, shape) if self.cache else None
 
     def write(self, name: str, made_from: dict, array: np.ndarray) -> np.ndarray:
         """Keep an array, and give it back."""

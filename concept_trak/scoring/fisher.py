@@ -31,6 +31,7 @@ from ..store.shards import Store
 from .compact import compact_bytes, compact_folder, compact_gram
 from .gram import GRAM_TILE, gram, gram_path, gram_rows, row_product, save_gram, shifts, trace
 from .krylov import gram_solutions, krylov_solutions
+from .memory import dual_bytes, primal_bytes, refuse_blocks, told
 from .preconditioner import Budget, Preconditioner, checked_queries
 
 METHODS = ("auto", "primal", "dual", "krylov", "krylov_gram", "krylov_compact", "krylov_rows")
@@ -113,6 +114,7 @@ class BlockFisher:
                 f"blocks of {sum(self.widths)} features do not fit {store.folder}; give widths "
                 f"that add up to the {store.dim} of its rows"
             )
+        refuse_blocks(self.widths, self.budget.max_memory)
 
     def _kernels(self, store: Store) -> list[torch.Tensor]:
         """The diagonal blocks of K, float64: those kept beside a large store, else summed in one
@@ -124,8 +126,8 @@ class BlockFisher:
         sizes = [w * w for w in self.widths]
         path = store.folder / f"gram-blocks-{store.checksum[:16]}.npy"
         identity = {"store": store.checksum, "widths": list(self.widths)}
-        flat = read_cached(path, identity)
-        if flat is None or flat.shape != (sum(sizes),):
+        flat = read_cached(path, identity, "<f8", (sum(sizes),))
+        if flat is None:
             flat = torch.cat([kernel.flatten() for kernel in self._summed(store)]).cpu().numpy()
             save_gram(path, identity, torch.from_numpy(flat))
         parts = torch.from_numpy(flat).to(self.budget.device).split(sizes)
@@ -149,9 +151,9 @@ def choose_method(store: Store, num_queries: int, max_memory: int, method: str =
         raise UserError(f"unknown method {method!r}; give method one of {', '.join(METHODS)}")
     rows, dim = store.num_rows, store.dim
     if method == "auto":
-        if rows < dim and rows <= DIRECT_MAX and _dual_bytes(rows, dim) <= max_memory:
+        if rows < dim and rows <= DIRECT_MAX and dual_bytes(rows, dim) <= max_memory:
             return "dual"
-        method = "primal" if dim <= DIRECT_MAX and _primal_bytes(dim) <= max_memory else "krylov"
+        method = "primal" if dim <= DIRECT_MAX and primal_bytes(dim) <= max_memory else "krylov"
     if method == "krylov":
         if 8 * dim * dim <= max_memory // 2:
             pays = gram_path(store).exists() or _gram_pays(dim, num_queries, 5e-11)
@@ -159,11 +161,9 @@ def choose_method(store: Store, num_queries: int, max_memory: int, method: str =
         pays = compact_folder(store).exists() or _gram_pays(dim, num_queries, 1.2e-11)
         fits = compact_bytes(dim) <= 0.6 * max_memory
         return "krylov_compact" if fits and pays else "krylov_rows"
-    needed = {"dual": _dual_bytes(rows, dim), "primal": _primal_bytes(dim)}.get(method, 0)
+    needed = {"dual": dual_bytes(rows, dim), "primal": primal_bytes(dim)}.get(method, 0)
     if needed > max_memory:
-        raise UserError(
-            f"method {method} needs {needed / 2**30:.1f} GiB; raise MAX_MEMORY or use krylov"
-        )
+        raise UserError(f"method {method} needs {told(needed)}; raise MAX_MEMORY or use krylov")
     return method
 
 
@@ -178,14 +178,6 @@ def _gram_pays(
     iterations.
     """
     return dim * seconds / runs < products * (1.5e-9 + 0.5e-9 * num_queries)
-
-
-def _primal_bytes(dim: int) -> int:
-    return 5 * 8 * dim * dim  # K, its eigenvectors and the work space of syevd
-
-
-def _dual_bytes(rows: int, dim: int) -> int:
-    return 4 * rows * dim + 5 * 8 * rows * rows
 
 
 # ---- (store, queries [Q, k], dampings [D], budget) -> [D, Q, k], one for each concrete method

@@ -107,8 +107,8 @@ def gram(store: Store, budget: Budget) -> torch.Tensor:
             f"K takes {8 * values / 2**30:.1f} GiB; raise MAX_MEMORY or use krylov_compact"
         )
     path, identity = gram_path(store), {"store": store.checksum, "dtype": "torch.float64"}
-    known = read_cached(path, identity) if budget.cache else None
-    if known is not None and known.shape == (store.dim, store.dim):
+    known = read_cached(path, identity, "<f8", (store.dim,) * 2) if budget.cache else None
+    if known is not None:
         return torch.from_numpy(known).to(budget.device)
     kernel = compute_gram(store, memory, budget.device)
     if budget.cache:

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UserError
 from ..store.shards import Store
+from .memory import refuse_scores
 from .preconditioner import Preconditioner
 
 # Values of X widened at a time: 4 MB of float64, which two threads take a third faster than 2 MB.
@@ -68,18 +69,9 @@ def scores(
 
 
 def room(count: int, store: Store, max_memory: int) -> np.ndarray:
-    """[count, N] float32 to fill with scores. UserError as `refuse_large`."""
-    refuse_large(count, store, max_memory)
+    """[count, N] float32 to fill with scores. UserError for more than max_memory bytes."""
+    refuse_scores(count, store.num_rows, max_memory)
     return np.empty((count, store.num_rows), np.float32)
-
-
-def refuse_large(count: int, store: Store, max_memory: int) -> None:
-    """UserError for count x N scores of more than max_memory bytes."""
-    if (needed := 4 * count * store.num_rows) > max_memory:
-        raise UserError(
-            f"{count} x {store.num_rows} scores take {needed / 2**30:.2g} GiB; raise MAX_MEMORY "
-            "or score fewer queries at a time"
-        )
 
 
 def _checked_weight(row_weight: np.ndarray, store: Store) -> np.ndarray:

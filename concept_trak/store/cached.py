@@ -21,15 +21,20 @@ from .encoding import npy_header
 
 
 def cached_array(
-    path: Path, identity: dict, compute: Callable[[], np.ndarray], force: bool = False
+    path: Path,
+    identity: dict,
+    compute: Callable[[], np.ndarray],
+    force: bool = False,
+    shape: tuple[int, ...] | None = None,
 ) -> np.ndarray:
     """`path` (.npy, float32) if the .json beside it says that it was made from
-    `identity` and holds these very values; else compute it and keep it.
+    `identity` and holds these very values; else compute it and keep it. shape: of the array, where
+    it is known.
 
     The record is removed before the array changes and written after, so the two never disagree.
     UserError for a NaN, a full disk.
     """
-    if not force and (known := read_cached(path, identity)) is not None:
+    if not force and (known := read_cached(path, identity, "<f4", shape)) is not None:
         return known
     array = np.asarray(compute(), dtype="<f4", order="C")
     if not np.isfinite(array).all():
@@ -38,14 +43,20 @@ def cached_array(
     return array
 
 
-def read_cached(path: Path, identity: dict) -> np.ndarray | None:
-    """The array that was kept for `identity`; None if there is none, or it is not whole."""
+def read_cached(
+    path: Path, identity: dict, dtype: str, shape: tuple[int, ...] | None
+) -> np.ndarray | None:
+    """The array that was kept for `identity`; None if there is none, it is not whole, or not finite
+    values of that type and, where that is given, shape.
+    """
     try:
         record = read_json(path.with_suffix(".json"), removal(path))
         if record.get("identity") != json.loads(json.dumps(identity)):
             return None
         array = read_npy(path, removal(path))
-        return array if record.get("sha256") == sha256_once(path) else None
+        whole = record.get("sha256") == sha256_once(path)
+        fits = array.dtype == dtype and shape in (None, array.shape)
+        return array if whole and fits and np.isfinite(array).all() else None
     except (UserError, OSError):
         return None
 

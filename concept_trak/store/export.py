@@ -27,6 +27,7 @@ from ..files import READ_BYTES, atomic, atomic_folder, disk_errors, sha256_file,
 from ..reading import inside, read_json
 from ..registry import unknown
 from .encoding import decode, npy_header
+from .manifest import block_widths
 from .shards import Store
 
 FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")
@@ -72,19 +73,13 @@ def _description(store: Store, digests: dict[str, str], how: str) -> dict:
     shape = {"shape": [store.num_rows, store.dim], "dtype": "float32"}
     made_from = {key: store.manifest[key] for key in ("identity", "provenance")}
     known = {"rows": store.num_rows, "dim": store.dim, "kind": projection_kind(store)}
-    read_with = how.format(**known, blocks=len(block_widths(store)))
+    read_with = how.format(**known, blocks=len(block_widths(store.manifest)))
     return {**shape, **made_from, "sha256": digests, "read_with": read_with}
 
 
 def projection_kind(store: Store) -> str:
     """The name of the projection that made the rows; trak's "na" if the store does not say."""
     return store.identity.get("projection", {}).get("kind", "na")
-
-
-def block_widths(store: Store) -> list[int]:
-    """Features of each of the blocks in which the rows are preconditioned; their sum is k."""
-    projection = store.identity.get("projection", {})
-    return projection["modules"] if projection.get("blocks", 1) > 1 else [store.dim]
 
 
 def _blocks(store: Store, max_rows: int, bar: tqdm) -> Iterator[np.ndarray]:
@@ -145,7 +140,7 @@ def _dattri(store: Store, folder: Path, bar: tqdm) -> dict[str, str]:
     """
     fitting = CHUNK_BYTES // (CHUNK_BATCHES * 4 * store.dim)
     size = max(1, min(CHUNK_ROWS // CHUNK_BATCHES, fitting))
-    blocks, widths, digests = _blocks(store, size, bar), block_widths(store), {}
+    blocks, widths, digests = _blocks(store, size, bar), block_widths(store.manifest), {}
     counts = [min(size, b - row) for a, b in pairwise(store.bounds) for row in range(a, b, size)]
     (folder / "grad").mkdir()
     for first in range(0, len(counts), CHUNK_BATCHES):

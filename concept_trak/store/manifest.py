@@ -104,6 +104,13 @@ FORMS: dict[str, Callable[[Any], bool]] = {  # what each value of a manifest mus
 }
 
 
+def block_widths(manifest: dict) -> list[int]:
+    """Features of each of the blocks in which the rows are preconditioned; their sum is k."""
+    projection = manifest["identity"].get("projection") or {}
+    widths = projection.get("modules") if projection.get("blocks", 1) > 1 else None
+    return widths or [manifest["dim"]]
+
+
 def _whole(bounds: list[int], num_rows: int) -> bool:
     """Whether shards of these bounds cover all rows, each of them at least one."""
     steps = all(a < b for a, b in pairwise(bounds))

@@ -53,10 +53,10 @@ def pack(store_id: str, rows: np.ndarray, losses: np.ndarray | None) -> bytes:
 
 
 def unpack(
-    content: bytes, store_id: str, shape: tuple[int, int], losses: bool
+    content: bytes, store_id: str, shape: tuple[int, int], stored_type: np.dtype, losses: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """(stored rows [b, k], losses [b] or None). ValueError for content that is not whole, or of
-    another store or shape.
+    another store, shape or type.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -74,6 +74,8 @@ def unpack(
         raise ValueError("does not hold the rows of its name")
     if told.get("sha256") != _digest(tensors):
         raise ValueError("was changed since it was written (checksum differs)")
+    if tensors["rows"].dtype != stored_type or (losses and tensors["losses"].dtype != "<f4"):
+        raise ValueError("holds numbers of another type")
     return tensors["rows"], tensors.get("losses")
 
 

@@ -204,7 +204,9 @@ class Store(ShardFolder):
             content = self.remote.read(piece.name) or b""
         try:
             shape = (len(piece), self.dim)
-            rows, losses = unpack(content, self.store_id, shape, self.has_losses)
+            rows, losses = unpack(
+                content, self.store_id, shape, self.grads.stored_type, self.has_losses
+            )
         except ValueError as error:
             self._remove(piece)
             raise UserError(

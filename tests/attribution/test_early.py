@@ -1,5 +1,6 @@
 """What is told before anything is loaded: mistakes, and what a run will take."""
 
+import contextlib
 import shutil
 from collections import namedtuple
 
@@ -8,9 +9,11 @@ import pytest
 
 from concept_trak import cli
 from concept_trak.attribution import early
+from concept_trak.attribution.plan import folder_name
 from concept_trak.errors import UserError
 from concept_trak.models.folder import unet_size
 from concept_trak.settings import ROOT, resolve
+from concept_trak.store.shards import Layout, Store
 
 
 def test_the_size_of_the_network_is_read_from_headers(tiny_pipeline, tiny_model, tmp_path):
@@ -100,3 +103,21 @@ def test_encoded_pictures_are_counted(tmp_path, rows, num_train, known):
         np.save(tmp_path / early.TEXT, np.zeros((rows, 2, 3), np.float32))
     settings = resolve("own", {"data_dir": str(tmp_path), "num_train": num_train})
     assert early.number_of_pictures(settings) == known
+
+
+@pytest.mark.parametrize("modules, given, said", [
+    ([64] * 4, "50KB", "4 blocks of up to 64 features need 0.295 MB of the 0.05 MB of MAX_MEMORY"),
+    ([256], "50KB", "18 x 1000 scores take 0.072 MB of the 0.05 MB of MAX_MEMORY"),
+])  # fmt: skip
+def test_too_little_memory_is_told_before_the_model_is_loaded(tmp_path, modules, given, said):
+    s = resolve("emoji", {"grad_dir": str(tmp_path), "data_dir": str(tmp_path)})
+    projection = {"kind": "logra", "blocks": len(modules), "modules": modules}
+    layout = Layout(1000, 256, 2, "float16")
+    Store.create(tmp_path / folder_name(s), layout, {"projection": projection}, {})
+    early.check_memory(s)
+    early.check_memory(s.but(max_memory="500KB"))
+    with pytest.raises(UserError, match=said):
+        early.check_memory(s.but(max_memory=given))
+    index = s.but(max_memory=given, search="index")  # scores candidates alone
+    with pytest.raises(UserError) if len(modules) > 1 else contextlib.nullcontext():
+        early.check_memory(index)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from concept_trak import files
 from concept_trak.errors import UserError
-from concept_trak.store.cached import cached_array, keep_arrays, read_arrays
+from concept_trak.files import sha256_file
+from concept_trak.store.cached import cached_array, keep, keep_arrays, read_arrays
 
 ARRAY = np.arange(12, dtype=np.float64).reshape(3, 4).T / 7
 
@@ -92,3 +95,48 @@ def test_arrays_are_kept_together_and_a_damaged_file_is_none(tmp_path):
     for damaged in (flipped, whole[:40], whole[: len(whole) // 2], b"", b"not a zip"):
         path.write_bytes(damaged)
         assert read_arrays(path) is None
+
+
+KEPT = {
+    "shape": np.ones((2, 3), "<f4"),
+    "axes": np.ones((1, 3, 4), "<f4"),
+    "type": np.ones((3, 4), "<f8"),
+    "integers": np.ones((3, 4), "<i4"),
+    "nan": np.full((3, 4), np.nan, "<f4"),
+    "inf": np.full((3, 4), np.inf, "<f4"),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_an_array_of_another_form_is_made_again_also_where_its_record_fits(tmp_path, kept):
+    path, right = tmp_path / "query.npy", np.zeros((3, 4), np.float32)
+    keep(path, {"model": "a"}, kept)
+    found = cached_array(path, {"model": "a"}, lambda: right, shape=(3, 4))
+    np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    lambda whole: whole[:-4] + whole[:4],
+    lambda whole: whole[: len(whole) // 2],
+    lambda whole: whole + b"\0",
+])  # fmt: skip
+def test_a_file_is_read_again_when_it_changed_and_only_then(tmp_path, monkeypatch, spoil):
+    path, reads = tmp_path / "a", []
+    path.write_bytes(bytes(range(256)) * 8)
+    monkeypatch.setattr(files, "SETTLED", 0.0)  # else a new file is read each time
+    monkeypatch.setattr(files, "sha256_file", lambda p: reads.append(p) or sha256_file(p))
+    first = files.sha256_once(path)
+    assert files.sha256_once(path) == first == sha256_file(path) and len(reads) == 1
+    time.sleep(0.02)  # a tick of the clock of files
+    path.write_bytes(spoil(path.read_bytes()))
+    assert files.sha256_once(path) != first and len(reads) == 2
+    os.utime(path, ns=(0, 0))
+    assert files.sha256_once(path) != first and len(reads) == 3
+
+
+def test_a_file_that_may_yet_change_unseen_is_always_read(tmp_path):
+    path = tmp_path / "a"
+    for content in (b"one", b"two", b"six"):
+        path.write_bytes(content)
+        assert files.sha256_once(path) == sha256_file(path)

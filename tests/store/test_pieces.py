@@ -8,7 +8,7 @@ import pytest
 from stores import contents, fill, make, some_losses, some_rows
 
 from concept_trak.errors import UserError
-from concept_trak.store.pieces import Piece, gaps, split
+from concept_trak.store.pieces import Piece, gaps, pack, split
 
 ROWS, LOSSES = some_rows(), some_losses()
 
@@ -83,6 +83,15 @@ def test_a_damaged_piece_is_told_and_its_rows_are_missing_again(tmp_path, capsys
     store.absorb(0)
     assert said in capsys.readouterr().out
     assert store.missing(0) == [(start, stop)] and not path.exists()
+
+
+@pytest.mark.parametrize("dtype", ["<f8", "<f2", "<i4"])
+def test_a_piece_of_numbers_of_another_type_is_not_taken(tmp_path, dtype):
+    store = make(tmp_path)
+    piece = Piece(0, *store.shard_range(0))
+    store.write_piece(piece, pack(store.store_id, ROWS[: piece.stop].astype(dtype), None))
+    with pytest.raises(UserError, match="holds numbers of another type; it is removed"):
+        store.stored_piece(piece)
 
 
 def test_a_piece_of_another_store_is_not_taken(tmp_path):

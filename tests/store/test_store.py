@@ -299,3 +299,51 @@ def test_manifest_keeps_the_first_provenance(tmp_path):
         == {"git": "one"}
         == store.manifest["provenance"]
     )
+
+
+@pytest.mark.parametrize("name", ["train_grad", "train_loss"])
+@pytest.mark.parametrize("at", [-1, -9, 130])
+def test_what_is_read_whole_is_what_was_finished(tmp_path, name, at):
+    """Also where the store was opened by its files' lengths alone."""
+    rows = some_rows()
+    store = fill(make(tmp_path, "float16", losses=True), rows)
+    path = store.path(1, ".npy", name)
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+    store = Store.open(tmp_path, verify=False)
+    with pytest.raises(UserError, match=f"{name}-1.npy is not the file this store finished"):
+        store.losses() if name == "train_loss" else [*store.stored_blocks(3)]
+
+
+def test_files_of_one_shape_exchanged_between_stores_are_told(tmp_path):
+    stores = [fill(make(tmp_path / n, identity={"model": n}), some_rows()) for n in "ab"]
+    for ending, said in ((".npy", "checksum differs|finished"), (".json", "another store")):
+        theirs = stores[1].path(2, ending).read_bytes()
+        theirs = theirs[:-1] + b"\1" if ending == ".npy" else theirs
+        ours = stores[0].path(2, ending).read_bytes()
+        stores[0].path(2, ending).write_bytes(theirs)
+        with pytest.raises(UserError, match=said):
+            Store.open(tmp_path / "a")
+        stores[0].path(2, ending).write_bytes(ours)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "empty", "nothing"])
+def test_a_shard_that_is_no_file_of_rows_is_one_line(tmp_path, kind):
+    path = fill(make(tmp_path), some_rows()).path(2, ".npy")
+    path.unlink()
+    act = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "empty": path.touch}
+    act |= {"loop": lambda: path.symlink_to(path.name)}
+    act.get(kind, lambda: None)()
+    with pytest.raises(UserError, match="train_grad-2.npy|shard 2 of 4 is not finished") as told:
+        Store.open(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_rows_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").write_text("the only copy")
+    store = make(tmp_path / "store")
+    store.path(0, ".npy.part").symlink_to("../elsewhere")
+    with pytest.raises(UserError, match="cannot write .*train_grad-0.npy.part"):
+        store.append(0, some_rows()[:1], 0)
+    assert (tmp_path / "elsewhere").read_text() == "the only copy"
