@@ -86,13 +86,7 @@ class BlockFisher:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        widths = self.widths
-        needed = sum(8 * w * w for w in widths) + _primal_bytes(max(widths))
-        if needed > self.budget.max_memory:
-            raise UserError(
-                f"{len(widths)} blocks of up to {max(widths)} features need "
-                f"{needed / 2**30:.2g} GiB; raise MAX_MEMORY or lower PROJ_DIM"
-            )
+        refuse_blocks(self.widths, self.budget.max_memory)
 
     def solve(self, store: Store, queries: np.ndarray, dampings: Sequence[float]) -> np.ndarray:
         """As `Preconditioner.solve`."""
@@ -114,7 +108,6 @@ class BlockFisher:
                 f"blocks of {sum(self.widths)} features do not fit {store.folder}; give widths "
                 f"that add up to the {store.dim} of its rows"
             )
-        refuse_blocks(self.widths, self.budget.max_memory)
 
     def _kernels(self, store: Store) -> list[torch.Tensor]:
         """The diagonal blocks of K, float64: those kept beside a large store, else summed in one
