@@ -38,8 +38,8 @@ VARIABLE = re.compile(r"\b[A-Z][A-Z_0-9]+\b")
 # ---- what a text may end in
 RUN = re.compile(
     r"(?:bash (?:scripts/\S+(?: my_pictures)?|requirements\.sh)"
-    r"|python (?:-m \S+|-c \".*\"(?: \S+)*)|pip install (?:-e )?\S+|curl -LO \S+|git checkout -- \S+"
-    r"|git pull|rm (?:-r )?\S+|conda env remove .*|\{option\}\{.*\}|unset \S+)$"
+    r"|python (?:-m \S+|-c \".*\"(?: \S+)*)|pip install (?:-e )?\S+|curl -LO \S+"
+    r"|git checkout -- \S+|git pull|rm (?:-r )?\S+|conda env remove .*|\{option\}\{.*\}|unset \S+)$"
 )
 DO = re.compile(
     r"\b(?:set|unset|lower|raise|write|give|leave|name|use|remove|shorten|mend|make|choose|run)\b"
