@@ -4,7 +4,6 @@ the cores.
 
 import errno
 import json
-import os
 import shutil
 
 import numpy as np
@@ -94,8 +93,8 @@ GONE = object()  # in place of a value: the key is not there
 
 
 def changed(source, folder, file, **values):
-    """A copy of a pipeline folder with other values in one of its JSON files, weights linked."""
-    shutil.copytree(source, folder, copy_function=os.link)
+    """A copy of a pipeline folder with other values in one of its JSON files."""
+    shutil.copytree(source, folder)
     path = folder / file
     content = json.loads(path.read_text()) | values
     path.unlink()

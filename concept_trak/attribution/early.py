@@ -223,9 +223,8 @@ def own_estimate(settings: Settings) -> str:
             f"{place}: {count} pictures take {told}; free some or set DATA_DIR, GRAD_DIR"
         )
     time = estimate(s, count) or "how long cannot be told beforehand"
-    splits = f" ({found})" if (found := data.told_splits()) else ""
     kept = "what was made before is kept, and a stop loses nothing"
-    return f"{count} pictures{splits}: {time}, {told}; {kept}"
+    return "; ".join(filter(None, (f"{count} pictures: {time}, {told}", kept, data.told_splits())))
 
 
 def estimate(settings: Settings, count: int) -> str:
