@@ -113,9 +113,8 @@ def weight_files(names: Iterable[str], part: str) -> tuple[str, list[str]]:
             found.setdefault(whole[1] or "", [name])
         if listed:
             v = rf"\.{listed[1]}" if listed[1] else ""
-            pieces = rf"{stem}(?:{v}{shard}|{shard}{v})\.safetensors"
-            pieces = [n for n in names if re.fullmatch(pieces, n)]
-            found[listed[1] or ""] = [name, *pieces]
+            piece = re.compile(rf"{stem}(?:{v}{shard}|{shard}{v})\.safetensors")
+            found[listed[1] or ""] = [name, *filter(piece.fullmatch, names)]
     order = ["", *VARIANTS, *(v for v in found if v not in VARIANTS)]
     variant = next((v for v in order if v in found), "")
     return variant, found.get(variant, [])
