@@ -26,7 +26,6 @@ from concept_trak.settings import (
     ROOT,
     Settings,
     as_dict,
-    flat_fields,
     digest,
     flat_fields,
     names,
