@@ -36,8 +36,8 @@ TOOLS = (
     "seq sha256sum shasum tail tee tr uname"
 ).split()
 
-# Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing. What
-# it is given says that it is isolated (-I): no folder of the user's is on its path.
+# Records "NAME|ARG|ARG" and plays the interpreter: `-m venv` copies it, pip does nothing.
+# Its first argument is -I: no folder of the user's is on the path.
 FAKE_PYTHON = """#!/bin/bash
 record="$0"; for argument in "$@"; do record+="|$argument"; done; echo "$record" >>"$LOG"
 case "$*" in
