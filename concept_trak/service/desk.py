@@ -239,8 +239,8 @@ class Desk:
         """UserError once the files of the rows are not those that were checked at the start."""
         if _stamps(self.store) != self._rows:
             raise UserError(
-                "the rows on the disk are not those that this service checked when it started; "
-                "start the service again"
+                "the service must be started again: the rows on the disk are not those that it "
+                "checked when it started; run: bash scripts/serve.sh"
             )
 
     # ---- what is accepted and not yet answered, on disk

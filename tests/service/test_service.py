@@ -504,7 +504,7 @@ def test_rows_that_were_exchanged_since_are_told_and_answer_nothing(change, own)
     assert first.status_code == 200
     change(rows)
     told = served.ask(ASKED | {"seed": 5})
-    assert told.status_code == 500 and "start the service again" in told.json()["error"]
+    assert told.status_code == 500 and "the service must be started again" in told.json()["error"]
     assert len(list(served.desk.folder.glob("a-cat*"))) == 1
     assert served.ask().json() == first.json()  # that was made of the rows of the start
 
