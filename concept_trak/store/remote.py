@@ -48,14 +48,8 @@ LASTING_NAMES = (
 STATUS = re.compile(r"status code: (\d{3})")
 PASSING = (408, 409, 425, 429)  # of HTTP's refusals, those that a further try may mend
 ANSWER = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
-MENDS = {  # what mends a refusal that no further try does; otherwise `CREDENTIALS`
-    "TooSkewed|RequestExpired": "set the clock of this machine",
-    "redirect without LOCATION|PermanentRedirect|HeaderMalformed": (
-        "set AWS_REGION to the region of the bucket"
-    ),
-    "NoSuchBucket|InvalidBucketName": "set GRAD_DIR to a bucket that is there",
-}
-CREDENTIALS = "set GRAD_DIR to what is there, or the credentials (AWS_ACCESS_KEY_ID, ...)"
+SKEWED, BUCKET = "TooSkewed|RequestExpired", "NoSuchBucket|InvalidBucketName"
+REGION = "redirect without LOCATION|PermanentRedirect|HeaderMalformed"
 Result = TypeVar("Result")
 
 
@@ -299,9 +293,7 @@ class Remote:
             except Exception as error:  # noqa: BLE001 - each library has classes of its own
                 reason = _reason(error)
                 if _lasting(error):
-                    known = (mend for of, mend in MENDS.items() if re.search(of, str(error)))
-                    mend = next(known, CREDENTIALS)
-                    raise UserError(f"cannot {what} {self.url}: {reason}; {mend}") from None
+                    raise UserError(f"cannot {what} {self.url}: {reason}; {_mend(error)}") from None
                 if wait is None:
                     tried = f"tried {len(WAITS) + 1} times over {sum(WAITS):.0f} s"
                     raise TransientError(
@@ -328,7 +320,18 @@ def _lasting(error: Exception) -> bool:
     told = STATUS.search(str(error))
     if told and 300 <= int(told[1]) < 500:
         return int(told[1]) not in PASSING
-    if re.search("|".join(MENDS), str(error)):
+    if re.search(f"{SKEWED}|{BUCKET}|{REGION}", str(error)):
         return True
     missing = isinstance(error, FileNotFoundError)
     return missing or isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES
+
+
+def _mend(error: Exception) -> str:
+    """What mends an error that lasts."""
+    if re.search(SKEWED, str(error)):
+        return "set the clock of this machine and run the same again"
+    if re.search(REGION, str(error)):
+        return "set AWS_REGION to the region of the bucket and run the same again"
+    if re.search(BUCKET, str(error)):
+        return "set GRAD_DIR to a bucket that is there"
+    return "set GRAD_DIR to what is there, or the credentials (AWS_ACCESS_KEY_ID, ...)"
