@@ -206,7 +206,8 @@ class Verb:
 PLACE = ("device", "gpu_id")
 MODEL = ("model", "data_dir", *PLACE)
 CLUSTER = ("executor", "num_cpus", "num_gpus", "piece_rows", "task_retries")
-ROWS = ("rows", "projection", "grad_dir", "store_cache", "batch_size", "num_train", *MODEL)
+ROWS = ("rows", "projection", "grad_dir", "store_cache", "store_dtype", "batch_size", "num_train")
+ROWS += MODEL
 TASK_ROWS = ("tasks", "force_recompute_concept_grad", *ROWS)
 PICTURES = ("negative_prompt", "gen_guidance_scale", "gen_num_inference_steps")
 QUERIES = ("scope", "concept_guidance_scale", "eta", "epochs", "gen_num_inference_steps")
@@ -254,7 +255,7 @@ VERBS = {
         run_train_grad,
         "Compute the rows of the training pictures, and keep them; goes on where it stopped.",
         "--nfe 5 --shards 0-1",
-        ("store", "gpu_ids", *CLUSTER, *ROWS),
+        ("store", "gpu_ids", "max_memory", *CLUSTER, *ROWS),
         check="check_model",
     ),
     "build-index": Verb(

@@ -59,14 +59,14 @@ def serve(connection):
     """Run the verb that a script asks for, and tell it what was printed."""
     with connection, connection.makefile("rw") as file:
         argv, env, cwd = json.loads(file.readline())
-        assert argv[:2] == ["-m", "concept_trak"], argv
+        assert argv[:2] == ["-I", "-u"] and argv[3] == "concept_trak", argv
         out, err, before, here = io.StringIO(), io.StringIO(), dict(os.environ), os.getcwd()
         os.environ.update(env)
         os.chdir(cwd)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
-                    code = cli.main(argv[2:])
+                    code = cli.main(argv[4:])
                 except SystemExit as end:
                     code = end.code
         finally:

@@ -770,7 +770,7 @@ def test_an_answer_records_the_form_of_the_rows_it_was_made_from(computed, capfd
         told.append("the rows are float16, not bfloat16, and are used as" in capfd.readouterr().out)
         records = [
             *computed["results_dir"].glob("free_query/*/question.json"),
-            *computed["results_dir"].parent.glob("suspects/*/suspects.json"),
+            *computed["results_dir"].glob("suspects/*/suspects.json"),
         ]
         made_by = {json.dumps(json.loads(path.read_text())["settings"]) for path in records}
         (settings,) = map(json.loads, made_by)

@@ -68,14 +68,13 @@ def create_store(corpus: Corpus) -> Store:
 
     That questions about its rows will need more than MAX_MEMORY is told.
     """
+    s, weighted = corpus.settings, OBJECTIVES.get(corpus.settings.f).row_weight is not None
+    dim, identity = corpus.projection.proj_dim, corpus.train_identity()
     try:
         corpus.preconditioner  # noqa: B018
     except UserError as error:
         print(f"warning: to answer from these rows: {error}", file=sys.stderr)
-    s, weighted = corpus.settings, OBJECTIVES.get(corpus.settings.f).row_weight is not None
-    dim = corpus.projection.proj_dim
     layout = Layout(len(corpus.data), dim, s.num_split, s.store_dtype, losses=weighted)
-    identity = corpus.train_identity()
     made_by = {"command": command("train-grad", s, (*ROW_STAGES, "num_split"))}
     store = Store.create(new_folder(s, identity), layout, identity, provenance() | made_by)
     keep_digests(store, corpus.data.digests())

@@ -63,10 +63,10 @@ class ImageCaptionDataset:
         return len(self.records)
 
     def path(self, index: int) -> Path:
-        """Of one picture, to be named and linked to; to read it, see `opened`."""
+        """Of one picture, to be named and linked to; to read it, see `open_file`."""
         return self.root / self.records[index]["file_name"]
 
-    def opened(self, index: int, mend: str = REPLACE) -> BinaryIO:
+    def open_file(self, index: int, mend: str = REPLACE) -> BinaryIO:
         """One picture's file. UserError, which ends with `mend`, for one that is none, or another
         than was listed.
         """
@@ -74,7 +74,7 @@ class ImageCaptionDataset:
 
     def file(self, index: int) -> tuple[bytes, str]:
         """(content, media type) of one picture. UserError if it is none."""
-        with self.opened(index) as opened:
+        with self.open_file(index) as opened:
             content = opened.read()
         return content, media_type(content, self.path(index), REPLACE)
 
@@ -84,7 +84,7 @@ class ImageCaptionDataset:
 
         Raises UserError if the file is not a readable picture.
         """
-        with self.opened(index) as file:
+        with self.open_file(index) as file:
             picture = on_white(decoded(file, self.path(index), REPLACE))
         if size is None or picture.size == (size, size):
             return picture
@@ -159,7 +159,7 @@ class ImageCaptionDataset:
         return whole.hexdigest(), rows
 
     def _content(self, index: int) -> bytes:
-        with self.opened(index) as file:
+        with self.open_file(index) as file:
             parts = (self.captions[index].encode(), file.read())
         return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
@@ -171,7 +171,7 @@ def looks(data: ImageCaptionDataset, mend: str = REPLACE) -> str:
     """
     whole = hashlib.sha256()
     for i, (record, caption) in enumerate(zip(data.records, data.captions, strict=True)):
-        with named(data.path(i), mend), data.opened(i, mend) as file:
+        with named(data.path(i), mend), data.open_file(i, mend) as file:
             head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
             size = os.fstat(file.fileno()).st_size
         whole.update(json.dumps([record["file_name"], size, head, caption]).encode())

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..attribution.question import Question
+from ..rows.vjp import PerSampleVjp
 
 
 class Count:
@@ -42,7 +43,7 @@ def counted(network: nn.Module) -> Iterator[Count]:
 
 
 def _add(count: Count, samples: int) -> None:
-    count.samples += samples
+    count.samples += 0 if PerSampleVjp.holding else samples
 
 
 def forwards_of(ranker: Any, question: Question) -> int:

@@ -51,8 +51,8 @@ BLOCK_VALUES = 2**23  # values of rows whitened at a time: 32 MB
 class Index:
     """The codes beside a store. `Index.create` makes or reopens it, `Index.open` wants it whole."""
 
-    def __init__(self, folder: Path, store: Store, manifest: dict, *, mend: str = MEND) -> None:
-        self.folder, self.store, self.manifest, self.mend = folder, store, manifest, mend
+    def __init__(self, folder: Path, store: Store, manifest: dict) -> None:
+        self.folder, self.store, self.manifest, self.mend = folder, store, manifest, MEND
         core = {key: value for key, value in manifest.items() if key != "provenance"}
         self.index_id = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
 
@@ -104,7 +104,8 @@ class Index:
         if not (folder / "manifest.json").exists():
             raise UserError(f"{store.folder} has no index; {mend}")
         manifest = read_json(folder / "manifest.json", remade(folder, mend))
-        index = cls(folder, store, manifest, mend=mend)
+        index = cls(folder, store, manifest)
+        index.mend = mend
         if manifest.get("format") != FORMAT or manifest.get("store") != store.store_id:
             raise index._refused("belongs to another store")
         files, widths = manifest.get("files"), manifest.get("widths")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,6 +82,10 @@ def check_kind(folder: Path, source: str) -> None:
             refuse_class(source, part, given[1])
     files = {part: folder / part / "config.json" for part in ("unet", "vae", "text_encoder")}
     configs = {part: Config(source, part, read_json(path, mend)) for part, path in files.items()}
+    for part in ("unet", "vae"):
+        name = configs[part].values.get("_class_name")
+        if name not in (None, PARTS[part][1]):
+            refuse_class(source, part, str(name))
     for part, config in configs.items():
         refuse_endless(config.values, f"{source}, {part}")
     _check_unet(configs["unet"])
@@ -96,14 +101,13 @@ def refuse_class(source: str, part: str, name: str) -> NoReturn:
     raise UserError(f"the {part} of {source} is a {name[:80]}, not a {known}; {REMEDY}")
 
 
+@dataclass
 class Config:
     """The configuration of a part, with the values that must be."""
 
-    def __init__(self, source: str, part: str, values: dict[str, Any]) -> None:
-        self.source, self.part, self.values = source, part, values
-        name = values.get("_class_name")
-        if part in ("unet", "vae") and name not in (None, PARTS[part][1]):
-            refuse_class(source, part, str(name))
+    source: str
+    part: str
+    values: dict[str, Any]
 
     def refuse(self, told: str, remedy: str = REMEDY) -> NoReturn:
         """UserError: the part has such a value."""

@@ -298,6 +298,7 @@ class PerSampleVjp:
     """
 
     _held: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # what has been held against it
+    holding = False  # while it is: a backward that is no part of the rows
 
     def __init__(self, module: nn.Module, layer: str | Callable[[str], bool]) -> None:
         self.parameters = select_parameters(module, layer)
@@ -487,7 +488,7 @@ class PerSampleVjp:
             p.grad = None
 
         kept = [p.grad for p in self.parameters.values()]
-        handles = []
+        handles, PerSampleVjp.holding = [], True
         try:
             for (name, p), grad in zip(self.parameters.items(), grads, strict=True):
                 p.grad = None
@@ -495,6 +496,7 @@ class PerSampleVjp:
                 handles.append(p.register_post_accumulate_grad_hook(hook))
             eps_hat.backward(scaled, inputs=list(self.parameters.values()))
         finally:
+            PerSampleVjp.holding = False
             for handle in handles:
                 handle.remove()
             for p, grad in zip(self.parameters.values(), kept, strict=True):

@@ -238,12 +238,13 @@ def test_two_folders_of_one_name_share_neither_arrays_nor_gradients(tmp_path):
     python, told = tmp_path / "python", []
     python.write_text('#!/bin/bash\necho "$DATA_DIR $GRAD_DIR"\n')
     python.chmod(0o755)
-    places = {"DATA_DIR": "", "GRAD_DIR": "", "PROMPT": "a cat", "TARGET_CONCEPTS": "cat"}
+    own = {k: v for k, v in os.environ.items() if k not in ("DATA_DIR", "GRAD_DIR")}
+    own |= {"PROMPT": "a cat", "TARGET_CONCEPTS": "cat"}
     for above in ("one", "other"):
         (tmp_path / above / "mine").mkdir(parents=True)
         done = subprocess.run(
             ["bash", ROOT / "scripts/abc/run_own_data.sh", tmp_path / above / "mine"],
-            env={**os.environ, **places, "PYTHON_BIN": str(python)},
+            env={**own, "PYTHON_BIN": str(python)},
             capture_output=True,
             text=True,
         )

@@ -579,7 +579,7 @@ def test_bad_input_is_one_line_before_anything_is_drawn(
     refused(given | {"edits": nets / "alexnet.safetensors"}, "is no edit", capsys)
     refused(given | {"sd_model_path": other_pipeline}, "made for another model", capsys)
     refused(given | {"concept": "zebra"}, "no prompt asks for CONCEPT=zebra", capsys)
-    refused(given | {"classifier": tmp_path / "none"}, "snapshot_download", capsys)
+    refused(given | {"classifier": tmp_path / "none"}, "no such folder", capsys)
     refused(given | {"classifier": nets / "clip"}, "lacks the weight classifier", capsys)
     refused(given | {"protocol": "styles", "alexnet_path": ""}, "curl -LO https", capsys)
     other = given | {"protocol": "styles", "alexnet_path": nets / "clip/model.safetensors"}
