@@ -326,7 +326,7 @@ def test_what_is_exchanged_after_it_was_listed_is_refused_at_use(folder, tmp_pat
     data = load_folder(rows_of(folder, rows(*"abcd")))
     part, far = data.split("train").subset([0, 1]), secret(tmp_path)
     EXCHANGED[which](folder, far)
-    for read in (part.image, part.file, part.opened, lambda _: part.digests(), data.image):
+    for read in (part.image, part.file, part.open_file, lambda _: part.digests(), data.image):
         with pytest.raises(UserError, match="0.png .*; put another picture there"):
             read(0)
 
