@@ -1,5 +1,6 @@
 """Edits: the published rule, exact undo, stacks, other models, operators."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -312,7 +313,7 @@ def test_new_values_that_the_network_cannot_hold_are_refused(tiny_model):
     edit, name = small_edit(network)
     index, old, new = edit.changes[name]
     large = replace(edit, changes={name: (index, old, new + 1e6)})
-    network.half()
+    network = copy.deepcopy(network).half()  # the other belongs to all tests
     with pytest.raises(UserError, match="cannot hold"):
         EditedNetwork(network, edit.model).apply(large)
     EditedNetwork(network, edit.model).apply(edit)

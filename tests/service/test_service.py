@@ -888,7 +888,6 @@ def closed(via):
     "sent",
     [
         b"",
-        b"G",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\n",
     ],
