@@ -53,9 +53,9 @@ def inside(root: Path, name: Any, what: str, links: bool = False) -> Path:
     return Path(root) / name
 
 
-def told(name: object) -> str:
-    """What a file names, for a message: quoted, and of bounded length."""
-    return repr(name) if len(repr(name)) < 120 else repr(name)[:116] + "..."
+def told(name: object, most: int = 120) -> str:
+    """What a file names, for a message: quoted, and of fewer than `most` characters."""
+    return repr(name) if len(repr(name)) < most else repr(name)[: most - 4] + "..."
 
 
 def _too_long(name: str) -> bool:

@@ -31,10 +31,9 @@ def find_store(settings: Settings, wanted: Identity) -> Path | None:
     there = [f for base in bases for f in stores_named(base / folder_name(settings))]
 
     def fits(folder: Path) -> tuple[int, ...]:
-        found = _store(folder)
-        return *_agreement(
-            folder, wanted
-        ), found is not None and found.dtype == settings.store_dtype
+        store = _store(folder)
+        same_type = store is not None and store.dtype == settings.store_dtype
+        return *_agreement(folder, wanted), same_type
 
     return max(there, key=fits, default=None)
 

@@ -72,11 +72,10 @@ class ImageCaptionDataset:
         """
         return open_unlinked(self._files[index], self.path(index), mend)
 
-    def file(self, index: int) -> tuple[bytes, str]:
-        """(content, media type) of one picture. UserError if it is none."""
-        with self.open_file(index) as opened:
-            content = opened.read()
-        return content, media_type(content, self.path(index), REPLACE)
+    def media_type(self, index: int) -> str:
+        """ "image/png" of one picture, by its content. UserError if it is none."""
+        with self.open_file(index) as file:
+            return media_type(file, self.path(index), REPLACE)
 
     def image(self, index: int, size: int | None = None) -> Image.Image:
         """One picture, RGB on white. size: side in pixels; the largest centred square is resized to

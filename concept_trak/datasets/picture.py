@@ -64,11 +64,10 @@ def decoded(content: bytes | BinaryIO, what: object, mend: str) -> Image.Image:
         raise UserError(f"{what} cannot be read as a picture ({reason}); {mend}") from None
 
 
-def media_type(content: bytes, what: object, mend: str) -> str:
-    """ "image/png" of a file's content. UserError as `decoded`, of what its header tells."""
+def media_type(file: BinaryIO, what: object, mend: str) -> str:
+    """ "image/png" of an open file. UserError as `decoded`, of what its header tells."""
     try:
-        with _opened(io.BytesIO(content)) as opened:
-            return Image.MIME[opened.format or ""]
+        return Image.MIME[_opened(file).format or ""]
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what} is no picture ({reason}); {mend}") from None

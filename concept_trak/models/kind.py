@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UserError
-from ..reading import read_json
+from ..reading import read_json, told
 from .folder import INDEX, copy_again, refuse_endless, refuse_other_folder, side_of
 from .hub import model_folder
 
@@ -109,15 +109,15 @@ class Config:
     part: str
     values: dict[str, Any]
 
-    def refuse(self, told: str, remedy: str = REMEDY) -> NoReturn:
+    def refuse(self, what: str, remedy: str = REMEDY) -> NoReturn:
         """UserError: the part has such a value."""
-        raise UserError(f"the {self.part} of {self.source} has {told}; {remedy}")
+        raise UserError(f"the {self.part} of {self.source} has {what}; {remedy}")
 
     def whole(self, key: str, default: int) -> int:
         """A whole number of at least 1; the default where there is none. UserError for another."""
         value = self.values.get(key, default)
         if type(value) is not int or value < 1:
-            self.refuse(f"{key}={_short(value)}, which is not a whole number above 0")
+            self.refuse(f"{key}={told(value)}, which is not a whole number above 0")
         return value
 
     def number(self, key: str, default: float, most: float = math.inf) -> float:
@@ -125,19 +125,15 @@ class Config:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
             bound = "" if most == math.inf else f" and below {most:g}"
-            self.refuse(f"{key}={_short(value)}, which is not a number above 0{bound}")
+            self.refuse(f"{key}={told(value)}, which is not a number above 0{bound}")
         return value
-
-
-def _short(value: Any) -> str:
-    return repr(value) if len(repr(value)) < 60 else repr(value)[:56] + "..."
 
 
 def _check_unet(unet: Config) -> None:
     for key in CONDITIONS:
         if unet.values.get(key) is not None:
             needs = "needs an input beside latents, time and prompt"
-            unet.refuse(f"{key}={_short(unet.values[key])}: {needs}")
+            unet.refuse(f"{key}={told(unet.values[key])}: {needs}")
     channels, out = unet.whole("in_channels", 4), unet.whole("out_channels", 4)
     if out != channels:
         unet.refuse(f"{channels} input channels but {out} output channels: predicts more than eps")
@@ -171,8 +167,8 @@ def _check_text_encoder(encoder: Config, unet: Config) -> None:
     read = unet.values.get("cross_attention_dim", 1280)
     for one in read if isinstance(read, list) and read else [read]:
         if type(one) is not int or one != width:
-            told = f"embeddings of {width} numbers, but its unet reads {_short(read)}"
-            encoder.refuse(f"{told} (cross_attention_dim)")
+            wrong = f"embeddings of {width} numbers, but its unet reads {told(read)}"
+            encoder.refuse(f"{wrong} (cross_attention_dim)")
 
 
 def _check_scheduler(scheduler: Config) -> None:
@@ -184,7 +180,7 @@ def _check_scheduler(scheduler: Config) -> None:
         scheduler.refuse(f"a noise schedule of {steps} steps, not of {STEPS} steps")
     prediction = scheduler.values.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        told = f"prediction_type={_short(prediction)}, not {' or '.join(PREDICTIONS)}"
-        scheduler.refuse(told)
+        wrong = f"prediction_type={told(prediction)}, not {' or '.join(PREDICTIONS)}"
+        scheduler.refuse(wrong)
     for key, default in (("beta_start", 0.0001), ("beta_end", 0.02)):
         scheduler.number(key, default, 1.0)

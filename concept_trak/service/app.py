@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from . import pages
 from .counts import CONTENT_TYPE_LATEST, Counts
 from .desk import Desk, Failed, Full, Job, Refused, Stopping, told_status
 from .guard import Guard, Limits
-from .shown import Moved, Opened, places, printable, read, without_places
+from .shown import MEDIA, Moved, Opened, opened, places, printable, read, without_places
 from .told import AnswerTold, ErrorTold, StatusTold, Teller
 
 POLL_SECONDS = 1.0  # to wait again while the service stops: the connection is all that is left
@@ -238,7 +239,8 @@ def file_of(folder: Path, name: str, links: pages.Links) -> Response:
         raise HTTPException(404, f"the answer has no file {name.partition('/')[2][:300]!r}")
     if path.name == PAGE:
         return HTMLResponse(pages.moved(read(path, real), path.parent, links))
-    return Opened(path, real)
+    media = MEDIA.get(path.suffix.lower(), "application/octet-stream")
+    return Opened(opened(path, real), media)
 
 
 def add_pictures(app: FastAPI, desk: Desk) -> None:
@@ -263,9 +265,9 @@ def add_pictures(app: FastAPI, desk: Desk) -> None:
     @app.get("/pictures/{index}", responses=FILE, summary="A training picture")
     def picture(index: str) -> Response:
         """The file as it is."""
-        with found():
-            content, media = data.file(checked(index))
-        return Response(content, media_type=media, headers=kept)
+        row = checked(index)
+        with found(), data.open_file(row) as file:
+            return Opened(os.dup(file.fileno()), data.media_type(row), **kept)
 
     @app.get("/thumbnails/{index}", responses=FILE, summary="A training picture, small")
     def thumbnail(index: str) -> Response:

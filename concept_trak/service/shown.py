@@ -18,7 +18,6 @@ from ..settings import ROOT, Settings
 
 MEDIA = {".csv": "text/csv", ".txt": "text/plain", ".json": "application/json"}
 MEDIA |= {".html": "text/html", ".png": "image/png", ".jpg": "image/jpeg"}
-MEDIA |= {".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"}
 # a command of this machine's shell, with its variables, as refusals end in one
 COMMAND = re.compile(
     r"(?:\b[A-Z_]+=(?:'[^']*'|\S)+ )*"
@@ -52,17 +51,12 @@ def read(path: Path, real: Path) -> str:
 
 
 class Opened(FileResponse):
-    """A file that was `opened`, as it was then, whatever becomes of its name."""
+    """A file by its open descriptor, whatever becomes of its name."""
 
-    def __init__(self, path: Path, real: Path, **headers: str) -> None:
-        self.descriptor = opened(path, real)
-        media = MEDIA.get(path.suffix.lower(), "application/octet-stream")
-        super().__init__(
-            f"/dev/fd/{self.descriptor}",
-            media_type=media,
-            headers=headers,
-            stat_result=os.fstat(self.descriptor),
-        )
+    def __init__(self, descriptor: int, media: str, **headers: str) -> None:
+        self.descriptor, found = descriptor, os.fstat(descriptor)
+        about: dict[str, Any] = {"media_type": media, "headers": headers, "stat_result": found}
+        super().__init__(f"/dev/fd/{descriptor}", **about)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -14,7 +14,7 @@ from concept_trak.attribution.train_grad import open_store, train_grad
 from concept_trak.errors import UserError
 from concept_trak.flags import NEED_ALL_SCORES, settings_of
 from concept_trak.report.answer import write_answer
-from concept_trak.report.explorer import answers_in
+from concept_trak.report.explorer import answers_in, explore
 from concept_trak.settings import resolve
 
 pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'concept-trak[index]'")
@@ -73,6 +73,8 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
         assert concept["search"] == one.told and concept["files"]["npy"].endswith("candidates.npy")
     ([kept], wrong) = answers_in([page.parent.parent])
     assert kept.asked["search"] == "index" and not wrong
+    assert explore(settings) is None  # the explorer wants every score
+    assert "knows its candidates' scores only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", NEED_ALL_SCORES)

@@ -283,7 +283,7 @@ def test_links_are_followed_as_they_are_when_the_folder_is_read(tmp_path):
     for place in (root, tmp_path / "here"):
         data = load_folder(place)
         assert data.images(range(4))[:, 0, 0, 0].tolist() == [0, 50, 0, 100]
-        assert len(set(data.digests())) == 4 and data.file(3)[1] == "image/png"
+        assert len(set(data.digests())) == 4 and data.media_type(3) == "image/png"
 
 
 def test_captions_are_of_pictures_in_linked_folders_too(tmp_path):
@@ -326,7 +326,7 @@ def test_what_is_exchanged_after_it_was_listed_is_refused_at_use(folder, tmp_pat
     data = load_folder(rows_of(folder, rows(*"abcd")))
     part, far = data.split("train").subset([0, 1]), secret(tmp_path)
     EXCHANGED[which](folder, far)
-    for read in (part.image, part.file, part.open_file, lambda _: part.digests(), data.image):
+    for read in (part.image, part.media_type, part.open_file, lambda _: part.digests(), data.image):
         with pytest.raises(UserError, match="0.png .*; put another picture there"):
             read(0)
 

@@ -189,7 +189,7 @@ def test_what_is_a_picture_is_told_by_content_from_a_list(kind, tmp_path, monkey
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail(f"{a} was started"))
     (tmp_path / "p.png").write_bytes(FOREIGN[kind])
     data = ImageCaptionDataset(tmp_path, [{"file_name": "p.png"}], ["a cat"])
-    for read in (data.image, data.file, lambda _: read_picture(tmp_path / "p.png", MEND)):
+    for read in (data.image, data.media_type, lambda _: read_picture(tmp_path / "p.png", MEND)):
         with pytest.raises(UserError, match="p.png (cannot be read as a|is no) picture"):
             read(0)
 
@@ -198,7 +198,7 @@ def test_what_is_a_picture_is_told_by_content_from_a_list(kind, tmp_path, monkey
 def test_pictures_of_the_list_are_read_whatever_their_name(kind):
     content = saved(Image.new("RGB", (16, 16), (255, 0, 0)), kind)
     assert np.abs(rgb(content).astype(int) - (255, 0, 0)).max() <= 3
-    assert media_type(content, "p.png", MEND).startswith("image/")
+    assert media_type(io.BytesIO(content), "p.png", MEND).startswith("image/")
 
 
 def test_the_first_of_several_pictures_is_read():

@@ -438,6 +438,8 @@ def test_a_picture_or_file_that_leads_elsewhere_by_now_is_gone(own, tmp_path):
     pictures = [data / r["file_name"] for r in served.desk.corpus.train.records]
     kept = [path.read_bytes() for path in pictures]
     assert served.client.get("/pictures/0").content == kept[0]
+    ranged = served.client.get("/pictures/0", headers={"Range": "bytes=2-5"})
+    assert ranged.status_code == 206 and ranged.content == kept[0][2:6]
     pictures[0].unlink(), pictures[0].symlink_to(secret)
     pictures[1].unlink(), pictures[1].symlink_to(pictures[2])  # another picture
     pictures[3].unlink()
@@ -888,6 +890,7 @@ def closed(via):
     "sent",
     [
         b"",
+        b"G",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\n",
     ],
