@@ -7,12 +7,12 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-# The rooms in the order of the data's way. A module imports from its own and earlier rooms only
-# (tests/test_rooms.py).
-ROOMS = (
+# The packages in the order of the data's way. A module imports from its own and earlier ones only
+# (tests/test_layers.py).
+LAYERS = (
     "models",
     "datasets",
-    "rows",
+    "gradients",
     "store",
     "scoring",
     "index",
@@ -20,6 +20,4 @@ ROOMS = (
     "components",
     "report",
     "service",
-    "workshop",
-    "evaluation",
 )

@@ -34,10 +34,6 @@ OF_SCRIPTS = (
     *"PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split(),
     *("API_TOKEN", "RAY_ADDRESS"),
 )
-# what works with the scores of all pictures: LDS, tables of recall and average precision
-NEED_ALL_SCORES = ("evaluate", "evaluate-tasks", "truth", "labelled", "small-abc")
-# what works with the model as EDITS leave it; of `attribute` with WEIGHTS=1 the part on weights
-READ_EDITS = ("cad", "cad-erase", "cad-amplify", "cad-protocol")
 SHORTEST = 5  # letters of a variable whose neighbours are looked at: ETA is near to too much
 SHOWN_AS = {"bool": "0|1", "int": "N", "float": "X", "str": "TEXT"}
 
@@ -107,6 +103,18 @@ class Parser(argparse.ArgumentParser):
         """The flags of a sub-command."""
         (verbs,) = self._subparsers._group_actions
         return [*verbs.choices[verb]._option_string_actions]
+
+    def list_apart(self, title: str, verbs: Any, start: int) -> None:
+        """Show the sub-commands from number `start` on under a title of their own."""
+        apart, verbs._choices_actions[start:] = verbs._choices_actions[start:], []
+        self.add_argument_group(title)._group_actions.extend(apart)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = nearest(value, action.choices, 1)
+            meant = f"did you mean {near[0]}?" if near else "there are " + ", ".join(action.choices)
+            self.error(f"there is no verb {value!r}; {meant}")
+        super()._check_value(action, value)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Nothing is left over: what is not known is refused, with the nearest flag there is."""
@@ -180,15 +188,18 @@ def _add_fields(sub: Parser, uses: Sequence[str] | None) -> None:
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Settings from the parsed flags. UserError for a value that does not exist, and for
     SEARCH=index where a verb needs the scores of all pictures. EDITS where they have no effect is
-    told, not refused: scripts pass on what was exported for others.
+    told, not refused: scripts pass on what was exported for others. A parser tells by defaults of
+    its own which verbs these are: `needs_all_scores` (LDS, recall, average precision) and
+    `reads_edits`; of `attribute` with WEIGHTS=1 the part on weights does.
     """
     given = {k: v for k, v in vars(arguments).items() if k in names() and v is not None}
     settings, verb = resolve(arguments.benchmark, given), getattr(arguments, "verb", "")
-    if settings.edits and verb not in READ_EDITS and not (verb == "attribute" and settings.weights):
+    reads_edits = getattr(arguments, "reads_edits", verb == "attribute" and settings.weights)
+    if settings.edits and not reads_edits:
         where = "without WEIGHTS=1" if verb == "attribute" else f"on {verb}"
         told = f"EDITS has no effect {where}, which takes the model as it is"
         print(f"warning: {told}; leave it out: unset EDITS", file=sys.stderr)
-    if settings.search == "index" and verb in NEED_ALL_SCORES:
+    if settings.search == "index" and getattr(arguments, "needs_all_scores", False):
         raise UserError(
             f"{verb} needs the scores of all pictures, and an index knows those of the "
             "highest and lowest only: leave SEARCH out, or set SEARCH=scan"

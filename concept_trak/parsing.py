@@ -26,7 +26,7 @@ UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-# Roles of weights (`components.roles`); PAPER is the published choice, with its rule.
+# Roles of weights (`components.parameter_groups`); PAPER is the published choice, with its rule.
 KINDS = ("self_attention", "cross_attention")
 PARTS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "out"}
 ROLES = (

@@ -1,7 +1,7 @@
 """Named entries that settings choose among: objectives, rankers, benchmarks.
 
-An entry is added where it is defined; the home module, which holds the library's own entries, is
-imported when they are first asked for. So a typo is refused without loading what it does not name.
+An entry is added where it is defined; the modules that hold entries are imported when they are
+first asked for. So a typo is refused without loading what it does not name.
 
     @OBJECTIVES.register("dsm")
     class Dsm: ...
@@ -22,11 +22,11 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """{name: entry} of one variable, or of one kind of thing.
 
-    home: the module that holds the library's own entries; it imports no torch at its top.
+    homes: modules that hold entries; they import no torch at their top. Others may be appended.
     """
 
-    def __init__(self, variable: str, home: str) -> None:
-        self.variable, self.home = variable, home
+    def __init__(self, variable: str, *homes: str) -> None:
+        self.variable, self.homes = variable, [*homes]
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
@@ -42,13 +42,14 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """Every name, in the order of registration."""
-        importlib.import_module(self.home)
+        for home in self.homes:
+            importlib.import_module(home)
         return tuple(self._entries)
 
     def get(self, name: str) -> T:
         """The entry. UserError that lists the names for one that there is not."""
         if name not in self._entries:
-            importlib.import_module(self.home)
+            self.names()
         if name not in self._entries:
             raise UserError(unknown(self.variable, name, self.names()))
         return self._entries[name]
@@ -73,6 +74,6 @@ def unknown(variable: str, value: Any, names: tuple[str, ...]) -> str:
     )
 
 
-OBJECTIVES: Registry[Any] = Registry("F", "concept_trak.rows.objectives")
-RANKERS: Registry[Any] = Registry("METHODS", "concept_trak.evaluation.rankers")
-BENCHMARKS: Registry[Any] = Registry("benchmark", "concept_trak.evaluation.benchmarks")
+OBJECTIVES: Registry[Any] = Registry("F", "concept_trak.gradients.objectives")
+RANKERS: Registry[Any] = Registry("METHODS", "concept_trak.attribution.methods")
+BENCHMARKS: Registry[Any] = Registry("benchmark")

@@ -1,5 +1,5 @@
 """Pages of the site that are made when it is built: the first from README.md, one on the verbs from
-their parsers, one a room of the code from its docstrings. A new verb or module appears by itself.
+their parsers, one a package from its docstrings. A new verb or module appears by itself.
 """
 
 import ast
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
-    pages = {"index.md": first_page(), "verbs.md": verbs(), **rooms()}
+    pages = {"index.md": first_page(), "verbs.md": verbs(), **layers()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -44,16 +44,16 @@ def verbs() -> str:
     return "\n".join(parts)
 
 
-def rooms() -> dict[str, str]:
-    """{path: page} of the rooms, each module under its docstring."""
-    from concept_trak import ROOMS
+def layers() -> dict[str, str]:
+    """{path: page} of the packages, each module under its docstring."""
+    from concept_trak import LAYERS
 
-    return {f"api/{room}.md": room_page(room) for room in ROOMS}
+    return {f"api/{layer}.md": layer_page(layer) for layer in LAYERS}
 
 
-def room_page(room: str) -> str:
-    """The modules of a room that hold a docstring."""
-    folder, parts = ROOT / "concept_trak" / room, [f"# {room}\n"]
+def layer_page(layer: str) -> str:
+    """The modules of a package that hold a docstring."""
+    folder, parts = ROOT / "concept_trak" / layer, [f"# {layer}\n"]
     for path in sorted(folder.rglob("*.py")):
         if ast.get_docstring(ast.parse(path.read_text("utf-8"))):
             dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from concept_trak.datasets import celeba
+from experiments.attributes import celeba
 
 NAMES = ("Smiling", "Eyeglasses", "Male", "Young")
 

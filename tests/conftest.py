@@ -23,7 +23,7 @@ class GaussianDenoiser:
 
     def __init__(self, mean=0.3, variance=0.25, shape=(2, 4, 4), schedule=None):
         from concept_trak.models.schedule import VariancePreserving
-        from concept_trak.workshop.embedded.pipeline import build_scheduler
+        from experiments.emoji.model.pipeline import build_scheduler
 
         self.schedule = schedule or VariancePreserving(build_scheduler().alphas_cumprod)
         self.latent_shape, self.mean, self.variance = shape, mean, variance
@@ -69,7 +69,7 @@ def tiny_unet(seed=0):
 def tiny_denoiser():
     from concept_trak.models.denoiser import NetworkDenoiser
     from concept_trak.models.schedule import VariancePreserving
-    from concept_trak.workshop.embedded.pipeline import build_scheduler
+    from experiments.emoji.model.pipeline import build_scheduler
 
     schedule = VariancePreserving(build_scheduler().alphas_cumprod)
     return NetworkDenoiser(tiny_unet(), schedule, (2, 4, 4))
@@ -79,8 +79,8 @@ def save_tiny_pipeline(folder, seed=0, objects=OBJECTS, styles=STYLES):
     """A whole pipeline folder (8x8 pictures, 4x4 latents) with random weights, made of the embedded
     model's parts.
     """
-    from concept_trak.datasets.emoji import caption
-    from concept_trak.workshop.embedded import pipeline as embedded
+    from concept_trak.datasets.labels import caption
+    from experiments.emoji.model import pipeline as embedded
 
     tokenizer = embedded.build_tokenizer([caption(f"a {o}", s) for o in objects for s in styles])
     unet = tiny_unet(seed)
@@ -106,7 +106,7 @@ def tiny_text_encoder(tokenizer):
     """A CLIPTextModel of width 6."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from concept_trak.workshop.embedded import pipeline as embedded
+    from experiments.emoji.model import pipeline as embedded
 
     return CLIPTextModel(
         CLIPTextConfig(
@@ -204,7 +204,7 @@ def full_disk(monkeypatch):
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("concept_trak.files.os.fsync", full)
+    monkeypatch.setattr("concept_trak.atomic_io.os.fsync", full)
 
 
 def in_this_process(bench, plan, work):

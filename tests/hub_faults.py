@@ -37,8 +37,8 @@ class Hub:
     """The server, with the files of both downloads; `verbs`: {verb: flags that need a folder}."""
 
     def __init__(self) -> None:
-        from concept_trak.workshop.fetch import release
-        from concept_trak.workshop.fetch.assets import GEN_DATA, UNLEARNING
+        from experiments.abc.download import release
+        from experiments.abc.download.parts import GEN_DATA, UNLEARNING
 
         self.server = HubServer()
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -111,7 +111,7 @@ def answering(hub: Hub, page: Any = None, info: Any = None, faults: Any = None) 
         mock.patch.dict(os.environ, here),
         mock.patch.object(time, "sleep", lambda _: None),
         mock.patch.object(threading.Event, "wait", no_wait),
-        mock.patch("concept_trak.workshop.fetch.folder.SPARE", 0),
+        mock.patch("experiments.abc.download.folder.SPARE", 0),
     ):
         yield
 

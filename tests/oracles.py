@@ -1,4 +1,4 @@
-"""Slow and independent ways to the same numbers, shared by the tests of several rooms."""
+"""Slow and independent ways to the same numbers, shared by the tests of several packages."""
 
 import torch
 from torch.func import functional_call, grad, vmap

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import concept_trak
-from concept_trak.attribution import recognise  # noqa: F401 - it has a refusal of its own kind
+from concept_trak.attribution import mask_detection  # noqa: F401 - it has a refusal of its own kind
 from concept_trak.errors import UserError
 
 PACKAGE = Path(concept_trak.__file__).parent

@@ -26,7 +26,7 @@ def save_sd_standin(folder, seed=0, prediction="epsilon"):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from concept_trak.workshop.embedded import pipeline as embedded
+    from experiments.emoji.model import pipeline as embedded
 
     torch.manual_seed(seed)
     tokenizer = embedded.build_tokenizer(

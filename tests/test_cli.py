@@ -21,10 +21,15 @@ from conftest import save_tiny_data, small_run
 from PIL import Image
 
 from concept_trak import cli
-from concept_trak.flags import FROM_ENV
+from concept_trak import verbs as of_library
+from concept_trak.flags import FROM_ENV, settings_of
 from concept_trak.parsing import parse_shards
 from concept_trak.settings import ROOT, STAGES, Settings, names, resolve
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
+from concept_trak.verbs import run_export
+from experiments import cli as of_experiments
+
+VERBS = of_library.VERBS | of_experiments.VERBS
 
 
 @pytest.fixture
@@ -495,7 +500,7 @@ def test_two_runs_give_the_same_ranking(computed, tmp_path):
 DYING = """
 import os, signal, sys
 from concept_trak import cli
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
 
 append, calls = Store.append, []
 
@@ -597,7 +602,7 @@ def test_every_setting_is_a_flag_of_every_verb_that_computes():
         "cad-protocol",
         "cad-bench-sd14",
     }
-    assert set(verbs) == {*cli.VERBS, *own, *computing_nothing}
+    assert set(verbs) == {*VERBS, *own, *computing_nothing}
     flags = {f"--{name.replace('_', '-')}" for name in names()}
     for verb in set(verbs) - computing_nothing:
         assert flags <= set(verbs[verb]._option_string_actions)
@@ -612,8 +617,8 @@ def helped(capsys, *arguments):
 
 def test_the_help_lists_every_verb_with_a_sentence(capsys):
     shown = helped(capsys)
-    for name, verb in cli.VERBS.items():
-        assert f" {name} {verb.says}" in shown
+    for name, verb in VERBS.items():
+        assert f" {name} {verb.help}" in shown
     for name in sub_commands():
         assert f" {name} " in shown
 
@@ -623,7 +628,7 @@ def test_the_help_of_a_verb_shows_its_own_settings_with_unit_choices_bounds_and_
     assert "What is asked: --prompt TEXT" in shown and "The model: --sd-model-path TEXT" in shown
     assert "--gen-num-inference-steps N" in shown and "(DDIM steps; 2 to 999; default: 50)" in shown
     assert "bf16; default: fp32)" in shown and "default: data/emoji/pipeline)" in shown
-    assert shown.endswith(cli.VERBS["attribute"].example)
+    assert shown.endswith(VERBS["attribute"].example)
     for hidden in ("--task-idx", "--source-dir", "--num-queries", "--num-split", "SUPPRESS"):
         assert hidden not in shown
     assert "--task-idx" in helped(capsys, "task-grad")
@@ -653,16 +658,16 @@ def test_the_help_shows_the_defaults_of_the_benchmark_that_was_named(capsys):
     assert "default: 4096)" in helped(capsys, "train-grad")
 
 
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", VERBS)
 def test_a_verb_uses_settings_that_exist_and_its_example_is_accepted(name):
-    verb = cli.VERBS[name]
+    verb = VERBS[name]
     assert set(verb.uses) <= {*names(), *STAGES}
     arguments = cli.parser().parse_args([name, *shlex.split(verb.example)])
     given = {k for k, v in vars(arguments).items() if k in names() and v is not None}
     stages = [
         field.name for stage in STAGES if stage in verb.uses for field in fields(STAGES[stage])
     ]
-    assert given <= {*verb.uses, *stages} and cli.settings_of(arguments)
+    assert given <= {*verb.uses, *stages} and settings_of(arguments)
 
 
 @pytest.mark.parametrize("verb", ["attribute", "train-grad", "export"])
@@ -672,8 +677,8 @@ def test_the_help_of_a_verb_shows_every_setting_that_it_reads(
     """Asked by running it with settings that note what is read."""
     settings, read = resolve("emoji", as_given(computed)).on("cpu"), set()
     run = {
-        "export": functools.partial(cli.run_export, str(tmp_path / "out"), "numpy"),
-        **{name: verb.run for name, verb in cli.VERBS.items()},
+        "export": functools.partial(run_export, str(tmp_path / "out"), "numpy"),
+        **{name: verb.run for name, verb in VERBS.items()},
     }[verb]
     usual = Settings.__getattr__
 
@@ -708,7 +713,7 @@ def test_an_interrupted_run_ends_with_status_130_and_one_line(monkeypatch, capsy
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "settings_of", interrupted)
+    monkeypatch.setattr("concept_trak.verbs.settings_of", interrupted)
     assert cli.main(["attribute"]) == 130
     assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
 
@@ -861,7 +866,7 @@ def test_edits_that_have_no_effect_are_told(verb, changes, said, flags, capsys):
     """Not refused: scripts pass on what was exported for others."""
     given = {"edits": "no.safetensors", "data_dir": flags["data_dir"]} | changes
     line = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    cli.settings_of(cli.parser().parse_args([verb, *line]))
+    settings_of(cli.parser().parse_args([verb, *line]))
     told = capsys.readouterr().err
     assert told.count("EDITS has no effect") == bool(said) and said in told
 

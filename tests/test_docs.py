@@ -199,7 +199,7 @@ def test_every_setting_has_its_line_in_the_table_of_variables():
     assert not missing
 
 
-def test_the_site_is_built_with_every_verb_and_room(tmp_path, verbs):
+def test_the_site_is_built_with_every_verb_and_package(tmp_path, verbs):
     pytest.importorskip("mkdocs", reason="no mkdocs: pip install -e .[docs]")
     pytest.importorskip("mkdocstrings", reason="no mkdocstrings: pip install -e .[docs]")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", tmp_path]

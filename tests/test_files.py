@@ -7,9 +7,9 @@ import signal
 import numpy as np
 import pytest
 
+from concept_trak.atomic_io import atomic, atomic_folder, write_bytes, write_json
 from concept_trak.errors import UserError
-from concept_trak.files import atomic, atomic_folder, write_bytes, write_json
-from concept_trak.reading import inside, read_json, read_npy, read_safetensors, read_text
+from concept_trak.validated_io import inside, read_json, read_npy, read_safetensors, read_text
 
 MEND = "make it again"
 

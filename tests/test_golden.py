@@ -1,7 +1,7 @@
 """What a rebuilding must not change: rows, scores, rankings, names of folders, files and variables,
 defaults, exit statuses.
 
-`tests/golden/` was written by `python tests/test_golden.py` before the library was put into rooms.
+`tests/golden/` was written by `python tests/test_golden.py` before the library had packages.
 On the processor that wrote it, rows must agree to 1e-6 of their norm and rankings exactly; another
 processor rounds otherwise, there it is 1e-3. A change that is meant is written the same way, and
 its commit says which value changed and why.
@@ -20,7 +20,7 @@ import torch
 from concept_trak import cli
 from concept_trak.attribution.answer import answer
 from concept_trak.attribution.corpus import Corpus
-from concept_trak.report.answer import attribute
+from concept_trak.report.write import attribute
 from concept_trak.scoring.ranking import ranking
 from concept_trak.settings import PRESETS, ROOT, as_dict, resolve
 

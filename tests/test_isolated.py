@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from concept_trak import cli, isolated
-from concept_trak.attribution import launch
+from concept_trak.attribution import multi_gpu
 from concept_trak.settings import ROOT, Settings
 
 # what a start imports first, what it imports later, and what site imports by itself
@@ -74,7 +74,13 @@ def test_no_script_runs_what_lies_in_the_working_folder_the_data_or_beside_it(pl
     """In a checkout whose folder of scripts holds planted files, too."""
     scripts = tmp_path / "checkout/scripts"
     scripts.mkdir(parents=True)
-    for name in ("concept_trak", "pyproject.toml", "constraints.txt", "environment.yml"):
+    for name in (
+        "concept_trak",
+        "experiments",
+        "pyproject.toml",
+        "constraints.txt",
+        "environment.yml",
+    ):
         (scripts.parent / name).symlink_to(ROOT / name)
     for name in ("lib.sh", "concepts.sh"):
         (scripts / name).write_text((ROOT / "scripts" / name).read_text())
@@ -129,7 +135,7 @@ def test_a_shard_is_isolated_on_its_gpu_alone_whatever_accelerate_was_told(plant
     config.parent.mkdir(parents=True)
     config.write_text("distributed_type: MULTI_GPU\ngpu_ids: all\nnum_processes: 4\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5f")
-    line = launch.command(Settings(), 0, "1")
+    line = multi_gpu.command(Settings(), 0, "1")
     line = [*line[: line.index("concept_trak")], "probe"]
     done = run(line, planted, HF_HOME=str(config.parents[1]), ACCELERATE_USE_FSDP="true")
     assert not ran(planted) and done.returncode == 0, done.stderr

@@ -14,9 +14,9 @@ import standin
 from conftest import save_tiny_data, save_tiny_pipeline
 from hub_server import HubServer
 
-from concept_trak.workshop.fetch.assets import GEN_DATA, UNLEARNING
-from concept_trak.workshop.fetch.release import SETTINGS_NAME
-from concept_trak.workshop.fetch.release import SOURCE as RELEASE
+from experiments.abc.download.parts import GEN_DATA, UNLEARNING
+from experiments.abc.download.release import SETTINGS_NAME
+from experiments.abc.download.release import SOURCE as RELEASE
 
 py7zr = pytest.importorskip("py7zr")
 

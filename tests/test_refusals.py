@@ -12,26 +12,27 @@ import pytest
 from refusals import Source
 
 from concept_trak import cli
-from concept_trak.attribution.early import check_rows
+from concept_trak.atomic_io import write_json
+from concept_trak.attribution.preflight import check_rows
 from concept_trak.components.edits import load_edit
-from concept_trak.components.keep import load_scores
-from concept_trak.datasets import abc, encoded
-from concept_trak.datasets.celeba import read_list
+from concept_trak.components.score_io import load_scores
+from concept_trak.datasets import encoded
 from concept_trak.datasets.prepare import prepare
 from concept_trak.errors import UserError, call
-from concept_trak.evaluation.abc import token_path
-from concept_trak.evaluation.labelled.command import OWN
-from concept_trak.evaluation.labelled.settings import BENCHES, of_bench
-from concept_trak.evaluation.labelled.stages import Bench, Model
-from concept_trak.evaluation.retraining.plan import read_plan, retrain_line
-from concept_trak.evaluation.small_abc.tasks import REMEDY
-from concept_trak.files import write_json
 from concept_trak.flags import OF_SCRIPTS
 from concept_trak.settings import ROOT, TOKEN, names, resolve
-from concept_trak.workshop.judge.net import class_indices
-from concept_trak.workshop.judge.saved import load_judge
+from experiments.abc import tasks
+from experiments.abc.evaluate import token_path
+from experiments.attributes.celeba import read_list
+from experiments.attributes.command import OWN
+from experiments.attributes.pipeline import Bench, Model
+from experiments.attributes.settings import BENCHES, of_bench
+from experiments.emoji.abc.tasks import REMEDY
+from experiments.emoji.classifier.io import load_judge
+from experiments.emoji.classifier.net import class_indices
+from experiments.truth.subsets import read_plan, retrain_line
 
-TASK = abc.Task("synth/a/gpt/b/0.png", f"a {TOKEN}", "test", 0, "models/a/b", f"{TOKEN} x", "art")
+TASK = tasks.Task("synth/a/gpt/b/0.png", f"a {TOKEN}", "test", 0, "models/a/b", f"{TOKEN} x", "art")
 LINE = re.compile(r"(?:[A-Z_]+=(?:'[^']*'|[^\s',;])+ )*bash scripts/[\w/]+\.sh\b")
 VARIABLE = re.compile(r"\b[A-Z][A-Z_0-9]+\b")
 
@@ -74,7 +75,7 @@ def bench(folder, name="synthetic_4x4", **given):
 
 def no_task(folder):
     write_json(folder / "tasks.json", [asdict(TASK) | {"prompt": 3}])
-    abc.read_tasks(folder / "tasks.json")
+    tasks.read_tasks(folder / "tasks.json")
 
 
 def no_captions(folder):
@@ -85,10 +86,10 @@ def no_captions(folder):
 
 
 REFUSALS = {
-    "no tasks": lambda folder: abc.read_tasks(folder / "tasks.json"),
+    "no tasks": lambda folder: tasks.read_tasks(folder / "tasks.json"),
     "a task of the wrong form": no_task,
-    "no release": lambda folder: abc.entries_of(folder, "test"),
-    "no prompts": abc.make_tasks,
+    "no release": lambda folder: tasks.entries_of(folder, "test"),
+    "no prompts": tasks.make_tasks,
     "no token": lambda folder: token_path(resolve("abc", {"data_dir": str(folder)}), TASK),
     "no latents": lambda folder: encoded._array(folder / encoded.LATENTS, 4),
     "no pictures of the release": lambda folder: encoded._laion(folder / "laion_subset", 1),

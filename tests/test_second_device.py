@@ -11,34 +11,34 @@ from second_device import ELSEWHERE, near, second_device
 from torch import nn
 
 from concept_trak.components import states as component_states
-from concept_trak.components.by_picture import Through
-from concept_trak.components.curvature import bends
+from concept_trak.components.data_influence import Through
 from concept_trak.components.objective import AIMS
-from concept_trak.components.roles import Component
+from concept_trak.components.parameter_groups import Component
 from concept_trak.components.scores import score
+from concept_trak.components.second_order import bends
+from concept_trak.gradients import states as row_states
+from concept_trak.gradients.compute import RowMaker
+from concept_trak.gradients.objectives import of_concept, train_rows
+from concept_trak.gradients.projection import make_projection
+from concept_trak.gradients.projectors import Projection, Spec
+from concept_trak.gradients.state import State, regrouped
+from concept_trak.gradients.states import QueryStates, Start, TrainPictures, query_states_of
+from concept_trak.gradients.vjp import PerSampleVjp, module_layout
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import Churn, Guided, ddim_sample
 from concept_trak.models.denoiser import NetworkDenoiser
-from concept_trak.models.generation import initial_noise
+from concept_trak.models.sample import initial_noise
 from concept_trak.models.schedule import VariancePreserving
 from concept_trak.models.text_to_image import TextToImage
 from concept_trak.registry import OBJECTIVES
-from concept_trak.rows import states as row_states
-from concept_trak.rows.objectives import of_concept, train_rows
-from concept_trak.rows.projection import make_projection
-from concept_trak.rows.projectors import Projection, Spec
-from concept_trak.rows.row import RowMaker
-from concept_trak.rows.state import State, regrouped
-from concept_trak.rows.states import QueryStates, Start, TrainPictures, query_states_of
-from concept_trak.rows.vjp import PerSampleVjp, module_layout
+from concept_trak.scoring.ekfac import Ekfac
 from concept_trak.scoring.fisher import METHODS, BlockFisher, FullFisher
-from concept_trak.scoring.kfac import Ekfac
 from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.scores import solve_and_score
 from concept_trak.settings import PROJECTIONS
 from concept_trak.store.manifest import Layout
-from concept_trak.store.shards import Store
-from concept_trak.workshop.embedded.pipeline import build_scheduler
+from concept_trak.store.store import Store
+from experiments.emoji.model.pipeline import build_scheduler
 
 
 class Small(nn.Module):

@@ -16,10 +16,10 @@ import pytest
 from concept_trak import settings
 from concept_trak.attribution import prompts
 from concept_trak.errors import UserError
+from concept_trak.gradients import projectors
+from concept_trak.gradients.cuda_mask import GPUS
 from concept_trak.models.text_to_image import DTYPES
 from concept_trak.registry import BENCHMARKS, OBJECTIVES, RANKERS, Registry
-from concept_trak.rows import projectors
-from concept_trak.rows.gpu_mask import GPUS
 from concept_trak.settings import (
     DAMPINGS,
     REFERENCE,
@@ -32,7 +32,7 @@ from concept_trak.settings import (
     provenance,
     resolve,
 )
-from concept_trak.store.encoding import STORED_TYPES
+from concept_trak.store.dtypes import STORED_TYPES
 
 
 def option(name):

@@ -531,11 +531,13 @@ def imported(folder, local=()):
 
 
 def test_every_import_is_declared():
-    library, tests = imported(REPO / "concept_trak"), {p.stem for p in REPO.glob("tests/**/*.py")}
+    own = {"concept_trak", "experiments"}
+    library = imported(REPO / "concept_trak") | imported(REPO / "experiments", own)
+    tests = {p.stem for p in REPO.glob("tests/**/*.py")}
     needed = declared(*PROJECT["dependencies"])
     optional = declared(*(line for name in EXTRAS if name != "test" for line in EXTRAS[name]))
     assert not (undeclared := library.keys() - needed - optional), undeclared
-    theirs = imported(REPO / "tests", {"concept_trak", *tests}).keys()
+    theirs = imported(REPO / "tests", {*own, *tests}).keys()
     testing = declared(*EXTRAS["test"], *EXTRAS["cluster"], *EXTRAS["s3"])  # of .ci/run
     assert not (undeclared := theirs - needed - testing - {"tomllib", "pyarrow"}), undeclared
     assert needed - library.keys() <= NOT_IMPORTED, "declared, and imported nowhere"
@@ -557,7 +559,8 @@ def test_every_module_that_states_a_protocol_is_type_checked():
     checked = {REPO / name for name in PYPROJECT["tool"]["mypy"]["files"]}
     stating = {
         path
-        for path in (REPO / "concept_trak").rglob("*.py")
+        for top in ("concept_trak", "experiments")
+        for path in (REPO / top).rglob("*.py")
         if re.search(r"^class \w+\(.*\b(Protocol|ABC)\b", path.read_text(), re.MULTILINE)
     }
     assert checked and all(path.is_file() for path in checked)
@@ -567,7 +570,7 @@ def test_every_module_that_states_a_protocol_is_type_checked():
 def test_torchvision_is_neither_required_nor_imported():
     for name in ("pyproject.toml", "environment.yml"):
         assert not re.search(r"^[^#]*torchvision", (REPO / name).read_text(), re.MULTILINE)
-    for path in (REPO / "concept_trak").rglob("*.py"):
+    for path in [*REPO.glob("concept_trak/**/*.py"), *REPO.glob("experiments/**/*.py")]:
         assert not re.search(r"^\s*(import|from) torchvision", path.read_text(), re.MULTILINE), path
 
 

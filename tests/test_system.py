@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from concept_trak import cli
 from concept_trak.errors import UserError
-from concept_trak.system import say, speak_plainly
+from concept_trak.process import say, speak_plainly
 
 CLEARS, TITLE, BACK = "\x1b[2J", "\x1b]0;title\x07", "\x08\x08"
 KEPT = "caf\u00e9 \u732b \U0001f9d1\u200d\U0001f680 \u05d7\u05ea\u05d5\u05dc\ta\nb"
@@ -68,7 +68,7 @@ def test_a_line_of_a_failed_run_is_plain(monkeypatch):
     def fail(_):
         raise UserError(f"{TITLE} is wrong; mend it")
 
-    monkeypatch.setattr("concept_trak.cli.settings_of", fail)
+    monkeypatch.setattr("concept_trak.verbs.settings_of", fail)
     with terminal() as told:
         assert cli.main(["concepts"]) == 2
     assert told[1] == "error: \\x1b]0;title\\x07 is wrong; mend it\n"

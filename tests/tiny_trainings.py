@@ -1,4 +1,4 @@
-"""The trainings of the workshop, and other long work, at a size that takes a second: small
+"""The trainings of the experiments, and other long work, at a size that takes a second: small
 networks, a few steps, a checkpoint at every other one, and their folders below `root` instead of
 the repository.
 """
@@ -11,9 +11,9 @@ from conftest import tiny_text_encoder, tiny_unet, tiny_vae
 
 def train_model(root: Path) -> None:
     """For `concept-trak train-model`."""
-    from concept_trak import cli
-    from concept_trak.workshop.embedded import autoencoder, pipeline, train
-    from concept_trak.workshop.training import Phase
+    from experiments import cli
+    from experiments.emoji.model import autoencoder, pipeline, train
+    from experiments.training.loop import Phase
 
     cli.ROOT, pipeline.IMAGE_SIZE = root, 8
     pipeline.build_vae, pipeline.build_text_encoder = tiny_vae, tiny_text_encoder
@@ -33,8 +33,8 @@ def often(make, *args, **options):
 
 def train_judge(root: Path) -> None:
     """For `concept-trak train-judge`; without cross-validation, whose folds need more pictures."""
-    from concept_trak import cli
-    from concept_trak.workshop.judge import train
+    from experiments import cli
+    from experiments.emoji.classifier import train
 
     small = {"size": 16, "inner_size": 16, "width": 4, "epochs": 1, "fold_epochs": 1, "batch": 8}
     settings = train.JudgeSettings(**small, dropout=0.0)
@@ -44,14 +44,14 @@ def train_judge(root: Path) -> None:
 
 def judge_model(root: Path) -> None:
     """For `concept-trak judge-model`, by the judge that `train_judge` left."""
-    from concept_trak.evaluation import model
+    from experiments.emoji import model_quality as model
 
     model.JUDGE, model.SEEDS = root / "data/emoji/judge", 1
 
 
 def train_token(root: Path) -> None:
     """For `concept-trak train-token`."""
-    from concept_trak.workshop.tokens import textual_inversion
+    from experiments.training import textual_inversion
 
     textual_inversion.SAVE_EVERY = 1
 
@@ -75,7 +75,7 @@ def prepare(root: Path) -> None:
 
 def download(root: Path) -> None:
     """For the downloads: small pieces, and py7zr whatever the machine has."""
-    from concept_trak.workshop.fetch import archives, folder, hub
+    from experiments.abc.download import archives, folder, hub
 
     hub.CHUNK, archives.PROGRAMS, folder.SPARE = 500, (), 0
 

@@ -1,6 +1,6 @@
 """The main job: which training images taught the model each target concept of a prompt?
 
-`answer` computes and writes nothing but the query rows it is told to keep; `report.answer` makes
+`answer` computes and writes nothing but the query rows it is told to keep; `report.write` makes
 folders and a page of what it returns. A page, a service or a notebook asks here.
 """
 
@@ -14,24 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..datasets import emoji
-from ..datasets.folder import ImageCaptionDataset
+from ..datasets import labels
+from ..datasets.image_folder import ImageCaptionDataset
 from ..errors import UserError
+from ..gradients.caption_fit import caption_llr, doubtful, relative_fit
 from ..parsing import normalized, parse_methods
+from ..process import say
 from ..registry import OBJECTIVES, RANKERS
-from ..rows.fit import caption_llr, doubtful, relative_fit
-from ..scoring.concept import ConceptResult
 from ..scoring.memory import refuse_scores
+from ..scoring.result import ConceptResult
 from ..settings import DAMPINGS, as_dict, digest, provenance
-from ..store.shards import Store
-from ..system import say
+from ..store.store import Store
 from . import prompts
 from .corpus import Corpus
-from .early import check_words
-from .plan import folder_name
+from .index_search import searched
+from .naming import folder_name
+from .preflight import check_words
 from .question import Picture, Question, generated
 from .rankers import GradientRanker
-from .searched import searched
 from .train_grad import open_store
 
 OURS = "concept_trak"  # the method of the settings themselves, which every answer has
@@ -44,7 +44,8 @@ class Answer:
     picture: the query. questions, concepts: one a target, in the order asked. dataset: of the N
     scored images. settings, provenance: JSON that made it. unseen: True if the prompt is a held-out
     caption, False if a training one, None if neither. warnings: what a reader must know, one
-    sentence each. fit: [N], how well each caption fits its picture (`rows.fit.relative_fit`), where
+    sentence each. fit: [N], how well each caption fits its picture
+    (`gradients.caption_fit.relative_fit`), where
     the objective asks that. others: {method: [D, Q, N], or [1, Q, N] of one that knows no damping},
     those of METHODS beside ours.
     """
@@ -113,7 +114,7 @@ def _results(
         return searched(ranker, store, questions)
     values, train = ranker.rank(questions), ranker.corpus.train
     return [
-        ConceptResult(q.words, q.minus, values[:, i], DAMPINGS, emoji.truth(train, q.words))
+        ConceptResult(q.words, q.minus, values[:, i], DAMPINGS, labels.truth(train, q.words))
         for i, q in enumerate(questions)
     ]
 
@@ -161,8 +162,8 @@ def drawn(corpus: Corpus, known: torch.Tensor | None = None) -> Picture:
 
 
 def caption_fits(corpus: Corpus, store: Store) -> np.ndarray | None:
-    """[N] `rows.fit.relative_fit` of the train pictures; None where the store's rows are of an
-    objective that does not ask it.
+    """[N] `gradients.caption_fit.relative_fit` of the train pictures; None where the store's rows
+    are of an objective that does not ask it.
     """
     if OBJECTIVES.get(corpus.settings.f).beside is not caption_llr:
         return None
@@ -194,7 +195,7 @@ def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
     """A sentence for each target that no caption holds and whose words the tokenizer spells instead
     of reading them: the model hardly knows it. Labelled data refuse such words.
     """
-    if emoji.has_labels(corpus.everything):
+    if labels.has_labels(corpus.everything):
         return []
     tokenizer, told = corpus.model.pipe.tokenizer, []
     for target in targets:

@@ -10,28 +10,28 @@ from typing import Any
 import torch
 
 from ..datasets import encoded
-from ..datasets.folder import ImageCaptionDataset, load_folder
+from ..datasets.image_folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
+from ..gradients.compute import RowMaker
+from ..gradients.projection import Projection, projection_for
+from ..gradients.vjp import PerSampleVjp
 from ..models.condition import Condition
-from ..models.identity import hash_of_weights
-from ..models.loading import load_model
+from ..models.hashing import hash_of_weights
+from ..models.load import load_model
 from ..models.text_to_image import TextToImage, load_pipeline
 from ..parsing import parse_memory
 from ..registry import OBJECTIVES
-from ..rows.projection import Projection, projection_for
-from ..rows.row import RowMaker
-from ..rows.vjp import PerSampleVjp
 from ..scoring.fisher import fisher_for
 from ..scoring.preconditioner import Budget, Preconditioner
 from ..settings import Settings
-from .plan import row_settings
-from .stores import mask_of
+from .find_store import mask_of
+from .naming import row_settings
 
 ENCODED_TOGETHER = 64  # pictures
 
 
 class FolderData:
-    """Pictures and captions of a folder (`datasets.folder`), encoded by the model itself.
+    """Pictures and captions of a folder (`datasets.image_folder`), encoded by the model itself.
 
     Attributes: everything, all pictures; pictures, its train split; apart, whether only the
     pictures that are asked for are encoded, by one of many who share the work.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.generation import Generation, initial_noise, sample
+from ..models.sample import Generation, initial_noise, sample
 from ..models.text_to_image import TextToImage
 from ..settings import Settings
 

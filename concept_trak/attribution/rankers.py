@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..gradients.objectives import of_concept
+from ..gradients.state import State, regrouped
+from ..gradients.states import QueryStates, Start, query_states_of
 from ..registry import OBJECTIVES
-from ..rows.objectives import of_concept
-from ..rows.state import State, regrouped
-from ..rows.states import QueryStates, Start, query_states_of
 from ..scoring.scores import room, solve_and_score
 from ..settings import DAMPINGS
-from ..store.shards import Store
+from ..store.store import Store
 from .corpus import Corpus
-from .plan import query_states
+from .naming import query_states
 from .question import Picture, Question
 
 ROWS_AT_ONCE = 128  # of the store where each is solved for: 9 * 128 * 8 k bytes
@@ -105,7 +105,9 @@ class GradientRanker:
         self._read = None, []
 
     def ask(self, question: Question) -> None:
-        """Do what one question needs beyond what is shared, for `evaluation.cost`."""
+        """Do what one question needs beyond what is shared, so that its cost can
+        be counted.
+        """
         self.row(question)
 
     @property

@@ -27,7 +27,7 @@ from typing import Any
 
 from .. import isolated
 from ..errors import TransientError, UserError
-from ..system import VERBOSITY, ended_by_sigterm
+from ..process import VERBOSITY, ended_by_sigterm
 from .executor import POLL_SECONDS, Compute
 
 OBJECT_STORE_BYTES = 100_000_000  # rows go to the store by themselves; Ray moves only their names

@@ -12,25 +12,25 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..flags import command
+from ..gradients.compute import Rows
+from ..gradients.objectives import train_rows
+from ..gradients.states import Judge, TrainPictures
 from ..models.condition import Condition
 from ..parsing import parse_shards
+from ..process import say
 from ..registry import OBJECTIVES
-from ..rows.objectives import train_rows
-from ..rows.row import Rows
-from ..rows.states import Judge, TrainPictures
 from ..settings import provenance
-from ..store.checks import still_to_make
-from ..store.encoding import STORED_TYPES
+from ..store.chunks import Piece
+from ..store.dtypes import STORED_TYPES
 from ..store.manifest import Layout
-from ..store.pieces import Piece
-from ..store.shards import Store
-from ..system import say
+from ..store.store import Store
+from ..store.verify import still_to_make
 from .corpus import Corpus
-from .early import ROW_STAGES, rows_missing
 from .executor import Executor, InProcess
-from .known_rows import KnownRows, keep_digests, known_rows, refuse_other_pictures
-from .plan import train_states
-from .stores import find_store, new_folder
+from .find_store import find_store, new_folder
+from .naming import train_states
+from .preflight import ROW_STAGES, rows_missing
+from .reuse import KnownRows, keep_digests, known_rows, refuse_other_pictures
 
 
 def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition, captions: Sequence[str]) -> Rows:

@@ -27,16 +27,16 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..gradients.state import State
+from ..gradients.states import draw_noise, train_states_of
+from ..gradients.vjp import PerSampleVjp, select_parameters
 from ..models.condition import Condition
 from ..models.ddim import q_sample
 from ..registry import OBJECTIVES
-from ..rows.state import State
-from ..rows.states import draw_noise, train_states_of
-from ..rows.vjp import PerSampleVjp, select_parameters
-from ..scoring.kfac import Ekfac
+from ..scoring.ekfac import Ekfac
 from .corpus import Corpus
-from .curvature import batches, dense, fitted, train_gradients
-from .plan import train_states
+from .ekfac import batches, dense, fitted, train_gradients
+from .naming import train_states
 from .question import Picture, Question
 from .rankers import GradientRanker
 

@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
+from ..atomic_io import write_bytes
 from ..errors import UserError, call
-from ..files import write_bytes
-from ..reading import parse_json, read_safetensors, refuse_misfits, told
-from .operators import put
+from ..validated_io import parse_json, read_safetensors, refuse_misfits, told
+from .edit_operators import put
 
 MEND = f"make the edit again, e.g. {call('cad/run_erase.sh', CONCEPT='cat')}"
 FIELDS = ("index", "old", "new")
@@ -36,7 +36,7 @@ Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index, old, new [n]
 def network_hash(network: nn.Module) -> str:
     """sha256 over names, shapes and exact values of a network's weights: what an edit is bound to.
 
-    Unlike `models.identity` it tells fp16 and fp32 weights apart, since an edit holds values.
+    Unlike `models.hashing` it tells fp16 and fp32 weights apart, since an edit holds values.
     """
     whole = hashlib.sha256()
     for name, weight in sorted(network.state_dict().items()):

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..atomic_io import atomic_folder, sha256_file, write_json
 from ..errors import UserError
-from ..files import atomic_folder, sha256_file, write_json
-from ..reading import read_json
+from ..validated_io import read_json
 
 RECORD = "export.json"
 MEND = "set EXPORT to a new folder"

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..gradients.state import State
 from ..models.denoiser import Denoiser
-from ..rows.state import State
 
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -21,10 +21,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..gradients.state import State
 from ..models.denoiser import Denoiser
-from ..rows.state import State
 from .objective import Aim
-from .roles import Component
+from .parameter_groups import Component
 
 StatesOf = Callable[[int], Sequence[State]]  # seed -> its states, levels in the same order
 

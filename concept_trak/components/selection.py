@@ -19,7 +19,7 @@ import torch
 
 from ..errors import UserError, call
 from .objective import AIMS
-from .roles import Component
+from .parameter_groups import Component
 from .scores import Scores
 
 Picked = dict[str, torch.Tensor]  # weight's name -> flat positions, ascending

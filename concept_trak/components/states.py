@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..gradients.state import State
 from ..models.condition import Condition
 from ..models.ddim import Guided, ddim_sample, q_sample, sampling_timesteps
 from ..models.denoiser import Denoiser
-from ..models.generation import initial_noise
+from ..models.sample import initial_noise
 from ..models.schedule import NUM_TRAIN_TIMESTEPS
-from ..rows.state import State
 
 
 @dataclass(frozen=True)

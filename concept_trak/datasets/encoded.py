@@ -7,7 +7,7 @@
     laion_subset/captions.txt   one caption a line, in that order
     prepared.json               instead of laion_subset, when `prepare` made the arrays
 
-Both arrays are memory-mapped. The tasks of the benchmark are in `datasets.abc`.
+Both arrays are memory-mapped.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..atomic_io import sha256_file, write_json
 from ..errors import UserError, call, removal
-from ..files import sha256_file, write_json
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
-from ..reading import read_json, read_npy, read_text
 from ..settings import digest
-from .folder import ImageCaptionDataset, load_folder, looks
+from ..validated_io import read_json, read_npy, read_text
+from .image_folder import ImageCaptionDataset, load_folder, looks
 from .metadata import is_data
 from .picture import IMAGE_SUFFIXES
 

@@ -1,4 +1,4 @@
-"""Which pictures a folder has and what is said of each: the layouts of `datasets.folder`.
+"""Which pictures a folder has and what is said of each: the layouts of `datasets.image_folder`.
 
 What a layout cannot say without doubt is refused with its file and line, never guessed.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..parsing import normalized
-from ..reading import named, parse_json, read_text
+from ..validated_io import named, parse_json, read_text
 from .picture import IMAGE_SUFFIXES
 
 Record = dict[str, Any]  # a metadata row

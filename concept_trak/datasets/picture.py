@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import UserError
-from ..reading import checked_file, named
+from ..validated_io import checked_file, named
 
 # What may be read, by its content: formats that are decoded without another program and without a
 # language of their own. Pillow would hand EPS to Ghostscript, whatever the file is called.

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import UserError, call, removal
-from ..files import (
+from ..atomic_io import (
     PART,
     READ_BYTES,
     disk_errors,
@@ -33,11 +32,12 @@ from ..files import (
     write_all,
     write_json,
 )
+from ..errors import UserError, call, removal
 from ..models.text_to_image import TextToImage, load_pipeline
-from ..reading import read_json, read_npy
 from ..settings import Settings, digest, provenance
+from ..validated_io import read_json, read_npy
 from .encoded import LATENTS, PREPARED, TEXT
-from .folder import ImageCaptionDataset, load_folder
+from .image_folder import ImageCaptionDataset, load_folder
 
 SYNC_SECONDS = 10.0  # of work that a kill loses at most, beside the step at hand
 Shape = tuple[int, ...]

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..atomic_io import write_json
 from ..errors import UserError
-from ..files import write_json
-from ..reading import read_json
 from ..scoring.metrics import bootstrap_interval
 from ..scoring.preconditioner import Preconditioner
 from ..settings import digest
-from ..store.shards import Store
-from .codes import MEND, Index
+from ..store.store import Store
+from ..validated_io import read_json
+from .rabitq import MEND, Index
 from .search import Search
 
 HELD = 16  # queries

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .codes import Index
+from .rabitq import Index
 
 GROWTH, MOST = 4, 64  # rows looked at grow by the one, to the other times the candidates
 MARGIN = 2.0  # standard deviations of the estimates' errors

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from ..atomic_io import write_bytes
 from ..errors import UserError
-from ..files import write_bytes
-from ..reading import read_safetensors
-from ..store.shards import Store
+from ..store.store import Store
+from ..validated_io import read_safetensors
 
 SAMPLE_ROWS = 16_384  # rows from which the curvature is estimated, at most
 SAMPLE_BYTES = 2**29  # and what they may take as float32

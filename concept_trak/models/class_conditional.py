@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from ..atomic_io import atomic_folder, write_bytes, write_json
 from ..errors import UserError, call
-from ..files import atomic_folder, write_bytes, write_json
-from ..reading import read_json, read_safetensors
+from ..validated_io import read_json, read_safetensors
 from .condition import Condition
 from .denoiser import NetworkDenoiser
-from .identity import hash_of, hash_of_weights
+from .hashing import hash_of, hash_of_weights
 from .schedule import NUM_TRAIN_TIMESTEPS, VariancePreserving
 from .vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..network import refuse_offline, way_to, without_credentials
-from .folder import INDEX, STEMS, is_local, no_folder, refuse_no_weights, weight_files, weights
+from .model_files import INDEX, STEMS, is_local, no_folder, refuse_no_weights, weight_files, weights
 
 SECONDS = 10.0  # for the hub to answer
 TEXTS = (".json", ".txt", ".model")  # configurations, and what a tokenizer reads

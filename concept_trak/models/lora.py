@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..reading import parse_json, read_json, read_safetensors
-from ..system import say
-from .folder import header
+from ..process import say
+from ..validated_io import parse_json, read_json, read_safetensors
+from .model_files import header
 
 CONFIG, PEFT = "adapter_config.json", "base_model.model."  # of peft: beside its file; in its names
 # The names of diffusers and of peft, which are taken where there are several files.

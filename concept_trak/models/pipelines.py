@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..reading import read_json
-from ..system import say
-from .folder import INDEX, STEMS, copy_again, header, weights
+from ..process import say
+from ..validated_io import read_json
+from .config_check import REMEDY, check_source
 from .hub import folder_with_weights
-from .kind import REMEDY, check_source
+from .model_files import INDEX, STEMS, copy_again, header, weights
 from .schedule import NUM_TRAIN_TIMESTEPS
 
 WRAPPED = ("_orig_mod.", "module.")  # what torch.compile and DataParallel put before every name

@@ -15,9 +15,9 @@ from torch import nn
 from ..errors import UserError, call
 from .condition import Condition
 from .denoiser import NetworkDenoiser
-from .folder import side_of
-from .identity import COMMITTED, ENCODERS, hash_of, hash_of_reading, hash_of_weights
+from .hashing import COMMITTED, ENCODERS, hash_of, hash_of_reading, hash_of_weights
 from .lora import load_lora
+from .model_files import side_of
 from .pipelines import open_pipeline
 from .schedule import VariancePreserving
 
@@ -180,7 +180,7 @@ class TextToImage(NetworkDenoiser):
 
     def identity(self) -> str:
         """Of the model as loaded: `weight_hash()` and how the weights are read (configurations,
-        schedule, tokenizer), see `models.identity`.
+        schedule, tokenizer), see `models.hashing`.
         """
         reading = self._once("reading", lambda: hash_of_reading(self.pipe))
         weights = self.weight_hash()

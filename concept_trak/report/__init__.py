@@ -6,9 +6,9 @@ page.py       report.html: query, concepts side by side, damping switch, histogr
 shown.py      what both share; panels.py: what the page says; templates/: its markup
 """
 
-from ..scoring.concept import ConceptResult, lambda_label
+from ..scoring.result import ConceptResult, lambda_label
+from .context import Shown
 from .page import write_report
 from .results import write_results
-from .shown import Shown
 
 __all__ = ["ConceptResult", "Shown", "lambda_label", "write_report", "write_results"]

@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..datasets.emoji import COLUMNS
-from ..datasets.folder import ImageCaptionDataset, looks
+from ..atomic_io import make_folder, write_bytes
+from ..datasets.image_folder import ImageCaptionDataset, looks
+from ..datasets.labels import COLUMNS
 from ..errors import UserError
-from ..files import make_folder, write_bytes
 from ..flags import line_of
 from ..settings import ROOT, Settings
-from .formats import damping_name
-from .index import changed_settings
-from .kept import OURS, PAGE, Kept, answers_in
+from .answers_index import changed_settings
+from .formatting import damping_name
 from .page import environment
 from .pictures import QUERY_SIDE, data_uri, shrunk
-from .sheets import Sheets
+from .saved_answer import OURS, PAGE, Kept, answers_in
+from .sprites import Sheets
 
 EXPLORER = "explorer.html"
 

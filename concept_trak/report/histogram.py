@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import format_score
+from .formatting import format_score
 
 BINS = 48
 WIDTH, HEIGHT, RUG = 480, 96, 10  # of the view box: bars, and the ticks under them

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .. import files
+from .. import atomic_io
 from ..errors import UserError
-from ..scoring.concept import METRIC_K, ConceptResult
-from .formats import rate
+from ..scoring.result import METRIC_K, ConceptResult
+from .context import Shown
+from .formatting import rate
 from .histogram import BOX
-from .panels import column
 from .pictures import PIXELATED_SIDE, QUERY_SIDE, data_uri, load_pictures, shrunk
-from .shown import Shown
+from .view_model import column
 
 
 @functools.cache
@@ -105,5 +105,5 @@ def write_report(
         )
     )
     path = Path(path)
-    files.make_folder(path.parent)
-    files.write_bytes(path, html.encode("utf-8"))
+    atomic_io.make_folder(path.parent)
+    atomic_io.write_bytes(path, html.encode("utf-8"))

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import files
-from ..scoring.concept import ConceptResult, lambda_label
+from .. import atomic_io
+from ..scoring.result import ConceptResult, lambda_label
+from .context import Shown
 from .pictures import load_pictures, picture_grid
-from .shown import Shown
 
 HEADER = "rank\ttrain|exemplar\tidx\tcaption\tscore"
 
@@ -95,8 +95,8 @@ def write_results(
         for d in range(len(concept.dampings))
     }
     pictures = load_pictures(shown.dataset, [i for ranked in listings.values() for i in ranked])
-    folder = files.make_folder(Path(folder))
-    files.write_bytes(folder / "query.png", image_bytes(shown.picture, "PNG"))
+    folder = atomic_io.make_folder(Path(folder))
+    atomic_io.write_bytes(folder / "query.png", image_bytes(shown.picture, "PNG"))
     for (end, d), indices in listings.items():
         label, scores = lambda_label(concept.dampings[d]), concept.scores_of(d, indices)
         # A tab or newline would break the table.
@@ -104,7 +104,7 @@ def write_results(
         notes = [f"{rank}   {score:+.3e}" for rank, score in enumerate(scores, start=1)]
         grid = picture_grid([pictures[i] for i in indices], captions, notes)
         table = _table(indices, captions, scores, num_train)
-        files.write_bytes(folder / f"{end}-lambda_{label}.jpg", image_bytes(grid, "JPEG"))
-        files.write_bytes(folder / f"{end}-prompts-lambda_{label}.txt", table)
+        atomic_io.write_bytes(folder / f"{end}-lambda_{label}.jpg", image_bytes(grid, "JPEG"))
+        atomic_io.write_bytes(folder / f"{end}-prompts-lambda_{label}.txt", table)
     content = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-    files.write_bytes(folder / "metrics.json", content.encode())
+    atomic_io.write_bytes(folder / "metrics.json", content.encode())

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from ..datasets.emoji import COLUMNS
-from ..files import write_bytes
-from ..scoring.candidates import CandidateResult
-from ..scoring.concept import ConceptResult
-from .shown import Shown
+from ..atomic_io import write_bytes
+from ..datasets.labels import COLUMNS
+from ..scoring.candidate_result import CandidateResult
+from ..scoring.result import ConceptResult
+from .context import Shown
 from .tables import csv_bytes
 
 CSV, NPY = "scores.csv", "scores.npy"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserError
-from ..reading import read_text
+from ..validated_io import read_text
 
 FORMULA = re.compile("'*[=+\\-@\\t\\r\\n\uff1d\uff0b\uff0d\uff20]")  # how a spreadsheet's begins
 

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..store.cached import read_cached
-from ..store.shards import Store
-from .compact import compact_bytes, compact_folder, compact_gram
+from ..store.array_cache import read_cached
+from ..store.store import Store
+from .block_lanczos import gram_solutions, krylov_solutions
 from .gram import GRAM_TILE, gram, gram_path, gram_rows, row_product, save_gram, shifts, trace
-from .krylov import gram_solutions, krylov_solutions
+from .gram_float32 import compact_bytes, compact_folder, compact_gram
 from .memory import dual_bytes, primal_bytes, refuse_blocks, told
 from .preconditioner import Budget, Preconditioner, checked_queries
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from scipy.linalg.blas import dsymv
 
+from ..atomic_io import disk_errors
 from ..errors import UserError
-from ..files import disk_errors
-from ..store.cached import keep, read_cached
-from ..store.shards import Store
+from ..store.array_cache import keep, read_cached
+from ..store.store import Store
 from .preconditioner import Budget
 
 # Values of X widened at a time in a product: 2 MB of float64 stay in cache (1.5 times faster than

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..store.shards import Store
+from ..store.store import Store
 
 
 @dataclass(frozen=True)

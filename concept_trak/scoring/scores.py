@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..store.shards import Store
+from ..store.store import Store
 from .memory import refuse_scores
 from .preconditioner import Preconditioner
 

@@ -20,20 +20,20 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from ..datasets import emoji
-from ..datasets.listing import frequent_words
+from ..datasets import labels
+from ..datasets.list_concepts import frequent_words
 from ..errors import UserError
-from ..reading import inside
-from ..report.index import PAGE
+from ..report.answers_index import PAGE
 from ..report.pictures import EMBED_SIDE, shrunk
 from ..report.results import image_bytes
 from ..settings import version
-from . import pages
-from .counts import CONTENT_TYPE_LATEST, Counts
-from .desk import Desk, Failed, Full, Job, Refused, Stopping, told_status
-from .guard import Guard, Limits
-from .shown import MEDIA, Moved, Opened, opened, places, printable, read, without_places
-from .told import AnswerTold, ErrorTold, StatusTold, Teller
+from ..validated_io import inside
+from . import html
+from .job_queue import Desk, Failed, Full, Job, Refused, Stopping, told_status
+from .metrics import CONTENT_TYPE_LATEST, Counts
+from .middleware import Guard, Limits
+from .outgoing import MEDIA, Moved, Opened, opened, places, printable, read, without_places
+from .response_schema import AnswerTold, ErrorTold, StatusTold, Teller
 
 POLL_SECONDS = 1.0  # to wait again while the service stops: the connection is all that is left
 ABOUT = """Which training pictures taught a diffusion model a concept? A question is a prompt and
@@ -89,7 +89,7 @@ class Service:
     def __init__(self, desk: Desk, counts: Counts) -> None:
         self.desk, self.counts = desk, counts
         self.teller = Teller(desk.corpus, desk.store)
-        self.links = pages.Links(desk.corpus.train)
+        self.links = html.Links(desk.corpus.train)
 
     async def accept(self, asked: BaseModel) -> str:
         """The name of the answer, which is there or on its way.
@@ -194,28 +194,28 @@ def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
         if job is not None:
             if file != PAGE:
                 raise HTTPException(404, "the answer is on its way; its files come with it")
-            return HTMLResponse(pages.waiting(told_status(job, desk)), 202)
+            return HTMLResponse(html.waiting(told_status(job, desk)), 202)
         return await run_in_threadpool(file_of, desk.folder, f"{name}/{file}", service.links)
 
     @app.post("/ask", include_in_schema=False)
     async def ask_by_form(request: Request) -> Response:
-        given = pages.fields_of(await request.body())
+        given = html.fields_of(await request.body())
         try:
-            asked = desk.question(**pages.question_of(given, desk.question))
+            asked = desk.question(**html.question_of(given, desk.question))
             name = await service.accept(asked)
         except ValidationError as error:
             said = tell(sentence_of(error.errors()[0]))
-            return HTMLResponse(pages.form(desk, given, said), 422)
+            return HTMLResponse(html.form(desk, given, said), 422)
         except UserError as error:
-            return HTMLResponse(pages.form(desk, given, tell(error)), 422)
+            return HTMLResponse(html.form(desk, given, tell(error)), 422)
         except HTTPException as error:
-            page = pages.form(desk, given, tell(error.detail))
+            page = html.form(desk, given, tell(error.detail))
             return HTMLResponse(page, error.status_code, error.headers)
         return RedirectResponse(f"/answers/{name}/{PAGE}", 303)
 
     @app.get("/", include_in_schema=False)
     async def start() -> Response:
-        return HTMLResponse(await run_in_threadpool(pages.form, desk, {}, ""))
+        return HTMLResponse(await run_in_threadpool(html.form, desk, {}, ""))
 
 
 def index_page(desk: Desk) -> Response:
@@ -226,7 +226,7 @@ def index_page(desk: Desk) -> Response:
     return HTMLResponse(read(path, inside(desk.folder, path.name, "the file").resolve()))
 
 
-def file_of(folder: Path, name: str, links: pages.Links) -> Response:
+def file_of(folder: Path, name: str, links: html.Links) -> Response:
     """A file of an answer below the folder of all answers. HTTPException for one that is not
     there.
     """
@@ -238,7 +238,7 @@ def file_of(folder: Path, name: str, links: pages.Links) -> Response:
     if not real.is_file() or any(p.startswith(".") for p in Path(name).parts):
         raise HTTPException(404, f"the answer has no file {name.partition('/')[2][:300]!r}")
     if path.name == PAGE:
-        return HTMLResponse(pages.moved(read(path, real), path.parent, links))
+        return HTMLResponse(html.moved(read(path, real), path.parent, links))
     media = MEDIA.get(path.suffix.lower(), "application/octet-stream")
     return Opened(opened(path, real), media)
 
@@ -313,23 +313,23 @@ def add_about(app: FastAPI, desk: Desk, counts: Counts) -> None:
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> Response:
         example = {"prompt": "...", "concepts": ["..."]}
-        if first := pages.example_of(desk):
+        if first := html.example_of(desk):
             example = {"prompt": first[0], "concepts": first[1]}
         call = f"{request.base_url}answers", json.dumps(example, ensure_ascii=False)
-        return HTMLResponse(pages.docs(app.openapi(), *call))
+        return HTMLResponse(html.docs(app.openapi(), *call))
 
 
 def concepts_of(desk: Desk) -> dict[str, Any]:
     """{labelled, kinds: {kind: {word: pictures}}, example, num_images}."""
     data = desk.corpus.train
-    if emoji.has_labels(data):
-        kinds = {column: emoji.values(data, column) for column in emoji.COLUMNS}
+    if labels.has_labels(data):
+        kinds = {column: labels.values(data, column) for column in labels.COLUMNS}
         kinds = {column: found for column, found in kinds.items() if found}
-        first = pages.example_of(desk)
+        first = html.example_of(desk)
         example = first and {"prompt": first[0], "concepts": first[1]}
     else:
         kinds, example = {"word": frequent_words(data)}, None
-    labelled = emoji.has_labels(data)
+    labelled = labels.has_labels(data)
     return {"labelled": labelled, "kinds": kinds, "example": example, "num_images": len(data)}
 
 
@@ -352,7 +352,7 @@ def add_errors(app: FastAPI, tell: Tell) -> None:
     def said(request: Request, status: int, sentence: Any, headers: Any = None) -> Response:
         sentence = tell(sentence)
         if "text/html" in request.headers.get("accept", ""):
-            return HTMLResponse(pages.refusal(status, sentence), status, headers)
+            return HTMLResponse(html.refusal(status, sentence), status, headers)
         return JSONResponse({"error": sentence}, status, headers)
 
     @app.exception_handler(RequestValidationError)

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..atomic_io import READ_BYTES, atomic, atomic_folder, disk_errors, sha256_file, write_json
 from ..errors import UserError, removal
-from ..files import READ_BYTES, atomic, atomic_folder, disk_errors, sha256_file, write_json
-from ..reading import inside, read_json
 from ..registry import unknown
-from .encoding import decode, npy_header
+from ..validated_io import inside, read_json
+from .dtypes import decode, npy_header
 from .manifest import block_widths
-from .shards import Store
+from .store import Store
 
 FLOAT, INT = np.dtype("<f4"), np.dtype("<i4")
 CHUNK_BATCHES, CHUNK_ROWS, CHUNK_BYTES = 16, 2048, 2**26  # the first two are dattri's own

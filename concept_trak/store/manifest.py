@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, call, removal
-from ..reading import read_json
-from .encoding import STORED_TYPES
+from ..validated_io import read_json
+from .dtypes import STORED_TYPES
 
 FORMAT = 1
 FETCH = call("abc/download_train_grad.sh")

@@ -27,11 +27,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..atomic_io import disk_errors, make_folder, sha256_file, write_bytes, write_json
 from ..errors import TransientError, UserError
-from ..files import disk_errors, make_folder, sha256_file, write_bytes, write_json
 from ..network import without_credentials
 from ..parsing import refuse_credentials
-from ..reading import read_json
+from ..validated_io import read_json
 
 MARK = ".remote.json"  # in the folder of the copies of an address
 MANIFEST = "manifest.json"

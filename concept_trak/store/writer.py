@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic_io import disk_errors, sha256_file, sync_folder, write_all
 from ..errors import TransientError, UserError, removal
-from ..files import disk_errors, sha256_file, sync_folder, write_all
-from .encoding import encode_checked, refuse_bad_rows
-from .folder import Series, ShardFolder
+from .dtypes import encode_checked, refuse_bad_rows
+from .layout import Series, ShardFolder
 
 SYNC_SECONDS = 1.0  # a kill loses at most the appends of this long
 

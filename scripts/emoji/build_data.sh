@@ -17,5 +17,5 @@ ensure_env
 "$PYTHON" -I -c 'import fontTools, resvg_py' 2>/dev/null ||
     "$PYTHON" -I -m pip install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[build-data]" >&2
 in_place=exec
-run_module concept_trak.workshop.art.build \
+run_module experiments.emoji.artwork.build \
     --preset "$PRESET" --out "${OUT_DIR-$DEFAULT_OUT}" --work "${WORK-$ROOT/build/emoji}" --size "${SIZE:-64}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concept_trak.attribution.cluster import Work
+from concept_trak.attribution.ray_cluster import Work
 from concept_trak.errors import UserError
 
 DIM = 16

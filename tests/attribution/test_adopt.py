@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from concept_trak.attribution import adopt
-from concept_trak.attribution import recognise as recognising
-from concept_trak.attribution.adopt import adopt_release, resolve_mask
-from concept_trak.attribution.recognise import UnclearMask, recognise, sd14_attn2_layout
+from concept_trak.attribution import import_release
+from concept_trak.attribution import mask_detection as recognising
+from concept_trak.attribution.import_release import adopt_release, resolve_mask
+from concept_trak.attribution.mask_detection import UnclearMask, recognise, sd14_attn2_layout
 from concept_trak.errors import UserError
-from concept_trak.rows import gpu_mask as gpu_mask_module
-from concept_trak.rows.gpu_mask import GPUS, generator_name, gpu_mask
-from concept_trak.rows.projection import make_projection
-from concept_trak.store.shards import Store
+from concept_trak.gradients import cuda_mask as gpu_mask_module
+from concept_trak.gradients.cuda_mask import GPUS, generator_name, gpu_mask
+from concept_trak.gradients.projection import make_projection
+from concept_trak.store.store import Store
 
 K, ROWS = 2048, 128
 # SD v1.4's cross-attention at a quarter of its widths: 2.8 million coordinates, enough for the
@@ -153,7 +153,7 @@ def test_adopted_release_answers_only_to_its_own_mask(tmp_path):
 
 def test_adoption_is_done_once_and_then_compared(tmp_path, monkeypatch):
     first = adopt_release(write_artifact(tmp_path, mask("a100")), K, layout=LAYOUT)
-    monkeypatch.setattr(adopt, "recognise", None)
+    monkeypatch.setattr(import_release, "recognise", None)
     for stated in ("auto", "a100"):
         assert adopt_release(tmp_path, K, stated, LAYOUT).store_id == first.store_id
     with pytest.raises(UserError, match="=t4 but these train gradients were made with the mask a1"):
@@ -240,7 +240,7 @@ def test_layout_of_sd14_is_the_order_of_a_diffusers_unet():
     import torch
     from diffusers import UNet2DConditionModel
 
-    from concept_trak.rows.vjp import PerSampleVjp
+    from concept_trak.gradients.vjp import PerSampleVjp
 
     with torch.device("meta"):  # beside this width the defaults are those of SD v1.4
         parameters = PerSampleVjp(UNet2DConditionModel(cross_attention_dim=768), "attn2").parameters

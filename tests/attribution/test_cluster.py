@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from concept_trak.attribution import cluster as clusters
+from concept_trak.attribution import ray_cluster as clusters
 from concept_trak.errors import UserError
 from concept_trak.settings import ROOT, Settings
 from concept_trak.store.manifest import Layout
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra cluster)")
 sys.path.insert(0, str(Path(__file__).parent))

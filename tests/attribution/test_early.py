@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from concept_trak import cli
-from concept_trak.attribution import early
-from concept_trak.attribution.plan import folder_name
+from concept_trak.attribution import preflight
+from concept_trak.attribution.naming import folder_name
 from concept_trak.errors import UserError
-from concept_trak.models.folder import unet_size
+from concept_trak.models.model_files import unet_size
 from concept_trak.settings import ROOT, resolve
-from concept_trak.store.shards import Layout, Store
+from concept_trak.store.store import Layout, Store
 
 
 def test_the_size_of_the_network_is_read_from_headers(tiny_pipeline, tiny_model, tmp_path):
@@ -27,14 +27,16 @@ def test_the_size_of_the_network_is_read_from_headers(tiny_pipeline, tiny_model,
 
 
 def test_the_estimate_is_that_of_the_two_networks_that_were_measured():
-    embedded = early.seconds_a_row(resolve("emoji", {}))
-    assert embedded == pytest.approx(early.SECONDS, rel=0.02)
-    hub = early.seconds_a_row(resolve("own", {}))  # five levels: 16 passes of the fit, 6 a state
+    embedded = preflight.seconds_a_row(resolve("emoji", {}))
+    assert embedded == pytest.approx(preflight.SECONDS, rel=0.02)
+    hub = preflight.seconds_a_row(
+        resolve("own", {})
+    )  # five levels: 16 passes of the fit, 6 a state
     assert hub == pytest.approx(9.5 * (16 + 6 * 4), rel=0.1)
 
 
 def test_durations_read_well():
-    said = [early.duration(s) for s in (0.1, 80, 300, 9000, 3 * 86400)]
+    said = [preflight.duration(s) for s in (0.1, 80, 300, 9000, 3 * 86400)]
     assert said == ["1 s", "80 s", "5 min", "2.5 h", "3 days"]
 
 
@@ -48,7 +50,7 @@ def own(folder, tiny_pipeline, **changes):
 def test_own_pictures_are_told_their_price_and_refused_before_it_is_paid(
     tiny_data, tiny_pipeline, monkeypatch
 ):
-    told = early.own_estimate(own(tiny_data, tiny_pipeline))
+    told = preflight.own_estimate(own(tiny_data, tiny_pipeline))
     assert told.startswith("11 pictures: about 1 s on two CPU cores, at most 2 MB on disk")
     for changes, word in (
         ({"target_concepts": "dog"}, "not in the prompt"),
@@ -56,17 +58,17 @@ def test_own_pictures_are_told_their_price_and_refused_before_it_is_paid(
         ({"source_dir": "/no/pictures"}, "/no/pictures"),
     ):
         with pytest.raises(UserError, match=word):
-            early.own_estimate(own(tiny_data, tiny_pipeline, **changes))
+            preflight.own_estimate(own(tiny_data, tiny_pipeline, **changes))
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(9, 9, 1000))
     with pytest.raises(UserError, match="11 pictures take at most 2 MB on disk .0 MB free"):
-        early.own_estimate(own(tiny_data, tiny_pipeline))
+        preflight.own_estimate(own(tiny_data, tiny_pipeline))
 
 
 def test_the_early_checks_know_the_same_files_as_those_that_read_them():
     from concept_trak.datasets import encoded
 
-    assert early.LATENTS == encoded.LATENTS and (ROOT / "data/emoji/pipeline/unet").is_dir()
+    assert preflight.LATENTS == encoded.LATENTS and (ROOT / "data/emoji/pipeline/unet").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -74,12 +76,12 @@ def test_the_early_checks_know_the_same_files_as_those_that_read_them():
 )
 def test_a_default_makes_no_more_shards_than_there_are_pictures(count, split, shards):
     settings = resolve("own", {"num_split": split})
-    assert early.with_shards(settings, count, given=False).num_split == shards
+    assert preflight.with_shards(settings, count, given=False).num_split == shards
     if shards == split:
-        assert early.with_shards(settings, count, given=True) == settings
+        assert preflight.with_shards(settings, count, given=True) == settings
     else:
         with pytest.raises(UserError, match=f"NUM_SPLIT={split} is more than the {count} training"):
-            early.with_shards(settings, count, given=True)
+            preflight.with_shards(settings, count, given=True)
 
 
 @pytest.mark.parametrize("verb", ["estimate", "prepare", "train-grad"])
@@ -98,11 +100,11 @@ def test_more_shards_than_pictures_are_refused_at_the_first_step(
 
 @pytest.mark.parametrize("rows, num_train, known", [(5, 0, 5), (5, 3, 3), (5, 9, 5), (0, 7, 7)])
 def test_encoded_pictures_are_counted(tmp_path, rows, num_train, known):
-    (tmp_path / early.LATENTS).touch()
+    (tmp_path / preflight.LATENTS).touch()
     if rows:
-        np.save(tmp_path / early.TEXT, np.zeros((rows, 2, 3), np.float32))
+        np.save(tmp_path / preflight.TEXT, np.zeros((rows, 2, 3), np.float32))
     settings = resolve("own", {"data_dir": str(tmp_path), "num_train": num_train})
-    assert early.number_of_pictures(settings) == known
+    assert preflight.number_of_pictures(settings) == known
 
 
 @pytest.mark.parametrize("modules, given, said", [
@@ -114,10 +116,10 @@ def test_too_little_memory_is_told_before_the_model_is_loaded(tmp_path, modules,
     projection = {"kind": "logra", "blocks": len(modules), "modules": modules}
     layout = Layout(1000, 256, 2, "float16")
     Store.create(tmp_path / folder_name(s), layout, {"projection": projection}, {})
-    early.check_memory(s)
-    early.check_memory(s.but(max_memory="500KB"))
+    preflight.check_memory(s)
+    preflight.check_memory(s.but(max_memory="500KB"))
     with pytest.raises(UserError, match=said):
-        early.check_memory(s.but(max_memory=given))
+        preflight.check_memory(s.but(max_memory=given))
     index = s.but(max_memory=given, search="index")  # scores candidates alone
     with pytest.raises(UserError) if len(modules) > 1 else contextlib.nullcontext():
-        early.check_memory(index)
+        preflight.check_memory(index)

@@ -11,7 +11,7 @@ import pytest
 from concept_trak import cli
 from concept_trak.settings import ROOT
 from concept_trak.store import remote
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 import s3  # noqa: E402

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from concept_trak import cli
-from concept_trak.attribution import launch
+from concept_trak.attribution import multi_gpu
 from concept_trak.errors import UserError
 from concept_trak.settings import ROOT
 
@@ -81,16 +81,16 @@ def test_a_gpu_is_chosen_within_those_that_are_visible(monkeypatch, shown, gpu, 
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     if sees is None:
         with pytest.raises(UserError, match=f"GPU_IDS names GPU {gpu}, but CUDA_VISIBLE_DEVICES="):
-            launch.visible(gpu)
+            multi_gpu.visible(gpu)
     else:
-        assert launch.visible(gpu) == sees
+        assert multi_gpu.visible(gpu) == sees
 
 
 @pytest.mark.parametrize("ids, shown", [("0", None), ("cpu 1", "0"), ("0 1", "GPU-5f"), ("7", "")])
 def test_a_gpu_that_is_not_there_is_told_before_the_model_is_loaded(
     tiny_pipeline, tiny_data, tmp_path, capfd, monkeypatch, ids, shown
 ):
-    monkeypatch.setattr(launch, "created", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(multi_gpu, "created", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1 if shown else 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if shown is not None:

@@ -21,7 +21,7 @@ from concept_trak.attribution.prompts import (
     target_folders,
     target_slug,
 )
-from concept_trak.datasets.folder import load_folder
+from concept_trak.datasets.image_folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.settings import EMOJI, resolve
 

@@ -6,19 +6,19 @@ import torch
 
 from concept_trak.attribution import unlearning
 from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.curvature import EkfacRanker
+from concept_trak.attribution.ekfac import EkfacRanker
+from concept_trak.attribution.methods import swept
+from concept_trak.attribution.nda import Nda
 from concept_trak.attribution.question import Question, generated
 from concept_trak.attribution.unlearning import Abu, AbuPlus, Mucs, losses
 from concept_trak.errors import UserError
-from concept_trak.evaluation.cost import forwards_of
-from concept_trak.evaluation.patches import Nda
-from concept_trak.evaluation.rankers import swept
+from concept_trak.gradients.das_residual import LEVELS, residual
+from concept_trak.gradients.vjp import select_parameters
 from concept_trak.models.condition import Condition
 from concept_trak.models.schedule import Level
 from concept_trak.registry import RANKERS
-from concept_trak.rows.residual import LEVELS, residual
-from concept_trak.rows.vjp import select_parameters
 from concept_trak.settings import DAMPINGS, resolve
+from experiments.benchmark.forward_count import forwards_of
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def literal_gradients(corpus, states, layer="attn2"):
 
 def train_side(corpus, layer="attn2"):
     """[T, N, P]."""
-    from concept_trak.rows.states import noised_states, train_states_of
+    from concept_trak.gradients.states import noised_states, train_states_of
 
     x0, cond = corpus.data.batch(range(len(corpus.data)))
     seen = train_states_of(corpus.model, x0, cond, corpus.cond_null, noised_states(3))

@@ -1,20 +1,20 @@
 """A prompt answered by an index is answered as by a scan, and says so; the rest is refused."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from concept_trak import cli
 from concept_trak.attribution.answer import answer
 from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.early import check_question
-from concept_trak.attribution.searched import build_index
+from concept_trak.attribution.index_search import build_index
+from concept_trak.attribution.preflight import check_question
 from concept_trak.attribution.train_grad import open_store, train_grad
 from concept_trak.errors import UserError
-from concept_trak.flags import NEED_ALL_SCORES, settings_of
-from concept_trak.report.answer import write_answer
+from concept_trak.flags import settings_of
 from concept_trak.report.explorer import answers_in, explore
+from concept_trak.report.write import write_answer
 from concept_trak.settings import resolve
 
 pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'concept-trak[index]'")
@@ -53,7 +53,7 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
     index = build_index(corpus)
     assert not index.missing() and (index.folder / "recall.json").exists()
     check_question(settings)
-    from concept_trak.service.told import Teller  # wants the extra `serve`
+    from concept_trak.service.response_schema import Teller  # wants the extra `serve`
 
     found = answer(corpus)
     whole = answer(corpus.with_settings(settings.but(search="scan")))
@@ -77,12 +77,16 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
     assert "knows its candidates' scores only" in capsys.readouterr().out
 
 
+NEED_ALL_SCORES = {"evaluate": [], "evaluate-tasks": [], "truth": ["--test=lds"]}
+NEED_ALL_SCORES |= {"labelled": ["--benches=synthetic"], "small-abc": []}
+
+
 @pytest.mark.parametrize("verb", NEED_ALL_SCORES)
 def test_what_needs_all_scores_refuses_an_index_before_anything_is_loaded(verb):
-    given = SimpleNamespace(benchmark="emoji", search="index", verb=verb)
+    line = [verb, *NEED_ALL_SCORES[verb]]
     with pytest.raises(UserError, match=f"{verb} needs the scores of all pictures.*SEARCH=scan"):
-        settings_of(given)
-    assert settings_of(SimpleNamespace(benchmark="emoji", search="scan", verb=verb))
+        settings_of(cli.parser().parse_args([*line, "--search=index"]))
+    assert settings_of(cli.parser().parse_args(line))
 
 
 def test_other_methods_refuse_an_index(corpus):

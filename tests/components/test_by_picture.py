@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from concept_trak.components.by_picture import Through, gradient_of, group_names
+from concept_trak.components.data_influence import Through, gradient_of, group_names
 from concept_trak.components.objective import AIMS
-from concept_trak.components.roles import select
+from concept_trak.components.parameter_groups import select
+from concept_trak.gradients.compute import RowMaker
+from concept_trak.gradients.projection import make_projection
+from concept_trak.gradients.state import State
+from concept_trak.gradients.states import noised_states, train_states_of
+from concept_trak.gradients.vjp import module_layout, select_parameters
 from concept_trak.models.condition import Condition
 from concept_trak.registry import OBJECTIVES
-from concept_trak.rows.projection import make_projection
-from concept_trak.rows.row import RowMaker
-from concept_trak.rows.state import State
-from concept_trak.rows.states import noised_states, train_states_of
-from concept_trak.rows.vjp import module_layout, select_parameters
 
 SELECTED = "cross_attention|feed_forward|convolution"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from concept_trak.components import states
+from concept_trak.components.edit_operators import put
 from concept_trak.components.objective import AIMS, mean_value
-from concept_trak.components.operators import put
-from concept_trak.components.roles import components, select
+from concept_trak.components.parameter_groups import components, select
 from concept_trak.components.scores import score
 from concept_trak.errors import UserError
 from concept_trak.models.condition import Condition
@@ -82,7 +82,7 @@ def test_mean_and_error_are_those_of_the_seeds_by_themselves(tiny_denoiser):
 
 def test_states_are_read_at_their_own_timestep_on_one_trajectory(gaussian):
     from concept_trak.models.ddim import Guided, ddim_sample
-    from concept_trak.models.generation import initial_noise
+    from concept_trak.models.sample import initial_noise
 
     gaussian.network = torch.nn.Linear(1, 1)
     gaussian.device = torch.device("cpu")

@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_component_scores import as_double, states_of
 
-from concept_trak.components.curvature import bends
+from concept_trak.components.edit_operators import put
 from concept_trak.components.objective import AIMS, mean_value
-from concept_trak.components.operators import put
-from concept_trak.components.roles import select
+from concept_trak.components.parameter_groups import select
 from concept_trak.components.scores import score
+from concept_trak.components.second_order import bends
 
 FACTOR = {"erase": lambda d: 1.0, "amplify": lambda d: -1.0 / d}
 

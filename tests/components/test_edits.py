@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from concept_trak.components.concept import Asked, edit_of, plan_of, scores_of
+from concept_trak.components.concept_plan import Asked, edit_of, plan_of, scores_of
+from concept_trak.components.edit_operators import Operator
 from concept_trak.components.edits import FIELDS, EditedNetwork, load_edit, make_edit, save_edit
 from concept_trak.components.objective import AIMS, mean_value
-from concept_trak.components.operators import Operator
-from concept_trak.components.roles import select
+from concept_trak.components.parameter_groups import select
 from concept_trak.components.scores import Scores
 from concept_trak.components.selection import Rule, choose
 from concept_trak.components.states import Sampling

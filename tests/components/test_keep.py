@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from concept_trak.components.keep import FACTS, TENSORS, load_scores, save_scores
-from concept_trak.components.roles import select
+from concept_trak.components.parameter_groups import select
+from concept_trak.components.score_io import FACTS, TENSORS, load_scores, save_scores
 from concept_trak.components.scores import Scores
 from concept_trak.errors import UserError
 

@@ -11,11 +11,11 @@ from conftest import OBJECTS, STYLES
 
 from concept_trak import cli
 from concept_trak.components.edits import EditedNetwork, load_edit
-from concept_trak.components.keep import load_scores
-from concept_trak.datasets.folder import load_folder
+from concept_trak.components.score_io import load_scores
+from concept_trak.datasets.image_folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import load_pipeline
-from concept_trak.report import weights
+from concept_trak.report import component_report
 from concept_trak.settings import Components, resolve
 
 
@@ -78,7 +78,7 @@ def test_amplifying_has_its_own_choice_of_weights_unless_one_is_given(
 ):
     seen = []
     edit_weights = lambda s, *_: seen.append([s.selection, s.ratio]) or Path("x")  # noqa: E731
-    monkeypatch.setattr(weights, "edit_weights", edit_weights)
+    monkeypatch.setattr(component_report, "edit_weights", edit_weights)
     own = [flag for flag in flags if not flag.startswith("--ratio")]
     assert cli.main(["cad-amplify", *own, *given]) == 0
     assert cli.main(["cad-erase", *own]) == 0
@@ -131,15 +131,15 @@ def test_captions_of_every_style_are_spared_and_none_that_shows_the_concept(flag
 
 def test_what_is_spared_is_named_by_concept_caption_or_style(tiny_data):
     given = resolve("emoji", {"data_dir": str(tiny_data), "concept": OBJECTS[0]})
-    words = weights.words_of(given)
+    words = component_report.words_of(given)
     data = load_folder(tiny_data)
-    every = weights.spared_by(given.but(spare="captions"), words)
+    every = component_report.spared_by(given.but(spare="captions"), words)
     shown = {r["object"]: c for c, r in zip(data.captions, data.records, strict=True)}
     assert 0 < len(every) <= 2 * len(STYLES) and set(every) <= set(data.captions)
     assert not any(OBJECTS[0] in caption for caption in every)
     other = shown[OBJECTS[1]]
-    assert weights.spared_by(given.but(spare=f"{other}|{OBJECTS[2]}"), words)[0] == other
-    assert weights.spared_by(given, words) == []
+    assert component_report.spared_by(given.but(spare=f"{other}|{OBJECTS[2]}"), words)[0] == other
+    assert component_report.spared_by(given, words) == []
 
 
 def test_images_x_weights_are_a_table_a_map_and_an_array(flags, tmp_path, capsys):

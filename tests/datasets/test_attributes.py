@@ -9,8 +9,11 @@ import pytest
 from celeba_standin import stand_in
 from PIL import Image
 
-from concept_trak.datasets import celeba, faces, synthetic
-from concept_trak.datasets.attributes import (
+from concept_trak.errors import UserError
+from concept_trak.models.vocabulary import Vocabulary
+from experiments.attributes import celeba, faces
+from experiments.attributes import shapes as synthetic
+from experiments.attributes.schemes import (
     Scheme,
     labels_of,
     load_labelled,
@@ -18,8 +21,6 @@ from concept_trak.datasets.attributes import (
     read_scheme,
     write_labelled,
 )
-from concept_trak.errors import UserError
-from concept_trak.models.vocabulary import Vocabulary
 
 SMALL = synthetic.SyntheticSettings(count=9, held_out_count=8)
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concept_trak.datasets import ImageCaptionDataset, emoji, load_folder
+from concept_trak.datasets import ImageCaptionDataset, labels, load_folder
 from concept_trak.errors import UserError
-from concept_trak.workshop.art import build as build_emoji
-from concept_trak.workshop.art import sources as emoji_sources
+from experiments.emoji.artwork import build as build_emoji
+from experiments.emoji.artwork import sources as emoji_sources
 
 EMOJI = Path(__file__).resolve().parents[2] / "data" / "emoji"
 
@@ -91,7 +91,7 @@ def test_every_row_has_licence_source_and_credit(dataset):
 
 def test_captions_are_made_of_the_phrases(dataset):
     for row, text in zip(dataset.records, dataset.captions, strict=True):
-        assert text == row["text"] == emoji.caption(row["object_phrase"], row["style_phrase"])
+        assert text == row["text"] == labels.caption(row["object_phrase"], row["style_phrase"])
 
 
 def test_committed_tree_has_the_committed_digest():
@@ -124,13 +124,13 @@ def test_pictures_are_64_px_rgb_and_not_blank(dataset):
 
 def test_concept_words_lead_to_their_pictures(dataset):
     for word in ("cat", "a cat", " A Cat "):
-        assert set(np.array(dataset.column("object"))[emoji.relevant(dataset, word)]) == {"cat"}
+        assert set(np.array(dataset.column("object"))[labels.relevant(dataset, word)]) == {"cat"}
     for word in ("openmoji line", "openmojiline", "in the style of openmoji line"):
-        mask = emoji.relevant(dataset, word)
+        mask = labels.relevant(dataset, word)
         assert mask.sum() == 128 and set(np.array(dataset.column("style"))[mask]) == {
             "openmojiline"
         }
-    assert emoji.relevant(dataset.split("train"), "cat").sum() == 7
+    assert labels.relevant(dataset.split("train"), "cat").sum() == 7
 
 
 def test_every_concept_word_is_unambiguous(dataset):
@@ -140,16 +140,16 @@ def test_every_concept_word_is_unambiguous(dataset):
             for name in (row[column], row[f"{column}_phrase"]):
                 meanings[name.casefold()].add((column, row[column]))
     assert all(len(found) == 1 for found in meanings.values())
-    assert emoji.concepts(dataset)["a cat"] == ("object", "cat")
+    assert labels.concepts(dataset)["a cat"] == ("object", "cat")
 
 
 def test_unknown_concept_names_close_matches(dataset):
     with pytest.raises(UserError, match="openmoji line") as error:
-        emoji.relevant(dataset, "openmojj line")
+        labels.relevant(dataset, "openmojj line")
     assert "\n" not in str(error.value)
     told = r"it knows 128 of that kind .object., such as .* all: bash .*concepts\.sh"
     with pytest.raises(UserError, match=told):
-        emoji.relevant(dataset, "zzzzqqqq")
+        labels.relevant(dataset, "zzzzqqqq")
 
 
 # The loader

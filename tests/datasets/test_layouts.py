@@ -11,11 +11,13 @@ import zipfile
 import pytest
 from PIL import Image
 
-from concept_trak.datasets import ImageCaptionDataset, attributes, emoji, load_folder
-from concept_trak.datasets.listing import frequent_words
+from concept_trak.datasets import ImageCaptionDataset, load_folder
+from concept_trak.datasets import labels as emoji
+from concept_trak.datasets.caption_overlap import overlap
+from concept_trak.datasets.list_concepts import frequent_words
 from concept_trak.datasets.metadata import OTHERS, PARQUET
-from concept_trak.datasets.words import overlap
 from concept_trak.errors import UserError
+from experiments.attributes import schemes
 
 
 def picture(path, shade=0):
@@ -230,7 +232,7 @@ def test_a_folder_of_held_out_pictures_alone_is_told(folder, word):
 def test_splits_of_labelled_pictures_are_parts_of_their_own(folder):
     rows_of(folder, rows("a", split="train") + rows("a", "b", split="classifier")[1:])
     assert len(load_folder(folder).split("train")) == 2
-    (folder / attributes.ATTRIBUTES).write_text("{}")
+    (folder / schemes.ATTRIBUTES).write_text("{}")
     for data in (load_folder(folder), load_folder(folder).subset([1, 0])):
         assert data.split("train").captions == ["a"]
 

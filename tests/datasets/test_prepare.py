@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from concept_trak.atomic_io import PART
 from concept_trak.datasets import prepare as module
 from concept_trak.datasets.encoded import LATENTS, PREPARED, TEXT, EncodedData
-from concept_trak.datasets.folder import load_folder
+from concept_trak.datasets.image_folder import load_folder
 from concept_trak.datasets.prepare import Parts, prepare
 from concept_trak.errors import UserError
-from concept_trak.files import PART
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import resolve
 

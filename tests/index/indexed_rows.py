@@ -4,7 +4,7 @@ import numpy as np
 
 from concept_trak.scoring.fisher import fisher_for
 from concept_trak.scoring.preconditioner import Budget
-from concept_trak.store.shards import Layout, Store
+from concept_trak.store.store import Layout, Store
 
 N, WIDTHS = 3000, (96, 96, 128)  # k = 320, enough for coordinates to be left out
 DAMPINGS = (0.1, 1.0)

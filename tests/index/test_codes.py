@@ -11,7 +11,7 @@ from indexed_rows import WIDTHS, make_store, solved_queries
 from safetensors.torch import load_file, save_file
 
 from concept_trak.errors import UserError
-from concept_trak.index.codes import Index
+from concept_trak.index.rabitq import Index
 from concept_trak.index.search import Search
 from concept_trak.index.whitening import Whitening
 from concept_trak.scoring.ranking import ranking
@@ -246,7 +246,7 @@ def test_a_store_without_a_finished_shard_has_nothing_to_index(tmp_path):
 def test_without_faiss_one_line_says_what_to_install(monkeypatch):
     import sys
 
-    from concept_trak.index.library import faiss
+    from concept_trak.index.faiss_import import faiss
 
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"pip install 'concept-trak\[index\]'"):

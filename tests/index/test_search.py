@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from indexed_rows import DAMPINGS, WIDTHS, N, make_store, preconditioner, solved_queries
 
-from concept_trak.index.capacity import Constants, Node, code_bytes, need, table
-from concept_trak.index.codes import Index
+from concept_trak.index.rabitq import Index
 from concept_trak.index.recall import keep_recall, kept_recall, measure, scanned
 from concept_trak.index.search import Search
 from concept_trak.scoring.ranking import ranking
 from concept_trak.scoring.scores import scores
 from concept_trak.settings import digest
+from experiments.scale.capacity import Constants, Node, code_bytes, need, table
 
 
 @pytest.fixture(scope="module")

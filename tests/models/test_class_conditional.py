@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from concept_trak.errors import UserError
+from concept_trak.gradients.vjp import PerSampleVjp, dense
 from concept_trak.models.class_conditional import (
     NETWORKS,
     Architecture,
     ClassConditional,
     load_class_conditional,
 )
-from concept_trak.models.loading import load_model
+from concept_trak.models.load import load_model
 from concept_trak.models.vocabulary import Vocabulary
-from concept_trak.rows.vjp import PerSampleVjp, dense
 
 WORDS = {"shape": ("triangle", "circle", "square"), "color": ("red", "blue")}
 SIZES = {"size": 8, "patch": 2, "width": 8, "depth": 1, "heads": 2}

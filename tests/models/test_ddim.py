@@ -8,7 +8,7 @@ from concept_trak.models import ddim
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import Churn, Guided, ddim_invert, ddim_sample
 from concept_trak.models.schedule import FlowMatching
-from concept_trak.workshop.embedded.pipeline import build_scheduler
+from experiments.emoji.model.pipeline import build_scheduler
 
 SCHEDULES = {
     "variance preserving": None,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from concept_trak.models.generation import Generation, initial_noise, sample
+from concept_trak.models.sample import Generation, initial_noise, sample
 
 PROMPTS = ["a cat in the style of blob", "a tree", "a dog in the style of line", "a cat", "a dog"]
 HOW = Generation(4.0, 6, "a tree in the style of soft")

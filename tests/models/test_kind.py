@@ -12,11 +12,11 @@ import torch
 from conftest import GONE, changed
 from safetensors.torch import save_file
 
-from concept_trak.attribution import early
+from concept_trak.attribution import preflight
 from concept_trak.errors import UserError
-from concept_trak.models import hub, kind, schedule
-from concept_trak.models.folder import unet_size, weight_files
-from concept_trak.models.kind import check_source
+from concept_trak.models import config_check, hub, schedule
+from concept_trak.models.config_check import check_source
+from concept_trak.models.model_files import unet_size, weight_files
 from concept_trak.settings import resolve
 
 
@@ -105,7 +105,7 @@ def test_a_part_of_another_class_is_named(tiny_pipeline, tmp_path, part, given, 
 
 
 def test_the_checks_know_the_same_number_of_steps_as_the_schedule():
-    assert schedule.NUM_TRAIN_TIMESTEPS == kind.STEPS
+    assert schedule.NUM_TRAIN_TIMESTEPS == config_check.STEPS
 
 
 # files of weights
@@ -221,7 +221,7 @@ def test_without_a_network_the_estimate_names_the_proxy_at_once(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, proxy)
     with pytest.raises(UserError, match="no such folder: owner/name: set") as caught:
-        early.own_estimate(own("owner/name"))
+        preflight.own_estimate(own("owner/name"))
     told = str(caught.value)
     assert f"proxy 127.0.0.1 (of {variable})" in told and "s3cr3t" not in told
 
@@ -230,7 +230,7 @@ def test_offline_mode_is_respected(own, no_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "refuse_offline", None)
     with pytest.raises(UserError, match="no such folder: owner/name, and HF_HUB_OFFLINE"):
-        early.own_estimate(own("owner/name"))
+        preflight.own_estimate(own("owner/name"))
 
 
 def test_a_model_in_the_cache_is_used_as_it_is_there(own, no_cache, tiny_pipeline, monkeypatch):
@@ -242,8 +242,8 @@ def test_a_model_in_the_cache_is_used_as_it_is_there(own, no_cache, tiny_pipelin
     assert hub.folder_with_weights("owner/name") == place / "snapshots/c0ffee"
     check_source("owner/name")
     here, there = own(str(tiny_pipeline)), own("owner/name")
-    assert early.network_size(there) == early.network_size(here)
-    assert early.seconds_a_row(there) == early.seconds_a_row(here)
+    assert preflight.network_size(there) == preflight.network_size(here)
+    assert preflight.seconds_a_row(there) == preflight.seconds_a_row(here)
 
 
 @pytest.fixture

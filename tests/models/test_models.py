@@ -11,7 +11,7 @@ from concept_trak.errors import UserError
 from concept_trak.models.ddim import Guided, ddim_sample
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import ROOT
-from concept_trak.workshop.embedded.pipeline import build_scheduler
+from experiments.emoji.model.pipeline import build_scheduler
 
 
 def test_weight_hash_is_the_same_whatever_the_dtype_it_is_loaded_in(tiny_model, tiny_pipeline):

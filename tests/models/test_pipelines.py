@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from concept_trak.errors import UserError
+from concept_trak.gradients.compute import RowMaker
+from concept_trak.gradients.projection import make_projection
+from concept_trak.gradients.states import noised_states, train_states_of
+from concept_trak.gradients.vjp import PerSampleVjp, dense, select_parameters
 from concept_trak.models.condition import Condition
 from concept_trak.models.denoiser import NetworkDenoiser
-from concept_trak.models.generation import Generation, initial_noise, sample
 from concept_trak.models.lora import load_lora, lora_files
+from concept_trak.models.sample import Generation, initial_noise, sample
 from concept_trak.models.schedule import VariancePreserving
 from concept_trak.models.text_to_image import TextToImage, load_pipeline
 from concept_trak.registry import OBJECTIVES
-from concept_trak.rows.projection import make_projection
-from concept_trak.rows.row import RowMaker
-from concept_trak.rows.states import noised_states, train_states_of
-from concept_trak.rows.vjp import PerSampleVjp, dense, select_parameters
-from concept_trak.workshop.embedded.pipeline import build_scheduler
+from experiments.emoji.model.pipeline import build_scheduler
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
 

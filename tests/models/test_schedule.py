@@ -9,7 +9,7 @@ from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import noise_of, predict_x0, q_sample
 from concept_trak.models.denoiser import NetworkDenoiser
 from concept_trak.models.schedule import FlowMatching, VariancePreserving
-from concept_trak.workshop.embedded.pipeline import build_scheduler
+from experiments.emoji.model.pipeline import build_scheduler
 
 ABAR = build_scheduler().alphas_cumprod
 OUTPUTS = {  # name: (schedule, what its network says of x0 and eps at a level)

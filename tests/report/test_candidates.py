@@ -9,7 +9,7 @@ from test_report import DAMPINGS, FIXED, NUM, Labelled, Page, concept, report, r
 
 from concept_trak.errors import UserError
 from concept_trak.report.scores import write_scores
-from concept_trak.scoring.candidates import CandidateResult
+from concept_trak.scoring.candidate_result import CandidateResult
 
 TOLD = "Found by an index; it finds 0.97 [0.94, 0.99] of the ten highest."
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from concept_trak.attribution.answer import Answer
 from concept_trak.attribution.question import Picture, Question
-from concept_trak.datasets.folder import ImageCaptionDataset
+from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
-from concept_trak.report.answer import write_answer
 from concept_trak.report.explorer import explore, write_explorer
-from concept_trak.report.kept import answers_in
-from concept_trak.report.sheets import PER, Sheets
-from concept_trak.scoring.concept import ConceptResult
+from concept_trak.report.saved_answer import answers_in
+from concept_trak.report.sprites import PER, Sheets
+from concept_trak.report.write import write_answer
+from concept_trak.scoring.result import ConceptResult
 from concept_trak.settings import DAMPINGS, as_dict, resolve
 
 OBJECTS, STYLES = ("cat", "dog", "tree", "boat"), ("blob", "line", "flat")

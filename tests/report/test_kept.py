@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from test_explorer import pictures, write
 
-from concept_trak.datasets.folder import ImageCaptionDataset
+from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.report.explorer import explore
-from concept_trak.report.kept import OURS, Kept, read_asked
+from concept_trak.report.saved_answer import OURS, Kept, read_asked
 from concept_trak.report.tables import csv_bytes, read_csv
 from concept_trak.settings import resolve
 

@@ -18,9 +18,9 @@ from PIL import Image
 
 from concept_trak.errors import UserError
 from concept_trak.report import ConceptResult, Shown, write_report, write_results
-from concept_trak.report.formats import damping_name, format_score, rate, score_unit
+from concept_trak.report.context import Links
+from concept_trak.report.formatting import damping_name, format_score, rate, score_unit
 from concept_trak.report.scores import write_scores
-from concept_trak.report.shown import Links
 from concept_trak.scoring import metrics
 
 NUM, SIDE = 40, 16

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from concept_trak import cli
-from concept_trak.rows.fit import MIDDLE, in_words, relative_fit
-from concept_trak.store.shards import Store
+from concept_trak.gradients.caption_fit import MIDDLE, in_words, relative_fit
+from concept_trak.store.store import Store
 
 
 @pytest.fixture

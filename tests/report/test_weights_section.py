@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from test_report import Page, pair, shown
 
-from concept_trak.attribution.plan import question_folder
+from concept_trak.attribution.naming import question_folder
 from concept_trak.components.edits import load_edit
-from concept_trak.components.keep import load_scores
-from concept_trak.report import weights, weights_section
+from concept_trak.components.score_io import load_scores
+from concept_trak.report import component_report, component_section
+from concept_trak.report.context import Links
 from concept_trak.report.page import write_report
-from concept_trak.report.shown import Links
 from concept_trak.settings import resolve
 
 
@@ -26,7 +26,7 @@ def corpus(tiny_pipeline, tiny_data, tmp_path):
 
 
 def test_edits_are_those_of_the_verbs_and_are_made_once(corpus, tmp_path, monkeypatch):
-    found = weights_section.of_concepts(corpus)
+    found = component_section.of_concepts(corpus)
     assert [of.target for of in found] == ["cat", "line"] and found[0].prompt == "a cat"
     for of in found:
         assert [row.name for row in of.rows] == [
@@ -37,7 +37,9 @@ def test_edits_are_those_of_the_verbs_and_are_made_once(corpus, tmp_path, monkey
     few, many = (load_edit(found[0].rows[i].links["edit"]) for i in (1, 2))
     assert many.count == pytest.approx(3 * few.count, rel=0.02)
     # what CONCEPT=cat bash scripts/cad/run_erase.sh makes
-    alone = weights.edit_weights(corpus.settings.but(concept="cat", weights=False), "cpu", "erase")
+    alone = component_report.edit_weights(
+        corpus.settings.but(concept="cat", weights=False), "cpu", "erase"
+    )
     assert found[0].rows[2].links["edit"].parent == alone
     assert load_edit(alone / "edit.safetensors").digest() == many.digest()
     layers = {row["name"] for row in found[0].layers}
@@ -46,23 +48,23 @@ def test_edits_are_those_of_the_verbs_and_are_made_once(corpus, tmp_path, monkey
     def never(*_):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(weights_section, "write_edit", never)
-    monkeypatch.setattr(weights.Weights, "scores", never)
-    again = weights_section.of_concepts(corpus)
+    monkeypatch.setattr(component_section, "write_edit", never)
+    monkeypatch.setattr(component_report.Weights, "scores", never)
+    again = component_section.of_concepts(corpus)
     for a, b in zip(found[1].rows, again[1].rows, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a.pictures, b.pictures, strict=True))
 
 
 def test_an_edit_that_is_refused_says_why_and_the_others_are_there(corpus):
     corpus.settings = corpus.settings.but(selection="paper", ratio=0.09, target_concepts="cat")
-    (of,) = weights_section.of_concepts(corpus)
+    (of,) = component_section.of_concepts(corpus)
     assert [bool(row.pictures) for row in of.rows] == [True, False, True, False, True]
     assert "the published rule rounds down" in of.rows[1].note
 
 
 def test_the_page_shows_them_or_names_the_command_that_adds_them(corpus, tmp_path):
     corpus.settings = corpus.settings.but(target_concepts="cat")
-    (of,) = weights_section.of_concepts(corpus)
+    (of,) = component_section.of_concepts(corpus)
     links = Links(str, {c.target: {} for c in pair()})
     page = tmp_path / "report.html"
     write_report(page, "x", pair(), replace(shown(), weights=(of,), links=links))

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from concept_trak.errors import UserError
-from concept_trak.scoring import compact, fisher, gram, krylov
+from concept_trak.scoring import block_lanczos, fisher, gram, gram_float32
+from concept_trak.scoring.block_lanczos import shifted_solve
 from concept_trak.scoring.fisher import BlockFisher, FullFisher, choose_method, fisher_for
-from concept_trak.scoring.krylov import shifted_solve
 from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.scores import scores
-from concept_trak.store import cached
-from concept_trak.store.shards import Layout, Store
+from concept_trak.store import array_cache as cached
+from concept_trak.store.store import Layout, Store
 
 DAMPINGS = tuple(0.1 * 10.0**p for p in range(-4, 5))
 MEMORY = 2**30
@@ -231,14 +231,14 @@ def test_a_cache_that_cannot_be_written_costs_only_a_warning(tmp_path, request, 
 @pytest.fixture
 def small_bands(monkeypatch):
     """Several bands of a K of a few dozen rows, and a head that leaves most of its spectrum."""
-    monkeypatch.setattr(compact, "BAND", 16)
-    monkeypatch.setattr(compact, "HEAD", 5)
+    monkeypatch.setattr(gram_float32, "BAND", 16)
+    monkeypatch.setattr(gram_float32, "HEAD", 5)
 
 
 def test_compact_gram_is_k_up_to_the_rounding_of_its_remainder(tmp_path, small_bands):
     rows = synthetic(300, 50) * np.float32(1e3)
     store, eye = make(tmp_path, rows), torch.eye(50, dtype=torch.float64)
-    found = compact.compact_gram(store, Budget(MEMORY))
+    found = gram_float32.compact_gram(store, Budget(MEMORY))
     assert len(found.bands) == 4 and {band.dtype for band in found.bands} == {torch.float32}
     whole = rows.T.astype(np.float64) @ rows
     values = np.linalg.eigvalsh(whole)
@@ -256,8 +256,8 @@ def test_rounding_of_a_compact_gram_is_taken_out(tmp_path, monkeypatch, small_ba
     found = precondition(store, queries, (1e-7, 1e-2), MEMORY, "krylov_compact")
     lambdas = gram.shifts((1e-7, 1e-2), gram.trace(store), 50)
     asked = (torch.from_numpy(queries), lambdas, torch.from_numpy(found))
-    assert krylov.relative_residuals(gram.row_product(store), *asked).max() < 1e-6
-    monkeypatch.setattr(krylov, "REFINEMENTS", 0)
+    assert block_lanczos.relative_residuals(gram.row_product(store), *asked).max() < 1e-6
+    monkeypatch.setattr(block_lanczos, "REFINEMENTS", 0)
     with pytest.raises(UserError, match="reached a relative residual"):
         precondition(store, queries, (1e-7, 1e-2), MEMORY, "krylov_compact")
 
@@ -268,13 +268,13 @@ def test_the_largest_of_many_residuals_is_found_by_few_products(tmp_path, small_
     queries = torch.from_numpy(queries_for(rows, 20))
     lambdas = torch.tensor([0.1, 1.0], dtype=torch.float64)
     product = gram.row_product(make(tmp_path, rows))
-    exact = krylov.krylov_solutions(product, queries, lambdas, MEMORY)
-    assert krylov._sampled_residuals(product, queries, lambdas, exact).max() < 1e-7
+    exact = block_lanczos.krylov_solutions(product, queries, lambdas, MEMORY)
+    assert block_lanczos._sampled_residuals(product, queries, lambdas, exact).max() < 1e-7
     for shift in (0, 1):
         spoilt = exact.clone()
         spoilt[shift, 7] *= 1 + 1e-3
-        largest = krylov.relative_residuals(product, queries, lambdas, spoilt).amax(1)
-        found = krylov._sampled_residuals(product, queries, lambdas, spoilt)
+        largest = block_lanczos.relative_residuals(product, queries, lambdas, spoilt).amax(1)
+        found = block_lanczos._sampled_residuals(product, queries, lambdas, spoilt)
         assert found[1 - shift] < 1e-7
         within = (0.999, 1.001) if shift == 0 else (0.1, 5)
         assert within[0] < found[shift] / largest[shift] < within[1]
@@ -283,7 +283,7 @@ def test_the_largest_of_many_residuals_is_found_by_few_products(tmp_path, small_
 WIDE = """
 import torch
 from concept_trak.scoring.gram import gram_product
-from concept_trak.scoring.krylov import gram_solutions, relative_residuals
+from concept_trak.scoring.block_lanczos import gram_solutions, relative_residuals
 
 torch.set_num_threads(2)
 torch.set_num_threads(1)
@@ -310,7 +310,7 @@ def test_a_matrix_that_is_not_positive_definite_is_refused_with_the_shift():
 
 def test_finished_bands_of_a_killed_run_are_not_made_again(tmp_path, monkeypatch, small_bands):
     rows = synthetic(200, 50)
-    store, made, bands = make(tmp_path, rows), [], compact._bands
+    store, made, bands = make(tmp_path, rows), [], gram_float32._bands
 
     def killed(store, head, edges, device):
         made.append(edges)
@@ -318,17 +318,19 @@ def test_finished_bands_of_a_killed_run_are_not_made_again(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return bands(store, head, edges, device)
 
-    monkeypatch.setattr(compact, "_groups", lambda edges, dim, size: [[edge] for edge in edges])
-    monkeypatch.setattr(compact, "_bands", killed)
+    monkeypatch.setattr(
+        gram_float32, "_groups", lambda edges, dim, size: [[edge] for edge in edges]
+    )
+    monkeypatch.setattr(gram_float32, "_bands", killed)
     with pytest.raises(KeyboardInterrupt):
-        compact.compact_gram(store, Budget(MEMORY))
-    found = compact.compact_gram(store, Budget(MEMORY))
+        gram_float32.compact_gram(store, Budget(MEMORY))
+    found = gram_float32.compact_gram(store, Budget(MEMORY))
     assert [edge for edges in made for edge in edges] == [
         (0, 16), (16, 32), (32, 48), (32, 48), (48, 50)
     ]  # fmt: skip
-    again = compact.compact_gram(store, Budget(MEMORY))
+    again = gram_float32.compact_gram(store, Budget(MEMORY))
     assert len(made) == 5
-    fresh = compact.compact_gram(make(tmp_path / "other", rows), Budget(MEMORY, cache=False))
+    fresh = gram_float32.compact_gram(make(tmp_path / "other", rows), Budget(MEMORY, cache=False))
     for one, two, three in zip(found.bands, again.bands, fresh.bands, strict=True):
         assert torch.equal(one, two) and torch.equal(one, three)
 
@@ -340,11 +342,11 @@ def test_a_compact_gram_of_another_store_is_removed_and_a_spoilt_file_made_again
     store = make(tmp_path, rows)
     old = tmp_path / "compact-gram-0123456789abcdef"
     old.mkdir()
-    first = compact.compact_gram(store, Budget(MEMORY))
+    first = gram_float32.compact_gram(store, Budget(MEMORY))
     assert not old.exists()
-    band = compact.compact_folder(store) / "band-16.npy"
+    band = gram_float32.compact_folder(store) / "band-16.npy"
     band.write_bytes(band.read_bytes()[:-4])
-    assert torch.equal(compact.compact_gram(store, Budget(MEMORY)).bands[1], first.bands[1])
+    assert torch.equal(gram_float32.compact_gram(store, Budget(MEMORY)).bands[1], first.bands[1])
 
 
 def test_auto_chooses_by_shape_and_memory(tmp_path, monkeypatch):
@@ -367,7 +369,7 @@ def test_auto_chooses_by_shape_and_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bases", [1, 3, 100])
 def test_krylov_serves_many_queries_in_groups_and_zero_queries(tmp_path, monkeypatch, bases):
     """However many queries fit in the memory at a time, and although it starts again and again."""
-    monkeypatch.setattr(krylov, "HELD", 4)
+    monkeypatch.setattr(block_lanczos, "HELD", 4)
     rows = synthetic(200, 50, decay=0.3)
     store, queries = make(tmp_path, rows), queries_for(rows, count=7)
     queries[3] = 0
@@ -386,7 +388,9 @@ def test_queries_share_what_they_find_of_the_spectrum():
 
     def products(asked):
         calls = []
-        krylov.shifted_solve(lambda v: calls.append(len(v)) or v @ kernel, asked, shift, 1e-8, 500)
+        block_lanczos.shifted_solve(
+            lambda v: calls.append(len(v)) or v @ kernel, asked, shift, 1e-8, 500
+        )
         return len(calls)
 
     assert products(queries) < 0.5 * products(queries[:1])
@@ -410,12 +414,12 @@ def test_krylov_estimates_its_true_residual():
     )
     for iterations in (3, 10, 25):
         solution, estimate = shifted_solve(lambda v: v @ matrix, queries, lambdas, 0.0, iterations)
-        true = krylov.relative_residuals(lambda v: v @ matrix, queries, lambdas, solution)
+        true = block_lanczos.relative_residuals(lambda v: v @ matrix, queries, lambdas, solution)
         torch.testing.assert_close(estimate, true, rtol=1e-6, atol=1e-10)
 
 
 def test_krylov_that_does_not_converge_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(krylov, "MAX_ITERATIONS", 4)
+    monkeypatch.setattr(block_lanczos, "MAX_ITERATIONS", 4)
     rows = synthetic(200, 50)
     with pytest.raises(UserError, match="reached a relative residual of .* after 4 iterations"):
         precondition(make(tmp_path, rows), queries_for(rows), DAMPINGS, MEMORY, "krylov_rows")
@@ -423,7 +427,7 @@ def test_krylov_that_does_not_converge_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("iterations", [1000, 4])
 def test_solving_leaves_the_number_of_threads_alone(tmp_path, monkeypatch, iterations):
-    monkeypatch.setattr(krylov, "MAX_ITERATIONS", iterations)
+    monkeypatch.setattr(block_lanczos, "MAX_ITERATIONS", iterations)
     rows, threads = synthetic(200, 50), torch.get_num_threads()
     torch.set_num_threads(2)
     try:

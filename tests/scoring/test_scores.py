@@ -9,7 +9,7 @@ from concept_trak.scoring.fisher import fisher_for
 from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.ranking import ranking
 from concept_trak.scoring.scores import scores, solve_and_score
-from concept_trak.store.shards import Layout, Store
+from concept_trak.store.store import Layout, Store
 
 N, K = 53, 12
 

@@ -37,19 +37,20 @@ testclient = pytest.importorskip(
 
 from concept_trak import cli  # noqa: E402
 from concept_trak.attribution.corpus import Corpus  # noqa: E402
-from concept_trak.attribution.plan import question_folder  # noqa: E402
-from concept_trak.datasets.folder import ImageCaptionDataset  # noqa: E402
+from concept_trak.attribution.naming import question_folder  # noqa: E402
+from concept_trak.datasets.image_folder import ImageCaptionDataset  # noqa: E402
 from concept_trak.errors import UserError  # noqa: E402
-from concept_trak.service import bench, command  # noqa: E402
-from concept_trak.service import desk as desks  # noqa: E402
+from concept_trak.process import ended_by_sigterm  # noqa: E402
+from concept_trak.service import job_queue as desks  # noqa: E402
+from concept_trak.service import server as command  # noqa: E402
 from concept_trak.service.app import concepts_of, make_app  # noqa: E402
-from concept_trak.service.asked import ASKABLE, MOST  # noqa: E402
-from concept_trak.service.counts import Counts  # noqa: E402
-from concept_trak.service.desk import Desk  # noqa: E402
-from concept_trak.service.guard import Guard, Limits, checked_token  # noqa: E402
-from concept_trak.service.told import AnswerTold, StatusTold  # noqa: E402
+from concept_trak.service.job_queue import Desk  # noqa: E402
+from concept_trak.service.metrics import Counts  # noqa: E402
+from concept_trak.service.middleware import Guard, Limits, checked_token  # noqa: E402
+from concept_trak.service.request_schema import ASKABLE, MOST  # noqa: E402
+from concept_trak.service.response_schema import AnswerTold, StatusTold  # noqa: E402
 from concept_trak.settings import Settings, resolve  # noqa: E402
-from concept_trak.system import ended_by_sigterm  # noqa: E402
+from experiments.scale import service_load  # noqa: E402
 
 ASKED = {"prompt": "a cat in the style of blob", "concepts": ["cat", "blob"]}
 HERE = "http://127.0.0.1"
@@ -769,7 +770,7 @@ def process(flags, tmp_path):
             [sys.executable, "-m", "concept_trak", "serve", *given], stdout=log, stderr=log
         )
         started.append(done)
-        return done, bench._address(done, Path(log.name))
+        return done, service_load._address(done, Path(log.name))
 
     yield start
     for each in started:
@@ -979,21 +980,21 @@ def test_a_killed_service_leaves_its_questions_to_the_next(process, tmp_path):
 
 
 def test_percentiles_are_by_nearest_rank():
-    found = bench.Load([0.001 * i for i in range(200, 0, -1)], [], 1.0)
+    found = service_load.Load([0.001 * i for i in range(200, 0, -1)], [], 1.0)
     assert [found.percentile(p) for p in (5, 50, 95, 100)] == [10.0, 100.0, 190.0, 200.0]
-    assert bench.Load([0.5], [], 1.0).percentile(5) == 500.0
+    assert service_load.Load([0.5], [], 1.0).percentile(5) == 500.0
 
 
 def test_the_bench_asks_different_questions_and_refuses_a_wrong_answer(flags):
-    asked = bench.questions(resolve("emoji", flags), 30)
+    asked = service_load.questions(resolve("emoji", flags), 30)
     assert len({json.dumps(question) for question in asked}) == 30
     right = {
         "prompt": asked[0]["prompt"],
         "concepts": [{"concept": c} for c in asked[0]["concepts"]],
     }
-    assert bench._wrong(asked[0], 200, json.dumps(right).encode()) == ""
-    assert "status 429" in bench._wrong(asked[0], 429, b"full")
-    assert "an answer about" in bench._wrong(asked[0], 200, b'{"prompt": "x"}')
+    assert service_load._wrong(asked[0], 200, json.dumps(right).encode()) == ""
+    assert "status 429" in service_load._wrong(asked[0], 429, b"full")
+    assert "an answer about" in service_load._wrong(asked[0], 200, b'{"prompt": "x"}')
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from concept_trak.store.encoding import decode
-from concept_trak.store.shards import Layout, Store
+from concept_trak.store.dtypes import decode
+from concept_trak.store.store import Layout, Store
 
 N, K, SPLITS = 23, 8, 4
 IDENTITY = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from concept_trak import files
+from concept_trak import atomic_io
+from concept_trak.atomic_io import sha256_file
 from concept_trak.errors import UserError
-from concept_trak.files import sha256_file
-from concept_trak.store.cached import cached_array, keep, keep_arrays, read_arrays
+from concept_trak.store.array_cache import cached_array, keep, keep_arrays, read_arrays
 
 ARRAY = np.arange(12, dtype=np.float64).reshape(3, 4).T / 7
 
@@ -124,19 +124,19 @@ def test_an_array_of_another_form_is_made_again_also_where_its_record_fits(tmp_p
 def test_a_file_is_read_again_when_it_changed_and_only_then(tmp_path, monkeypatch, spoil):
     path, reads = tmp_path / "a", []
     path.write_bytes(bytes(range(256)) * 8)
-    monkeypatch.setattr(files, "SETTLED", 0.0)  # else a new file is read each time
-    monkeypatch.setattr(files, "sha256_file", lambda p: reads.append(p) or sha256_file(p))
-    first = files.sha256_once(path)
-    assert files.sha256_once(path) == first == sha256_file(path) and len(reads) == 1
+    monkeypatch.setattr(atomic_io, "SETTLED", 0.0)  # else a new file is read each time
+    monkeypatch.setattr(atomic_io, "sha256_file", lambda p: reads.append(p) or sha256_file(p))
+    first = atomic_io.sha256_once(path)
+    assert atomic_io.sha256_once(path) == first == sha256_file(path) and len(reads) == 1
     time.sleep(0.02)  # a tick of the clock of files
     path.write_bytes(spoil(path.read_bytes()))
-    assert files.sha256_once(path) != first and len(reads) == 2
+    assert atomic_io.sha256_once(path) != first and len(reads) == 2
     os.utime(path, ns=(0, 0))
-    assert files.sha256_once(path) != first and len(reads) == 3
+    assert atomic_io.sha256_once(path) != first and len(reads) == 3
 
 
 def test_a_file_that_may_yet_change_unseen_is_always_read(tmp_path):
     path = tmp_path / "a"
     for content in (b"one", b"two", b"six"):
         path.write_bytes(content)
-        assert files.sha256_once(path) == sha256_file(path)
+        assert atomic_io.sha256_once(path) == sha256_file(path)

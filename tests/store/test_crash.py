@@ -15,7 +15,7 @@ from stores import REPOSITORY, contents, fill, make, read, some_losses, some_row
 
 from concept_trak.errors import UserError
 from concept_trak.store import writer as shard_writer
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
 
 WRITER = """
 import sys

@@ -13,11 +13,11 @@ import pytest
 import torch
 from stores import IDENTITY, REPOSITORY, K, N, fill, make, some_losses, some_rows
 
-from concept_trak import files
+from concept_trak import atomic_io
 from concept_trak.errors import UserError
 from concept_trak.store import export as module
 from concept_trak.store.export import export
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
 
 BLOCKS = {"kind": "logra", "modules": [3, 5], "blocks": 2}
 
@@ -67,7 +67,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from concept_trak.store.export import export
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
 store = Store.open(Path(sys.argv[2]), verify=False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for kind in ("numpy", "trak", "dattri"):
@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_through(
         fsync(fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
+        patch.setattr(atomic_io.os, "fsync", full)
         with pytest.raises(UserError, match="the disk is full") as error:
             export(store, tmp_path / "out", kind)
         assert "\n" not in str(error.value)

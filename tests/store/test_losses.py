@@ -8,8 +8,8 @@ import pytest
 from stores import SPLITS, K, N, fill, make, some_losses, some_rows
 
 from concept_trak.errors import UserError
-from concept_trak.store.checks import still_to_make
-from concept_trak.store.shards import Layout, Store
+from concept_trak.store.store import Layout, Store
+from concept_trak.store.verify import still_to_make
 
 
 @pytest.mark.parametrize("kind", ["npy", "raw"])

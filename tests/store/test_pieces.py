@@ -8,7 +8,7 @@ import pytest
 from stores import contents, fill, make, some_losses, some_rows
 
 from concept_trak.errors import UserError
-from concept_trak.store.pieces import Piece, gaps, pack, split
+from concept_trak.store.chunks import Piece, gaps, pack, split
 
 ROWS, LOSSES = some_rows(), some_losses()
 
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_no_piece(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("concept_trak.files.os.fsync", full)
+    monkeypatch.setattr("concept_trak.atomic_io.os.fsync", full)
     with pytest.raises(UserError, match="the disk is full"):
         put(store, 0, 0, 5)
     assert store.pieces(0) == [] and {*contents(tmp_path)} == {"manifest.json"}

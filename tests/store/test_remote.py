@@ -14,11 +14,11 @@ from stores import K, contents, fill, make, read, some_rows
 
 from concept_trak.errors import TransientError, UserError
 from concept_trak.settings import resolve
-from concept_trak.store import piecewise, remote
-from concept_trak.store.checks import still_to_make
+from concept_trak.store import remote, remote_writer
+from concept_trak.store.chunks import Piece
 from concept_trak.store.manifest import Layout
-from concept_trak.store.pieces import Piece
-from concept_trak.store.shards import Store
+from concept_trak.store.store import Store
+from concept_trak.store.verify import still_to_make
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed (extra s3)")
 ROWS = some_rows()
@@ -77,7 +77,7 @@ def test_rows_on_object_storage_are_those_on_disk(address, tmp_path, losses):
 
 
 def test_another_machine_goes_on_behind_the_last_piece(address, tmp_path, monkeypatch):
-    monkeypatch.setattr(piecewise, "PIECE_BYTES", 2 * 4 * K)  # two rows
+    monkeypatch.setattr(remote_writer, "PIECE_BYTES", 2 * 4 * K)  # two rows
     first = make(base(address, tmp_path) / "x")
     (start, stop), made = first.shard_range(1), []
     first.append(1, ROWS[start : start + 2], start)
@@ -132,7 +132,7 @@ def test_a_copy_that_was_changed_is_fetched_again(address, tmp_path):
 def test_a_disk_too_small_for_the_copy_is_told_before(address, tmp_path, monkeypatch):
     fill(make(base(address, tmp_path) / "x"), ROWS)
     full = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("concept_trak.store.checks.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("concept_trak.store.verify.shutil.disk_usage", lambda _: full)
     with pytest.raises(UserError, match="MB free; free some or set STORE_CACHE"):
         Store.open(base(address, tmp_path, "two") / "x")
 

@@ -11,8 +11,8 @@ import pytest
 from stores import IDENTITY, REPOSITORY, K, N, contents, fill, make, read, some_rows
 
 from concept_trak.errors import UserError
-from concept_trak.store.encoding import decode, encode
-from concept_trak.store.shards import Layout, Store
+from concept_trak.store.dtypes import decode, encode
+from concept_trak.store.store import Layout, Store
 
 
 @pytest.mark.parametrize("kind", ["npy", "raw"])

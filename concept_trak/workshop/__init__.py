@@ -1,1 +1,0 @@
-"""Builds or fetches what the house stands on: embedded model, judge, art, tokens, downloads."""

@@ -1,0 +1,1 @@
+"""AbC: Stable Diffusion v1.4 and its fine-tunes on exemplars, as the paper has it."""

@@ -1,0 +1,119 @@
+"""One erasing edit of many that could be made: its plan, its edit, and what the judge says of it.
+
+Plans are screened on few pictures; those that look best are confirmed on other noise and more of
+it, so that the choice does not flatter what it chose. Intervals are Wilson's: unlike a bootstrap's
+they do not shrink to a point where all pictures agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from concept_trak.components.concept_plan import Plan, edit_of, plan_of
+from concept_trak.components.edit_operators import Operator
+from concept_trak.components.edits import Edit
+
+from .model_selection import SPARED, Key, Measured
+from .testbed import Bed, Target
+
+FRESH = 30_000  # first seed of the pictures that confirm
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """SELECTION, RATIO, OPERATOR and STRENGTH of an edit of single weights, captions spared."""
+
+    selection: str
+    ratio: float
+    operator: str = "zero"
+    strength: float = 1.0
+
+    @property
+    def key(self) -> Key:
+        """As `tuning` names it, the strength left out; it spares what the best plan there does."""
+        spares = {"spared": SPARED[-1], "others": "captions"}
+        return Key(self.selection, self.ratio, operator=self.operator, **spares)
+
+    def plan(self) -> Plan:
+        """How its edit is made."""
+        operator = Operator(self.operator, self.strength)
+        return plan_of(self.selection, self.ratio, "scalar", operator)
+
+    def edit(self, measured: Measured, target: Target) -> Edit:
+        """The edit, with what made it."""
+        bed = measured.bed
+        scores = measured.spared(target, self.key)
+        edit, _ = edit_of(bed.model, scores, self.plan(), bed.asked(target))
+        edit.about.update(aim="erase", prompt=target.prompt, plan=list(astuple(self)))
+        edit.about.update(model_path=bed.corpus.settings.sd_model_path)
+        return edit
+
+    def screened(
+        self, measured: Measured, target: Target, counts: tuple[int, int]
+    ) -> dict[str, Any]:
+        """The judge's hits on the pictures that choose; see `Bed.measure`."""
+
+        def make() -> dict[str, Any]:
+            edit = self.edit(measured, target)
+            return measured.bed.measure(target, edit, counts) | {"weights": edit.count}
+
+        return measured.cells.cell(target, ["screened", *self.key, self.strength, *counts], make)
+
+    def confirmed(self, measured: Measured, target: Target, count: int) -> dict[str, Any]:
+        """The same on fresh noise, `count` pictures of the target and as many to be kept."""
+
+        def make() -> dict[str, Any]:
+            edit = self.edit(measured, target)
+            measured.bed.mirror(edit)
+            try:
+                return fresh(measured.bed, target, count) | {"weights": edit.count}
+            finally:
+                measured.bed.mirror(edit, undo=True)
+
+        return measured.cells.cell(target, ["confirmed", *self.key, self.strength, count], make)
+
+
+def unedited(measured: Measured, target: Target, count: int) -> dict[str, Any]:
+    """Hits of the model as it is, on the pictures that confirm."""
+    what = ["confirmed", "unedited", count]
+    return measured.cells.cell(target, what, lambda: fresh(measured.bed, target, count))
+
+
+def fresh(bed: Bed, target: Target, count: int) -> dict[str, Any]:
+    """Hits by the twin as it stands, on noise that no screening saw."""
+    asked = bed.draw(bed.prompts(target, count), range(FRESH, FRESH + count))
+    places = bed.kept(target, count)
+    kept = bed.draw([bed.pool[i] for i in places], [2 * FRESH + i for i in places])
+    names = {"object": bed.judge.objects, "style": bed.judge.styles}[target.kind]
+    seen, times = np.unique(asked.chances[target.kind].argmax(1), return_counts=True)
+    became = {names[i]: int(n) for i, n in zip(seen, times, strict=True)}
+    return {
+        "shown": asked.right(target.kind).astype(int).tolist(),
+        **{kind: kept.right(kind).astype(int).tolist() for kind in ("object", "style")},
+        "became": dict(sorted(became.items(), key=lambda item: -item[1])[:5]),
+    }
+
+
+def share(hits: Any, level: float = 0.95) -> dict[str, Any]:
+    """{"value", "interval", "pictures"} of hits 0 and 1, the interval Wilson's."""
+    values = np.asarray(hits, dtype=int)
+    found = binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
+    ends = [round(float(found.low), 4), round(float(found.high), 4)]
+    return {"value": round(float(values.mean()), 4), "interval": ends, "pictures": len(values)}
+
+
+def judged(
+    target: Target, cell: dict[str, Any], bare: dict[str, Any], level: float = 0.95
+) -> dict[str, Any]:
+    """{"ua", "ira", "cra"}: see `share`; the last two as a share of the unedited model's."""
+    other = "style" if target.kind == "object" else "object"
+    found = {"ua": share(1 - np.asarray(cell["shown"]), level)}
+    for name, kind in (("ira", target.kind), ("cra", other)):
+        before, after = float(np.mean(bare[kind])) or 1.0, share(cell[kind], level)
+        after["interval"] = [round(end / before, 4) for end in after["interval"]]
+        found[name] = after | {"value": round(after["value"] / before, 4)}
+    return found

@@ -1,0 +1,235 @@
+"""Scores of all train pictures and of exemplars for every query of the small AbC, by any ranker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from concept_trak.attribution.baselines import distances
+from concept_trak.datasets.caption_overlap import overlap
+from concept_trak.settings import DAMPINGS, JUDGE, TOKEN
+from concept_trak.store.array_cache import cached_array
+from experiments.benchmark.evaluate import choose_damping
+
+from .gradients import (
+    Gallery,
+    drawn,
+    exemplar_rows,
+    folder_of,
+    learned,
+    query_row,
+    question_of,
+    shown_at,
+)
+from .methods import method
+from .tasks import Task, Token
+
+if TYPE_CHECKING:
+    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.question import Picture, Question
+    from concept_trak.attribution.rankers import GradientRanker
+
+PROTOCOLS = ("published", "blind", "crowd")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """of: {protocol: [D, Q, N + E]}, exemplars last, those of "crowd" are all. choices: [D], the
+    dampings or steps, of which one is chosen for each protocol; empty where D is 1.
+    """
+
+    of: dict[str, np.ndarray]
+    choices: Sequence[float] = ()
+
+
+class Asked:
+    """Tokens, tasks and pictures; places of the tasks of each split."""
+
+    def __init__(self, corpus: Corpus, tokens: list[Token], tasks: list[Task], work: Path) -> None:
+        self.corpus, self.tokens, self.tasks, self.work = corpus, tokens, tasks, work
+        self.pictures: list[Picture] = []
+        for token in self.asked():
+            learned(corpus, token, work)
+            self.pictures += drawn(corpus, [t for t in tasks if t.token is token], work)
+
+    def asked(self) -> list[Token]:
+        """The tokens that are asked about, in the order of the tasks."""
+        return [token for token in self.tokens if any(t.token is token for t in self.tasks)]
+
+    def split(self, name: str) -> np.ndarray:
+        """Places of the tasks of a split."""
+        return np.flatnonzero([task.token.split == name for task in self.tasks])
+
+    def of_token(self, token: Token) -> np.ndarray:
+        """Places of the tasks of a token."""
+        return np.flatnonzero([task.token is token for task in self.tasks])
+
+    def questions(self, token: Token, corpus: Corpus) -> list[Question]:
+        """Of a token, under the settings of `corpus`."""
+        places = self.of_token(token)
+        return [question_of(corpus, self.tasks[q], self.pictures[q]) for q in places]
+
+    def relevant(self, protocol: str) -> np.ndarray:
+        """bool [Q, N + E]."""
+        count, rows = len(self.corpus.train), []
+        for task in self.tasks:
+            if protocol == "crowd":
+                own = [np.full(len(t.pictures), t is task.token) for t in self.tokens]
+            else:
+                own = [np.ones(len(task.token.pictures), bool)]
+            rows.append(np.concatenate([np.zeros(count, bool), *own]))
+        return np.stack(rows)
+
+    def by_protocol(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """{protocol: [D, Q, N + E]} of values [D, Q, N + E + A]: of the train pictures, the token's
+        exemplars under their caption, and the exemplars of all tokens under none.
+        """
+        count, found = len(self.corpus.train), {}
+        sizes = [len(token.pictures) for token in self.tokens]
+        starts = dict(zip((t.name for t in self.tokens), np.cumsum([0, *sizes]), strict=False))
+        every = values.shape[2] - sum(sizes)  # where those of all tokens begin
+        own, rest = [], np.arange(count)
+        for task in self.tasks:
+            first = every + starts[task.token.name]
+            own.append(np.r_[rest, first : first + len(task.token.pictures)])
+        found["published"] = values[:, :, :every]
+        found["blind"] = np.take_along_axis(values, np.stack(own)[None], 2)
+        found["crowd"] = values[:, :, np.r_[rest, every : values.shape[2]]]
+        return found
+
+    def choice(self, protocol: str, values: np.ndarray) -> int:
+        """Index of the damping or step that `choose_damping` takes for values [D, Q, N + E] of a
+        protocol, from the tasks of split "tune".
+        """
+        tune = self.split("tune")
+        return choose_damping(values[:, tune, None], self.relevant(protocol)[tune][:, None])
+
+
+def scores_of(asked: Asked, name: str) -> Scores:
+    """One method's; UserError for one that there is not."""
+    ranker = method(name)(asked.corpus)
+    if hasattr(ranker, "over"):
+        return _of_passes(asked, ranker, name)
+    values = _of_rows(asked, ranker)
+    return Scores(asked.by_protocol(values), DAMPINGS if len(values) > 1 else ())
+
+
+def _of_rows(asked: Asked, ranker: GradientRanker) -> np.ndarray:
+    """[D, Q, N + E + A] of a ranker whose train rows lie in a store; see `Asked.by_protocol`."""
+    corpus = ranker.corpus
+    folder = folder_of(corpus, ranker._train) / ("concept" if ranker.per_concept else "whole")
+    queries, captioned, own = [], [], {}
+    for token in asked.asked():
+        learned(corpus, token, asked.work)
+        first = sum(map(len, captioned))
+        captioned.append(exemplar_rows(corpus, token, token.train_prompt, folder))
+        own[token.name] = slice(first, first + len(captioned[-1]))
+        for question in asked.questions(token, corpus):
+            queries.append(query_row(ranker, question, folder))
+    blind = [exemplar_rows(corpus, token, "", folder) for token in asked.tokens]
+    solved = ranker.solve(np.concatenate(queries))
+    rows = np.concatenate([*captioned, *blind]).astype(np.float64)
+    values = ranker.score_rows(solved, rows[:, :-1], rows[:, -1])  # of all at once: some are solved
+    named = [values[:, q, own[task.token.name]] for q, task in enumerate(asked.tasks)]
+    every = values[:, :, sum(map(len, captioned)) :]
+    return np.concatenate([ranker.score_train(solved), np.stack(named, 1), every], 2)
+
+
+def _of_passes(asked: Asked, ranker: Any, name: str) -> Scores:
+    """Of a ranker without rows, which goes over all pictures for each question.
+
+    Where it has a step to choose, the reported tasks are asked only with those that a protocol
+    chose; all else is 0.
+    """
+    steps = getattr(ranker, "candidates", ())
+    if not steps:
+        values = sum(_passes(asked, ranker, name, split) for split in ("tune", "report"))
+        return Scores(asked.by_protocol(values), DAMPINGS if len(values) > 1 else ())
+    at = [ranker.at(i) for i in range(len(steps))]
+    values = np.concatenate([_passes(asked, one, name, "tune") for one in at])
+    for i in {asked.choice(p, of) for p, of in asked.by_protocol(values).items()}:
+        values[i] += _passes(asked, at[i], name, "report")[0]
+    return Scores(asked.by_protocol(values), steps)
+
+
+def _passes(asked: Asked, ranker: Any, name: str, split: str) -> np.ndarray:
+    """[D, Q, N + E + A], 0 for the tasks of other splits."""
+    tokens = [token for token in asked.asked() if token.split == split]
+    parts = [_passed(asked, ranker, name, token) for token in tokens]
+    values = np.zeros((len(parts[0]), len(asked.tasks), parts[0].shape[2]))
+    for token, part in zip(tokens, parts, strict=True):
+        values[:, asked.of_token(token)] = part
+    return values
+
+
+def _passed(asked: Asked, ranker: Any, name: str, token: Token) -> np.ndarray:
+    """[D, tasks of the token, N + E + A], computed where it is not kept."""
+    corpus = asked.corpus
+    learned(corpus, token, asked.work)
+    ranked, questions = Gallery(corpus, token, asked.tokens), asked.questions(token, corpus)
+    step = getattr(ranker, "step", None)
+    made_from = ranker.corpus.identity(
+        data=corpus.data.content_hash(),
+        exemplars=ranked.identity(),
+        questions=[question.identity() for question in questions],
+        tokens=corpus.model.tokens,
+        step=step,
+    )
+    at = "" if step is None else f"-{step:g}"
+    path = asked.work / "passes" / f"{name}-{token.name}{at}.npy"
+    return cached_array(path, made_from, lambda: ranker.over(ranked).rank(questions))
+
+
+def controls_of(asked: Asked) -> dict[str, Scores]:
+    """What pixels, latents, the judge and text alone find."""
+    corpus, found = asked.corpus, {}
+    looks = {
+        "pixel_neighbours": _pixels,
+        "latent_neighbours": lambda corpus, shown: _flat(corpus.model.encode_images(shown).numpy()),
+    }
+    if (JUDGE / "judge.json").is_file():
+        looks["judge_features"] = _judged
+    size = corpus.model.image_size
+    queries = np.stack([p.pixels for p in asked.pictures if p.pixels is not None])
+    pictures = np.concatenate([shown_at(t.pictures, size) for t in asked.tokens])
+    shown = np.concatenate([corpus.train.images(range(len(corpus.train)), size=size), pictures])
+    for name, look in looks.items():
+        values = -distances(look(corpus, queries), look(corpus, shown))
+        found[name] = Scores(asked.by_protocol(_twice(asked, values)[None]))
+    text = overlap(TOKEN.strip("<>"), corpus.train.captions)
+    sizes = [len(token.pictures) for token in asked.tokens]
+    named = [
+        np.r_[text, np.ones(len(task.token.pictures)), np.zeros(sum(sizes))] for task in asked.tasks
+    ]
+    found["caption_similarity"] = Scores(asked.by_protocol(np.stack(named)[None]))
+    return found
+
+
+def _twice(asked: Asked, values: np.ndarray) -> np.ndarray:
+    """[Q, N + E + A] of values [Q, N + A]: a picture looks the same under any caption."""
+    count, own = len(asked.corpus.train), []
+    ends = np.cumsum([count, *(len(token.pictures) for token in asked.tokens)])
+    at = {t.name: slice(a, b) for t, a, b in zip(asked.tokens, ends, ends[1:], strict=False)}
+    for row, task in zip(values, asked.tasks, strict=True):
+        own.append(np.r_[row[:count], row[at[task.token.name]], row[count:]])
+    return np.stack(own)
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), -1).astype(np.float32)
+
+
+def _pixels(corpus: Corpus, shown: np.ndarray) -> np.ndarray:
+    return _flat(shown)
+
+
+def _judged(corpus: Corpus, shown: np.ndarray) -> np.ndarray:
+    from ..classifier.io import load_judge
+    from ..classifier.net import resized
+
+    judge = load_judge(JUDGE)
+    return judge.features(resized(shown, judge.settings.size))

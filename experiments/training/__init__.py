@@ -1,0 +1,1 @@
+"""The resumable training loop, and tokens learned by textual inversion."""

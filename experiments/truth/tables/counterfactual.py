@@ -1,0 +1,96 @@
+"""Counterfactual: without the pictures that a ranking names, is the concept lost?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from concept_trak.attribution.corpus import Corpus
+from concept_trak.parsing import parse_methods
+
+from .. import counterfactual, figures
+from ..setup import (
+    FIXED,
+    SEEDS,
+    base_of,
+    bench_of,
+    cell,
+    damping_of,
+    measured_part,
+    of_all_pictures,
+    plan_of,
+    rankings,
+    written,
+)
+from ..subsets import KINDS, Plan, counterfactual_plan, groups
+from ..train_many import presences_of
+from .lds import by_lds, truths_of
+
+
+def table(corpus: Corpus) -> dict[str, Any]:
+    """{arm: {figures of objects, "noise", "style": {...}}, "targets"}.
+
+    The plan is the committed one; with RETRAIN=1 one that is not there is made from today's scores.
+    """
+    data, held_out = corpus.train, corpus.everything.split("held_out")
+    named = parse_methods(corpus.settings.methods)
+    plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus), named)
+    bench = bench_of(corpus)
+    bases = measured_part(corpus, base_of(corpus), 1)
+    found = presences_of(bench, bases, held_out)
+    whole = {s.seed: found[s.name] for s in bases.subsets}
+    there = measured_part(corpus, plan, 1)
+    there = replace(there, subsets=tuple(s for s in there.subsets if s.seed in whole))
+    arms = presences_of(bench, there, held_out)
+    drops = counterfactual.drops(there, arms, whole, data, held_out, FIXED)
+    noise = counterfactual.noise(whole, data, held_out)
+    told = {arm: _of_arm(arm, drops, noise) for kind in KINDS for arm in drops[kind]}
+    told["targets"] = {kind: counterfactual.targets(data, kind) for kind in KINDS}
+    drawn = {"drops": figures.drops(drops, noise), "drawn": figures.drops(drops, {}, "judge_drop")}
+    return written(corpus, "counterfactual", told, _markdown(drops, noise), drawn)
+
+
+def _of_arm(arm: str, drops: dict[str, Any], noise: dict[str, Any]) -> dict[str, Any]:
+    """An arm's figures: those of objects, and beside them of styles."""
+    each = {kind: drops[kind][arm] | {"noise": noise[kind]} for kind in KINDS if arm in drops[kind]}
+    return each.get("object", {}) | ({"style": each["style"]} if "style" in each else {})
+
+
+def planned_counterfactual(corpus: Corpus) -> Plan:
+    """What every ranker of METHODS names on the first model of all pictures."""
+    data = corpus.train
+    asking, asked = next(of_all_pictures(corpus))
+    *_, truths = truths_of(corpus)
+    values, tune = rankings(asking, asked), groups(data)["tune"]
+    chosen = {
+        name: damping_of(name, corpus, of, by_lds(asked, truths, tune, of))
+        for name, of in values.items()
+    }
+    arms: dict[str, list[int]] = {}
+    for kind in KINDS:
+        names = counterfactual.targets(data, kind)
+        scores = {n: asked.mean(of[[chosen[n]]], kind, names)[0] for n, of in values.items()}
+        arms |= counterfactual.arms(data, kind, scores, FIXED)
+    return counterfactual_plan(data, arms, SEEDS)
+
+
+FIGURES = (
+    *("target_drop", "share_of_oracle", "behind_ours"),
+    *("untouched_drop", "other_drop"),
+    *("judge_drop", "judge_share_of_oracle", "judge_behind_ours"),
+)
+
+
+def _markdown(drops: dict[str, Any], noise: dict[str, Any]) -> str:
+    lines = []
+    for kind in filter(drops.get, KINDS):
+        lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(FIGURES)} |"]
+        lines.append("|---" * (3 + len(FIGURES)) + "|")
+        for arm, told in drops[kind].items():
+            cells = [cell(told[f], told[f"{f}_ci95"]) if f in told else "" for f in FIGURES]
+            start = f"| {arm} | {told['removed']} | {told['seeds']} |"
+            lines.append(f"{start} {' | '.join(cells)} |")
+        spread = noise[kind] or {}
+        cells = [f"{spread[f]:.2f}" if f in spread else "" for f in FIGURES]
+        lines.append(f"| (between seeds) | 0 | | {' | '.join(cells)} |")
+    return "\n".join(lines)
