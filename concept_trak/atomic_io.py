@@ -60,7 +60,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder of that name is there")
         _remove_orphans(path)
-        part, fd = _claimed(path, lambda part: os.open(part, os.O_RDWR | os.O_CREAT, 0o644))
+        part, fd = _open_temp(path, lambda part: os.open(part, os.O_RDWR | os.O_CREAT, 0o644))
         try:
             with open(fd, "wb") as file:
                 yield file
@@ -74,7 +74,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def _claimed(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+def _open_temp(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
     """(a new name beside `path`, what `make` opened of that name, locked)."""
     while True:
         part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}{PART}")
@@ -114,19 +114,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "a file of that name is there")
         _remove_orphans(folder)
-        part, fd = _claimed(folder, lambda part: (part.mkdir(), os.open(part, os.O_RDONLY))[1])
+        part, fd = _open_temp(folder, lambda part: (part.mkdir(), os.open(part, os.O_RDONLY))[1])
         try:
             yield part
             sync_folder(part)
             with locked(folder.parent):
-                swap(part, folder)
+                replace_folder(part, folder)
             sync_folder(folder.parent)
         finally:
             os.close(fd)
             shutil.rmtree(part, ignore_errors=True)
 
 
-def swap(new: Path, place: Path) -> None:
+def replace_folder(new: Path, place: Path) -> None:
     """Give the folder `new` the name `place`; what was there gets the name of `new`.
 
     One step where the system can exchange two names, so that `place` is never without a folder.
@@ -180,7 +180,7 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_fully(fd: int, data: bytes) -> None:
     """All of `data`, however many calls it takes."""
     view = memoryview(data)
     while view:

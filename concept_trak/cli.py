@@ -10,9 +10,9 @@ import sys
 import traceback
 
 from .errors import UserError
-from .flags import FROM_ENV, Parser, refuse_misspelt
+from .flags import FROM_ENV, Parser, check_environment
 from .isolated import isolate
-from .process import VERBOSITY, ended_by_sigterm, speak, speak_plainly
+from .process import VERBOSITY, ended_by_sigterm, set_verbosity, speak_plainly
 from .report import component_command
 from .settings import IN_CHECKOUT, version
 from .verbs import VERBS, add_export, add_settings_verb
@@ -52,14 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:  # of the installed script
         isolate()
     speak_plainly()
-    speak(0)  # until the arguments say otherwise
+    set_verbosity(0)  # until the arguments say otherwise
     try:
         with ended_by_sigterm():
             top = parser()
             arguments = top.parse_args(argv)
-            speak(getattr(arguments, "level", 0))
+            set_verbosity(getattr(arguments, "level", 0))
             if os.environ.get(FROM_ENV):
-                refuse_misspelt(os.environ, top.flags_of(arguments.verb))
+                check_environment(os.environ, top.flags_of(arguments.verb))
             arguments.run(arguments)
     except (UserError, OSError, MemoryError, UnicodeError) as error:
         if VERBOSITY["level"] > 0:

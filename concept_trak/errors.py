@@ -18,19 +18,19 @@ class TransientError(UserError):
     """
 
 
-def call(script: str, **variables: object) -> str:
+def script_hint(script: str, **variables: object) -> str:
     """The line that runs a script of the checkout with these variables, to end a refusal with."""
     given = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items()]
     return " ".join([*given, "bash", f"scripts/{script}"])
 
 
-def removal(path: object, then: str = "run the same again") -> str:
+def remove_hint(path: object, then: str = "run the same again") -> str:
     """The line that removes what is made again where it is missing, to end a refusal with."""
     place = str(path)
     option = "-r " if os.path.isdir(place) else ""
     return f"remove it and {then}: rm {option}{shlex.quote(place)}"
 
 
-def restoration(path: object) -> str:
+def git_restore_hint(path: object) -> str:
     """The line that brings back a committed file or folder, to end a refusal with."""
     return f"bring back the committed one: git checkout -- {shlex.quote(os.path.relpath(path))}"

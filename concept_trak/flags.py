@@ -19,8 +19,8 @@ from .settings import (
     IN_CHECKOUT,
     PRESETS,
     ROOT,
+    SECTIONS,
     STAGE_OF,
-    STAGES,
     Settings,
     as_dict,
     flat_fields,
@@ -30,7 +30,7 @@ from .settings import (
 
 FROM_ENV = "CONCEPT_TRAK_FROM_ENV"  # set by the scripts, which make flags of variables
 # variables of the scripts that are no settings
-OF_SCRIPTS = (
+SCRIPT_VARIABLES = (
     *"PYTHON_BIN ENV_KIND TORCH_INDEX_URL PARTS MAX_WORKERS PRESET OUT_DIR WORK SIZE".split(),
     *("API_TOKEN", "RAY_ADDRESS"),
 )
@@ -55,7 +55,7 @@ def place(text: str) -> str:
     return text
 
 
-class Help(argparse.Action):
+class BenchmarkHelp(argparse.Action):
     """-h: every flag with the defaults of the benchmark, if that was named before."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> NoReturn:
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**layout | options | {"add_help": False})
         self.later: Callable[[], None] | None = None
         self.settings: dict[argparse.Action, dataclasses.Field] = {}
-        self.add_argument("-h", "--help", action=Help, nargs=0, help="show this and end")
+        self.add_argument("-h", "--help", action=BenchmarkHelp, nargs=0, help="show this and end")
         how = {"action": "store_const", "dest": "level", "default": argparse.SUPPRESS}
         self.add_argument("-q", "--quiet", const=-1, help="say only results and errors", **how)
         says = "say when what is done, and where an error comes from"
@@ -170,7 +170,7 @@ def add_setting_flags(sub: Any, uses: Sequence[str] | None = None) -> None:
 
 
 def _add_fields(sub: Parser, uses: Sequence[str] | None) -> None:
-    for stage, fields in STAGES.items():
+    for stage, fields in SECTIONS.items():
         group = sub.add_argument_group(fields.__doc__.rstrip("."))
         for field in dataclasses.fields(fields):
             shown = uses is None or stage in uses or field.name in uses
@@ -207,11 +207,11 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
-def refuse_misspelt(environment: Mapping[str, str], flags: Collection[str]) -> None:
+def check_environment(environment: Mapping[str, str], flags: Collection[str]) -> None:
     """UserError for a variable that is none of the known ones, but near to one: it would be passed
     over without a word. flags: of the verb, e.g. "--steps", whose variables are known, too.
     """
-    known = {*(name.upper() for name in names()), *OF_SCRIPTS}
+    known = {*(name.upper() for name in names()), *SCRIPT_VARIABLES}
     known |= {flag.lstrip("-").replace("-", "_").upper() for flag in flags}
     aims = [name for name in known if len(name) >= SHORTEST]
     for variable in sorted(environment.keys() - known):
@@ -246,10 +246,10 @@ def command(verb: str, settings: Settings, uses: Sequence[str], **also: str) -> 
         ((name, differences(name)) for name in PRESETS), key=lambda pair: len(pair[1])
     )
     given = {k: str(int(v) if isinstance(v, bool) else v) for k, v in changed.items()} | also
-    return line_of(verb, benchmark, given)
+    return command_line(verb, benchmark, given)
 
 
-def line_of(verb: str, benchmark: str, given: Mapping[str, str]) -> str:
+def command_line(verb: str, benchmark: str, given: Mapping[str, str]) -> str:
     """The command line that runs a verb for a benchmark with these {setting: value}."""
     if script := script_of(verb, benchmark):
         told = [f"{name.upper()}={shlex.quote(value)}" for name, value in given.items()]

@@ -55,7 +55,7 @@ def _split(address: str) -> SplitResult:
     )
 
 
-def refuse_offline(address: str, remedy: str) -> None:
+def check_reachable(address: str, remedy: str) -> None:
     """UserError within 5 s if the host of a web address, or the proxy to it, takes no connection.
 
     remedy: what the user can do instead.

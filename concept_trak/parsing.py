@@ -62,7 +62,7 @@ class Option:
     def check(self, variable: str, value: Any) -> None:
         """UserError for a value that is not allowed; it names the variable and the remedy."""
         if isinstance(value, str):
-            refuse_no_text(variable, value)
+            check_text(variable, value)
         if self.place:
             refuse_no_place(variable, value)
         if self.choices and value not in self.allowed():
@@ -82,7 +82,7 @@ class Option:
             self.parse(value)
 
 
-def refuse_no_text(variable: str, value: str) -> None:
+def check_text(variable: str, value: str) -> None:
     """UserError for a text that is none; see `no_character`."""
     controls = (c for c in value if "\x7f" <= c < "\xa0")  # files of old programs hold some
     if bad := no_character(value) or next(controls, ""):
@@ -120,7 +120,7 @@ def option(default: Any, help: str, unit: str = "", **about: Any) -> Any:
     return dataclasses.field(default=default, metadata={"option": Option(help, unit, **about)})
 
 
-def edits(one: str, other: str) -> int:
+def edit_distance(one: str, other: str) -> int:
     """How many letters must be changed, added, removed or swapped with their neighbour (optimal
     string alignment).
     """
@@ -140,7 +140,7 @@ def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
     letters, and one at least.
     """
     room = max(1, len(word) // 5)
-    near = [(edits(word, k), k) for k in known if abs(len(k) - len(word)) <= room]
+    near = [(edit_distance(word, k), k) for k in known if abs(len(k) - len(word)) <= room]
     return [k for distance, k in sorted(near) if distance <= room][:most]
 
 
@@ -231,7 +231,7 @@ def parse_methods(text: str) -> list[str]:
     return names
 
 
-def refuse_selection(text: str) -> None:
+def check_selection(text: str) -> None:
     """UserError for a SELECTION that names no role of weights."""
     for part in (part.strip() for part in text.split("|")):
         if part not in SELECTIONS:

@@ -19,7 +19,7 @@ VERBOSITY = {"level": 0}  # -1: results and errors alone; 1: times, and where an
 START = time.monotonic()
 
 
-def speak(level: int) -> None:
+def set_verbosity(level: int) -> None:
     """Set how much is said. Progress bars are for someone who looks: not for a file or a pipe,
     where each step would be a line more.
     """
@@ -28,7 +28,7 @@ def speak(level: int) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # read by tqdm when it is imported
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Tell on the standard output what is being done, unless -q was given; with -v, when."""
     if VERBOSITY["level"] > 0:
         text = f"{time.monotonic() - START:7.1f} s  {text}"

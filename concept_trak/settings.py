@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import UserError
 from .parsing import (
+    check_selection,
     normalized,
     number_ranges,
     option,
@@ -24,7 +25,6 @@ from .parsing import (
     parse_methods,
     parse_shards,
     refuse_credentials,
-    refuse_selection,
 )
 from .registry import BENCHMARKS as REGISTERED
 from .registry import OBJECTIVES, unknown
@@ -113,7 +113,7 @@ def parse_damping(value: float) -> float:
 
 
 @dataclass(frozen=True)
-class Question:
+class QuestionSettings:
     """What is asked."""
 
     prompt: str = option("Pikachu in the style of Pablo Picasso", "what to generate and ask about")
@@ -131,7 +131,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationSettings:
     """How the query picture is generated."""
 
     negative_prompt: str = option("", "what the picture is guided away from")
@@ -143,7 +143,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Rows:
+class GradientSettings:
     """How rows are made."""
 
     recipe: str = option("default", "default, or reference: the paper's", choices=tuple(RECIPES))
@@ -161,7 +161,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Projection:
+class ProjectionSettings:
     """How rows are projected."""
 
     proj_type: str = option("logra", "kind of projection", choices=PROJECTIONS)
@@ -229,7 +229,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """The model."""
 
     sd_model_path: str = option(
@@ -262,7 +262,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Store:
+class StoreSettings:
     """Where rows are kept."""
 
     grad_dir: str = option(
@@ -287,7 +287,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSettings:
     """Where and how it runs."""
 
     results_dir: str = option(
@@ -346,7 +346,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Truth:
+class RetrainingSettings:
     """Training again."""
 
     retrain: bool = option(False, "train the models of a plan that have no presences yet; hours")
@@ -372,7 +372,7 @@ class Components:
     selection: str = option(  # chosen with RATIO by run_eval.sh, on objects that are not reported
         "cross_attention|feed_forward",
         "which weights, '|' between alternatives; paper: the published choice and rule",
-        parse=refuse_selection,
+        parse=check_selection,
     )
     granularity: str = option(
         "scalar",
@@ -404,7 +404,7 @@ class Components:
 
 
 @dataclass(frozen=True)
-class Service:
+class ServiceSettings:
     """How questions are taken over HTTP."""
 
     listen_host: str = option(
@@ -470,33 +470,33 @@ class Settings:
     The environment variable of a field is its name in capitals.
     """
 
-    question: Question = Question()
-    generation: Generation = Generation()
-    rows: Rows = Rows()
-    projection: Projection = Projection()
+    question: QuestionSettings = QuestionSettings()
+    generation: GenerationSettings = GenerationSettings()
+    rows: GradientSettings = GradientSettings()
+    projection: ProjectionSettings = ProjectionSettings()
     query: Query = Query()
     scoring: Scoring = Scoring()
     report: Report = Report()
-    model: Model = Model()
+    model: ModelSettings = ModelSettings()
     data: Data = Data()
-    store: Store = Store()
-    run: Run = Run()
+    store: StoreSettings = StoreSettings()
+    run: RunSettings = RunSettings()
     evaluation: Evaluation = Evaluation()
     tasks: Tasks = Tasks()
-    truth: Truth = Truth()
+    truth: RetrainingSettings = RetrainingSettings()
     components: Components = Components()
-    service: Service = Service()
+    service: ServiceSettings = ServiceSettings()
     protocols: Protocols = Protocols()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """Settings from {field: value}. TypeError for a name that is no field."""
-        by_stage: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+        by_stage: dict[str, dict[str, Any]] = {stage: {} for stage in SECTIONS}
         for name, value in values.items():
             if name not in STAGE_OF:
                 raise TypeError(f"Settings has no field {name!r}")
             by_stage[STAGE_OF[name]][name] = normalized(value) if name in OF_WORDS else value
-        return cls(**{name: stage(**by_stage[name]) for name, stage in STAGES.items()})
+        return cls(**{name: stage(**by_stage[name]) for name, stage in SECTIONS.items()})
 
     def __getattr__(self, name: str) -> Any:
         if name not in STAGE_OF:  # among them what copy and pickle ask for
@@ -505,7 +505,7 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """{field: value} over all stages."""
-        return {k: v for stage in STAGES for k, v in vars(getattr(self, stage)).items()}
+        return {k: v for stage in SECTIONS for k, v in vars(getattr(self, stage)).items()}
 
     def but(self, **changes: Any) -> Settings:
         """A copy with other values of some fields. TypeError for a name that is no field."""
@@ -522,19 +522,19 @@ class Settings:
 # training, where the choice for erasing lowers it (scripts/cad/run_rare.sh)
 AMPLIFY = {"selection": "paper", "ratio": 0.01}
 # what the section "weights" of an answer is made with, and no ranking
-OF_WEIGHTS = (
+COMPONENT_FIELDS = (
     *("base_prompt", "ratio", "selection", "granularity", "operator", "strength", "score_seeds"),
     *("spare", "spare_weight", "edits"),
 )
 # what is compared with captions and labels
 OF_WORDS = ("prompt", "target_concepts", "negative_prompts", "negative_prompt", "concept", "spare")
-STAGES = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
-STAGE_OF = {f.name: name for name, stage in STAGES.items() for f in dataclasses.fields(stage)}
+SECTIONS = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+STAGE_OF = {f.name: name for name, stage in SECTIONS.items() for f in dataclasses.fields(stage)}
 
 
 def flat_fields() -> tuple[dataclasses.Field, ...]:
     """The fields of all stages; `metadata["option"]` is what is known of one."""
-    return tuple(field for stage in STAGES.values() for field in dataclasses.fields(stage))
+    return tuple(field for stage in SECTIONS.values() for field in dataclasses.fields(stage))
 
 
 def names() -> tuple[str, ...]:
@@ -595,7 +595,7 @@ def as_dict(settings: Settings) -> dict[str, Any]:
     }
 
 
-def digest(value: Any) -> str:
+def short_hash(value: Any) -> str:
     """First 10 hex digits of the sha256 of a JSON value."""
     import hashlib  # here, like those below: they take as long as the rest of a start
     import json

@@ -28,7 +28,7 @@ LARGEST = 1e300  # in size, of a number that is computed with
 NAME_BYTES = 255  # of a file's name, on every common disk
 
 
-def inside(root: Path, name: Any, what: str, links: bool = False) -> Path:
+def safe_join(root: Path, name: Any, what: str, links: bool = False) -> Path:
     """root/name for a name that comes from outside: a listing, an archive, metadata, a record.
 
     what: whose name it is, for the message. links: whether those in `root` are the user's own, who
@@ -63,7 +63,7 @@ def _too_long(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def named(path: Path, mend: str) -> Iterator[None]:
+def file_errors(path: Path, mend: str) -> Iterator[None]:
     """An OSError while a file is read becomes a UserError that names it."""
     try:
         yield
@@ -77,7 +77,7 @@ def named(path: Path, mend: str) -> Iterator[None]:
 
 def checked_file(path: Path, mend: str) -> int:
     """Bytes of a regular file. UserError for one that is missing, empty, or no file."""
-    with named(path, mend):
+    with file_errors(path, mend):
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError
@@ -98,7 +98,7 @@ def open_unlinked(real: Path, path: Path, mend: str) -> BinaryIO:
     No link on the way to `real` is followed: one there was put there since. UserError for that,
     and as `checked_file`.
     """
-    with named(path, mend):
+    with file_errors(path, mend):
         try:
             file = open(_fd_without_links(real), "rb")
         except ValueError as error:  # a name that no disk takes
@@ -135,7 +135,7 @@ def read_text(path: Path, mend: str) -> str:
     and for what is none, with its line.
     """
     checked_file(path, mend)
-    with named(path, mend):
+    with file_errors(path, mend):
         content = path.read_bytes()
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(content) > 2
     try:
@@ -217,7 +217,7 @@ def read_npy(path: Path, mend: str, dims: int | None = None, mmap: bool = False)
     import numpy as np  # here: a start that reads no array needs none
 
     size = checked_file(path, mend)
-    with named(path, mend), open(path, "rb") as file:
+    with file_errors(path, mend), open(path, "rb") as file:
         if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
             raise UserError(f"{path} is not an .npy file; {mend}")
         file.seek(0)
@@ -235,7 +235,7 @@ def read_npy(path: Path, mend: str, dims: int | None = None, mmap: bool = False)
         raise UserError(f"{path} is truncated or damaged: {size} bytes, not {wanted}; {mend}")
     if dims is not None and len(shape) != dims:
         raise UserError(f"{path} has {len(shape)} dimensions, not {dims}; {mend}")
-    with named(path, mend):
+    with file_errors(path, mend):
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     return array if mmap else array.astype(array.dtype.newbyteorder("="), copy=False)
 
@@ -248,7 +248,7 @@ def read_safetensors(path: Path, mend: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     checked_file(path, mend)
-    with named(path, mend):
+    with file_errors(path, mend):
         try:
             tensors = load_file(path)
         except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from .flags import add_setting_flags, place, settings_of
-from .process import say
-from .settings import OF_WEIGHTS, ROOT, Settings
+from .process import log
+from .settings import COMPONENT_FIELDS, ROOT, Settings
 
 
 def run_attribute(settings: Settings, device: str) -> None:
     """Answer PROMPT; prints where the report is."""
-    from .attribution.corpus import Corpus
+    from .attribution.corpus import AttributionTask
     from .report.write import attribute
 
-    print(f"report: {os.path.relpath(attribute(Corpus(settings, device)))}")
+    print(f"report: {os.path.relpath(attribute(AttributionTask(settings, device)))}")
 
 
 def run_concepts(settings: Settings, device: str) -> None:
@@ -34,9 +34,9 @@ def run_concepts(settings: Settings, device: str) -> None:
 
 def run_estimate(settings: Settings, device: str) -> None:
     """Say what run_own_data.sh will take."""
-    from .attribution.preflight import own_estimate
+    from .attribution.preflight import estimate_own_data
 
-    print(own_estimate(settings))
+    print(estimate_own_data(settings))
 
 
 def run_explore(settings: Settings, device: str) -> None:
@@ -56,18 +56,20 @@ def run_serve(settings: Settings, device: str) -> None:
 
 def run_suspects(settings: Settings, device: str) -> None:
     """List the training pictures whose caption does not fit; prints where the list is."""
-    from .attribution.corpus import Corpus
-    from .report.caption_mismatch import suspects
+    from .attribution.corpus import AttributionTask
+    from .report.caption_mismatch import rank_mismatched_captions
 
-    print(f"suspects: {os.path.relpath(suspects(Corpus(settings, device)))}")
+    print(
+        f"suspects: {os.path.relpath(rank_mismatched_captions(AttributionTask(settings, device)))}"
+    )
 
 
 def run_train_grad(settings: Settings, device: str) -> None:
     """Fill the store; prints its state."""
-    from .attribution.corpus import Corpus
+    from .attribution.corpus import AttributionTask
     from .attribution.train_grad import train_grad
 
-    store = train_grad(Corpus(settings, device))
+    store = train_grad(AttributionTask(settings, device))
     print(
         f"{store.where}: {store.num_rows} rows of {store.dim}, shards left: {len(store.pending())}"
     )
@@ -75,10 +77,10 @@ def run_train_grad(settings: Settings, device: str) -> None:
 
 def run_build_index(settings: Settings, device: str) -> None:
     """Make or update the index of the rows; prints where it is."""
-    from .attribution.corpus import Corpus
+    from .attribution.corpus import AttributionTask
     from .attribution.index_search import build_index
 
-    print(f"index: {os.path.relpath(build_index(Corpus(settings, device)).folder)}")
+    print(f"index: {os.path.relpath(build_index(AttributionTask(settings, device)).folder)}")
 
 
 def run_prepare(settings: Settings, device: str) -> None:
@@ -90,11 +92,11 @@ def run_prepare(settings: Settings, device: str) -> None:
 
 def run_export(folder: str, kind: str, settings: Settings, device: str) -> None:
     """Export the finished store; prints where to."""
-    from .attribution.corpus import Corpus
+    from .attribution.corpus import AttributionTask
     from .attribution.train_grad import open_store
     from .store.export import export
 
-    export(open_store(Corpus(settings, device)), Path(folder), kind)
+    export(open_store(AttributionTask(settings, device)), Path(folder), kind)
     print(f"exported: {os.path.relpath(folder)}")
 
 
@@ -131,7 +133,7 @@ VERBS = {
         "--prompt 'an owl in the style of openmoji line' --target-concepts 'owl|openmoji line'",
         (
             *("question", "generation", "query", "scoring", "report", "methods", "results_dir"),
-            *(*OF_WEIGHTS, *ROWS),
+            *(*COMPONENT_FIELDS, *ROWS),
         ),
         check="check_question",
     ),
@@ -238,7 +240,7 @@ def run_with_settings(
         getattr(importlib.import_module(".attribution.preflight", __package__), verb.check)(
             settings
         )
-    say(f"loading the model {settings.sd_model_path.removeprefix(f'{ROOT}/')} ...")
+    log(f"loading the model {settings.sd_model_path.removeprefix(f'{ROOT}/')} ...")
     # the other verbs have no use for GPU_IDS; the processes pick their own devices
     if run is run_train_grad and settings.executor == "ray":
         from .attribution.ray_cluster import launch_tasks

@@ -11,8 +11,8 @@ from concept_trak.registry import BENCHMARKS
 from concept_trak.settings import ROOT
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.corpus import Corpus
-    from concept_trak.attribution.question import Picture, Question
+    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.question import Query, QueryImage
 
 CELL_SEED = 0  # draws which seen cells are asked about
 
@@ -23,7 +23,7 @@ class Emoji:
 
     Queries: every held-out (object, style) cell (ood), as many seen cells (id), and other seen ones
     that choose the damping (tune). NUM_QUERIES (0: all) bounds the first two. Their pictures are
-    `generated`, all from the same x_T, or the `real` ones of the data.
+    `generate`, all from the same x_T, or the `real` ones of the data.
     """
 
     concepts: ClassVar[tuple[str, ...]] = ("object", "style")
@@ -31,7 +31,7 @@ class Emoji:
     splits: ClassVar[tuple[str, ...]] = ("ood", "id")
     settings: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: AttributionTask) -> None:
         self.corpus = corpus
         self._relevant: dict[str, np.ndarray] = {}
 
@@ -49,7 +49,7 @@ class Emoji:
         tune = seen[len(ood) : len(ood) + max(8, n // 3)]
         return {"ood": ood[:n], "id": seen[:n], "tune": tune}
 
-    def questions(self, kind: str) -> dict[str, list[Question]]:
+    def questions(self, kind: str) -> dict[str, list[Query]]:
         """See `Benchmark.questions`."""
         pictures = dict(zip(self._rows, getattr(self, f"_{kind}"), strict=True))
         return {
@@ -57,7 +57,7 @@ class Emoji:
             for split, rows in self.cells.items()
         }
 
-    def relevant(self, question: Question) -> np.ndarray:
+    def relevant(self, question: Query) -> np.ndarray:
         """See `Benchmark.relevant`."""
         from concept_trak.datasets.labels import relevant
 
@@ -65,16 +65,16 @@ class Emoji:
             self._relevant[question.words] = relevant(self.corpus.train, question.words)
         return self._relevant[question.words]
 
-    def _of_cell(self, row: int, picture: Picture) -> list[Question]:
-        from concept_trak.attribution.prompts import contrasts
-        from concept_trak.attribution.question import Question
+    def _of_cell(self, row: int, picture: QueryImage) -> list[Query]:
+        from concept_trak.attribution.prompts import contrast_prompts
+        from concept_trak.attribution.question import Query
 
         record, form = self.corpus.everything.records[row], self.corpus.settings.query_form
         words = [record[f"{concept}_phrase"] for concept in self.concepts]
         return [
-            Question(picture, word, plus, minus, concept)
+            Query(picture, word, plus, minus, concept)
             for concept, word, (plus, minus) in zip(
-                self.concepts, words, contrasts(form, picture.prompt, words), strict=True
+                self.concepts, words, contrast_prompts(form, picture.prompt, words), strict=True
             )
         ]
 
@@ -83,22 +83,22 @@ class Emoji:
         return [row for rows in self.cells.values() for row in rows]
 
     @cached_property
-    def _generated(self) -> list[Picture]:
-        from concept_trak.attribution.question import generated
+    def _generated(self) -> list[QueryImage]:
+        from concept_trak.attribution.question import generate
 
         corpus = self.corpus
         captions = [corpus.everything.captions[row] for row in self._rows]
-        return generated(corpus.model, corpus.settings, captions, corpus.settings.seed)
+        return generate(corpus.model, corpus.settings, captions, corpus.settings.seed)
 
     @cached_property
-    def _real(self) -> list[Picture]:
-        from concept_trak.attribution.question import Picture
+    def _real(self) -> list[QueryImage]:
+        from concept_trak.attribution.question import QueryImage
 
         data, model = self.corpus.everything, self.corpus.model
         pixels = data.images(self._rows, size=model.image_size)
         latents, content = model.encode_images(pixels).split(1), data.content_hash()
         return [
-            Picture(data.captions[row], x0, None, shown, {"real": [content, row]})
+            QueryImage(data.captions[row], x0, None, shown, {"real": [content, row]})
             for x0, shown, row in zip(latents, pixels, self._rows, strict=True)
         ]
 
@@ -131,7 +131,7 @@ def labelled(bench: str, home: str, network: str = "unet") -> type:
             "truth_dir": str(folder / "retrainings"),
         }
 
-        def __new__(cls, corpus: Corpus) -> Any:
+        def __new__(cls, corpus: AttributionTask) -> Any:
             from experiments.attributes.queries import LabelledBenchmark
 
             return LabelledBenchmark(corpus)

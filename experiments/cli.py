@@ -13,11 +13,11 @@ from concept_trak.verbs import MODEL, PLACE, ROWS, Verb, add_settings_verb
 
 def run_evaluate(settings: Settings, device: str, benchmark: str = "emoji") -> None:
     """Evaluate every method on a benchmark."""
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
 
     from .benchmark.evaluate import evaluate
 
-    evaluate(Corpus(settings, device), benchmark)
+    evaluate(AttributionTask(settings, device), benchmark)
 
 
 def run_train_model(settings: Settings, device: str) -> None:
@@ -39,11 +39,11 @@ def run_train_model(settings: Settings, device: str) -> None:
 
 def run_judge_model(settings: Settings, device: str) -> None:
     """Measure the embedded model by its judge."""
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
 
     from .emoji.model_quality import measure_model
 
-    measure_model(Corpus(settings, device))
+    measure_model(AttributionTask(settings, device))
 
 
 def run_bench_sd14(settings: Settings, device: str) -> None:

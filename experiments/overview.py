@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from concept_trak.errors import restoration
+from concept_trak.errors import git_restore_hint
 from concept_trak.flags import place
 from concept_trak.settings import ROOT
 from concept_trak.validated_io import read_json
@@ -66,7 +66,7 @@ def of_splits(path: Path, script: str) -> str:
     name = path.parent.name
     if not path.is_file():
         return f"**{name}**: no table.json yet; `bash {script}` makes it"
-    told = read_json(path, restoration(path))
+    told = read_json(path, git_restore_hint(path))
     paper = {s: v | {"reference": v["concept_trak"]} for s, v in PAPER[name].items()}
     rows = [
         [method, _cell(told["id"], method), _cell(paper["id"], method)]
@@ -83,7 +83,7 @@ def of_abc(path: Path) -> str:
     """AbC in small: {"published", "blind", "crowd": {method: value}}."""
     if not path.is_file():
         return "**AbC in small**: no abc_table.json yet; `bash scripts/emoji/run_abc.sh` makes it"
-    told = read_json(path, restoration(path))
+    told = read_json(path, git_restore_hint(path))
     names = [name for name in ("published", "blind", "crowd") if name in told]
     rows = [
         [method, *(_cell(told[protocol], method) for protocol in names)]
@@ -94,7 +94,7 @@ def of_abc(path: Path) -> str:
 
 def of_ablation(path: Path, heading: str) -> str:
     """Each step of the paper's ablation, with what it adds."""
-    told = read_json(path, restoration(path)) if path.is_file() else {}
+    told = read_json(path, git_restore_hint(path)) if path.is_file() else {}
     if "ablation" not in told:
         return f"**{heading}**: not in {path.name} yet"
     changes = ["", *(_change(step) for step in told.get("steps", []))]
@@ -111,7 +111,7 @@ def of_emoji(path: Path) -> str:
     """The emoji benchmark, generated queries, held-out pairs."""
     if not path.is_file():
         return "**emoji**: no table.json yet; `bash scripts/emoji/run_eval.sh` makes it"
-    told = read_json(path, restoration(path))["ood"]
+    told = read_json(path, git_restore_hint(path))["ood"]
     rows = [
         [method, *(f"{told[c][method]['recall_at_10']:.2f}" for c in ("object", "style"))]
         for method in told["object"]
@@ -123,7 +123,7 @@ def of_weights(path: Path) -> str:
     """Component attribution: mean UA, IRA and CRA of the best plan and of the published rule."""
     if not path.is_file():
         return "**weights**: no table.json yet; `bash scripts/cad/run_eval.sh` makes it"
-    told = read_json(path, restoration(path))
+    told = read_json(path, git_restore_hint(path))
     rows = [
         [f"{names}, {which}", *(f"{sum(f[n] for f in of) / len(of):.2f}" for n in FIGURES)]
         for kind, names in (("object", "objects"), ("style", "styles"))

@@ -24,7 +24,7 @@ from concept_trak import cli
 from concept_trak import verbs as of_library
 from concept_trak.flags import FROM_ENV, settings_of
 from concept_trak.parsing import parse_shards
-from concept_trak.settings import ROOT, STAGES, Settings, names, resolve
+from concept_trak.settings import ROOT, SECTIONS, Settings, names, resolve
 from concept_trak.store.store import Store
 from concept_trak.verbs import run_export
 from experiments import cli as of_experiments
@@ -661,11 +661,11 @@ def test_the_help_shows_the_defaults_of_the_benchmark_that_was_named(capsys):
 @pytest.mark.parametrize("name", VERBS)
 def test_a_verb_uses_settings_that_exist_and_its_example_is_accepted(name):
     verb = VERBS[name]
-    assert set(verb.uses) <= {*names(), *STAGES}
+    assert set(verb.uses) <= {*names(), *SECTIONS}
     arguments = cli.parser().parse_args([name, *shlex.split(verb.example)])
     given = {k for k, v in vars(arguments).items() if k in names() and v is not None}
     stages = [
-        field.name for stage in STAGES if stage in verb.uses for field in fields(STAGES[stage])
+        field.name for stage in SECTIONS if stage in verb.uses for field in fields(SECTIONS[stage])
     ]
     assert given <= {*verb.uses, *stages} and settings_of(arguments)
 
@@ -834,7 +834,9 @@ def test_too_little_memory_is_told_before_the_work(verb, flags, capsys, monkeypa
     """Of a question it is refused; rows can be asked with more of it."""
     assert run("train-grad", flags) == 0
     capsys.readouterr()
-    monkeypatch.setattr("concept_trak.attribution.answer.drawn", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(
+        "concept_trak.attribution.answer.generate_query_image", lambda *_: pytest.fail("drawn")
+    )
     assert run(verb, flags, max_memory="100") == (2 if verb == "attribute" else 0)
     told = capsys.readouterr().err
     start = "error: " if verb == "attribute" else "warning: to answer from these rows: "
@@ -844,7 +846,9 @@ def test_too_little_memory_is_told_before_the_work(verb, flags, capsys, monkeypa
 
 def test_more_scores_than_memory_holds_are_refused_before_the_picture(flags, capsys, monkeypatch):
     assert run("train-grad", flags) == 0
-    monkeypatch.setattr("concept_trak.attribution.answer.drawn", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(
+        "concept_trak.attribution.answer.generate_query_image", lambda *_: pytest.fail("drawn")
+    )
     monkeypatch.setattr("concept_trak.attribution.answer.DAMPINGS", (1.0,) * 10**9)
     assert run("attribute", flags) == 2
     assert "scores take" in capsys.readouterr().err

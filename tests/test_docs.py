@@ -18,7 +18,7 @@ import served
 from conftest import save_tiny_data, save_tiny_pipeline
 
 from concept_trak import cli
-from concept_trak.flags import OF_SCRIPTS
+from concept_trak.flags import SCRIPT_VARIABLES
 from concept_trak.settings import ROOT, names
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,7 +85,7 @@ def verbs():
 def test_a_command_names_scripts_verbs_and_settings_that_exist(page, line, verbs):
     words = shlex.split(line.replace("...", ""), comments=True)
     flags = {flag for verb in verbs.values() for flag in verb.complete()._option_string_actions}
-    known = {name.upper() for name in names()} | {*OF_SCRIPTS, "OMP_NUM_THREADS"}
+    known = {name.upper() for name in names()} | {*SCRIPT_VARIABLES, "OMP_NUM_THREADS"}
     known |= {flag.lstrip("-").replace("-", "_").upper() for flag in flags}
     while re.match(r"[A-Z_]+=", words[0]):
         assert words[0].split("=")[0] in known, line

@@ -9,7 +9,7 @@ import pytest
 
 from concept_trak.atomic_io import atomic, atomic_folder, write_bytes, write_json
 from concept_trak.errors import UserError
-from concept_trak.validated_io import inside, read_json, read_npy, read_safetensors, read_text
+from concept_trak.validated_io import read_json, read_npy, read_safetensors, read_text, safe_join
 
 MEND = "make it again"
 
@@ -84,12 +84,12 @@ def test_a_name_from_outside_that_leads_out_of_its_folder_is_refused(tmp_path, n
     (root / "link").symlink_to(tmp_path)
     (root / "loop").symlink_to("loop")
     with pytest.raises(UserError) as error:
-        inside(root, name, "the listing's file")
+        safe_join(root, name, "the listing's file")
     assert "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
 def test_a_name_from_outside_that_stays_inside_is_taken(tmp_path):
-    assert inside(tmp_path, "a/../b/c.png", "the file") == tmp_path / "a/../b/c.png"
+    assert safe_join(tmp_path, "a/../b/c.png", "the file") == tmp_path / "a/../b/c.png"
 
 
 def spoilt(path, content):

@@ -19,7 +19,7 @@ import torch
 
 from concept_trak import cli
 from concept_trak.attribution.answer import answer
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.report.write import attribute
 from concept_trak.scoring.ranking import ranking
 from concept_trak.settings import PRESETS, ROOT, as_dict, resolve
@@ -111,7 +111,9 @@ def test_defaults_variables_and_scripts_are_those_of_before():
 
 def test_scores_rankings_and_files_of_a_prompt_are_those_of_before(tmp_path, one_thread):
     """The committed store is accepted; the ranking is exact where rounding is the same."""
-    corpus = Corpus(resolve("emoji", {"results_dir": str(tmp_path), "render_leastk": True}), "cpu")
+    corpus = AttributionTask(
+        resolve("emoji", {"results_dir": str(tmp_path), "render_leastk": True}), "cpu"
+    )
     corpus.settings = corpus.settings.but(grad_dir=str(tmp_path / "none"))
     base = attribute(corpus).parent
     expected, arrays = known(), np.load(GOLDEN / "arrays.npz")
@@ -138,7 +140,9 @@ def rewrite(folder):
     torch.set_num_threads(1)
     rows = {recipe: rows_of(recipe, folder) for recipe in ("reference", "default")}
     results = folder / "results"
-    corpus = Corpus(resolve("emoji", {"results_dir": str(results), "render_leastk": True}), "cpu")
+    corpus = AttributionTask(
+        resolve("emoji", {"results_dir": str(results), "render_leastk": True}), "cpu"
+    )
     base = attribute(corpus).parent
     folders = sorted(p.parent.name for p in base.rglob("concept_grad.npy"))
     records = {name: json.loads((base / name / "metrics.json").read_text()) for name in folders}

@@ -18,14 +18,14 @@ from concept_trak.components.edits import load_edit
 from concept_trak.components.score_io import load_scores
 from concept_trak.datasets import encoded
 from concept_trak.datasets.prepare import prepare
-from concept_trak.errors import UserError, call
-from concept_trak.flags import OF_SCRIPTS
+from concept_trak.errors import UserError, script_hint
+from concept_trak.flags import SCRIPT_VARIABLES
 from concept_trak.settings import ROOT, TOKEN, names, resolve
 from experiments.abc import tasks
 from experiments.abc.evaluate import token_path
 from experiments.attributes.celeba import read_list
 from experiments.attributes.command import OWN
-from experiments.attributes.pipeline import Bench, Model
+from experiments.attributes.pipeline import AttributeBenchmark, TrainedModel
 from experiments.attributes.settings import BENCHES, of_bench
 from experiments.emoji.abc.tasks import REMEDY
 from experiments.emoji.classifier.io import load_judge
@@ -70,7 +70,9 @@ TIME = re.compile(r"\b(?:hours?|minutes?|steps|GB|min)\b|\{SIZES\[part\]\}|\{tol
 
 
 def bench(folder, name="synthetic_4x4", **given):
-    return Bench(of_bench(name, {"work": str(folder), **given}), resolve("emoji", {}), "cpu")
+    return AttributeBenchmark(
+        of_bench(name, {"work": str(folder), **given}), resolve("emoji", {}), "cpu"
+    )
 
 
 def no_task(folder):
@@ -104,7 +106,7 @@ REFUSALS = {
     "no edit": lambda folder: load_edit(folder / "edit.safetensors"),
     "no faces": lambda folder: read_list(folder, ("Smiling",)),
     "no labelled pictures": lambda folder: bench(folder).labelled,
-    "no labelled model": lambda folder: bench(folder).corpus(Model("unet", 0)),
+    "no labelled model": lambda folder: bench(folder).corpus(TrainedModel("unet", 0)),
 }
 
 
@@ -165,7 +167,7 @@ def test_the_line_of_a_labelled_bench_gives_its_settings_again(name, tmp_path):
 
 
 def test_values_that_bash_would_read_otherwise_are_quoted():
-    line = call("demo.sh", PROMPT='it\'s $HOME; a "cat"')
+    line = script_hint("demo.sh", PROMPT='it\'s $HOME; a "cat"')
     told, *_ = shlex.split(line)
     assert told == 'PROMPT=it\'s $HOME; a "cat"'
 
@@ -183,7 +185,7 @@ def variables():
     """Names of variables that a user can set."""
     (action,) = cli.parser()._subparsers._group_actions
     flags = {f for verb in action.choices.values() for f in verb.complete()._option_string_actions}
-    known = {name.upper() for name in names()} | {*OF_SCRIPTS, "HF_ENDPOINT", "HF_TOKEN"}
+    known = {name.upper() for name in names()} | {*SCRIPT_VARIABLES, "HF_ENDPOINT", "HF_TOKEN"}
     return known | {flag.lstrip("-").replace("-", "_").upper() for flag in flags}
 
 

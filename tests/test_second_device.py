@@ -11,21 +11,21 @@ from second_device import ELSEWHERE, near, second_device
 from torch import nn
 
 from concept_trak.components import states as component_states
-from concept_trak.components.data_influence import Through
-from concept_trak.components.objective import AIMS
+from concept_trak.components.data_influence import ComponentSplitter
+from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import Component
 from concept_trak.components.scores import score
-from concept_trak.components.second_order import bends
+from concept_trak.components.second_order import knockout_curvature
 from concept_trak.gradients import states as row_states
-from concept_trak.gradients.compute import RowMaker
-from concept_trak.gradients.objectives import of_concept, train_rows
+from concept_trak.gradients.compute import GradientComputer
+from concept_trak.gradients.objectives import concept_cotangent, train_gradients
 from concept_trak.gradients.projection import make_projection
-from concept_trak.gradients.projectors import Projection, Spec
-from concept_trak.gradients.state import State, regrouped
-from concept_trak.gradients.states import QueryStates, Start, TrainPictures, query_states_of
+from concept_trak.gradients.projectors import Projection, ProjectionSpec
+from concept_trak.gradients.state import State, rebatch
+from concept_trak.gradients.states import QueryStart, QueryTimesteps, TrainBatch, query_states_of
 from concept_trak.gradients.vjp import PerSampleVjp, module_layout
 from concept_trak.models.condition import Condition
-from concept_trak.models.ddim import Churn, Guided, ddim_sample
+from concept_trak.models.ddim import DdimNoise, GuidedDenoiser, ddim_sample
 from concept_trak.models.denoiser import NetworkDenoiser
 from concept_trak.models.sample import initial_noise
 from concept_trak.models.schedule import VariancePreserving
@@ -34,7 +34,7 @@ from concept_trak.registry import OBJECTIVES
 from concept_trak.scoring.ekfac import Ekfac
 from concept_trak.scoring.fisher import METHODS, BlockFisher, FullFisher
 from concept_trak.scoring.preconditioner import Budget
-from concept_trak.scoring.scores import solve_and_score
+from concept_trak.scoring.scores import precondition_and_score
 from concept_trak.settings import PROJECTIONS
 from concept_trak.store.manifest import Layout
 from concept_trak.store.store import Store
@@ -74,7 +74,7 @@ class Every(Projection):
             if options or kind != "logra"
         ]
         width = sum(part.proj_dim for part in self.parts)
-        super().__init__(Spec("every", count, width, 0, torch.device(device)))
+        super().__init__(ProjectionSpec("every", count, width, 0, torch.device(device)))
 
     def add(self, out, grad):
         pieces = out.split([part.proj_dim for part in self.parts], 1)
@@ -121,7 +121,7 @@ def silent(there, run):
 
 def row_maker(denoiser):
     projection = Every(PerSampleVjp(denoiser.network, LAYER).parameters, denoiser.device)
-    return RowMaker(denoiser, projection, LAYER, normalize=True)
+    return GradientComputer(denoiser, projection, LAYER, normalize=True)
 
 
 @pytest.fixture
@@ -133,9 +133,9 @@ def unheld(monkeypatch):
 def test_train_rows_of_every_objective_and_projection(unheld):
     def make(device, there):
         maker, found = row_maker(made_on(device)), []
-        shown = TrainPictures(*inputs(device), row_states.noised_states(3))
+        shown = TrainBatch(*inputs(device), row_states.noising_schedule(3))
         for name in OBJECTIVES.names():
-            made = silent(there, lambda name=name: train_rows(maker, name, shown))
+            made = silent(there, lambda name=name: train_gradients(maker, name, shown))
             found += [made.values, made.losses]
         return found
 
@@ -145,8 +145,8 @@ def test_train_rows_of_every_objective_and_projection(unheld):
 def test_train_rows_of_an_inversion_held_against_autograd():
     def make(device, there):
         denoiser = made_on(device)
-        shown = TrainPictures(*inputs(device), row_states.inverted_states(3, 2.0))
-        made = train_rows(row_maker(denoiser), "dps", shown)
+        shown = TrainBatch(*inputs(device), row_states.inversion_schedule(3, 2.0))
+        made = train_gradients(row_maker(denoiser), "dps", shown)
         assert there is None or len(there.fetched) == 1  # for both states, of one shape
         return made.values, made.losses
 
@@ -158,16 +158,16 @@ def test_query_rows(scope, unheld):
     def make(device, there):
         denoiser = made_on(device)
         x0, cond, null = inputs(device, 1)
-        start = Start(initial_noise(denoiser.latent_shape, 0).to(device), x0)
-        inversion = row_states.inverted_states(3, 2.0) if scope == "inversion" else None
+        start = QueryStart(initial_noise(denoiser.latent_shape, 0).to(device), x0)
+        inversion = row_states.inversion_schedule(3, 2.0) if scope == "inversion" else None
         named = "local" if inversion else scope
         levels = row_states.trajectory_timesteps(3, 10)
-        asked = QueryStates(named, 2, levels, 10, 3.0, inversion=inversion)
+        asked = QueryTimesteps(named, 2, levels, 10, 3.0, inversion=inversion)
 
         def run():
             seen = query_states_of(denoiser, asked, start, cond, null)
-            seen = [state.contrasting(cond, null) for state in regrouped(seen, 3)]
-            return row_maker(denoiser).mean_row(seen, of_concept("contrast"))
+            seen = [state.contrasting(cond, null) for state in rebatch(seen, 3)]
+            return row_maker(denoiser).mean_row(seen, concept_cotangent("contrast"))
 
         return (silent(there, run),)
 
@@ -184,8 +184,10 @@ def test_sampling_and_pictures(tiny_model):
         model = TextToImage(pipe, tiny_model.source)
         cond, null = model.encode_prompts(["a cat in the style of line", ""]).split()
         x_T = initial_noise(model.latent_shape, 0).to(device)
-        churn = Churn(0.5, lambda t: torch.ones_like(x_T))
-        x0, _ = silent(there, lambda: ddim_sample(Guided(model, cond, null, 3.0), x_T, 5, churn))
+        churn = DdimNoise(0.5, lambda t: torch.ones_like(x_T))
+        x0, _ = silent(
+            there, lambda: ddim_sample(GuidedDenoiser(model, cond, null, 3.0), x_T, 5, churn)
+        )
         again = model.encode_images(np.stack([np.asarray(p) for p in model.decode(x0)]))
         return cond.embeddings, x0, again
 
@@ -200,12 +202,16 @@ def test_scores_of_weights():
         chosen = [Component(name, weight, "cross_attention", 2) for name, weight in weights]
         sampling, found = component_states.Sampling(3.0, 2, 2), []
         seen = component_states.trajectory(denoiser, cond, null, 0, sampling)
-        seen_noised = component_states.noised(denoiser, x0, (cond, null), 0, 2)
+        seen_noised = component_states.noised_states(denoiser, x0, (cond, null), 0, 2)
         for aim, states in (("erase", seen), ("amplify", seen_noised)):
-            made = score(denoiser, AIMS[aim], chosen, lambda n, states=states: states, 2)
+            made = score(
+                denoiser, COMPONENT_OBJECTIVES[aim], chosen, lambda n, states=states: states, 2
+            )
             found += [*made.mean.values(), made.profile]
-            found += bends(denoiser, AIMS[aim], chosen, lambda n, states=states: states, 1).values()
-        through = Through(chosen, {c.name: c.weight.detach() for c in chosen}, "head")
+            found += knockout_curvature(
+                denoiser, COMPONENT_OBJECTIVES[aim], chosen, lambda n, states=states: states, 1
+            ).values()
+        through = ComponentSplitter(chosen, {c.name: c.weight.detach() for c in chosen}, "head")
         dsm = OBJECTIVES.get("dsm").cotangent
         return [*found, through.of(denoiser, seen_noised, dsm, 1)]
 
@@ -223,7 +229,7 @@ def test_the_solve_and_the_scores(tmp_path):
         budget, found = Budget(device=device.type, cache=False), []
         ways = [FullFisher(budget, m) for m in METHODS] + [BlockFisher(budget, (16, 8))]
         for way in ways:
-            found.append(solve_and_score(store, queries, [0.1, 10.0], way))
+            found.append(precondition_and_score(store, queries, [0.1, 10.0], way))
         return found
 
     both(make)

@@ -26,11 +26,11 @@ from concept_trak.settings import (
     ROOT,
     Settings,
     as_dict,
-    digest,
     flat_fields,
     names,
     provenance,
     resolve,
+    short_hash,
 )
 from concept_trak.store.dtypes import STORED_TYPES
 
@@ -192,7 +192,7 @@ def test_every_setting_says_what_it_is_and_allows_its_defaults(benchmark):
 def test_a_setting_is_read_by_its_stage_and_by_its_own_name():
     s = resolve("emoji", {"layer": "attn1", "top_k": 3})
     assert s.rows.layer == s.layer == "attn1" and s.report.top_k == s.top_k == 3
-    assert len(set(names())) == len(flat_fields()) and not set(names()) & settings.STAGES.keys()
+    assert len(set(names())) == len(flat_fields()) and not set(names()) & settings.SECTIONS.keys()
     with pytest.raises(AttributeError, match="no_such_field"):
         _ = s.no_such_field
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -304,8 +304,10 @@ def test_recorded_settings_are_json_and_do_not_depend_on_where_the_repository_li
 
 
 def test_digest_depends_on_content_and_not_on_order():
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
-    assert len(digest([])) == 10
+    assert (
+        short_hash({"a": 1, "b": 2}) == short_hash({"b": 2, "a": 1}) != short_hash({"a": 1, "b": 3})
+    )
+    assert len(short_hash([])) == 10
 
 
 def test_provenance_names_versions_python_machine_and_commit():

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from concept_trak import cli
 from concept_trak.errors import UserError
-from concept_trak.process import say, speak_plainly
+from concept_trak.process import log, speak_plainly
 
 CLEARS, TITLE, BACK = "\x1b[2J", "\x1b]0;title\x07", "\x08\x08"
 KEPT = "caf\u00e9 \u732b \U0001f9d1\u200d\U0001f680 \u05d7\u05ea\u05d5\u05dc\ta\nb"
@@ -36,7 +36,7 @@ def test_whoever_writes_no_control_reaches_the_terminal():
     with terminal() as told:
         speak_plainly()
         for text in NASTY:
-            say(f"a {text}")
+            log(f"a {text}")
             print(text, flush=True)
             print(f"error: {text}", file=sys.stderr)
             logging.StreamHandler().emit(logging.makeLogRecord({"msg": text}))

@@ -13,14 +13,14 @@ def train_model(root: Path) -> None:
     """For `concept-trak train-model`."""
     from experiments import cli
     from experiments.emoji.model import autoencoder, pipeline, train
-    from experiments.training.loop import Phase
+    from experiments.training.loop import LrPhase
 
     cli.ROOT, pipeline.IMAGE_SIZE = root, 8
     pipeline.build_vae, pipeline.build_text_encoder = tiny_vae, tiny_text_encoder
     pipeline.build_unet = functools.partial(tiny_unet, None)
     autoencoder.LOOP["save_every"] = 2
     train.Run = functools.partial(often, train.Run)
-    few = (Phase(3, 3),)
+    few = (LrPhase(3, 3),)
     phases = {"vae_phases": few, "decoder_phases": few, "unet_phases": few}
     batches = {"vae_batch": 2, "decoder_batch": 2, "unet_batch": 2, "jitters": 1}
     train.TrainSettings = functools.partial(train.TrainSettings, **phases, **batches)

@@ -17,28 +17,28 @@ import torch
 from ..datasets import labels
 from ..datasets.image_folder import ImageCaptionDataset
 from ..errors import UserError
-from ..gradients.caption_fit import caption_llr, doubtful, relative_fit
+from ..gradients.caption_fit import caption_llr, low_fit_warning, relative_fit
 from ..parsing import normalized, parse_methods
-from ..process import say
+from ..process import log
 from ..registry import OBJECTIVES, RANKERS
 from ..scoring.memory import refuse_scores
 from ..scoring.result import ConceptResult
-from ..settings import DAMPINGS, as_dict, digest, provenance
+from ..settings import DAMPINGS, as_dict, provenance, short_hash
 from ..store.store import Store
 from . import prompts
-from .corpus import Corpus
-from .index_search import searched
-from .naming import folder_name
-from .preflight import check_words
-from .question import Picture, Question, generated
-from .rankers import GradientRanker
+from .corpus import AttributionTask
+from .index_search import search_index
+from .naming import store_name
+from .preflight import check_targets
+from .question import Query, QueryImage, generate
+from .rankers import GradientAttributor
 from .train_grad import open_store
 
-OURS = "concept_trak"  # the method of the settings themselves, which every answer has
+DEFAULT_METHOD = "concept_trak"  # the method of the settings themselves, which every answer has
 
 
 @dataclass(frozen=True)
-class Answer:
+class AttributionResult:
     """Scores of all training images for every concept asked about, at every damping.
 
     picture: the query. questions, concepts: one a target, in the order asked. dataset: of the N
@@ -50,8 +50,8 @@ class Answer:
     those of METHODS beside ours.
     """
 
-    picture: Picture
-    questions: list[Question]
+    picture: QueryImage
+    questions: list[Query]
     concepts: Sequence[ConceptResult]
     dataset: ImageCaptionDataset
     settings: dict[str, Any]
@@ -63,19 +63,20 @@ class Answer:
 
 
 def answer(
-    corpus: Corpus,
-    keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None,
-    draw: Callable[[Corpus], Picture] | None = None,
+    corpus: AttributionTask,
+    keep: Callable[[GradientAttributor, list[Query]], np.ndarray] | None = None,
+    draw: Callable[[AttributionTask], QueryImage] | None = None,
     store: Store | None = None,
-) -> Answer:
-    """Answer PROMPT and TARGET_CONCEPTS. keep: see `GradientRanker`. draw: the picture, which may
+) -> AttributionResult:
+    """Answer PROMPT and TARGET_CONCEPTS. keep: see `GradientAttributor`. draw: the picture, which
+    may
     be known from before; default: drawn. store: of the train rows, where `open_store` has checked
     it before.
 
     UserError for words that do not fit, before anything is computed.
     """
     s = corpus.settings
-    targets, contrasts, warnings = asked_words(corpus)
+    targets, contrasts, warnings = resolve_targets(corpus)
     _warn(warnings)
     store = store or open_store(corpus, verify=s.search == "scan")
     s = corpus.settings  # now those of the rows
@@ -83,22 +84,24 @@ def answer(
     if s.search == "scan":
         refuse_scores(len(DAMPINGS) * len(targets), store.num_rows, memory)
     fit = caption_fits(corpus, store)
-    doubts = [] if fit is None else doubtful(fit)
+    doubts = [] if fit is None else low_fit_warning(fit)
     _warn(doubts)
-    picture = (draw or drawn)(corpus)
+    picture = (draw or generate_query_image)(corpus)
     asked = zip(targets, contrasts, strict=True)
-    questions = [Question(picture, target, plus, minus) for target, (plus, minus) in asked]
+    questions = [Query(picture, target, plus, minus) for target, (plus, minus) in asked]
     for question in questions:
-        say(f"{question.words!r}: {question.plus!r} against {question.minus!r}")
-    concepts = _results(GradientRanker(corpus, store, keep=keep), store, questions)
+        log(f"{question.words!r}: {question.plus!r} against {question.minus!r}")
+    concepts = _results(GradientAttributor(corpus, store, keep=keep), store, questions)
     recorded = as_dict(s) | {
-        "store": folder_name(s),
+        "store": store_name(s),
         "store_checksum": store.checksum,
-        "settings_hash": digest(as_dict(s)),
+        "settings_hash": short_hash(as_dict(s)),
     }
     made, seen = provenance(), _unseen(corpus, s.prompt)
     told = picture, questions, concepts, corpus.train
-    return Answer(*told, recorded, made, seen, warnings + doubts, fit, _others(corpus, questions))
+    return AttributionResult(
+        *told, recorded, made, seen, warnings + doubts, fit, _others(corpus, questions)
+    )
 
 
 def _warn(sentences: Sequence[str]) -> None:
@@ -107,26 +110,28 @@ def _warn(sentences: Sequence[str]) -> None:
 
 
 def _results(
-    ranker: GradientRanker, store: Store, questions: list[Question]
+    ranker: GradientAttributor, store: Store, questions: list[Query]
 ) -> Sequence[ConceptResult]:
     """Of each question, by a scan or by an index."""
     if ranker.corpus.settings.search == "index":
-        return searched(ranker, store, questions)
+        return search_index(ranker, store, questions)
     values, train = ranker.rank(questions), ranker.corpus.train
     return [
-        ConceptResult(q.words, q.minus, values[:, i], DAMPINGS, labels.truth(train, q.words))
+        ConceptResult(
+            q.words, q.minus, values[:, i], DAMPINGS, labels.relevance_or_none(train, q.words)
+        )
         for i, q in enumerate(questions)
     ]
 
 
-def asked_words(corpus: Corpus) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+def resolve_targets(corpus: AttributionTask) -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """(targets, (c+, c-) of each, what a reader must know of them, a sentence each) of PROMPT and
     TARGET_CONCEPTS. UserError for words that do not fit.
     """
-    targets, contrasts = check_words(corpus.settings, corpus.everything)
-    warnings = _cut(corpus, targets, [text for pair in contrasts for text in pair])
+    targets, contrasts = check_targets(corpus.settings, corpus.everything)
+    warnings = _truncation_warnings(corpus, targets, [text for pair in contrasts for text in pair])
     warnings += held_against_itself(targets, contrasts)
-    return targets, contrasts, warnings + _unfamiliar(corpus, targets)
+    return targets, contrasts, warnings + _tokenizer_warnings(corpus, targets)
 
 
 def held_against_itself(targets: list[str], contrasts: list[tuple[str, str]]) -> list[str]:
@@ -135,33 +140,33 @@ def held_against_itself(targets: list[str], contrasts: list[tuple[str, str]]) ->
         f"NEGATIVE_PROMPTS gives {minus!r} for {target!r} and asks for it, too: what the prompt "
         "is held against is not the prompt without it"
         for target, (_, minus) in zip(targets, contrasts, strict=True)
-        if prompts.is_in(minus, target)
+        if prompts.contains(minus, target)
     ]
 
 
-def _others(corpus: Corpus, questions: list[Question]) -> dict[str, np.ndarray]:
+def _others(corpus: AttributionTask, questions: list[Query]) -> dict[str, np.ndarray]:
     """Scores by the other methods of METHODS; makes their train rows where there are none yet."""
     found = {}
     for name in parse_methods(corpus.settings.methods):
-        if name != OURS:
-            say(f"ranking by {name} ...")
+        if name != DEFAULT_METHOD:
+            log(f"ranking by {name} ...")
             values = RANKERS.get(name)(corpus).rank(questions)
             if len(values) not in (1, len(DAMPINGS)):  # a sweep of its own, e.g. of steps
                 middle = len(values) // 2
-                say(f"{name} has {len(values)} settings of its own; the middle one is taken")
+                log(f"{name} has {len(values)} settings of its own; the middle one is taken")
                 values = values[middle : middle + 1]
             found[name] = values
     return found
 
 
-def drawn(corpus: Corpus, known: torch.Tensor | None = None) -> Picture:
+def generate_query_image(corpus: AttributionTask, known: torch.Tensor | None = None) -> QueryImage:
     """The picture of PROMPT. known: its latents [1, C, h, w], if they were kept."""
     s = corpus.settings
-    (picture,) = generated(corpus.model, s, [s.prompt], s.seed, known)
+    (picture,) = generate(corpus.model, s, [s.prompt], s.seed, known)
     return picture
 
 
-def caption_fits(corpus: Corpus, store: Store) -> np.ndarray | None:
+def caption_fits(corpus: AttributionTask, store: Store) -> np.ndarray | None:
     """[N] `gradients.caption_fit.relative_fit` of the train pictures; None where the store's rows
     are of an objective that does not ask it.
     """
@@ -171,7 +176,9 @@ def caption_fits(corpus: Corpus, store: Store) -> np.ndarray | None:
     return relative_fit(beside, beside)
 
 
-def _cut(corpus: Corpus, targets: list[str], contrasts: list[str]) -> list[str]:
+def _truncation_warnings(
+    corpus: AttributionTask, targets: list[str], contrasts: list[str]
+) -> list[str]:
     """What the text encoder does not read of the prompts, in a sentence each.
 
     contrasts: c+ and c- of each target in turn. UserError for a target that is cut off.
@@ -182,7 +189,7 @@ def _cut(corpus: Corpus, targets: list[str], contrasts: list[str]) -> list[str]:
         for text in (s.prompt, plus):
             lost, words = model.lost_words(text), text.split()
             kept = words[: len(words) - len(lost.split())]
-            if not prompts.is_in(" ".join(kept), target):
+            if not prompts.contains(" ".join(kept), target):
                 raise UserError(
                     f"the target concept {target!r} is cut off: {limit}, and {lost!r} does not "
                     "fit; shorten PROMPT or move the concept to its front"
@@ -191,7 +198,7 @@ def _cut(corpus: Corpus, targets: list[str], contrasts: list[str]) -> list[str]:
     return [f"{words!r} of {text!r} is not read: {limit}" for text, words in lost.items() if words]
 
 
-def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
+def _tokenizer_warnings(corpus: AttributionTask, targets: list[str]) -> list[str]:
     """A sentence for each target that no caption holds and whose words the tokenizer spells instead
     of reading them: the model hardly knows it. Labelled data refuse such words.
     """
@@ -199,7 +206,7 @@ def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
         return []
     tokenizer, told = corpus.model.pipe.tokenizer, []
     for target in targets:
-        if any(prompts.is_in(caption, target) for caption in corpus.train.captions):
+        if any(prompts.contains(caption, target) for caption in corpus.train.captions):
             continue
         pieces = {word: tokenizer.tokenize(word) for word in target.split()}
         if spelt := [w for w, p in pieces.items() if len(p) > 2 or tokenizer.unk_token in p]:
@@ -211,7 +218,7 @@ def _unfamiliar(corpus: Corpus, targets: list[str]) -> list[str]:
     return told
 
 
-def _unseen(corpus: Corpus, prompt: str) -> bool | None:
+def _unseen(corpus: AttributionTask, prompt: str) -> bool | None:
     if prompt in map(normalized, corpus.train.captions):
         return False
     return True if prompt in map(normalized, corpus.everything.captions) else None

@@ -15,36 +15,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..datasets.caption_overlap import overlap
+from ..datasets.caption_overlap import caption_overlap
 from ..registry import RANKERS
 
 if TYPE_CHECKING:
-    from .corpus import Corpus
-    from .question import Question
+    from .corpus import AttributionTask
+    from .question import Query
 
 
-class Control:
+class Baseline:
     """A ranker without dampings: `similarity` [Q, N] of questions and training images."""
 
     control = True
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: AttributionTask) -> None:
         self.corpus = corpus
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
-        """[1, Q, N]; see `attribution.rankers.Ranker`."""
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
+        """[1, Q, N]; see `attribution.rankers.Attributor`."""
         return self.similarity(questions)[None]
 
-    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+    def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """[Q, N]."""
         raise NotImplementedError
 
 
 @RANKERS.register("pixel_neighbours")
-class PixelNeighbours(Control):
+class PixelNeighbours(Baseline):
     """RGB values."""
 
-    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+    def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """Minus the distance of the pictures."""
         train, size = self.corpus.train, self.corpus.model.image_size
         shown = np.stack([q.picture.pixels for q in questions])
@@ -52,32 +52,32 @@ class PixelNeighbours(Control):
 
 
 @RANKERS.register("latent_neighbours")
-class LatentNeighbours(Control):
+class LatentNeighbours(Baseline):
     """What the autoencoder makes of them."""
 
-    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+    def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """Minus the distance of the latents."""
         latents = np.concatenate([q.picture.x0.float().cpu().numpy() for q in questions])
         return -distances(_flat(latents), _flat(self.corpus.latents.float().numpy()))
 
 
 @RANKERS.register("caption_similarity")
-class CaptionSimilarity(Control):
+class CaptionSimilarity(Baseline):
     """Words."""
 
-    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+    def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """The share of the concept's words."""
         captions, known = self.corpus.train.captions, {}
         for words in {q.words for q in questions}:
-            known[words] = overlap(words, captions)
+            known[words] = caption_overlap(words, captions)
         return np.stack([known[q.words] for q in questions])
 
 
 @RANKERS.register("random")
-class Random(Control):
+class Random(Baseline):
     """Chance, with its spread."""
 
-    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+    def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """Uniform numbers from a seed: the question's place."""
         count = len(self.corpus.train)
         return np.stack([np.random.default_rng(i).random(count) for i in range(len(questions))])

@@ -12,11 +12,11 @@ import torch
 from ..datasets import encoded
 from ..datasets.image_folder import ImageCaptionDataset, load_folder
 from ..errors import UserError
-from ..gradients.compute import RowMaker
+from ..gradients.compute import GradientComputer
 from ..gradients.projection import Projection, projection_for
 from ..gradients.vjp import PerSampleVjp
 from ..models.condition import Condition
-from ..models.hashing import hash_of_weights
+from ..models.hashing import weights_hash
 from ..models.load import load_model
 from ..models.text_to_image import TextToImage, load_pipeline
 from ..parsing import parse_memory
@@ -24,13 +24,13 @@ from ..registry import OBJECTIVES
 from ..scoring.fisher import fisher_for
 from ..scoring.preconditioner import Budget, Preconditioner
 from ..settings import Settings
-from .find_store import mask_of
-from .naming import row_settings
+from .find_store import resolve_mask_for
+from .naming import gradient_settings
 
 ENCODED_TOGETHER = 64  # pictures
 
 
-class FolderData:
+class ImageFolderData:
     """Pictures and captions of a folder (`datasets.image_folder`), encoded by the model itself.
 
     Attributes: everything, all pictures; pictures, its train split; apart, whether only the
@@ -89,7 +89,7 @@ class FolderData:
         return self.pictures.digests()
 
 
-class Corpus:
+class AttributionTask:
     """A model, its training data and the settings they are used under.
 
     Attributes: data, a FolderData or `datasets.encoded.EncodedData`: `len(data)`,
@@ -103,7 +103,7 @@ class Corpus:
         if (Path(s.data_dir) / encoded.LATENTS).exists():
             self.data = encoded.EncodedData(s.data_dir, self.model, s.num_train)
         else:
-            self.data = FolderData(s.data_dir, self.model)
+            self.data = ImageFolderData(s.data_dir, self.model)
 
     @property
     def train(self) -> ImageCaptionDataset:
@@ -143,7 +143,7 @@ class Corpus:
             told = str(error).replace("SD_MODEL_PATH", "FIT_MODEL_PATH")
             raise UserError(told) from None
         both = (self.model, judge)
-        encoders = {hash_of_weights((model.pipe.vae.encoder,)) for model in both}
+        encoders = {weights_hash((model.pipe.vae.encoder,)) for model in both}
         levels = {tuple(model.schedule.level(t) for t in (100, 500, 900)) for model in both}
         if len(encoders) > 1 or len(levels) > 1:
             raise UserError(
@@ -165,14 +165,14 @@ class Corpus:
         UserError when that is another than PROJ_MASK, or not clear.
         """
         wanted = self.origin() | {"data": self.data.content_hash()}
-        mask = mask_of(self.settings, wanted, self.parameters)
+        mask = resolve_mask_for(self.settings, wanted, self.parameters)
         return projection_for(self.parameters, self.settings, self.device, mask)
 
     @property
-    def row_maker(self) -> RowMaker:
+    def row_maker(self) -> GradientComputer:
         """Of the settings' parameters, projection and norm, for this model."""
         s = self.settings
-        return RowMaker(self.model, self.projection, s.layer, s.normalize)
+        return GradientComputer(self.model, self.projection, s.layer, s.normalize)
 
     @property
     def preconditioner(self) -> Preconditioner:
@@ -196,22 +196,22 @@ class Corpus:
     def origin(self) -> dict[str, Any]:
         """What a row depends on beside its projection."""
         judge = self.fit_judge
-        own = {"rows": row_settings(self.settings), "model": self.model.identity()}
+        own = {"rows": gradient_settings(self.settings), "model": self.model.identity()}
         return own | ({} if judge is None else {"fit_judge": judge.identity()})
 
-    def with_data(self, data: Any) -> Corpus:
+    def with_data(self, data: Any) -> AttributionTask:
         """The same model and settings with other data; see `data` in the class."""
         other = self._anew()
         other.data = data
         return other
 
-    def with_settings(self, settings: Settings) -> Corpus:
+    def with_settings(self, settings: Settings) -> AttributionTask:
         """The same model, pictures and latents under other settings."""
         other = self._anew()
         other.settings = settings
         return other
 
-    def _anew(self) -> Corpus:
+    def _anew(self) -> AttributionTask:
         """A copy without what settings and data decide: their store may have another mask."""
         other = copy.copy(self)
         for name in ("parameters", "projection"):

@@ -26,15 +26,15 @@ from ..parsing import parse_memory
 from ..registry import OBJECTIVES
 from ..scoring.ekfac import Ekfac, Grads
 from ..settings import DAMPINGS
-from .corpus import Corpus
-from .naming import train_states
-from .question import Question
-from .rankers import GradientRanker
+from .corpus import AttributionTask
+from .naming import train_timesteps
+from .question import Query
+from .rankers import GradientAttributor
 
 FIT_PICTURES, FIT_SEED = 256, 5  # pictures that the curvature is fitted on, and its seed
 
 
-def pseudo(generator: torch.Generator) -> Cotangent:
+def sample_pseudo_gradients(generator: torch.Generator) -> Cotangent:
     """v ~ N(0, I), whose gradients have the Gauss-Newton matrix as their covariance."""
 
     def cotangent(denoiser: Denoiser, state: State) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,10 +45,10 @@ def pseudo(generator: torch.Generator) -> Cotangent:
 
 
 def train_gradients(
-    corpus: Corpus, layer: str, rows: Sequence[range], make: Callable[[], Cotangent]
+    corpus: AttributionTask, layer: str, rows: Sequence[range], make: Callable[[], Cotangent]
 ) -> Iterator[list[Grads]]:
     """Per-sample gradients of the states of train pictures, a list of states for each batch."""
-    states, cotangent = train_states(corpus.settings), make()
+    states, cotangent = train_timesteps(corpus.settings), make()
     with PerSampleVjp(corpus.model.network, layer) as tape:
         for part in rows:
             x0, cond = corpus.data.batch(part)
@@ -64,14 +64,14 @@ def batches(count: int, size: int) -> list[range]:
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def fitted(corpus: Corpus, layer: str) -> Ekfac:
+def fit_ekfac(corpus: AttributionTask, layer: str) -> Ekfac:
     """EK-FAC of the parameters `layer` on evenly spread train pictures."""
     count, size = len(corpus.data), corpus.settings.batch_size
     every = max(1, -(-count // FIT_PICTURES))
     rows = batches(count, size)[::every]
 
     def gradients() -> Iterator[Grads]:
-        make = partial(pseudo, torch.Generator().manual_seed(FIT_SEED))
+        make = partial(sample_pseudo_gradients, torch.Generator().manual_seed(FIT_SEED))
         for states in train_gradients(corpus, layer, rows, make):
             yield from states
 
@@ -83,18 +83,18 @@ def total(states: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
     return [sum(parts[1:], parts[0]) for parts in zip(*states, strict=True)]
 
 
-class EkfacRanker(GradientRanker):
+class EkfacAttributor(GradientAttributor):
     """A query and a corpus of gradients in full, in the eigenbasis of the curvature.
 
     Holds 4 Q P bytes for Q pictures asked about and P parameters; more than MAX_MEMORY is asked
     piece by piece, each a pass over the corpus.
     """
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: AttributionTask) -> None:
         super().__init__(corpus, None, per_concept=False)
         self.ranked = corpus
 
-    def over(self, data: Any) -> EkfacRanker:
+    def over(self, data: Any) -> EkfacAttributor:
         """The same, which ranks other pictures than those that the curvature is of."""
         self.prepare()
         other = copy.copy(self)
@@ -104,14 +104,14 @@ class EkfacRanker(GradientRanker):
     @cached_property
     def curvature(self) -> Ekfac:
         """Fitted when it is first asked for."""
-        return fitted(self.corpus, self.corpus.settings.layer)
+        return fit_ekfac(self.corpus, self.corpus.settings.layer)
 
     def prepare(self) -> None:
-        """See `GradientRanker`."""
+        """See `GradientAttributor`."""
         super().prepare()
         self.curvature  # noqa: B018
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
         """[D, Q, N]; see `Ranker`."""
         asked, place = self._asked(questions)
         size = sum(len(basis.values) for basis in self.curvature.bases)
@@ -119,7 +119,7 @@ class EkfacRanker(GradientRanker):
         parts = [self._score(asked[i : i + room]) for i in range(0, len(asked), room)]
         return np.concatenate(parts, 1)[:, place]
 
-    def rotated(self, question: Question) -> list[torch.Tensor]:
+    def rotated(self, question: Query) -> list[torch.Tensor]:
         """[1, n] of each tensor: the gradient of the query's loss in the eigenbasis."""
         model, layer = self.corpus.model, self.corpus.settings.layer
         cotangent, found = OBJECTIVES.get("dsm").cotangent, []
@@ -130,11 +130,11 @@ class EkfacRanker(GradientRanker):
                 found.append([p.sum(0, True) for p in self.curvature.rotate(grads)])
         return total(found)
 
-    def row(self, question: Question) -> np.ndarray:
+    def row(self, question: Query) -> np.ndarray:
         """[1, P] in the eigenbasis: what a question costs beyond the pass over the corpus."""
         return torch.cat(self.rotated(question), 1).cpu().numpy()
 
-    def _score(self, asked: Sequence[Question]) -> np.ndarray:
+    def _score(self, asked: Sequence[Query]) -> np.ndarray:
         corpus, count = self.ranked, len(self.ranked.data)
         queries = [torch.cat(p) for p in zip(*map(self.rotated, asked), strict=True)]
         out = np.zeros((len(DAMPINGS), len(asked), count), np.float32)

@@ -27,7 +27,7 @@ class Executor(Protocol):
         ...
 
 
-class InProcess:
+class SerialExecutor:
     """One shard after the other, here."""
 
     def run(self, compute: Compute, shards: Sequence[int]) -> None:
@@ -37,7 +37,7 @@ class InProcess:
 
 
 @dataclass(frozen=True)
-class AtATime:
+class ThreadedExecutor:
     """As many shards at a time as `slots`, each in a thread that mostly waits for a process.
 
     watch: called every half a second while shards are left. failed(shard, error): told at once.

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
-from ..settings import Settings, digest
+from ..settings import Settings, short_hash
 from ..store.remote import bring_manifests
 from ..store.store import Store
 from .import_release import adopt_release, resolve_mask
-from .naming import folder_name, store_base
+from .naming import store_base, store_name
 
 MARKS = ("manifest.json", "train_grad-0.npy")
 Identity = dict[str, Any]  # what a store was made from, or a part of it; JSON
@@ -28,7 +28,7 @@ def find_store(settings: Settings, wanted: Identity) -> Path | None:
     of the settings' name.
     """
     bases = store_base(settings), Path(settings.data_dir) / "grads"
-    there = [f for base in bases for f in stores_named(base / folder_name(settings))]
+    there = [f for base in bases for f in list_stores(base / store_name(settings))]
 
     def fits(folder: Path) -> tuple[int, ...]:
         store = _store(folder)
@@ -38,18 +38,18 @@ def find_store(settings: Settings, wanted: Identity) -> Path | None:
     return max(there, key=fits, default=None)
 
 
-def new_folder(settings: Settings, identity: Identity) -> Path:
+def choose_folder(settings: Settings, identity: Identity) -> Path:
     """Where the rows of this identity go: named as in the reference, or with the hash of the
     identity where a store of that name is of something else.
     """
-    folder = store_base(settings) / folder_name(settings)
-    fitting = [f for f in stores_named(folder) if _agreement(f, identity)[0] == len(identity)]
+    folder = store_base(settings) / store_name(settings)
+    fitting = [f for f in list_stores(folder) if _agreement(f, identity)[0] == len(identity)]
     if fitting or not (folder / "manifest.json").exists() or _identity(folder) is None:
         return next(iter(fitting), folder)
-    return folder.with_name(f"{folder.name}-{digest(_json(identity))}")
+    return folder.with_name(f"{folder.name}-{short_hash(_json(identity))}")
 
 
-def stores_named(folder: Path) -> list[Path]:
+def list_stores(folder: Path) -> list[Path]:
     """The stores of a name: the plain one first, then those with a hash behind it."""
     bring_manifests(folder.parent, folder.name)
     others = sorted(folder.parent.glob(f"{glob.escape(folder.name)}-*"))
@@ -89,7 +89,9 @@ def _json(identity: Identity) -> Identity:
     return json.loads(json.dumps(identity))
 
 
-def mask_of(settings: Settings, wanted: Identity, parameters: Mapping[str, nn.Parameter]) -> str:
+def resolve_mask_for(
+    settings: Settings, wanted: Identity, parameters: Mapping[str, nn.Parameter]
+) -> str:
     """The mask to project with: that of the store of `wanted` if it is there, else PROJ_MASK.
 
     wanted: the identity without its projection. Released shards without a record of their mask are

@@ -1,4 +1,4 @@
-"""Rankers by gradients that differ from `GradientRanker` in what they do with rows.
+"""Rankers by gradients that differ from `GradientAttributor` in what they do with rows.
 
     DotProduct   x_i . q                              GradDot (TracIn, Pruthi et al. 2020)
     Cosine       x_i . q / (|x_i| |q|)                GradCos (Charpiat et al. 2019)
@@ -17,19 +17,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from ..gradients.state import State, regrouped
-from ..gradients.states import QueryStates, Start, draw_noise, query_states_of
+from ..gradients.state import State, rebatch
+from ..gradients.states import QueryStart, QueryTimesteps, draw_noise, query_states_of
 from ..models.ddim import predict_x0, q_sample
 from ..scoring.scores import scores
-from .naming import query_states
-from .question import Picture, Question
-from .rankers import ROWS_AT_ONCE, GradientRanker
+from .naming import query_timesteps
+from .question import Query, QueryImage
+from .rankers import ROWS_AT_ONCE, GradientAttributor
 
 
-class DotProduct(GradientRanker):
+class GradDot(GradientAttributor):
     """GradDot: no preconditioner, so no damping."""
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
         """[1, Q, N]; see `Ranker`."""
         asked, place = self._asked(questions)
         solved, budget = self.solve(self._keep(self, asked)), self.corpus.preconditioner.budget
@@ -42,7 +42,7 @@ class DotProduct(GradientRanker):
         return rows[None]
 
     def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
-        """See `GradientRanker`."""
+        """See `GradientAttributor`."""
         return solved @ rows.T
 
     def row_weight(self) -> np.ndarray | None:
@@ -50,11 +50,11 @@ class DotProduct(GradientRanker):
         return None
 
 
-class Cosine(DotProduct):
+class GradCos(GradDot):
     """GradCos: |q| is the same for all pictures and left out."""
 
     def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
-        """See `GradientRanker`."""
+        """See `GradientAttributor`."""
         return super().score_rows(solved, rows, beside) / norms(rows)
 
     def row_weight(self) -> np.ndarray | None:
@@ -68,28 +68,28 @@ def norms(rows: np.ndarray) -> np.ndarray:
     return np.maximum(np.linalg.norm(rows, axis=-1), 1e-30)
 
 
-class SelfPreconditioned(GradientRanker):
+class SelfInfluence(GradientAttributor):
     """Scores changed by what the preconditioner makes of each train row itself.
 
     Every row is solved for, ROWS_AT_ONCE at a time; each time the curvature is formed again, so the
     cost grows with N^2: for some ten thousand pictures, not for millions.
     """
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
         """See `Ranker`."""
         asked, place = self._asked(questions)
         return self.score_train(self.solve(self._keep(self, asked)))[:, place]
 
 
-class Relative(SelfPreconditioned):
+class RelatIF(SelfInfluence):
     """Influence for a unit of change of the parameters: outliers do not rule."""
 
     def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
-        """See `GradientRanker`."""
+        """See `GradientAttributor`."""
         return super().score_rows(solved, rows, beside) / norms(self.solve(rows))[:, None]
 
 
-class Leverage(SelfPreconditioned):
+class DasLeaveOneOut(SelfInfluence):
     """The squared change of the output when a picture is left out; its sign is lost in squaring.
 
         (e_i sum_b x_ib . (K_b + lambda_b I)^-1 q_b / (1 - h_ib))^2
@@ -103,11 +103,11 @@ class Leverage(SelfPreconditioned):
     """
 
     def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
-        """See `GradientRanker`."""
+        """See `GradientAttributor`."""
         return np.square(super().score_rows(solved, rows, beside))
 
     def score_own(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
-        """See `GradientRanker`."""
+        """See `GradientAttributor`."""
         left = np.maximum(1 - self.leverages(rows), 1e-6)  # a Krylov solution is not exact
         widths = self.corpus.projection.widths
         return self.score_rows(solved, rows / np.repeat(left, widths, axis=2), beside)
@@ -118,29 +118,29 @@ class Leverage(SelfPreconditioned):
         return np.add.reduceat(rows * self.solve(rows), starts, axis=2)
 
 
-class Journey(GradientRanker):
+class JourneyTrak(GradientAttributor):
     """The query at its own sampling path: the picture that the model predicts at each level of the
     trajectory, noised again to that level.
 
     A picture without an x_T has no path; its predictions are made at noisings of it.
     """
 
-    def query_states(self, picture: Picture) -> QueryStates:
+    def query_states(self, picture: QueryImage) -> QueryTimesteps:
         """Trajectories from the picture's x_T, else noisings."""
-        return query_states(self.corpus.settings, "local" if picture.x_T is None else "seed")
+        return query_timesteps(self.corpus.settings, "local" if picture.x_T is None else "seed")
 
-    def _states(self, picture: Picture) -> list[State]:
+    def _states(self, picture: QueryImage) -> list[State]:
         if self._read[0] is not picture:
             size = self.corpus.settings.batch_size
-            read = regrouped(self._renoised(picture, size), size)
+            read = rebatch(self._renoised(picture, size), size)
             self._read = picture, list(read)
         return self._read[1]
 
     @torch.no_grad()
-    def _renoised(self, picture: Picture, batch_size: int) -> Iterator[State]:
+    def _renoised(self, picture: QueryImage, batch_size: int) -> Iterator[State]:
         model, states = self.corpus.model, self.query_states(picture)
         cond, null = model.encode_prompts([picture.prompt, ""]).split()
-        start, done = Start(picture.x_T, picture.x0), dict.fromkeys(states.timesteps, 0)
+        start, done = QueryStart(picture.x_T, picture.x0), dict.fromkeys(states.timesteps, 0)
         for state in query_states_of(model, states, start, cond, null, batch_size):
             t = int(state.t)
             level, draws = model.schedule.level(t), range(done[t], done[t] + len(state))

@@ -13,10 +13,10 @@ from ..gradients.projectors import CPU_GENERATOR
 from ..store.store import Store
 from .mask_detection import (
     RELEASE_SEED,
+    AmbiguousMask,
     TensorLayout,
-    UnclearMask,
-    numels,
-    recognise,
+    identify_mask,
+    parameter_counts,
     sd14_attn2_layout,
 )
 
@@ -71,12 +71,13 @@ def adopt_release(
     projection that made them.
 
     proj_mask: "auto" recognises the mask by the columns. A stated one ("portable" or a key of GPUS)
-    is believed unless the columns clearly show another. layout: as for `recognise`. A folder that
-    has its manifest is reopened and compared (verify: as for Store.open). The identity's
+    is believed unless the columns clearly show another. layout: as for `identify_mask`. A folder
+    that has its manifest is reopened and compared (verify: as for Store.open). The identity's
     "projection" is what the Projection's describe() gives, so that a query through any other mask
-    is refused. Raises UserError as `resolve_mask`, `recognise`, `Store.adopt_raw` and `Store.open`.
+    is refused. Raises UserError as `resolve_mask`, `identify_mask`, `Store.adopt_raw` and
+    `Store.open`.
     """
-    folder, input_dim = Path(folder), int(numels(layout or sd14_attn2_layout()).sum())
+    folder, input_dim = Path(folder), int(parameter_counts(layout or sd14_attn2_layout()).sum())
     if (folder / "manifest.json").exists():
         identity = Store.open(folder, {"dim": dim}, verify=False).identity
         expected = _projection(input_dim, dim, resolve_mask(proj_mask, identity))
@@ -84,13 +85,13 @@ def adopt_release(
     resolve_mask(proj_mask)
     raw = Store.raw_shards(folder, dim)
     try:
-        found, evidence = recognise(raw, layout)
+        found, evidence = identify_mask(raw, layout)
         if proj_mask not in ("auto", *evidence["masks"][0]["names"]):
             raise UserError(
                 f"PROJ_MASK={proj_mask} but the columns of {folder} show the mask {found}; set "
                 f"PROJ_MASK to auto or {found}"
             )
-    except UnclearMask as unclear:
+    except AmbiguousMask as unclear:
         if proj_mask == "auto":
             raise
         evidence = {"stated": proj_mask, "not recognised": str(unclear)}

@@ -11,26 +11,26 @@ from ..errors import UserError
 from ..index.rabitq import Index
 from ..index.recall import keep_recall, kept_recall, measure
 from ..index.search import Search, exact
-from ..process import say
+from ..process import log
 from ..scoring.candidate_result import CandidateResult
 from ..settings import DAMPINGS, Settings
 from ..store.store import Store
-from .corpus import Corpus
+from .corpus import AttributionTask
 from .find_store import find_store
-from .preflight import how_to_build, rows_missing
-from .question import Question
-from .rankers import GradientRanker
+from .preflight import build_index_hint, missing_gradients_message
+from .question import Query
+from .rankers import GradientAttributor
 
 SAMPLE = 2048  # rows drawn by chance, which tell how all scores are spread
 SAMPLE_SEED = 0
 
 
-def search_of(settings: Settings) -> Search:
+def search_settings(settings: Settings) -> Search:
     """How the settings search."""
     return Search(settings.candidates, settings.top_k)
 
 
-def build_index(corpus: Corpus) -> Index:
+def build_index(corpus: AttributionTask) -> Index:
     """The index of the settings' store, over the shards that are finished: what is missing is made,
     and, once no shard is pending, its recall is measured.
 
@@ -39,26 +39,26 @@ def build_index(corpus: Corpus) -> Index:
     s, wanted = corpus.settings, corpus.train_identity()
     folder = find_store(s, wanted)
     if folder is None:
-        raise UserError(rows_missing(s))
+        raise UserError(missing_gradients_message(s))
     store = Store.read_manifest(folder)
     store.expect(wanted if "adopted" not in store.identity else {})
     index = Index.create(store, corpus.projection.widths, s.damping)
     made = index.update()
-    say(f"{index.folder}: codes of {index.row_bytes} bytes a row; shards made: {len(made)}")
+    log(f"{index.folder}: codes of {index.row_bytes} bytes a row; shards made: {len(made)}")
     if left := store.pending():
-        say(f"{len(left)} shards of the rows are not finished; build again when they are")
+        log(f"{len(left)} shards of the rows are not finished; build again when they are")
         return index
-    search = search_of(s)
+    search = search_settings(s)
     if kept_recall(index, search) is None:
-        ranker = GradientRanker(corpus, store)
-        say("measuring what it finds of what a scan finds ...")
+        ranker = GradientAttributor(corpus, store)
+        log("measuring what it finds of what a scan finds ...")
         measured = measure(index, corpus.preconditioner, DAMPINGS, search, ranker.row_weight())
         keep_recall(index, search, measured)
-    say(told_of(index, search, s.damping))
+    log(index_summary(index, search, s.damping))
     return index
 
 
-def told_of(index: Index, search: Search, damping: float) -> str:
+def index_summary(index: Index, search: Search, damping: float) -> str:
     """How well an index finds, in a sentence; a result is shown with it."""
     measured = kept_recall(index, search)
     how = f"Found by an index; of each end the {search.candidates} likeliest at each damping are "
@@ -79,23 +79,23 @@ def told_of(index: Index, search: Search, damping: float) -> str:
     )
 
 
-def searched(
-    ranker: GradientRanker, store: Store, questions: Sequence[Question]
+def search_index(
+    ranker: GradientAttributor, store: Store, questions: Sequence[Query]
 ) -> list[CandidateResult]:
     """The result of each question. UserError for an index that is missing, not whole or of other
     rows.
     """
     corpus, s = ranker.corpus, ranker.corpus.settings
-    index, search = Index.open(store, mend=how_to_build(s)), search_of(s)
+    index, search = Index.open(store, mend=build_index_hint(s)), search_settings(s)
     weight, labels = ranker.row_weight(), corpus.train
     chance = np.random.default_rng(SAMPLE_SEED)
     size = min(SAMPLE, store.num_rows)
     sampled = np.sort(chance.choice(store.num_rows, size, replace=False))
-    told, results = told_of(index, search, s.damping), []
+    told, results = index_summary(index, search, s.damping), []
     for question, solved in zip(questions, ranker.solved(questions), strict=True):
         found = search.find(index, solved, weight)
         spread = exact(index, sampled, solved, weight)
-        truth = emoji.truth(labels, question.words)
+        truth = emoji.relevance_or_none(labels, question.words)
         result = CandidateResult(
             question.words,
             question.minus,

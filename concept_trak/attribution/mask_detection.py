@@ -37,7 +37,7 @@ import numpy as np
 from ..errors import UserError
 from ..gradients.cuda_mask import BLOCK, GPUS, can_rebuild, draw_masks, launch_threads
 from ..gradients.projection import make_projection
-from ..store.manifest import ELSEWHERE, MAKE
+from ..store.manifest import COMPUTE_HINT, RELEASE_HINT
 from ..store.store import Store
 
 SAMPLED_ROWS = 2048  # rows whose columns are measured, spread over the artifact
@@ -46,7 +46,7 @@ ROW_BATCH = 64  # rows in memory at a time
 # Blocks of a launch: multiprocessors times 4, 6 or 8; the cards of GPUS lie between 160 and 1184.
 FAMILY = range(100, 2001, 2)
 DECOYS = 999
-SHOWN = 10  # masks kept in the evidence
+MAX_REPORTED = 10  # masks kept in the evidence
 MIN_LEAD = 30.0  # in units of log L; pure noise spreads by sqrt(parts / 2), 16 for SD v1.4
 MIN_SHARE = 0.35  # of the gain
 # Runs of coordinates a tensor is cut into: the heads of SD v1.4's attention, whose rows lie
@@ -59,7 +59,7 @@ RELEASE_SEED = 0  # the reference's proj_seed, which it never changes
 TensorLayout = Sequence[tuple[str, int | tuple[int, ...]]]
 
 
-class UnclearMask(UserError):
+class AmbiguousMask(UserError):
     """The columns do not tell the mask: none explains them clearly better than every other one, or
     the rows are too few.
     """
@@ -83,11 +83,11 @@ def sd14_attn2_layout() -> list[tuple[str, tuple[int, ...]]]:
         names["to_out.0.bias"] = (width,)
         prefix = f"{block}.transformer_blocks.0.attn2"
         layout += [(f"{prefix}.{name}", shape) for name, shape in names.items()]
-    assert len(layout) == 80 and numels(layout).sum() == 43_962_560
+    assert len(layout) == 80 and parameter_counts(layout).sum() == 43_962_560
     return layout
 
 
-def recognise(
+def identify_mask(
     source: Store | Path,
     layout: TensorLayout | None = None,
     dim: int | None = None,
@@ -104,7 +104,7 @@ def recognise(
     that does not fit the layout.
     """
     store = source if isinstance(source, Store) else Store.raw_shards(source, dim)
-    sizes = numels(layout or sd14_attn2_layout())
+    sizes = parameter_counts(layout or sd14_attn2_layout())
     if store.dim >= sizes.sum():
         raise UserError(
             f"{store.folder} has {store.dim} columns, which no mask of {sizes.sum()} coordinates "
@@ -115,7 +115,7 @@ def recognise(
     best = evidence["masks"][0]
     if not evidence["clear"]:
         shown = ", ".join(f"{_called(mask)} {mask['gain']:.0f}" for mask in evidence["masks"][:2])
-        raise UnclearMask(
+        raise AmbiguousMask(
             f"{store.folder}: no mask clearly explains its columns (log-likelihood gains: "
             f"{shown}, best of {DECOYS} random masks "
             f"{evidence['decoys']['best_gain']:.0f}); set PROJ_MASK to the GPU that made it if "
@@ -126,7 +126,8 @@ def recognise(
             f"{store.folder} was made on a GPU that runs {best['threads'] // BLOCK} blocks of "
             f"{BLOCK} threads, not a known one; add it to GPUS in "
             f"concept_trak/gradients/cuda_mask.py, "
-            f"or make the train gradients again (about a minute for the embedded data): {MAKE}"
+            "or make the train gradients again (about a minute for the embedded data): "
+            f"{COMPUTE_HINT}"
         )
     return best["mask"], evidence
 
@@ -137,11 +138,11 @@ def _called(mask: dict) -> str:
 
 def column_scores(store: Store, max_rows: int = SAMPLED_ROWS) -> np.ndarray:
     """float64 [k]: normal scores of the columns' RMS over up to max_rows rows spread over the
-    store. UserError as `recognise`.
+    store. UserError as `identify_mask`.
     """
     if store.num_rows < MIN_ROWS:
         few = f"{store.num_rows} rows, too few to recognise its mask (at least {MIN_ROWS})"
-        raise UnclearMask(f"{store.folder} has {few}; set PROJ_MASK to the GPU that made it")
+        raise AmbiguousMask(f"{store.folder} has {few}; set PROJ_MASK to the GPU that made it")
     rows = np.linspace(0, store.num_rows - 1, min(store.num_rows, max_rows)).astype(np.int64)
     squares = np.zeros(store.dim)
     for start in range(0, len(rows), ROW_BATCH):
@@ -157,7 +158,7 @@ def column_scores(store: Store, max_rows: int = SAMPLED_ROWS) -> np.ndarray:
         column, count = np.flatnonzero(squares == 0)[0], (squares == 0).sum()
         raise UserError(
             f"{store.folder}: column {column} ({count} in all) is zero in every sampled row, so it "
-            f"is damaged or not a masked gradient; {ELSEWHERE}"
+            f"is damaged or not a masked gradient; {RELEASE_HINT}"
         )
     from scipy.special import ndtri  # here: half a second of every start, of which few come here
     from scipy.stats import rankdata
@@ -166,7 +167,7 @@ def column_scores(store: Store, max_rows: int = SAMPLED_ROWS) -> np.ndarray:
 
 
 def compare_masks(scores: np.ndarray, sizes: np.ndarray) -> dict:
-    """The evidence of `recognise` for column scores [k] and tensor sizes [T]."""
+    """The evidence of `identify_mask` for column scores [k] and tensor sizes [T]."""
     launches, breaks, decoy_breaks = _candidates(tuple(sizes.tolist()), len(scores))
     likelihood, explained = _fit(scores, breaks)
     decoys = _fit(scores, decoy_breaks)[0]
@@ -183,7 +184,7 @@ def compare_masks(scores: np.ndarray, sizes: np.ndarray) -> dict:
     best, others = masks[0]["gain"], [mask["gain"] for mask in masks[1:]]
     clear = best - max([best_decoy, *others]) >= MIN_LEAD and best - best_decoy >= MIN_SHARE * best
     decoys_found = {"count": DECOYS, "best_gain": best_decoy}
-    return {"clear": bool(clear), "decoys": decoys_found, "masks": masks[:SHOWN]}
+    return {"clear": bool(clear), "decoys": decoys_found, "masks": masks[:MAX_REPORTED]}
 
 
 @functools.lru_cache(maxsize=2)
@@ -239,6 +240,6 @@ def _fit(scores: np.ndarray, breaks: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return -len(scores) / 2 * np.log(np.maximum(1 - explained, 1e-12)), explained
 
 
-def numels(layout: TensorLayout) -> np.ndarray:
+def parameter_counts(layout: TensorLayout) -> np.ndarray:
     """int64 [T] numbers of entries of [(name, numel or shape)]."""
     return np.array([np.prod(shape, dtype=np.int64) for _, shape in layout])

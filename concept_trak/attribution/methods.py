@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from ..settings import Settings
     from ..store.store import Store
-    from .corpus import Corpus
-    from .question import Question
-    from .rankers import GradientRanker, Ranker
+    from .corpus import AttributionTask
+    from .question import Query
+    from .rankers import Attributor, GradientAttributor
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ class GradientMethod:
         own = {"f": self.f, "normalize": self.normalize}
         return settings.but(**own, ddim_inversion=False, recipe="default")
 
-    def __call__(self, corpus: Corpus) -> GradientRanker:
+    def __call__(self, corpus: AttributionTask) -> GradientAttributor:
         """The ranker; computes train rows that are not there yet."""
         from . import gradient_variants
 
         own = corpus.with_settings(self.settings_for(corpus.settings))
-        made: type[GradientRanker] = getattr(gradient_variants, self.by)
-        return made(own, train_store(own), self.per_concept, self._stored_rows)
+        made: type[GradientAttributor] = getattr(gradient_variants, self.by)
+        return made(own, open_or_compute_store(own), self.per_concept, self._stored_rows)
 
-    def _stored_rows(self, ranker: GradientRanker, questions: list[Question]) -> np.ndarray:
+    def _stored_rows(self, ranker: GradientAttributor, questions: list[Query]) -> np.ndarray:
         """[Q, k] query rows in a store of their own: resumed when killed, reused if unchanged."""
         from tqdm import tqdm
 
-        from ..settings import digest
+        from ..settings import short_hash
         from ..store.manifest import Layout
         from ..store.store import Store
         from .naming import store_base
@@ -91,9 +91,11 @@ class GradientMethod:
         made_from = {"method": self.name, "rows": [ranker.identity(q) for q in questions]}
         kind = next(iter(questions[0].picture.source), "given")
         grads, dim = store_base(ranker.corpus.settings), ranker.corpus.projection.proj_dim
-        folder = grads / f"queries-{self.name}-{kind}-{digest(made_from)}"
+        folder = grads / f"queries-{self.name}-{kind}-{short_hash(made_from)}"
         layout = Layout(len(questions), dim, 1, "float32")
-        store = Store.create(folder, layout, {"method": self.name, "made_from": digest(made_from)})
+        store = Store.create(
+            folder, layout, {"method": self.name, "made_from": short_hash(made_from)}
+        )
         if store.pending():
             todo = range(store.resume_row(0), len(questions))
             for i in tqdm(todo, desc=f"queries {self.name} {kind}"):
@@ -103,7 +105,7 @@ class GradientMethod:
 
 
 @dataclass(frozen=True)
-class WholeModel:
+class NoStoreMethod:
     """A ranker of `attribution` that keeps no rows: its module there, and its class."""
 
     module: str
@@ -115,7 +117,7 @@ class WholeModel:
         """The steps among which one is chosen as dampings are; none for a ranker without."""
         return getattr(self._made, "candidates", ())
 
-    def __call__(self, corpus: Corpus) -> Ranker:
+    def __call__(self, corpus: AttributionTask) -> Attributor:
         """The ranker; losses and gradients are those of TRAK's rows: dsm, noised states."""
         settings = corpus.settings.but(f="dsm", ddim_inversion=False, recipe="default")
         return self._made(corpus.with_settings(settings))
@@ -127,7 +129,7 @@ class WholeModel:
         return getattr(import_module(f"..attribution.{self.module}", __package__), self.by)
 
 
-def swept(ranker: Any, questions: Sequence[Question]) -> np.ndarray:
+def swept(ranker: Any, questions: Sequence[Query]) -> np.ndarray:
     """[D, Q, N]: scores at each damping of a ranker, or at each candidate for its step."""
     if not hasattr(ranker, "candidates"):
         return ranker.rank(questions)
@@ -136,7 +138,7 @@ def swept(ranker: Any, questions: Sequence[Question]) -> np.ndarray:
     return np.concatenate([ranker.at(i).rank(questions) for i in range(len(ranker.candidates))])
 
 
-def train_store(corpus: Corpus) -> Store:
+def open_or_compute_store(corpus: AttributionTask) -> Store:
     """The train rows of the settings: the committed or an earlier store, else computed now."""
     from ..errors import UserError
     from .train_grad import open_store, train_grad
@@ -164,7 +166,7 @@ for method in (
     GradientMethod("relative_influence", "dsm", by="Relative", on_request=True),
 ):
     RANKERS.add(method.name, method)
-RANKERS.add("ekfac", WholeModel("curvature", "EkfacRanker"))
-RANKERS.add("abu", WholeModel("unlearning", "Abu"))
-RANKERS.add("abu_plus", WholeModel("unlearning", "AbuPlus"))
-RANKERS.add("mucs", WholeModel("unlearning", "Mucs"))
+RANKERS.add("ekfac", NoStoreMethod("curvature", "EkfacRanker"))
+RANKERS.add("abu", NoStoreMethod("unlearning", "Abu"))
+RANKERS.add("abu_plus", NoStoreMethod("unlearning", "AbuPlus"))
+RANKERS.add("mucs", NoStoreMethod("unlearning", "Mucs"))

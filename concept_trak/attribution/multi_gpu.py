@@ -26,9 +26,9 @@ from ..parsing import parse_gpu_ids, parse_shards
 from ..process import WATCH_STDIN
 from ..settings import Settings
 from ..store.store import Store
-from ..store.verify import still_to_make
-from .corpus import Corpus
-from .executor import AtATime
+from ..store.verify import pending_shards
+from .corpus import AttributionTask
+from .executor import ThreadedExecutor
 from .preflight import ROW_STAGES
 from .train_grad import create_store
 
@@ -145,13 +145,13 @@ def launch_shards(settings: Settings) -> None:
         refuse_missing(gpu)
     wanted = parse_shards(settings.shards, settings.num_split)
     print("loading the model once, to see what it needs", flush=True)
-    store = Store.read_manifest(created(settings, gpus[0]))
-    folder, left = store.folder, still_to_make(store, wanted, settings.repair)
+    store = Store.read_manifest(create_store_in_subprocess(settings, gpus[0]))
+    folder, left = store.folder, pending_shards(store, wanted, settings.repair)
     where = f"on {', '.join(gpus)}; logs in {folder / 'logs'}"
     print(f"{folder}: {len(left)} of {len(wanted)} shards to compute {where}")
     processes = ShardProcesses(settings, folder / "logs", gpus)
     with tqdm(desc="train gradients, all shards", unit="image") as bar:
-        executor = AtATime(
+        executor = ThreadedExecutor(
             len(gpus),
             lambda: show(bar, *rows_done(store, wanted)),
             lambda shard, error: tqdm.write(str(error)),
@@ -166,7 +166,7 @@ def launch_shards(settings: Settings) -> None:
             processes.stop()
 
 
-def created(settings: Settings, gpu: str) -> Path:
+def create_store_in_subprocess(settings: Settings, gpu: str) -> Path:
     """The folder of the settings' store, made if it is not there, by a process that ends: this one
     holds no model. UserError as `create_store`.
     """
@@ -176,7 +176,7 @@ def created(settings: Settings, gpu: str) -> Path:
 
 
 def _create(settings: Settings) -> Path:
-    return create_store(Corpus(settings, "cpu")).folder
+    return create_store(AttributionTask(settings, "cpu")).folder
 
 
 def rows_done(store: Store, shards: list[int]) -> tuple[int, int]:

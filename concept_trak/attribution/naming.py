@@ -9,40 +9,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..registry import OBJECTIVES
-from ..settings import OF_WEIGHTS, Settings, as_dict, digest
+from ..settings import COMPONENT_FIELDS, Settings, as_dict, short_hash
 from ..store.remote import local_base
 from . import prompts
 
 if TYPE_CHECKING:
-    from ..gradients.states import QueryStates, TrainStates
+    from ..gradients.states import QueryTimesteps, TrainTimesteps
 
 
-def train_states(settings: Settings) -> TrainStates:
+def train_timesteps(settings: Settings) -> TrainTimesteps:
     """The reference's inversion (recipe reference), our own grid, or noisings."""
-    from ..gradients.states import inverted_states, noised_states, reference_states
+    from ..gradients.states import inversion_schedule, noising_schedule, reference_states
 
     s = settings
     if not s.ddim_inversion:
-        return noised_states(s.nfe)
-    inverted = reference_states if s.recipe == "reference" else inverted_states
+        return noising_schedule(s.nfe)
+    inverted = reference_states if s.recipe == "reference" else inversion_schedule
     return inverted(s.nfe, s.train_guidance_scale)
 
 
-def query_states(settings: Settings, scope: str = "") -> QueryStates:
+def query_timesteps(settings: Settings, scope: str = "") -> QueryTimesteps:
     """Where the query's states come from, by scope (default: the settings').
 
     Noisings at the levels of the train rows, trajectories at those of their own grid.
     """
-    from ..gradients.states import QueryStates, noise_levels, trajectory_timesteps
+    from ..gradients.states import QueryTimesteps, noise_levels, trajectory_timesteps
 
     s, scope, steps = settings, scope or settings.scope, settings.gen_num_inference_steps
     levels = noise_levels(s.nfe) if scope == "local" else trajectory_timesteps(s.nfe, steps)
-    return QueryStates(scope, s.epochs, levels, steps, s.concept_guidance_scale, s.eta)
+    return QueryTimesteps(scope, s.epochs, levels, steps, s.concept_guidance_scale, s.eta)
 
 
-def row_settings(settings: Settings) -> dict[str, Any]:
+def gradient_settings(settings: Settings) -> dict[str, Any]:
     """The settings that decide what a train row is."""
-    s, states = settings, train_states(settings)
+    s, states = settings, train_timesteps(settings)
     beside = OBJECTIVES.get(s.f).description
     return {
         "layer": s.layer,
@@ -62,7 +62,7 @@ def store_base(settings: Settings) -> Path:
     return local_base(settings.grad_dir, settings.store_cache)
 
 
-def folder_name(settings: Settings) -> str:
+def store_name(settings: Settings) -> str:
     """Of a store: {layer}-{f}-NFE{n}[-norm][-ddim-gs_{g}] as in the reference; our own inversion
     grid and other projections are appended.
     """
@@ -71,7 +71,7 @@ def folder_name(settings: Settings) -> str:
     if s.ddim_inversion:
         name += f"-ddim-gs_{s.train_guidance_scale}" + ("" if s.recipe == "reference" else "-short")
     if s.lora_path:
-        name += f"-lora_{digest(s.lora_path)}"
+        name += f"-lora_{short_hash(s.lora_path)}"
     projection = f"{s.proj_type}_{s.proj_dim}" + (f"_seed{s.proj_seed}" if s.proj_seed else "")
     projection += "-module" if s.blocks == "module" else ""
     projection += "" if s.proj_backend == "own" else f"-{s.proj_backend}"
@@ -87,7 +87,7 @@ NOT_DECIDING = {
     *("methods", "task_idx", "task_json", "ti_model_path", "ti_weight_name", "store_dtype"),
     *("force_recompute_concept_grad", "repair", "retrain", "truth_dir", "replay_steps"),
     # what is asked of the weights decides no ranking of pictures
-    *OF_WEIGHTS,
+    *COMPONENT_FIELDS,
     *("concept", "export", "judged", "target_ua", "min_retention", "weights"),
     *("search", "candidates"),  # told in the name where it is not the scan
     *("listen_host", "listen_port", "queue_length", "answer_wait", "body_timeout", "body_bytes"),
@@ -96,15 +96,15 @@ NOT_DECIDING = {
 }
 
 
-def deciding(settings: Settings, *made_from: Any) -> str:
+def settings_digest(settings: Settings, *made_from: Any) -> str:
     """Hash of all that decides a result: the settings that change it, and what it is made from
     (checksum of the store, of the model), in place of the paths to them.
     """
     kept = {k: v for k, v in as_dict(settings).items() if k not in NOT_DECIDING}
-    return digest([kept, *made_from])
+    return short_hash([kept, *made_from])
 
 
-def question_folder(settings: Settings, *made_from: Any) -> Path:
+def answer_folder(settings: Settings, *made_from: Any) -> Path:
     """Folder of an answer: named as in the reference, and by the hash of all that decides it.
 
     The same targets are the same question, whichever sign stands between them.
@@ -118,5 +118,5 @@ def question_folder(settings: Settings, *made_from: Any) -> Path:
     # beside ours in one answer, which is another then
     asked: list[Any] = [s.methods] if s.methods else []
     asked += [] if s.search == "scan" else [s.search, s.candidates]
-    asked += [{k: as_dict(s)[k] for k in OF_WEIGHTS}] if s.weights else []
-    return Path(s.results_dir) / "free_query" / f"{name}-{deciding(s, *made_from, *asked)}"
+    asked += [{k: as_dict(s)[k] for k in COMPONENT_FIELDS}] if s.weights else []
+    return Path(s.results_dir) / "free_query" / f"{name}-{settings_digest(s, *made_from, *asked)}"

@@ -24,24 +24,25 @@ from ..registry import RANKERS
 if TYPE_CHECKING:
     import torch
 
-    from .corpus import Corpus
-    from .question import Question
+    from .corpus import AttributionTask
+    from .question import Query
 
 SHARES = (4, 2, 1)  # a patch's side is the latent's side divided by one of these
 LEVELS = (300, 500, 700)
 
 
 @RANKERS.register("nda")
-class Nda:
+class NDA:
     """See the module docstring."""
 
     on_request = True
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: AttributionTask) -> None:
         self.corpus = corpus
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
-        """[1, Q, N]; see `attribution.rankers.Ranker`. Holds all patches of a size at a time."""
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
+        """[1, Q, N]; see `attribution.rankers.Attributor`. Holds all patches of a size at a
+        time."""
         pictures = {id(q.picture): q.picture for q in questions}
         scores = {key: np.zeros(len(self.corpus.data)) for key in pictures}
         train = self.corpus.latents.float()
@@ -52,9 +53,9 @@ class Nda:
                 scores[key] += self._shares(asked, known)
         return np.stack([scores[id(q.picture)] for q in questions])[None]
 
-    def over(self, data: Any) -> Nda:
+    def over(self, data: Any) -> NDA:
         """The same with other pictures."""
-        return Nda(self.corpus.with_data(data))
+        return NDA(self.corpus.with_data(data))
 
     def _shares(self, asked: torch.Tensor, known: torch.Tensor) -> np.ndarray:
         """[N]: mean weight over levels and the query's patches [places, values]."""

@@ -22,7 +22,7 @@ from ..store.manifest import block_widths, read_manifest
 from ..store.remote import bring_manifests, is_address
 from ..validated_io import read_npy
 from . import prompts
-from .naming import folder_name, store_base
+from .naming import store_base, store_name
 
 LATENTS, TEXT = "laion_latents.npy", "laion_text_embeddings.npy"  # see `datasets.encoded`
 ROW_STAGES = ("rows", "projection", "model", "data_dir", "num_train", "grad_dir")
@@ -39,23 +39,23 @@ def check_question(settings: Settings) -> None:
     rows that are not there.
     """
     s, encoded = settings, (Path(settings.data_dir) / LATENTS).exists()
-    check_words(s, None if encoded else load_folder(s.data_dir))
+    check_targets(s, None if encoded else load_folder(s.data_dir))
     if s.search == "index":
-        refuse_all_scores(s)
+        check_index_search(s)
     check_rows(s)
     check_memory(s)
 
 
-def check_words(
+def check_targets(
     settings: Settings, everything: ImageCaptionDataset | None
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """(targets, (c+, c-) of each) of PROMPT and TARGET_CONCEPTS. everything: the pictures whose
     labels know words; None for encoded ones. UserError for words that do not fit.
     """
     s, targets = settings, prompts.split_list(settings.target_concepts)
-    contrasts = prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
+    contrasts = prompts.contrast_prompts(s.query_form, s.prompt, targets, s.negative_prompts)
     if everything is not None:
-        labels.refuse_unknown(everything, s.prompt, targets)
+        labels.check_known(everything, s.prompt, targets)
     return targets, contrasts
 
 
@@ -64,7 +64,7 @@ def check_memory(settings: Settings) -> None:
     the smallest.
     """
     s, found = settings, []
-    for folder in stores_there(s):
+    for folder in find_candidate_stores(s):
         with contextlib.suppress(UserError):  # told by whoever opens it
             found.append(read_manifest(folder))
     if not found:
@@ -77,7 +77,7 @@ def check_memory(settings: Settings) -> None:
         refuse_scores(questions * len(DAMPINGS), manifest["num_rows"], limit)
 
 
-def refuse_all_scores(settings: Settings) -> None:
+def check_index_search(settings: Settings) -> None:
     """UserError for what an index cannot serve, for FAISS missing, and for no index."""
     if others := [name for name in parse_methods(settings.methods) if name != "concept_trak"]:
         raise UserError(
@@ -85,12 +85,12 @@ def refuse_all_scores(settings: Settings) -> None:
             "those of the highest and lowest only: leave METHODS or SEARCH out"
         )
     faiss()
-    stores = stores_there(settings)
+    stores = find_candidate_stores(settings)
     if stores and not any((folder / FOLDER / "manifest.json").exists() for folder in stores):
-        raise UserError(f"{stores[0]} has no index; {how_to_build(settings)}")
+        raise UserError(f"{stores[0]} has no index; {build_index_hint(settings)}")
 
 
-def how_to_build(settings: Settings) -> str:
+def build_index_hint(settings: Settings) -> str:
     """What makes the index of the settings' rows, to end a refusal with."""
     uses = (*ROW_STAGES, "damping", "candidates")
     return f"make it: {command('build-index', settings, uses)}"
@@ -99,8 +99,8 @@ def how_to_build(settings: Settings) -> str:
 def check_rows(settings: Settings) -> None:
     """UserError for a model or pictures that are not there, or rows that nobody made yet."""
     check_model(settings)
-    if not there_are_rows(settings):
-        raise UserError(rows_missing(settings))
+    if not gradients_exist(settings):
+        raise UserError(missing_gradients_message(settings))
 
 
 def check_index(settings: Settings) -> None:
@@ -112,7 +112,7 @@ def check_index(settings: Settings) -> None:
 def check_model(settings: Settings) -> None:
     """UserError for pictures or a model that are not there, or object storage that refuses."""
     if is_address(settings.grad_dir):
-        stores_there(settings)
+        find_candidate_stores(settings)
     if not (Path(settings.data_dir) / LATENTS).exists():
         load_folder(settings.data_dir)
     for variable in ("SD_MODEL_PATH", "FIT_MODEL_PATH"):
@@ -120,23 +120,23 @@ def check_model(settings: Settings) -> None:
             check_source(source, variable)
 
 
-def there_are_rows(settings: Settings) -> bool:
+def gradients_exist(settings: Settings) -> bool:
     """Whether there is anything under the name of the settings' store."""
-    return bool(stores_there(settings))
+    return bool(find_candidate_stores(settings))
 
 
-def stores_there(settings: Settings) -> list[Path]:
+def find_candidate_stores(settings: Settings) -> list[Path]:
     """What there is under the name of the settings' store."""
-    name = folder_name(settings)
+    name = store_name(settings)
     bases = store_base(settings), Path(settings.data_dir) / "grads"
     bring_manifests(bases[0], name)
     there = [f for base in bases if base.is_dir() for f in base.iterdir()]
     return [folder for folder in there if folder.name.startswith(name)]
 
 
-def rows_missing(settings: Settings) -> str:
+def missing_gradients_message(settings: Settings) -> str:
     """What to run for rows that are not there, and how long it takes."""
-    s, where = settings, f"{settings.grad_dir}/{folder_name(settings)}"
+    s, where = settings, f"{settings.grad_dir}/{store_name(settings)}"
     where = where if is_address(where) else os.path.relpath(where)
     takes = estimate(s, number_of_pictures(s))
     told = f" ({takes})" if takes else ""
@@ -172,7 +172,7 @@ def train_split(folder: str) -> ImageCaptionDataset:
     return load_folder(folder).split("train")
 
 
-def seconds_a_row(settings: Settings) -> float | None:
+def seconds_per_gradient(settings: Settings) -> float | None:
     """On two CPU cores, from the size of the network; None where that is not known beforehand."""
     size = network_size(settings)
     if size is None:
@@ -193,20 +193,20 @@ def network_size(settings: Settings) -> tuple[int, int] | None:
     return (unet_size(folder) if folder else None) or STABLE_DIFFUSION
 
 
-def check_own(settings: Settings) -> None:
+def check_own_data(settings: Settings) -> None:
     """UserError for what would stop `run_own_data.sh` after hours: words, pictures, model."""
     s = settings
     targets = prompts.split_list(s.target_concepts)
-    prompts.contrasts(s.query_form, s.prompt, targets, s.negative_prompts)
-    labels.refuse_unknown(load_folder(s.source_dir), s.prompt, targets)
+    prompts.contrast_prompts(s.query_form, s.prompt, targets, s.negative_prompts)
+    labels.check_known(load_folder(s.source_dir), s.prompt, targets)
     check_source(s.sd_model_path)
 
 
-def own_estimate(settings: Settings) -> str:
+def estimate_own_data(settings: Settings) -> str:
     """What encoding SOURCE_DIR and making its rows takes, in a line. UserError for a disk that is
-    too small, and as `check_own`.
+    too small, and as `check_own_data`.
     """
-    check_own(settings)
+    check_own_data(settings)
     s, data = settings, load_folder(settings.source_dir)
     count, size = len(data.split("train")), network_size(settings)
     side = size[1] if size else STABLE_DIFFUSION[1]
@@ -229,7 +229,7 @@ def own_estimate(settings: Settings) -> str:
 
 def estimate(settings: Settings, count: int) -> str:
     """ "about 2 min on two CPU cores" for `count` rows; "" where it is not known beforehand."""
-    seconds = seconds_a_row(settings)
+    seconds = seconds_per_gradient(settings)
     return f"about {duration(seconds * count)} on two CPU cores" if seconds and count else ""
 
 

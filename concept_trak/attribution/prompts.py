@@ -63,7 +63,7 @@ def find_target(prompt: str, target: str) -> re.Match:
     return match
 
 
-def is_in(text: str, target: str) -> bool:
+def contains(text: str, target: str) -> bool:
     """Whether the target stands in a text as `find_target` finds it."""
     return _search(normalized(text), target) is not None
 
@@ -115,7 +115,7 @@ def asking_words(prompt: str, target: str) -> str:
     return re.sub(JOINING, "", words, flags=re.IGNORECASE)
 
 
-def negative_of(prompt: str, target: str) -> str:
+def without_target(prompt: str, target: str) -> str:
     """The prompt without the target wherever it stands, its article, and the "in the style of" or
     joining word that led up to it.
 
@@ -131,7 +131,9 @@ def negative_of(prompt: str, target: str) -> str:
     while match:
         rest = _without(match)
         match = _search(rest, target)
-    if left := next((form for form in _forms(normalized(target).strip()) if is_in(rest, form)), ""):
+    if left := next(
+        (form for form in _forms(normalized(target).strip()) if contains(rest, form)), ""
+    ):
         raise UserError(
             f"without {target!r} the prompt {prompt!r} still holds {left!r}; set NEGATIVE_PROMPTS "
             "to PROMPT without all that asks for it"
@@ -195,7 +197,7 @@ def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
     for target in targets:
         find_target(prompt, target)
     if not given:
-        return [negative_of(prompt, target) for target in targets]
+        return [without_target(prompt, target) for target in targets]
     # the only negative may hold commas
     items = split_list(given) if len(targets) > 1 else [given.strip()]
     if len(items) != len(targets):
@@ -206,7 +208,9 @@ def negatives(prompt: str, targets: list[str], given: str) -> list[str]:
     return items
 
 
-def contrasts(form: str, prompt: str, targets: list[str], given: str = "") -> list[tuple[str, str]]:
+def contrast_prompts(
+    form: str, prompt: str, targets: list[str], given: str = ""
+) -> list[tuple[str, str]]:
     """(c+, c-) of each target, in NFC. Negative prompts that are `given` replace c- in every form.
 
     slider    the prompt against the prompt without the target (Concept-TRAK)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.sample import Generation, initial_noise, sample
+from ..models.sample import SamplingSettings, initial_noise, sample
 from ..models.text_to_image import TextToImage
 from ..settings import Settings
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class QueryImage:
     """A picture that is asked about.
 
     x0 [1, C, h, w]: its latents. x_T [1, C, h, w]: the noise that it was generated from, None for a
@@ -31,10 +31,10 @@ class Picture:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class Query:
     """One concept of a picture. words: the concept's own; plus, minus: the prompts c+ and c-."""
 
-    picture: Picture
+    picture: QueryImage
     words: str
     plus: str
     minus: str
@@ -46,10 +46,10 @@ class Question:
         return {"prompt": self.picture.prompt, "picture": self.picture.source, **contrast}
 
 
-def generation(settings: Settings) -> Generation:
+def generation(settings: Settings) -> SamplingSettings:
     """How the settings draw a picture."""
     s = settings
-    return Generation(s.gen_guidance_scale, s.gen_num_inference_steps, s.negative_prompt)
+    return SamplingSettings(s.gen_guidance_scale, s.gen_num_inference_steps, s.negative_prompt)
 
 
 def picture_identity(model: TextToImage, settings: Settings) -> dict[str, Any]:
@@ -67,13 +67,13 @@ def picture_identity(model: TextToImage, settings: Settings) -> dict[str, Any]:
     }
 
 
-def generated(
+def generate(
     model: TextToImage,
     settings: Settings,
     prompts: Sequence[str],
     seed: int,
     known: torch.Tensor | None = None,
-) -> list[Picture]:
+) -> list[QueryImage]:
     """DDIM samples of the prompts, all from the noise of one seed, drawn on the CPU.
 
     known: their latents [n, C, h, w] where they were drawn before.
@@ -84,13 +84,13 @@ def generated(
     else:
         noise, how = x_T.expand(len(prompts), -1, -1, -1), generation(settings)
         drawn = sample(model, list(prompts), noise, how, settings.batch_size)
-    source = source_of(settings, seed)
+    source = sample_settings(settings, seed)
     pixels = [np.asarray(picture) for x0 in drawn.split(64) for picture in model.decode(x0)]
     parts = zip(prompts, drawn.split(1), pixels, strict=True)
-    return [Picture(prompt, x0, x_T, shown, source) for prompt, x0, shown in parts]
+    return [QueryImage(prompt, x0, x_T, shown, source) for prompt, x0, shown in parts]
 
 
-def source_of(settings: Settings, seed: int) -> dict[str, Any]:
-    """`Picture.source` of a sample."""
+def sample_settings(settings: Settings, seed: int) -> dict[str, Any]:
+    """`QueryImage.source` of a sample."""
     keys = ("gen_guidance_scale", "gen_num_inference_steps", "negative_prompt", "dtype")
     return {"generated": {"seed": seed, **{k: getattr(settings, k) for k in keys}}}

@@ -1,7 +1,8 @@
 """Rankers: whatever gives every training image a score for a question.
 
-`GradientRanker` is what this project is about. A ranker is a class with `rank(questions)`, built
-from a `Corpus` alone; `@RANKERS.register("name")` makes it one of METHODS of the evaluation. One
+`GradientAttributor` is what this project is about. A ranker is a class with `rank(questions)`,
+built from a `AttributionTask` alone; `@RANKERS.register("name")` makes it one of METHODS of the
+evaluation. One
 that keeps no rows has `over(data)`, too: itself, ranking pictures that the model need not have been
 trained on.
 """
@@ -15,29 +16,29 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..gradients.objectives import of_concept
-from ..gradients.state import State, regrouped
-from ..gradients.states import QueryStates, Start, query_states_of
+from ..gradients.objectives import concept_cotangent
+from ..gradients.state import State, rebatch
+from ..gradients.states import QueryStart, QueryTimesteps, query_states_of
 from ..registry import OBJECTIVES
-from ..scoring.scores import room, solve_and_score
+from ..scoring.scores import allocate_scores, precondition_and_score
 from ..settings import DAMPINGS
 from ..store.store import Store
-from .corpus import Corpus
-from .naming import query_states
-from .question import Picture, Question
+from .corpus import AttributionTask
+from .naming import query_timesteps
+from .question import Query, QueryImage
 
 ROWS_AT_ONCE = 128  # of the store where each is solved for: 9 * 128 * 8 k bytes
 
 
-class Ranker(Protocol):
+class Attributor(Protocol):
     """Scores of all N training images; high: removing the image would weaken the concept."""
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
         """[D, Q, N], D the dampings of the sweep, or 1 for a ranker that knows none."""
         ...
 
 
-class GradientRanker:
+class GradientAttributor:
     """score = w_i x_i . (K + lambda I)^-1 q, rows and query under the settings of `corpus`.
 
     per_concept: a query row for each question; else one a picture, of the objective's cotangent.
@@ -47,24 +48,24 @@ class GradientRanker:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: AttributionTask,
         store: Store | None = None,
         per_concept: bool = True,
-        keep: Callable[[GradientRanker, list[Question]], np.ndarray] | None = None,
+        keep: Callable[[GradientAttributor, list[Query]], np.ndarray] | None = None,
     ) -> None:
         self.corpus, self.store, self.per_concept = corpus, store, per_concept
-        self._keep = keep or GradientRanker.rows
-        self._read: tuple[Picture | None, list[State]] = None, []
+        self._keep = keep or GradientAttributor.rows
+        self._read: tuple[QueryImage | None, list[State]] = None, []
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
-        """See `Ranker`."""
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
+        """See `Attributor`."""
         asked, place = self._asked(questions)
         rows = self._keep(self, asked)
         solver = self.corpus.preconditioner
-        values = solve_and_score(self._train, rows, DAMPINGS, solver, self.row_weight())
+        values = precondition_and_score(self._train, rows, DAMPINGS, solver, self.row_weight())
         return values[:, place]
 
-    def solved(self, questions: Sequence[Question]) -> np.ndarray:
+    def solved(self, questions: Sequence[Query]) -> np.ndarray:
         """[Q, D, k]: what the rows' inner products with are the unweighted scores."""
         asked, place = self._asked(questions)
         return self.solve(self._keep(self, asked))[:, place].swapaxes(0, 1)
@@ -94,7 +95,9 @@ class GradientRanker:
         store, limit = self._train, self.corpus.preconditioner.budget.max_memory
         weighted = OBJECTIVES.get(self.corpus.settings.f).row_weight is not None
         beside = store.losses() if weighted else np.zeros(store.num_rows)
-        out = room(solved.shape[0] * solved.shape[1], store, limit).reshape(*solved.shape[:2], -1)
+        out = allocate_scores(solved.shape[0] * solved.shape[1], store, limit).reshape(
+            *solved.shape[:2], -1
+        )
         for start, block in store.tensor_blocks(ROWS_AT_ONCE, "cpu"):
             part = slice(start, start + len(block))
             out[:, :, part] = self.score_own(solved, block.double().numpy(), beside[part])
@@ -104,7 +107,7 @@ class GradientRanker:
         """Make what all questions share; forget the states of the last one."""
         self._read = None, []
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: Query) -> None:
         """Do what one question needs beyond what is shared, so that its cost can
         be counted.
         """
@@ -124,11 +127,11 @@ class GradientRanker:
         beside = self._train.losses()
         return weight(beside, beside)
 
-    def rows(self, questions: Sequence[Question]) -> np.ndarray:
+    def rows(self, questions: Sequence[Query]) -> np.ndarray:
         """[Q, k] query rows."""
         return np.concatenate([self.row(question) for question in questions])
 
-    def row(self, question: Question) -> np.ndarray:
+    def row(self, question: Query) -> np.ndarray:
         """[1, k] of one question: its gradient averaged over the states of its picture."""
         s, model = self.corpus.settings, self.corpus.model
         states: list[State] = self._states(question.picture)
@@ -136,16 +139,16 @@ class GradientRanker:
         if self.per_concept:
             plus, minus = model.encode_prompts([question.plus, question.minus]).split()
             states = [state.contrasting(plus, minus) for state in states]
-            cotangent = of_concept(s.f)
+            cotangent = concept_cotangent(s.f)
         return self.corpus.row_maker.mean_row(states, cotangent).cpu().numpy()
 
-    def query_states(self, picture: Picture) -> QueryStates:
+    def query_states(self, picture: QueryImage) -> QueryTimesteps:
         """A concept of a generated picture is read where SCOPE says, all else at noisings."""
         own_scope = self.per_concept and picture.x_T is not None
-        return query_states(self.corpus.settings, "" if own_scope else "local")
+        return query_timesteps(self.corpus.settings, "" if own_scope else "local")
 
-    def identity(self, question: Question) -> dict[str, Any]:
-        """What the row of a question was made from; see `Corpus.identity`."""
+    def identity(self, question: Query) -> dict[str, Any]:
+        """What the row of a question was made from; see `AttributionTask.identity`."""
         corpus = self.corpus
         return corpus.identity(
             question=question.identity(),
@@ -155,9 +158,9 @@ class GradientRanker:
             torch=torch.__version__,
         )
 
-    def _asked(self, questions: Sequence[Question]) -> tuple[list[Question], list[int]]:
+    def _asked(self, questions: Sequence[Query]) -> tuple[list[Query], list[int]]:
         """(the questions with rows of their own, which of them serves each question)."""
-        asked: list[Question] = []
+        asked: list[Query] = []
         places: dict[int, int] = {}
         keys = [id(q) if self.per_concept else id(q.picture) for q in questions]
         for key, question in zip(keys, questions, strict=True):
@@ -166,12 +169,12 @@ class GradientRanker:
                 asked.append(question)
         return asked, [places[key] for key in keys]
 
-    def _states(self, picture: Picture) -> list[State]:
+    def _states(self, picture: QueryImage) -> list[State]:
         """The states of a picture, read once for all its concepts."""
         if self._read[0] is not picture:
             s, model = self.corpus.settings, self.corpus.model
             cond, cond_null = model.encode_prompts([picture.prompt, ""]).split()
-            start, states = Start(picture.x_T, picture.x0), self.query_states(picture)
+            start, states = QueryStart(picture.x_T, picture.x0), self.query_states(picture)
             read = query_states_of(model, states, start, cond, cond_null, s.batch_size)
-            self._read = picture, list(regrouped(read, s.batch_size))
+            self._read = picture, list(rebatch(read, s.batch_size))
         return self._read[1]

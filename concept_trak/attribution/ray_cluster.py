@@ -24,17 +24,17 @@ from tqdm import tqdm
 from .. import flags
 from ..errors import TransientError, UserError
 from ..parsing import parse_shards
-from ..process import VERBOSITY, say
+from ..process import VERBOSITY, log
 from ..settings import Settings, version
-from ..store.chunks import Piece, split
+from ..store.chunks import Chunk, split
 from ..store.store import Store
-from ..store.verify import still_to_make
+from ..store.verify import pending_shards
 from .naming import store_base
 from .preflight import ROW_STAGES, duration
-from .ray_tasks import RayTasks, State, cluster, refuse_without_ray
+from .ray_tasks import ClusterStatus, RayExecutor, cluster, refuse_without_ray
 
 if TYPE_CHECKING:
-    from .corpus import Corpus
+    from .corpus import AttributionTask
 
 SAY_SECONDS = 30.0  # between two lines of progress where there is no bar
 LOCK_SECONDS = 2.0  # before a shard that another process is finishing is asked for again
@@ -42,15 +42,15 @@ PATHS = ("grad_dir", "data_dir", "sd_model_path", "lora_path", "fit_model_path",
 
 
 @dataclass(frozen=True)
-class Finish:
+class FinishShard:
     """The task that puts a shard together, of pieces that are all there."""
 
     shard: int
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a worker needs: it calls it with a `Piece` or a `Finish`.
+class ShardTask:
+    """What a worker needs: it calls it with a `Chunk` or a `FinishShard`.
 
     name: of the store's folder. code: version of this package.
     """
@@ -59,7 +59,7 @@ class Work:
     name: str
     code: str = field(default_factory=version)
 
-    def __call__(self, task: Piece | Finish) -> None:
+    def __call__(self, task: Chunk | FinishShard) -> None:
         """Make a piece, or finish a shard; nothing happens to one that is there already.
 
         UserError for a node that sees another store, model or version.
@@ -70,11 +70,11 @@ class Work:
                 f"{told}; bring both to one commit, git pull, and run there: pip install -e ."
             )
         store = _store(self.settings, self.name)
-        if store.remote is not None and isinstance(task, Finish):
+        if store.remote is not None and isinstance(task, FinishShard):
             store.remote.refresh()  # a piece may do with a listing of some seconds ago
         if store.finished(task.shard):
             return
-        if isinstance(task, Piece):
+        if isinstance(task, Chunk):
             if task not in store.pieces(task.shard):
                 self.make(store, task)
             return
@@ -84,12 +84,12 @@ class Work:
             time.sleep(LOCK_SECONDS)
             raise
 
-    def make(self, store: Store, piece: Piece) -> None:
+    def make(self, store: Store, piece: Chunk) -> None:
         """Compute the rows of a piece and keep them."""
-        from .reuse import KnownRows
-        from .train_grad import fill_piece
+        from .reuse import ReusableGradients
+        from .train_grad import compute_chunk
 
-        fill_piece(_corpus(self.settings, self.name), store, piece, KnownRows({}))
+        compute_chunk(_corpus(self.settings, self.name), store, piece, ReusableGradients({}))
 
 
 @functools.lru_cache(maxsize=1)
@@ -107,15 +107,15 @@ def _store(settings: Settings, name: str) -> Store:
 
 
 @functools.lru_cache(maxsize=1)
-def _corpus(settings: Settings, name: str) -> Corpus:
+def _corpus(settings: Settings, name: str) -> AttributionTask:
     """The model and the pictures, once a worker. UserError unless the store is of this model.
 
     That the pictures are the store's is not asked of each worker: it would read all of them.
     """
     from ..models.device import pick_device
-    from .corpus import Corpus
+    from .corpus import AttributionTask
 
-    corpus = Corpus(settings, pick_device(settings.device, settings.gpu_id))
+    corpus = AttributionTask(settings, pick_device(settings.device, settings.gpu_id))
     corpus.data.apart = True
     store = _store(settings, name)
     store.expect(corpus.origin() | {"num_rows": len(corpus.data)})
@@ -126,25 +126,27 @@ def _finish(settings: Settings, store: Store, shard: int) -> None:
     """Put the pieces together; rows of one that was damaged are made again."""
     store.absorb(shard)
     if store.missing(shard):
-        from .reuse import KnownRows
-        from .train_grad import fill
+        from .reuse import ReusableGradients
+        from .train_grad import compute_shard
 
         bar = tqdm(disable=True)
-        return fill(_corpus(settings, store.folder.name), store, shard, KnownRows({}), bar)
+        return compute_shard(
+            _corpus(settings, store.folder.name), store, shard, ReusableGradients({}), bar
+        )
     store.finish(shard)
 
 
-def tasks_of(store: Store, shards: Sequence[int], rows: int) -> list[Piece]:
+def tasks_of(store: Store, shards: Sequence[int], rows: int) -> list[Chunk]:
     """What is missing of the shards, in pieces of `rows` that begin at multiples of it."""
     return [
-        Piece(shard, *run)
+        Chunk(shard, *run)
         for shard in shards
         for gap in store.missing(shard)
         for run in split(*gap, store.bounds[shard], rows)
     ]
 
 
-def rows_of_a_piece(settings: Settings) -> int:
+def chunk_rows(settings: Settings) -> int:
     """PIECE_ROWS, up to whole batches."""
     return -(-settings.piece_rows // settings.batch_size) * settings.batch_size
 
@@ -162,8 +164,8 @@ class Progress:
         self.done += rows
         self.bar.update(rows)
 
-    def watch(self, state: State) -> None:
-        """See `RayTasks.watch`."""
+    def watch(self, state: ClusterStatus) -> None:
+        """See `RayExecutor.watch`."""
         where = f"{state.nodes} nodes, {min(state.running, state.slots)} tasks at a time"
         self.bar.set_postfix_str(where, refresh=False)
         now = time.monotonic()
@@ -171,7 +173,7 @@ class Progress:
             self.said, made = now, self.done - self.start
             left = (self.total - self.done) * (now - self.began) / made if made else 0
             eta = f", about {duration(left)} left" if made else ""
-            say(f"{self.done} of {self.total} rows, {where}{eta}")
+            log(f"{self.done} of {self.total} rows, {where}{eta}")
 
 
 def launch_tasks(settings: Settings) -> None:
@@ -184,14 +186,14 @@ def launch_tasks(settings: Settings) -> None:
     wanted = parse_shards(settings.shards, settings.num_split)
     print("loading the model once, to see what it needs", flush=True)
     store = Store.read_manifest(prepared(settings))
-    left = still_to_make(store, wanted, settings.repair)
-    pieces = tasks_of(store, left, rows_of_a_piece(settings))
+    left = pending_shards(store, wanted, settings.repair)
+    pieces = tasks_of(store, left, chunk_rows(settings))
     todo, total = sum(map(len, pieces)), sum(map(store.count, wanted))
-    say(f"{store.where}: {todo} of {total} rows to compute, in {len(pieces)} tasks")
+    log(f"{store.where}: {todo} of {total} rows to compute, in {len(pieces)} tasks")
     progress = Progress(total, total - todo)
     if left:
         with cluster(settings.num_cpus):
-            run_tasks(Work(settings, store.folder.name), store, left, pieces, progress)
+            run_tasks(ShardTask(settings, store.folder.name), store, left, pieces, progress)
     if store.remote is not None:
         store.remote.refresh()
     told = f"{store.num_rows} rows of {store.dim}, shards left: {len(store.pending())}"
@@ -199,7 +201,7 @@ def launch_tasks(settings: Settings) -> None:
 
 
 def run_tasks(
-    work: Work, store: Store, shards: list[int], pieces: list[Piece], progress: Progress
+    work: ShardTask, store: Store, shards: list[int], pieces: list[Chunk], progress: Progress
 ) -> None:
     """Have the pieces made, and each shard finished once its last piece is there. UserError at the
     end if some tasks failed.
@@ -207,22 +209,22 @@ def run_tasks(
     settings = work.settings
     unmade = Counter(piece.shard for piece in pieces)
 
-    def done(task: Piece | Finish) -> list[Finish]:
-        if isinstance(task, Finish):
+    def done(task: Chunk | FinishShard) -> list[FinishShard]:
+        if isinstance(task, FinishShard):
             return []
         progress.add(len(task))
         unmade[task.shard] -= 1
-        return [] if unmade[task.shard] else [Finish(task.shard)]
+        return [] if unmade[task.shard] else [FinishShard(task.shard)]
 
-    def failed(task: Piece | Finish, reason: str) -> None:
-        rows = f"rows {task.first} to {task.stop - 1}: " if isinstance(task, Piece) else ""
+    def failed(task: Chunk | FinishShard, reason: str) -> None:
+        rows = f"rows {task.first} to {task.stop - 1}: " if isinstance(task, Chunk) else ""
         tqdm.write(f"shard {task.shard}: {rows}{reason}")
 
-    executor = RayTasks(
+    executor = RayExecutor(
         settings.num_cpus, settings.num_gpus, settings.task_retries, progress.watch, failed, done
     )
     everywhere = settings.but(**{name: _absolute(name, getattr(settings, name)) for name in PATHS})
-    whole = [Finish(shard) for shard in shards if not unmade[shard]]
+    whole = [FinishShard(shard) for shard in shards if not unmade[shard]]
     try:
         with progress.bar:
             executor.run(replace(work, settings=everywhere), [*whole, *pieces])
@@ -241,19 +243,19 @@ def prepared(settings: Settings) -> Path:
 
 
 def _prepare(settings: Settings, level: int) -> Path:
-    from .corpus import Corpus
-    from .reuse import known_rows
+    from .corpus import AttributionTask
+    from .reuse import find_reusable
     from .train_grad import create_store
 
     VERBOSITY["level"] = level
-    corpus = Corpus(settings, "cpu")
+    corpus = AttributionTask(settings, "cpu")
     store = create_store(corpus)
-    known = known_rows(store, settings, corpus.data.digests())
+    known = find_reusable(store, settings, corpus.data.digests())
     for piece in tasks_of(store, store.pending(), settings.piece_rows) if known.sources else ():
         for is_known, run in known.runs(range(piece.first, piece.stop)):
             if is_known:
                 values, losses = known.read(run)
-                part = Piece(piece.shard, run.start, run.stop)
+                part = Chunk(piece.shard, run.start, run.stop)
                 store.put_piece(part, values, losses if store.has_losses else None)
     return store.folder
 

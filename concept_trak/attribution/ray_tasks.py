@@ -45,7 +45,7 @@ TRANSIENT = (TransientError, ConnectionError, TimeoutError)
 
 
 @dataclass(frozen=True)
-class State:
+class ClusterStatus:
     """What a cluster does: its nodes, the tasks it can run at a time, those handed over and those
     that are waiting here.
     """
@@ -57,12 +57,12 @@ class State:
 
 
 def no_follow_up(task: Any) -> Sequence[Any]:
-    """Of `RayTasks.done`."""
+    """Of `RayExecutor.done`."""
     return ()
 
 
 @dataclass(frozen=True)
-class RayTasks:
+class RayExecutor:
     """`compute(task)` for every task, on the cluster of `cluster`.
 
     num_cpus, num_gpus: that a task takes. retries: of one that died or met a transient error.
@@ -73,7 +73,7 @@ class RayTasks:
     num_cpus: float
     num_gpus: float
     retries: int
-    watch: Callable[[State], None]
+    watch: Callable[[ClusterStatus], None]
     failed: Callable[[Any, str], None]
     done: Callable[[Any], Sequence[Any]] = no_follow_up
 
@@ -109,7 +109,7 @@ class RayTasks:
                 else:
                     failures += 1
                     self.failed(task, reason)
-            self.watch(State(nodes, slots, len(running), len(waiting)))
+            self.watch(ClusterStatus(nodes, slots, len(running), len(waiting)))
             if failures >= FAILURES:
                 waiting.clear()
         if failures:

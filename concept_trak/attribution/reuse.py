@@ -17,20 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError, removal
-from ..settings import Settings, digest
+from ..errors import UserError, remove_hint
+from ..settings import Settings, short_hash
 from ..store.store import Store
 from ..store.verify import check_shard
 from ..validated_io import read_json
-from .find_store import stores_named
-from .naming import folder_name, store_base
+from .find_store import list_stores
+from .naming import store_base, store_name
 
 PICTURES = "pictures.json"  # digests of a store's pictures, row by row
-SHOWN = "shown.json"  # hash of the pictures that released rows are shown with
+DISPLAY_HASH_FILE = "shown.json"  # hash of the pictures that released rows are shown with
 
 
 @dataclass(frozen=True)
-class Source:
+class GradientLocation:
     """Where a known row is: the store and its row there, with its loss if the store keeps them."""
 
     store: Store
@@ -38,10 +38,10 @@ class Source:
     loss: float | None
 
 
-class KnownRows:
+class ReusableGradients:
     """Which rows of a store others have, and their values."""
 
-    def __init__(self, sources: Mapping[int, Source]) -> None:
+    def __init__(self, sources: Mapping[int, GradientLocation]) -> None:
         self.sources = sources
 
     def count(self, rows: Iterable[int]) -> int:
@@ -61,14 +61,14 @@ class KnownRows:
         return values, np.array([source.loss for source in found], np.float32)
 
 
-def keep_digests(store: Store, digests: Sequence[str]) -> None:
+def write_image_digests(store: Store, digests: Sequence[str]) -> None:
     """Write down which pictures the rows are of, beside them."""
     if _digests(store) != list(digests):
-        named = {"digests": list(digests), "checksum": digest(list(digests))}
+        named = {"digests": list(digests), "checksum": short_hash(list(digests))}
         store.keep_beside(PICTURES, named)
 
 
-def refuse_other_pictures(store: Store, shown: str) -> None:
+def check_displayed_images(store: Store, shown: str) -> None:
     """UserError when released rows would be shown with other pictures or captions, or in another
     order, than at the first time, which is written down beside the rows.
 
@@ -77,12 +77,14 @@ def refuse_other_pictures(store: Store, shown: str) -> None:
     """
     if not shown:
         return
-    path = store.beside(SHOWN)
+    path = store.beside(DISPLAY_HASH_FILE)
     if not os.path.lexists(path):
         with contextlib.suppress(UserError):  # a folder that cannot be written
-            store.keep_beside(SHOWN, {"pictures": shown})
+            store.keep_beside(DISPLAY_HASH_FILE, {"pictures": shown})
     elif (
-        read_json(path, removal(path, "run again if the pictures are as released")).get("pictures")
+        read_json(path, remove_hint(path, "run again if the pictures are as released")).get(
+            "pictures"
+        )
         != shown
     ):
         reason = "the pictures or captions beside the latents are not those of the first time"
@@ -93,25 +95,25 @@ def refuse_other_pictures(store: Store, shown: str) -> None:
 def _digests(store: Store) -> list[str]:
     """Of the pictures of a store; [] if it does not say, or not of all."""
     try:
-        record = read_json(store.beside(PICTURES), removal(store.folder / PICTURES))
+        record = read_json(store.beside(PICTURES), remove_hint(store.folder / PICTURES))
     except UserError:
         return []
     digests = record.get("digests")
     if not isinstance(digests, list) or not all(isinstance(name, str) for name in digests):
         return []
-    whole = record.get("checksum") == digest(digests) and len(digests) == store.num_rows
+    whole = record.get("checksum") == short_hash(digests) and len(digests) == store.num_rows
     return digests if whole else []
 
 
-def known_rows(store: Store, settings: Settings, digests: Sequence[str]) -> KnownRows:
+def find_reusable(store: Store, settings: Settings, digests: Sequence[str]) -> ReusableGradients:
     """What the other stores of the settings' name have of these pictures: rows of finished, whole
     shards, made from the same but the pictures and kept in the same form.
     """
     places: dict[str, list[int]] = {}
     for row, name in enumerate(digests):
         places.setdefault(name, []).append(row)
-    sources: dict[int, Source] = {}
-    for folder in stores_named(store_base(settings) / folder_name(settings)):
+    sources: dict[int, GradientLocation] = {}
+    for folder in list_stores(store_base(settings) / store_name(settings)):
         if folder != store.folder and (other := _sibling(folder, store)):
             theirs = _digests(other)
             for shard in range(other.num_split if theirs else 0):
@@ -121,8 +123,8 @@ def known_rows(store: Store, settings: Settings, digests: Sequence[str]) -> Know
                     losses = other.shard_losses(shard) if other.has_losses else None
                     for row, ours in wanted.items():
                         loss = None if losses is None else float(losses[row - rows.start])
-                        sources |= dict.fromkeys(ours, Source(other, row, loss))
-    return KnownRows(sources)
+                        sources |= dict.fromkeys(ours, GradientLocation(other, row, loss))
+    return ReusableGradients(sources)
 
 
 def _sibling(folder: Path, store: Store) -> Store | None:

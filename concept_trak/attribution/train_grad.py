@@ -12,58 +12,62 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..flags import command
-from ..gradients.compute import Rows
-from ..gradients.objectives import train_rows
-from ..gradients.states import Judge, TrainPictures
+from ..gradients.compute import ProjectedGradients
+from ..gradients.objectives import train_gradients
+from ..gradients.states import FitModel, TrainBatch
 from ..models.condition import Condition
 from ..parsing import parse_shards
-from ..process import say
+from ..process import log
 from ..registry import OBJECTIVES
 from ..settings import provenance
-from ..store.chunks import Piece
+from ..store.chunks import Chunk
 from ..store.dtypes import STORED_TYPES
 from ..store.manifest import Layout
 from ..store.store import Store
-from ..store.verify import still_to_make
-from .corpus import Corpus
-from .executor import Executor, InProcess
-from .find_store import find_store, new_folder
-from .naming import train_states
-from .preflight import ROW_STAGES, rows_missing
-from .reuse import KnownRows, keep_digests, known_rows, refuse_other_pictures
+from ..store.verify import pending_shards
+from .corpus import AttributionTask
+from .executor import Executor, SerialExecutor
+from .find_store import choose_folder, find_store
+from .naming import train_timesteps
+from .preflight import ROW_STAGES, missing_gradients_message
+from .reuse import ReusableGradients, check_displayed_images, find_reusable, write_image_digests
 
 
-def make_rows(corpus: Corpus, x0: torch.Tensor, cond: Condition, captions: Sequence[str]) -> Rows:
+def compute_gradients(
+    corpus: AttributionTask, x0: torch.Tensor, cond: Condition, captions: Sequence[str]
+) -> ProjectedGradients:
     """Train rows [B, k] of pictures x0 [B, C, h, w] under their captions, as the settings ask; with
     what the objective keeps beside them as their losses.
     """
     judge = corpus.fit_judge
-    asked = judge and Judge(judge, *judge.encode_prompts([*captions, ""]).split(len(captions)))
-    shown = TrainPictures(x0, cond, corpus.cond_null, train_states(corpus.settings), asked)
-    return train_rows(corpus.row_maker, corpus.settings.f, shown)
+    asked = judge and FitModel(judge, *judge.encode_prompts([*captions, ""]).split(len(captions)))
+    shown = TrainBatch(x0, cond, corpus.cond_null, train_timesteps(corpus.settings), asked)
+    return train_gradients(corpus.row_maker, corpus.settings.f, shown)
 
 
-def train_grad(corpus: Corpus, executor: Executor | None = None) -> Store:
+def train_grad(corpus: AttributionTask, executor: Executor | None = None) -> Store:
     """Fill the store of the settings (its pending shards among SHARDS), resuming at the first row
     that is not on disk. Rows that another store has of the same pictures are taken from there.
 
     UserError for a damaged finished shard, unless REPAIR is set, which makes it again.
     """
     s, store = corpus.settings, create_store(corpus)
-    pending = still_to_make(store, parse_shards(s.shards, store.num_split), s.repair)
-    known = known_rows(store, s, corpus.data.digests()) if pending else KnownRows({})
+    pending = pending_shards(store, parse_shards(s.shards, store.num_split), s.repair)
+    known = find_reusable(store, s, corpus.data.digests()) if pending else ReusableGradients({})
     rows = [range(*run) for i in pending for run in store.missing(i)]
     taken = sum(map(known.count, rows))
     todo = sum(map(len, rows)) - taken
     size = store.num_rows * store.dim * STORED_TYPES[store.dtype].itemsize / 1e6
     progress = f"{todo} of {store.num_rows} rows to compute, {size:.0f} MB on disk when complete"
-    say(f"{store.where}: {progress}" + (f", {taken} known from before" if taken else ""))
+    log(f"{store.where}: {progress}" + (f", {taken} known from before" if taken else ""))
     with tqdm(total=todo, desc="train gradients", unit="image") as bar:
-        (executor or InProcess()).run(lambda i: fill(corpus, store, i, known, bar), pending)
+        (executor or SerialExecutor()).run(
+            lambda i: compute_shard(corpus, store, i, known, bar), pending
+        )
     return store
 
 
-def create_store(corpus: Corpus) -> Store:
+def create_store(corpus: AttributionTask) -> Store:
     """The store of the settings, made or opened again. UserError when it is of something else.
 
     That questions about its rows will need more than MAX_MEMORY is told.
@@ -76,13 +80,13 @@ def create_store(corpus: Corpus) -> Store:
         print(f"warning: to answer from these rows: {error}", file=sys.stderr)
     layout = Layout(len(corpus.data), dim, s.num_split, s.store_dtype, losses=weighted)
     made_by = {"command": command("train-grad", s, (*ROW_STAGES, "num_split"))}
-    store = Store.create(new_folder(s, identity), layout, identity, provenance() | made_by)
-    keep_digests(store, corpus.data.digests())
-    refuse_other_pictures(store, corpus.data.shown_hash())
+    store = Store.create(choose_folder(s, identity), layout, identity, provenance() | made_by)
+    write_image_digests(store, corpus.data.digests())
+    check_displayed_images(store, corpus.data.shown_hash())
     return store
 
 
-def open_store(corpus: Corpus, verify: bool = True) -> Store:
+def open_store(corpus: AttributionTask, verify: bool = True) -> Store:
     """The finished store for this model, data and settings, which from then on say the form that
     its rows have. verify: see `Store.open`.
 
@@ -90,20 +94,20 @@ def open_store(corpus: Corpus, verify: bool = True) -> Store:
     rows would be shown with other pictures than before.
     """
     s, store = corpus.settings, _open(corpus, verify)
-    refuse_other_pictures(store, corpus.data.shown_hash())
+    check_displayed_images(store, corpus.data.shown_hash())
     if store.dtype != s.store_dtype:
         told = f"the rows are {store.dtype}, not {s.store_dtype}, and are used as they are"
-        say(f"{store.where}: {told}; for others set STORE_DTYPE and another GRAD_DIR")
+        log(f"{store.where}: {told}; for others set STORE_DTYPE and another GRAD_DIR")
     corpus.settings = s.but(store_dtype=store.dtype, num_split=store.num_split)
     return store
 
 
-def _open(corpus: Corpus, verify: bool) -> Store:
+def _open(corpus: AttributionTask, verify: bool) -> Store:
     """The store of `open_store`."""
     s, wanted = corpus.settings, corpus.train_identity()
     found = find_store(s, wanted)
     if found is None:
-        raise UserError(rows_missing(s))
+        raise UserError(missing_gradients_message(s))
     made_with = {"projection": corpus.projection.describe()}  # adopts shards of the release
     if "adopted" not in Store.read_manifest(found).identity:
         return Store.open(found, wanted, verify)
@@ -118,21 +122,25 @@ def _open(corpus: Corpus, verify: bool) -> Store:
     return store
 
 
-def fill(corpus: Corpus, store: Store, shard: int, known: KnownRows, bar: tqdm) -> None:
+def compute_shard(
+    corpus: AttributionTask, store: Store, shard: int, known: ReusableGradients, bar: tqdm
+) -> None:
     """Make what a shard lacks, in order, and finish it."""
     while True:
         store.absorb(shard)
         missing = store.missing(shard)
         if not missing:
             break
-        for made in batches(corpus, store, Piece(shard, *missing[0]), known):
+        for made in batches(corpus, store, Chunk(shard, *missing[0]), known):
             losses = made.losses if store.has_losses else None
             store.append(shard, made.values, made.rows.start, losses)
             bar.update(0 if made.known else len(made.rows))
     store.finish(shard)
 
 
-def fill_piece(corpus: Corpus, store: Store, piece: Piece, known: KnownRows) -> None:
+def compute_chunk(
+    corpus: AttributionTask, store: Store, piece: Chunk, known: ReusableGradients
+) -> None:
     """Make a piece, whole, and keep it."""
     made = list(batches(corpus, store, piece, known))
     losses = np.concatenate([part.losses for part in made]) if store.has_losses else None
@@ -149,7 +157,9 @@ class Batch:
     known: bool
 
 
-def batches(corpus: Corpus, store: Store, piece: Piece, known: KnownRows) -> Iterator[Batch]:
+def batches(
+    corpus: AttributionTask, store: Store, piece: Chunk, known: ReusableGradients
+) -> Iterator[Batch]:
     """Yield the rows of a piece. Batches are those of an uninterrupted run over the shard, whatever
     of them is wanted, so the bytes are the same.
     """
@@ -159,13 +169,13 @@ def batches(corpus: Corpus, store: Store, piece: Piece, known: KnownRows) -> Ite
             rows = range(max(run.start, piece.first), min(run.stop, piece.stop))
             if not rows:
                 continue
-            values, losses = known.read(run) if is_known else computed(corpus, run)
+            values, losses = known.read(run) if is_known else compute_batch(corpus, run)
             here = slice(rows.start - run.start, rows.stop - run.start)
             yield Batch(rows, values[here], losses[here], is_known)
 
 
-def computed(corpus: Corpus, rows: range) -> tuple[np.ndarray, np.ndarray]:
+def compute_batch(corpus: AttributionTask, rows: range) -> tuple[np.ndarray, np.ndarray]:
     """(values [b, k], losses [b]) of consecutive train pictures."""
     captions = [corpus.train.captions[i] for i in rows] if corpus.fit_judge else []
-    made = make_rows(corpus, *corpus.data.batch(rows), captions)
+    made = compute_gradients(corpus, *corpus.data.batch(rows), captions)
     return made.values.cpu().numpy(), made.losses.cpu().numpy()

@@ -34,24 +34,24 @@ from ..models.condition import Condition
 from ..models.ddim import q_sample
 from ..registry import OBJECTIVES
 from ..scoring.ekfac import Ekfac
-from .corpus import Corpus
-from .ekfac import batches, dense, fitted, train_gradients
-from .naming import train_states
-from .question import Picture, Question
-from .rankers import GradientRanker
+from .corpus import AttributionTask
+from .ekfac import batches, dense, fit_ekfac, train_gradients
+from .naming import train_timesteps
+from .question import Query, QueryImage
+from .rankers import GradientAttributor
 
 KEYS_AND_VALUES = "attn2.to_k|attn2.to_v"
 DAMPING = 0.1  # of F and of EK-FAC, in mean values of a tensor (AbU+'s)
 
 
-class Unlearning(GradientRanker):
+class Unlearning(GradientAttributor):
     """Ranks by what unlearning a picture does to the losses; `candidates` of its one step size are
     chosen among as dampings are. `at` gives the ranker of one; by itself it has the first.
     """
 
     candidates: ClassVar[tuple[float, ...]] = (1.0,)
 
-    def __init__(self, corpus: Corpus, step: float | None = None) -> None:
+    def __init__(self, corpus: AttributionTask, step: float | None = None) -> None:
         super().__init__(corpus, None, per_concept=False)
         self.step = self.candidates[0] if step is None else step
         self.ranked = corpus
@@ -72,22 +72,22 @@ class Unlearning(GradientRanker):
         return other
 
     def prepare(self) -> None:
-        """See `GradientRanker`."""
+        """See `GradientAttributor`."""
         super().prepare()
         self.before, getattr(self, "curvature", None)  # noqa: B018
 
-    def ask(self, question: Question) -> None:
-        """See `GradientRanker`."""
+    def ask(self, question: Query) -> None:
+        """See `GradientAttributor`."""
         self._scores(question, self.before)
 
-    def rank(self, questions: Sequence[Question]) -> np.ndarray:
+    def rank(self, questions: Sequence[Query]) -> np.ndarray:
         """[1, Q, N]; see `Ranker`. One pass of forwards over the corpus for each picture."""
         asked, place = self._asked(questions)
         before = self.before
         found = [self._scores(q, before) for q in tqdm(asked, f"unlearning, step {self.step:g}")]
         return np.stack(found)[None, place]
 
-    def _scores(self, question: Question, before: torch.Tensor) -> np.ndarray:
+    def _scores(self, question: Query, before: torch.Tensor) -> np.ndarray:
         with self.unlearned(question.picture):
             after = losses(self.ranked)
         return self.compared(before, after).mean(1).numpy()
@@ -111,17 +111,17 @@ class Unlearning(GradientRanker):
         """[N, T] of losses [N, T]."""
         return after - before
 
-    def unlearned(self, picture: Picture) -> contextlib.AbstractContextManager[None]:
+    def unlearned(self, picture: QueryImage) -> contextlib.AbstractContextManager[None]:
         """The model without the picture, inside the block."""
         raise NotImplementedError
 
 
 @torch.no_grad()
-def losses(corpus: Corpus) -> torch.Tensor:
+def losses(corpus: AttributionTask) -> torch.Tensor:
     """[N, T] float64: mean squared error of each train picture at each of its states, whose noises
     are the same in every call.
     """
-    model, states = corpus.model, train_states(corpus.settings)
+    model, states = corpus.model, train_timesteps(corpus.settings)
     found = []
     for rows in batches(len(corpus.data), corpus.settings.batch_size):
         x0, cond = corpus.data.batch(rows)
@@ -130,7 +130,7 @@ def losses(corpus: Corpus) -> torch.Tensor:
     return torch.cat(found).cpu()
 
 
-def _error(corpus: Corpus, state: State) -> torch.Tensor:
+def _error(corpus: AttributionTask, state: State) -> torch.Tensor:
     error = corpus.model.eps(state.x_t, state.t, state.cond).double() - state.eps
     return error.square().flatten(1).mean(1)
 
@@ -147,7 +147,7 @@ def restored(parameters: dict[str, torch.nn.Parameter]) -> Iterator[None]:
             p.copy_(kept[name])
 
 
-class Abu(Unlearning):
+class AbU(Unlearning):
     """AbU: one step under the diagonal Fisher. candidates: alpha."""
 
     candidates = (1.0, 10.0, 100.0)
@@ -174,17 +174,19 @@ class Abu(Unlearning):
                 count += len(dense(grads[:1])[0])
         return [square / count for square in found]
 
-    def direction(self, picture: Picture) -> list[torch.Tensor]:
+    def direction(self, picture: QueryImage) -> list[torch.Tensor]:
         """F^-1 grad L(picture) of each tensor, [n]: L the mean over its states."""
         assert isinstance(self.curvature, list)
         pairs = zip(self.gradient(picture), self.curvature, strict=True)
         return [g / (f + DAMPING * f.mean().clamp_min(1e-30)) for g, f in pairs]
 
-    def gradient(self, picture: Picture) -> list[torch.Tensor]:
+    def gradient(self, picture: QueryImage) -> list[torch.Tensor]:
         """grad L(picture) of each tensor, [n]."""
-        return [part.mean(0) for part in zip_cat([dense(g) for g in self._grads(picture)])]
+        return [
+            part.mean(0) for part in concat_per_tensor([dense(g) for g in self._grads(picture)])
+        ]
 
-    def _grads(self, picture: Picture) -> list:
+    def _grads(self, picture: QueryImage) -> list:
         model, cotangent, found = self.corpus.model, OBJECTIVES.get("dsm").cotangent, []
         with PerSampleVjp(model.network, self.layer) as tape:
             for state in self._states(picture):
@@ -193,7 +195,7 @@ class Abu(Unlearning):
         return found
 
     @contextlib.contextmanager
-    def unlearned(self, picture: Picture) -> Iterator[None]:
+    def unlearned(self, picture: QueryImage) -> Iterator[None]:
         """See `Unlearning`."""
         steps, scale = self.direction(picture), self.step / len(self.corpus.data)
         with restored(self.parameters), torch.no_grad():
@@ -202,27 +204,27 @@ class Abu(Unlearning):
             yield
 
 
-class AbuPlus(Abu):
+class AbuPlus(AbU):
     """AbU+: one step under EK-FAC."""
 
     @cached_property
     def curvature(self) -> list[torch.Tensor] | Ekfac:
         """Fitted when it is first asked for."""
-        return fitted(self.corpus, self.layer)
+        return fit_ekfac(self.corpus, self.layer)
 
-    def direction(self, picture: Picture) -> list[torch.Tensor]:
-        """See `Abu.direction`."""
+    def direction(self, picture: QueryImage) -> list[torch.Tensor]:
+        """See `AbU.direction`."""
         assert isinstance(self.curvature, Ekfac)
         solved = [self.curvature.solve(grads, DAMPING) for grads in self._grads(picture)]
-        return [part.mean(0) for part in zip_cat(solved)]
+        return [part.mean(0) for part in concat_per_tensor(solved)]
 
 
-def zip_cat(states: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+def concat_per_tensor(states: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     """Tensor by tensor, the samples of all states one after the other."""
     return [torch.cat(parts) for parts in zip(*states, strict=True)]
 
 
-class Mucs(Unlearning):
+class MUCS(Unlearning):
     """Mirrored unlearning, noise-consistent skew. candidates: Adam's learning rate.
 
     Retained and forgotten batches are of BATCH pictures or noises; at most MAX_STEPS steps.
@@ -237,7 +239,7 @@ class Mucs(Unlearning):
         return (after - before) / (after + before + 1e-3)
 
     @contextlib.contextmanager
-    def unlearned(self, picture: Picture) -> Iterator[None]:
+    def unlearned(self, picture: QueryImage) -> Iterator[None]:
         """See `Unlearning`."""
         chosen = list(self.parameters.values())
         with restored(self.parameters):
@@ -267,14 +269,14 @@ class Mucs(Unlearning):
         x0, cond = torch.cat(shown), Condition.join(told)
         return self._loss(x0, cond, 2 * step)
 
-    def _forgotten(self, picture: Picture, step: int) -> torch.Tensor:
+    def _forgotten(self, picture: QueryImage, step: int) -> torch.Tensor:
         """[BATCH] losses of the picture under noises drawn for this step."""
         cond = self.corpus.model.encode_prompts([picture.prompt]).expand(self.BATCH)
         x0 = picture.x0.to(self.corpus.model.device).expand(self.BATCH, -1, -1, -1)
         return self._loss(x0, cond, 2 * step + 1)
 
     def _loss(self, x0: torch.Tensor, cond: Condition, number: int) -> torch.Tensor:
-        model, levels = self.corpus.model, train_states(self.corpus.settings).timesteps
+        model, levels = self.corpus.model, train_timesteps(self.corpus.settings).timesteps
         t = levels[number // 2 % len(levels)]
         draws = range(number * self.BATCH, number * self.BATCH + len(x0))
         eps = draw_noise(self.SEED, draws, t, x0.shape[1:]).to(x0)

@@ -18,10 +18,10 @@ from ..models.text_to_image import TextToImage
 from . import states
 from .edit_operators import Operator, gradient_values, new_values
 from .edits import Edit, make_edit
-from .objective import AIMS, Aim
+from .objective import COMPONENT_OBJECTIVES, ComponentObjective
 from .parameter_groups import PAPER, Component, select
 from .scores import Scores, score
-from .selection import Chosen, Rule, choose
+from .selection import Selection, SelectionRule, choose
 from .states import Sampling
 
 NOISINGS = 10  # of a picture, where an aim is asked at noised pictures
@@ -29,7 +29,7 @@ FIRST_SEED = 7_000  # of trajectories: other noise than that of pictures which a
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComponentQuery:
     """prompt: of the concept. base: what it is held against. num_seeds: trajectories, or pictures
     drawn, over which scores are averaged. real: latents [n, ...] of the concept's real pictures;
     None: the model draws its own. sampling: see `states`.
@@ -46,50 +46,56 @@ class Asked:
         cond, base = model.encode_prompts([self.prompt, self.base]).split()
         return cond, base
 
-    def states(self, model: TextToImage, aim: Aim, seed: int) -> Sequence[State]:
+    def states(self, model: TextToImage, aim: ComponentObjective, seed: int) -> Sequence[State]:
         """A trajectory for what is held against the base, noisings of a picture for a loss."""
         cond, base = self.conditions(model)
         number = FIRST_SEED + seed
         if aim.against == "base":
             return states.trajectory(model, cond, base, number, self.sampling)
         if self.real is None:
-            x0 = states.drawn(model, cond, base, number, self.sampling)
+            x0 = states.generate(model, cond, base, number, self.sampling)
         else:
             x0 = self.real[seed % len(self.real)][None].to(model.device)
-        return states.noised(model, x0, (cond, base), number, NOISINGS)
+        return states.noised_states(model, x0, (cond, base), number, NOISINGS)
 
 
 @dataclass(frozen=True)
-class Plan:
+class EditPlan:
     """How an edit is made: SELECTION, rule and operator."""
 
     selection: str
-    rule: Rule
+    rule: SelectionRule
     operator: Operator = field(default_factory=Operator)
 
 
-def plan_of(selection: str, ratio: float, granularity: str, operator: Operator) -> Plan:
+def plan_of(selection: str, ratio: float, granularity: str, operator: Operator) -> EditPlan:
     """A plan in the user's words; SELECTION=paper has the published rule."""
-    return Plan(selection, Rule(ratio, granularity, selection == PAPER), operator)
+    return EditPlan(selection, SelectionRule(ratio, granularity, selection == PAPER), operator)
 
 
-def scores_of(model: TextToImage, asked: Asked, aim: Aim, among: Sequence[Component]) -> Scores:
+def attribute_components(
+    model: TextToImage, asked: ComponentQuery, aim: ComponentObjective, among: Sequence[Component]
+) -> Scores:
     """Scores of a concept's components; see `scores.score`."""
     return score(model, aim, among, lambda n: asked.states(model, aim, n), asked.num_seeds)
 
 
-def edit_of(
-    model: TextToImage, scores: Scores, plan: Plan, asked: Asked, base: str = ""
-) -> tuple[Edit, Chosen]:
+def edit_from_scores(
+    model: TextToImage, scores: Scores, plan: EditPlan, asked: ComponentQuery, base: str = ""
+) -> tuple[Edit, Selection]:
     """The edit of a plan, and what it chose. base: hash of the model's network without edits."""
-    aim, among = AIMS[scores.aim], select(model.network, plan.selection)
+    aim, among = COMPONENT_OBJECTIVES[scores.aim], select(model.network, plan.selection)
     chosen = choose(scores, among, plan.rule, aim.removes)
     new = edited_values(model, chosen, plan, asked, aim)
     return make_edit(model.network, new, chosen.picked, base), chosen
 
 
 def edited_values(
-    model: TextToImage, chosen: Chosen, plan: Plan, asked: Asked, aim: Aim
+    model: TextToImage,
+    chosen: Selection,
+    plan: EditPlan,
+    asked: ComponentQuery,
+    aim: ComponentObjective,
 ) -> dict[str, torch.Tensor]:
     """What the plan's operator makes of weights that are chosen; the model is left as it is."""
     among = select(model.network, plan.selection)

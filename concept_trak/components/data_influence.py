@@ -28,15 +28,15 @@ from ..gradients.compute import Cotangent
 from ..gradients.state import State
 from ..gradients.vjp import DenseGrad, OuterProductGrad, PerSampleVjp
 from ..models.denoiser import Denoiser
-from .objective import Aim
+from .objective import ComponentObjective
 from .parameter_groups import Component
-from .scores import differentiable
+from .scores import requires_grad_only
 
 GROUPS = ("module", "head")
 
 
 @dataclass(frozen=True)
-class Influence:
+class ImageComponentInfluence:
     """values [N, groups]; groups: what each column is, a weight's name and, of an attention head,
     its number, e.g. "...attn2.to_k.weight[2]".
     """
@@ -51,10 +51,13 @@ class Influence:
 
 
 def gradient_of(
-    denoiser: Denoiser, aim: Aim, chosen: Sequence[Component], states: Sequence[State]
+    denoiser: Denoiser,
+    aim: ComponentObjective,
+    chosen: Sequence[Component],
+    states: Sequence[State],
 ) -> dict[str, torch.Tensor]:
     """{weight: dJ/dw}, mean over states."""
-    with differentiable(denoiser.network, chosen):
+    with requires_grad_only(denoiser.network, chosen):
         for state in states:
             target = aim.target(denoiser, state)
             with torch.enable_grad():
@@ -63,7 +66,7 @@ def gradient_of(
 
 
 def group_names(chosen: Sequence[Component], granularity: str) -> tuple[str, ...]:
-    """Names of the columns of `Influence`."""
+    """Names of the columns of `ImageComponentInfluence`."""
     names: list[str] = []
     for c in chosen:
         heads = c.heads if granularity == "head" else 0
@@ -72,7 +75,7 @@ def group_names(chosen: Sequence[Component], granularity: str) -> tuple[str, ...
 
 
 @dataclass(frozen=True)
-class Through:
+class ComponentSplitter:
     """The weights that influence is split over: dJ/dw of each, and how finely."""
 
     chosen: Sequence[Component]

@@ -16,9 +16,9 @@ import torch
 
 from ..gradients.state import State
 from ..models.denoiser import Denoiser
-from .objective import Aim
+from .objective import ComponentObjective
 from .parameter_groups import Component
-from .scores import differentiable
+from .scores import requires_grad_only
 from .selection import Picked
 
 OPERATORS = ("zero", "scale", "mean", "gradient")
@@ -62,7 +62,7 @@ def gradient_values(
     operator: Operator,
     among: Sequence[Component],
     picked: Picked,
-    asked: tuple[Denoiser, Aim, Sequence[State]],
+    asked: tuple[Denoiser, ComponentObjective, Sequence[State]],
 ) -> dict[str, torch.Tensor]:
     """Values of the chosen positions after STEPS normed descents of the aim; the network is left as
     it was. What the aim wants less of is J for erasing and -J for amplifying.
@@ -75,18 +75,20 @@ def gradient_values(
     size = torch.stack([v.norm() for v in old.values()]).norm()
     try:
         for _ in range(STEPS):
-            with differentiable(denoiser.network, chosen), torch.enable_grad():
+            with requires_grad_only(denoiser.network, chosen), torch.enable_grad():
                 for state, target in zip(states, targets, strict=True):
                     (aim.removes * aim.of(denoiser, state, target).sum()).backward()
                 down = {c.name: c.weight.grad.flatten()[index[c.name]] for c in chosen}
             norm = torch.stack([v.norm() for v in down.values()]).norm().clamp_min(1e-30)
             step = operator.strength * size / STEPS / norm
             for c in chosen:
-                put(c.weight, index[c.name], _at(c.weight, index[c.name]) - step * down[c.name])
+                write_weights(
+                    c.weight, index[c.name], _at(c.weight, index[c.name]) - step * down[c.name]
+                )
         return {c.name: _at(c.weight, index[c.name]).clone() for c in chosen}
     finally:
         for c in chosen:
-            put(c.weight, index[c.name], old[c.name])
+            write_weights(c.weight, index[c.name], old[c.name])
 
 
 def _at(weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -94,7 +96,7 @@ def _at(weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def put(weight: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+def write_weights(weight: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     """Write values [n] at flat positions of a weight, whatever its layout in memory."""
     places = torch.unravel_index(index, weight.shape)
     weight[places] = values.to(weight)

@@ -23,11 +23,11 @@ from safetensors.torch import save
 from torch import nn
 
 from ..atomic_io import write_bytes
-from ..errors import UserError, call
+from ..errors import UserError, script_hint
 from ..validated_io import parse_json, read_safetensors, refuse_misfits, told
-from .edit_operators import put
+from .edit_operators import write_weights
 
-MEND = f"make the edit again, e.g. {call('cad/run_erase.sh', CONCEPT='cat')}"
+MEND = f"make the edit again, e.g. {script_hint('cad/run_erase.sh', CONCEPT='cat')}"
 FIELDS = ("index", "old", "new")
 
 Change = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # index, old, new [n]
@@ -159,7 +159,7 @@ class EditedNetwork:
         for name, (index, _, new) in edit.changes.items():
             weight = weights[name]
             kept[name] = weight.detach().flatten()[index.to(weight.device)].clone()
-            put(weight, index.to(weight.device), new)
+            write_weights(weight, index.to(weight.device), new)
         self.stack.append(edit)
         self._kept.append(kept)
 
@@ -202,7 +202,7 @@ class EditedNetwork:
             raise UserError("there is no edit to undo; call apply first")
         weights, edit = dict(self.network.named_parameters()), self.stack.pop()
         for name, values in self._kept.pop().items():
-            put(weights[name], edit.changes[name][0].to(values.device), values)
+            write_weights(weights[name], edit.changes[name][0].to(values.device), values)
         return edit
 
     def __enter__(self) -> EditedNetwork:

@@ -25,7 +25,7 @@ Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Aim:
+class ComponentObjective:
     """An objective J. against: "base", eps(c_b), or "noise", the state's own eps.
 
     value: (eps_hat, target), both [B, ...] -> J [B]. removes: +1 where removing the highest scores
@@ -68,17 +68,20 @@ def _of_minus_loss(values: int) -> float:
     return -1.0 / values
 
 
-AIMS = {
-    "erase": Aim("erase", "base", _distance, +1, _of_distance),
-    "amplify": Aim("amplify", "noise", _minus_loss, -1, _of_minus_loss),
+COMPONENT_OBJECTIVES = {
+    "erase": ComponentObjective("erase", "base", _distance, +1, _of_distance),
+    "amplify": ComponentObjective("amplify", "noise", _minus_loss, -1, _of_minus_loss),
     # the control: erase what the training loss needs, in place of what moves the prediction
-    "training_loss": Aim("training_loss", "noise", _minus_loss, +1, _of_minus_loss),
+    "training_loss": ComponentObjective("training_loss", "noise", _minus_loss, +1, _of_minus_loss),
 }
 
 
 @torch.no_grad()
 def mean_value(
-    aim: Aim, denoiser: Denoiser, states: list[State], targets: list[torch.Tensor] | None = None
+    aim: ComponentObjective,
+    denoiser: Denoiser,
+    states: list[State],
+    targets: list[torch.Tensor] | None = None,
 ) -> float:
     """Mean of J over states. targets: what eps(c) is compared with, those of an unedited model for
     J as it is defined (its base branch fixed); None: made anew.

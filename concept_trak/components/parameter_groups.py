@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..parsing import KINDS, PAPER, PARTS, refuse_selection
+from ..parsing import KINDS, PAPER, PARTS, check_selection
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def select(network: nn.Module, selection: str) -> list[Component]:
 
     `paper` is the feed-forward matrices. UserError for what is no role, or matches nothing.
     """
-    refuse_selection(selection)
+    check_selection(selection)
     wanted = [part.strip() for part in selection.split("|")]
     wanted = ["feed_forward" if part == PAPER else part for part in wanted]
     chosen = [

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save
 
 from ..atomic_io import sha256_file, write_bytes, write_json
-from ..errors import UserError, call
+from ..errors import UserError, script_hint
 from ..validated_io import read_json, read_numbers, read_safetensors, refuse_misfits
-from .objective import AIMS
+from .objective import COMPONENT_OBJECTIVES
 from .parameter_groups import Component
 from .scores import Scores
 
-MEND = f"make the scores again, e.g. {call('cad/run_cad.sh', CONCEPT='cat')}"
+MEND = f"make the scores again, e.g. {script_hint('cad/run_cad.sh', CONCEPT='cat')}"
 TENSORS, FACTS = "scores.safetensors", "scores.json"
 
 
@@ -36,7 +36,7 @@ def save_scores(folder: Path, scores: Scores, among: list[Component]) -> None:
         "levels": scores.levels,
         "profile": scores.profile.tolist(),
     }
-    facts |= {"names": list(scores.names()), "layers": layers(scores, among)}
+    facts |= {"names": list(scores.names()), "layers": layer_statistics(scores, among)}
     write_json(folder / FACTS, facts | scores.about)
 
 
@@ -49,8 +49,8 @@ def load_scores(folder: str | Path, among: Sequence[Component] = ()) -> Scores:
     names = facts.get("names")
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not names:
         raise UserError(f"{facts_path}: 'names' is not a list of weights; {MEND}")
-    if facts.get("aim") not in tuple(AIMS):
-        raise UserError(f"{facts_path}: 'aim' is none of {', '.join(AIMS)}; {MEND}")
+    if facts.get("aim") not in tuple(COMPONENT_OBJECTIVES):
+        raise UserError(f"{facts_path}: 'aim' is none of {', '.join(COMPONENT_OBJECTIVES)}; {MEND}")
     mean = {n: tensors.get(f"mean/{n}", torch.zeros(0)).float() for n in names}
     wanted = {c.name: c.weight for c in among} or mean
     wanted = {f"mean/{n}": value for n, value in wanted.items()} | {
@@ -67,7 +67,7 @@ def load_scores(folder: str | Path, among: Sequence[Component] = ()) -> Scores:
     return Scores(facts["aim"], mean, stderr, levels.astype(int).tolist(), profile.astype(float))
 
 
-def layers(scores: Scores, among: list[Component]) -> list[dict[str, Any]]:
+def layer_statistics(scores: Scores, among: list[Component]) -> list[dict[str, Any]]:
     """Statistics of each weight tensor, in the network's order.
 
     sum: of alpha, so that -sum is the predicted change of J without the whole tensor; positive,

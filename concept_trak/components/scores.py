@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..gradients.state import State
 from ..models.denoiser import Denoiser
-from .objective import Aim
+from .objective import ComponentObjective
 from .parameter_groups import Component
 
 StatesOf = Callable[[int], Sequence[State]]  # seed -> its states, levels in the same order
@@ -56,7 +56,7 @@ class Scores:
 
 
 @contextmanager
-def differentiable(network: nn.Module, chosen: Sequence[Component]) -> Iterator[None]:
+def requires_grad_only(network: nn.Module, chosen: Sequence[Component]) -> Iterator[None]:
     """These weights of a network want a gradient inside the block, and no others; afterwards all is
     as it was, without gradients.
     """
@@ -75,7 +75,11 @@ def differentiable(network: nn.Module, chosen: Sequence[Component]) -> Iterator[
 
 
 def score(
-    denoiser: Denoiser, aim: Aim, chosen: Sequence[Component], states_of: StatesOf, num_seeds: int
+    denoiser: Denoiser,
+    aim: ComponentObjective,
+    chosen: Sequence[Component],
+    states_of: StatesOf,
+    num_seeds: int,
 ) -> Scores:
     """Score the chosen components of a denoiser over the states of seeds 0, ..., num_seeds - 1.
 
@@ -87,7 +91,7 @@ def score(
     square = [torch.zeros_like(c.weight) for c in chosen]
     profile: list[np.ndarray] = []
     levels: list[int] = []
-    with differentiable(denoiser.network, chosen):
+    with requires_grad_only(denoiser.network, chosen):
         for n in tqdm(range(num_seeds), desc=f"scores, {aim.name}", disable=num_seeds < 2):
             states = states_of(n)
             levels = [int(s.t) for s in states]
@@ -111,7 +115,10 @@ def score(
 
 
 def _accumulate(
-    denoiser: Denoiser, aim: Aim, chosen: Sequence[Component], states: Sequence[State]
+    denoiser: Denoiser,
+    aim: ComponentObjective,
+    chosen: Sequence[Component],
+    states: Sequence[State],
 ) -> np.ndarray:
     """Add dJ/dw of all states to the gradients; returns sum_i w_i dJ/dw_i [T, components]."""
     sums = [torch.zeros(len(chosen), device=chosen[0].weight.device)]

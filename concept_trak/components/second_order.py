@@ -22,17 +22,17 @@ from collections.abc import Sequence
 import torch
 
 from ..models.denoiser import Denoiser
-from .objective import Aim
+from .objective import ComponentObjective
 from .parameter_groups import Component
-from .scores import StatesOf, differentiable
+from .scores import StatesOf, requires_grad_only
 
 PROBES = 2  # random cotangents a state; those of all states and seeds are averaged
 SEED = 11
 
 
-def bends(
+def knockout_curvature(
     denoiser: Denoiser,
-    aim: Aim,
+    aim: ComponentObjective,
     chosen: Sequence[Component],
     states_of: StatesOf,
     num_seeds: int,
@@ -46,7 +46,7 @@ def bends(
     generator = torch.Generator().manual_seed(SEED)
     weights = [c.weight for c in chosen]
     total = [torch.zeros_like(w) for w in weights]
-    with differentiable(denoiser.network, chosen):
+    with requires_grad_only(denoiser.network, chosen):
         for n in range(num_seeds):
             states = states_of(n)
             for state in states:

@@ -6,7 +6,7 @@ group, and none whose score has the wrong sign. No step of it rounds to nothing.
 
 The published rule, `of_rows`: in each row of n weights the first floor(ratio n), of which those
 with a strictly negative score are left out. At small ratios the floor is 0 for short rows: those
-layers are then never edited, and `Chosen.untouched` names them.
+layers are then never edited, and `Selection.untouched` names them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import UserError, call
-from .objective import AIMS
+from ..errors import UserError, script_hint
+from .objective import COMPONENT_OBJECTIVES
 from .parameter_groups import Component
 from .scores import Scores
 
@@ -26,7 +26,7 @@ Picked = dict[str, torch.Tensor]  # weight's name -> flat positions, ascending
 
 
 @dataclass(frozen=True)
-class Rule:
+class SelectionRule:
     """How many weights, in which groups. ratio: share of the selected weights, (0, 1]. paper: the
     published rule, for which granularity does not count.
     """
@@ -37,7 +37,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """What a rule picks: positions by weight; weights that it could not touch because of its
     rounding; the number of scalars that it chose among.
     """
@@ -52,13 +52,13 @@ class Chosen:
         return sum(len(index) for index in self.picked.values())
 
 
-def sparing(scores: Scores, others: Sequence[Scores], weight: float) -> Scores:
+def subtract_others(scores: Scores, others: Sequence[Scores], weight: float) -> Scores:
     """Scores less `weight` times the mean magnitude of other concepts' scores, alpha_c - weight
     mean_k |alpha_k|: what others need, too, is left alone.
     """
     if not others or weight == 0:
         return scores
-    removes = AIMS[scores.aim].removes
+    removes = COMPONENT_OBJECTIVES[scores.aim].removes
     mean = {}
     for name, alpha in scores.mean.items():
         need = sum((o.mean[name].abs() for o in others), torch.zeros_like(alpha)) / len(others)
@@ -66,7 +66,9 @@ def sparing(scores: Scores, others: Sequence[Scores], weight: float) -> Scores:
     return replace(scores, mean=mean)
 
 
-def choose(scores: Scores, among: Sequence[Component], rule: Rule, removes: int = 1) -> Chosen:
+def choose(
+    scores: Scores, among: Sequence[Component], rule: SelectionRule, removes: int = 1
+) -> Selection:
     """The weights that serve the aim most. removes: +1 takes the highest scores, -1 the lowest.
 
     UserError for a ratio outside (0, 1], scores that are NaN or of other weights, and a choice that
@@ -82,18 +84,18 @@ def choose(scores: Scores, among: Sequence[Component], rule: Rule, removes: int 
         if not signed[c.name].isfinite().all():
             raise UserError(
                 f"scores of {c.name} are NaN or infinite; make them again: "
-                f"{call('cad/run_cad.sh', CONCEPT='cat')}"
+                f"{script_hint('cad/run_cad.sh', CONCEPT='cat')}"
             )
     picked = of_rows(signed, rule.ratio) if rule.paper else _of_groups(signed, among, rule)
     total = sum(c.weight.numel() for c in among)
     short = rule.paper and [c.name for c in among if not int(rule.ratio * _row_length(c))]
-    found = Chosen({k: v for k, v in picked.items() if len(v)}, tuple(short or ()), total)
+    found = Selection({k: v for k, v in picked.items() if len(v)}, tuple(short or ()), total)
     if not found.count:
         raise UserError(_empty(rule, among))
     return found
 
 
-def _empty(rule: Rule, among: Sequence[Component]) -> str:
+def _empty(rule: SelectionRule, among: Sequence[Component]) -> str:
     longest = max(map(_row_length, among))
     if rule.paper and int(rule.ratio * longest) == 0:
         return (
@@ -124,7 +126,7 @@ def of_rows(signed: Picked, ratio: float) -> Picked:
     return picked
 
 
-def _of_groups(signed: Picked, among: Sequence[Component], rule: Rule) -> Picked:
+def _of_groups(signed: Picked, among: Sequence[Component], rule: SelectionRule) -> Picked:
     if rule.granularity == "scalar":  # one top-k; the loop below would visit every weight
         return _of_scalars(signed, rule.ratio)
     groups = [c.grouped(signed[c.name], rule.granularity) for c in among]

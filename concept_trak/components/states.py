@@ -14,7 +14,7 @@ import torch
 
 from ..gradients.state import State
 from ..models.condition import Condition
-from ..models.ddim import Guided, ddim_sample, q_sample, sampling_timesteps
+from ..models.ddim import GuidedDenoiser, ddim_sample, q_sample, sampling_timesteps
 from ..models.denoiser import Denoiser
 from ..models.sample import initial_noise
 from ..models.schedule import NUM_TRAIN_TIMESTEPS
@@ -42,22 +42,22 @@ def trajectory(
 ) -> list[State]:
     """States of one sample each along the trajectory of a seed."""
     x_T = initial_noise(denoiser.latent_shape, seed).to(denoiser.device, dtype_of(denoiser))
-    guided = Guided(denoiser, cond, base, sampling.guidance_scale)
+    guided = GuidedDenoiser(denoiser, cond, base, sampling.guidance_scale)
     levels = sampling.levels()
     _, states = ddim_sample(guided, x_T, sampling.num_steps, keep=set(levels))
     return [State(t, states[t], cond, base) for t in levels]
 
 
-def drawn(
+def generate(
     denoiser: Denoiser, cond: Condition, base: Condition, seed: int, sampling: Sampling
 ) -> torch.Tensor:
     """x0 [1, ...] that the model itself draws of the concept."""
     x_T = initial_noise(denoiser.latent_shape, seed).to(denoiser.device, dtype_of(denoiser))
-    guided = Guided(denoiser, cond, base, sampling.guidance_scale)
+    guided = GuidedDenoiser(denoiser, cond, base, sampling.guidance_scale)
     return ddim_sample(guided, x_T, sampling.num_steps)[0]
 
 
-def noised(
+def noised_states(
     denoiser: Denoiser, x0: torch.Tensor, conds: tuple[Condition, Condition], seed: int, count: int
 ) -> list[State]:
     """`count` noisings of one picture x0 [1, ...], evenly over all levels, with known noise.

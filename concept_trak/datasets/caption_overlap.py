@@ -9,7 +9,7 @@ import numpy as np
 from ..parsing import normalized
 
 
-def overlap(concept: str, captions: list[str]) -> np.ndarray:
+def caption_overlap(concept: str, captions: list[str]) -> np.ndarray:
     """[N] share of the concept's words that each caption holds, "a" and "an" left out."""
     words = [set(re.findall(r"\w+", normalized(c).lower())) for c in [concept, *captions]]
     wanted = words[0] - {"a", "an", "the"}

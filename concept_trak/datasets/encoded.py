@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from ..atomic_io import sha256_file, write_json
-from ..errors import UserError, call, removal
+from ..errors import UserError, remove_hint, script_hint
 from ..models.condition import Condition
 from ..models.text_to_image import TextToImage
-from ..settings import digest
+from ..settings import short_hash
 from ..validated_io import read_json, read_npy, read_text
 from .image_folder import ImageCaptionDataset, load_folder, looks
 from .metadata import is_data
@@ -44,19 +44,19 @@ SOURCE = "my_pictures"  # stands for a folder that nothing here names
 def prepare_again(root: Path, model_path: str, source: str = SOURCE) -> str:
     """What makes the arrays of a folder, its record with them."""
     where = {"SOURCE_DIR": source, "DATA_DIR": root, "SD_MODEL_PATH": model_path}
-    return f"prepare it again: {call('abc/run_prepare.sh', **where)}"
+    return f"prepare it again: {script_hint('abc/run_prepare.sh', **where)}"
 
 
-def bring(root: Path) -> str:
+def encode_hint(root: Path) -> str:
     """What brings released arrays to a folder, or makes some of one's own pictures there."""
-    fetch = call("abc/run_download.sh", DATA_DIR=root, PARTS="latents")
-    prepare = call("abc/run_prepare.sh", SOURCE_DIR=SOURCE, DATA_DIR=root)
+    fetch = script_hint("abc/run_download.sh", DATA_DIR=root, PARTS="latents")
+    prepare = script_hint("abc/run_prepare.sh", SOURCE_DIR=SOURCE, DATA_DIR=root)
     return f"make it: {prepare}, or fetch it (some 20 GB): {fetch}"
 
 
-def fetch_shown(root: Path) -> str:
+def download_hint(root: Path) -> str:
     """What brings the released pictures anew: what is there is not overwritten."""
-    fetch = call("abc/run_download.sh", DATA_DIR=root, PARTS="laion_subset")
+    fetch = script_hint("abc/run_download.sh", DATA_DIR=root, PARTS="laion_subset")
     return f"move laion_subset away and fetch it again (about 265 GB): {fetch}"
 
 
@@ -72,7 +72,7 @@ class EncodedData:
         n = min(len(text), num_train or len(text))
         if len(latents) < n:
             counts = f"has {len(latents)} rows but {TEXT} has {len(text)} captions"
-            raise UserError(f"{self.root / LATENTS} {counts}; {bring(self.root)}")
+            raise UserError(f"{self.root / LATENTS} {counts}; {encode_hint(self.root)}")
         remedy, shape = "mend DATA_DIR or SD_MODEL_PATH", list(latents.shape[1:])
         if shape != list(model.latent_shape):
             takes = f"but the model takes {list(model.latent_shape)}"
@@ -108,7 +108,7 @@ class EncodedData:
         data = _laion(self.root / "laion_subset", len(self))
         if len(data) < len(self):
             counts = f"has {len(data)} pictures but {self.root / TEXT} has {len(self)} rows"
-            raise UserError(f"{data.root} {counts}; {fetch_shown(self.root)}")
+            raise UserError(f"{data.root} {counts}; {download_hint(self.root)}")
         return data.subset(range(len(self)))
 
     def _prepared(self) -> ImageCaptionDataset:
@@ -160,7 +160,7 @@ class EncodedData:
         paths = [self.root / name for name in (LATENTS, TEXT)]
         stamps = {path.name: _stamp(path) for path in paths}
         whole = {path.name: path for path in paths}
-        return _remembered(
+        return _cached_digest(
             self.root / HASHES, stamps, lambda: {k: sha256_file(p) for k, p in whole.items()}
         )
 
@@ -187,24 +187,26 @@ class EncodedData:
             return ""
         files = [[data.path(i).name, *_stamp(data.path(i))] for i in range(len(data))]
         stamps = hashlib.sha256(json.dumps([files, data.captions]).encode()).hexdigest()
-        mend = fetch_shown(self.root)
-        return _remembered(self.root / SHOWN_HASH, stamps, lambda: {"pictures": looks(data, mend)})[
-            "pictures"
-        ]
+        mend = download_hint(self.root)
+        return _cached_digest(
+            self.root / SHOWN_HASH, stamps, lambda: {"pictures": looks(data, mend)}
+        )["pictures"]
 
 
-def _remembered(path: Path, stamps: Any, compute: Callable[[], dict[str, str]]) -> dict[str, str]:
+def _cached_digest(
+    path: Path, stamps: Any, compute: Callable[[], dict[str, str]]
+) -> dict[str, str]:
     """What was computed while the stamps were the same, as the file `path` has it under a checksum
     of its own; else computed, and kept there if the disk takes it.
     """
     with contextlib.suppress(UserError):
-        known = read_json(path, removal(path))
+        known = read_json(path, remove_hint(path))
         kept = known.get("checksums")
-        if known == {"stamps": stamps, "checksums": kept, "digest": digest([stamps, kept])}:
+        if known == {"stamps": stamps, "checksums": kept, "digest": short_hash([stamps, kept])}:
             return kept
     found = compute()
     with contextlib.suppress(UserError):  # a folder that cannot be written
-        record = {"stamps": stamps, "checksums": found, "digest": digest([stamps, found])}
+        record = {"stamps": stamps, "checksums": found, "digest": short_hash([stamps, found])}
         write_json(path, record)
     return found
 
@@ -218,8 +220,8 @@ def _stamp(path: Path) -> list[int]:
 def _array(path: Path, dims: int) -> np.ndarray:
     """The array, memory-mapped. UserError when missing, truncated, or not of `dims` dimensions."""
     if not path.exists():
-        raise UserError(f"{path} is missing; {bring(path.parent)}")
-    mend = f"remove it and {bring(path.parent)}"
+        raise UserError(f"{path} is missing; {encode_hint(path.parent)}")
+    mend = f"remove it and {encode_hint(path.parent)}"
     array = read_npy(path, mend, mmap=True)
     if array.ndim != dims or not len(array) or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}, not float with {dims} dimensions"
@@ -231,11 +233,11 @@ def _laion(root: Path, count: int) -> ImageCaptionDataset:
     """The first `count` pictures of images/ in lexical order with the lines of captions.txt."""
     if not (root / "captions.txt").is_file() or not (root / "images").is_dir():
         missing = f"{root} (images/, captions.txt) is missing, so results cannot be shown"
-        fetch = call("abc/run_download.sh", DATA_DIR=root.parent, PARTS="laion_subset")
+        fetch = script_hint("abc/run_download.sh", DATA_DIR=root.parent, PARTS="laion_subset")
         raise UserError(f"{missing}; fetch it (about 265 GB): {fetch}")
     images = (p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.name for p in images if is_data(Path(p.name)))[:count]
-    mend = fetch_shown(root.parent)
+    mend = download_hint(root.parent)
     lines = io.StringIO(read_text(root / "captions.txt", mend), None)
     captions = [line.rstrip("\n") for line in itertools.islice(lines, count)]
     if len(captions) < len(names):

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from ..errors import UserError
 from ..parsing import no_character, normalized
-from ..validated_io import inside, named, open_unlinked
+from ..validated_io import file_errors, open_unlinked, safe_join
 from .metadata import OnDisk, Record, Row, is_data, read_rows, refuse_container
 from .picture import IMAGE_SUFFIXES, decoded, media_type, on_white
 
@@ -170,7 +170,7 @@ def looks(data: ImageCaptionDataset, mend: str = REPLACE) -> str:
     """
     whole = hashlib.sha256()
     for i, (record, caption) in enumerate(zip(data.records, data.captions, strict=True)):
-        with named(data.path(i), mend), data.open_file(i, mend) as file:
+        with file_errors(data.path(i), mend), data.open_file(i, mend) as file:
             head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
             size = os.fstat(file.fileno()).st_size
         whole.update(json.dumps([record["file_name"], size, head, caption]).encode())
@@ -198,7 +198,7 @@ def _split_of(value: str | None) -> str:
     return HELD_OUT if plain in (HELD_OUT, "heldout") else word or "train"
 
 
-def pictures(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
+def read_images(paths: list[str | Path], prompt: str) -> ImageCaptionDataset:
     """Pictures of folders (their own, sorted by name) and files, as listed, captioned with the
     prompt.
 
@@ -254,7 +254,7 @@ def _check_file(row: Row, root: Path, disk: OnDisk, seen: dict[str, Row]) -> Non
         there = f" (its columns: {', '.join(row.record)[:80]})" if row.record else ""
         raise UserError(f"{where}: no file_name{there}; write one into that row of {path.name}")
     _check_texts(row, ("file_name",))
-    if not inside(root, name, f"{where}: the file", links=True).is_file():
+    if not safe_join(root, name, f"{where}: the file", links=True).is_file():
         name = row.record["file_name"] = disk.name(name)
     if not (root / name).is_file():
         lost = f"does not exist in {root}"

@@ -13,19 +13,19 @@ import re
 import numpy as np
 
 from ..errors import UserError
-from ..flags import line_of
+from ..flags import command_line
 from ..parsing import nearest, normalized
 from ..settings import EMOJI
 from .image_folder import LABELS, ImageCaptionDataset
 
-STYLE_JOINT = " in the style of "
+STYLE_PREFIX = " in the style of "
 COLUMNS = ("object", "style")
 FEW = 6  # words that stand for all where none is near
 
 
 def caption(object_phrase: str, style_phrase: str) -> str:
     """("a cat", "openmoji line") -> "a cat in the style of openmoji line"."""
-    return f"{object_phrase}{STYLE_JOINT}{style_phrase}"
+    return f"{object_phrase}{STYLE_PREFIX}{style_phrase}"
 
 
 def concepts(dataset: ImageCaptionDataset) -> dict[str, tuple[str, str]]:
@@ -39,7 +39,7 @@ def concepts(dataset: ImageCaptionDataset) -> dict[str, tuple[str, str]]:
             if (value := record.get(column)) is None:
                 continue
             phrase = record.get(f"{column}_phrase") or value
-            whole = [f"{STYLE_JOINT.strip()} {phrase}"] if column == "style" else []
+            whole = [f"{STYLE_PREFIX.strip()} {phrase}"] if column == "style" else []
             for name in (value, phrase, *whole):
                 vocabulary.setdefault(name, (column, value))
     return vocabulary
@@ -56,7 +56,9 @@ def values(dataset: ImageCaptionDataset, column: str) -> dict[str, int]:
     return counts
 
 
-def concept(dataset: ImageCaptionDataset, target: str, column: str = "object") -> tuple[str, str]:
+def parse_concept(
+    dataset: ImageCaptionDataset, target: str, column: str = "object"
+) -> tuple[str, str]:
     """(column, value) of one concept word; letter case and outer blanks do not matter.
 
     column: of which kind the word seems to be. Raises UserError, naming words that are near or else
@@ -74,7 +76,7 @@ def concept(dataset: ImageCaptionDataset, target: str, column: str = "object") -
         some = there[:: max(1, len(there) // FEW)][:FEW]
         remedy = f"it knows {len(there)} of that kind ({column}), such as {', '.join(some)};"
     embedded = str(dataset.root) == EMOJI["data_dir"]
-    every = line_of("concepts", "emoji", {} if embedded else {"data_dir": str(dataset.root)})
+    every = command_line("concepts", "emoji", {} if embedded else {"data_dir": str(dataset.root)})
     raise UserError(
         f"unknown concept {target!r} in {os.path.relpath(dataset.root)}; {remedy} all: {every}"
     )
@@ -85,7 +87,7 @@ def relevant(dataset: ImageCaptionDataset, target: str) -> np.ndarray:
 
     Raises UserError if the dataset does not know the word.
     """
-    column, value = concept(dataset, target)
+    column, value = parse_concept(dataset, target)
     carry = [
         item is not None and normalized(item) == normalized(value)
         for item in dataset.column(column)
@@ -100,19 +102,19 @@ def has_labels(dataset: ImageCaptionDataset) -> bool:
     return all(record.get(name) for record in dataset.records for name in LABELS)
 
 
-def truth(dataset: ImageCaptionDataset, target: str) -> np.ndarray | None:
+def relevance_or_none(dataset: ImageCaptionDataset, target: str) -> np.ndarray | None:
     """`relevant` where the data has labels, else None."""
     return relevant(dataset, target) if has_labels(dataset) else None
 
 
-def refuse_unknown(dataset: ImageCaptionDataset, prompt: str, targets: list[str]) -> None:
+def check_known(dataset: ImageCaptionDataset, prompt: str, targets: list[str]) -> None:
     """UserError for a target, or a style of the prompt, that labelled data does not know."""
     if has_labels(dataset):
         style = re.search(r"\bin the style of (.+)$", prompt, re.IGNORECASE)
         if style:
-            concept(dataset, style[1], "style")
+            parse_concept(dataset, style[1], "style")
         for word in targets:
             is_style = (
                 style and normalized(word).strip().casefold() in normalized(style[0]).casefold()
             )
-            concept(dataset, word, "style" if is_style else "object")
+            parse_concept(dataset, word, "style" if is_style else "object")

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..parsing import normalized
-from ..validated_io import named, parse_json, read_text
+from ..validated_io import file_errors, parse_json, read_text
 from .picture import IMAGE_SUFFIXES
 
 Record = dict[str, Any]  # a metadata row
@@ -88,7 +88,7 @@ def is_data(path: Path) -> bool:
 def picture_names(root: Path) -> list[str]:
     """Paths below root of all pictures, in lexical order, also of those in linked folders."""
     base, seen, names = os.path.realpath(root), set(), []
-    with named(root, "make it readable, or give another folder: set DATA_DIR"):
+    with file_errors(root, "make it readable, or give another folder: set DATA_DIR"):
         for folder, folders, files in os.walk(root, onerror=_raise, followlinks=True):
             here = Path(folder).relative_to(root)
             folders[:] = [f for f in folders if is_data(Path(f))]

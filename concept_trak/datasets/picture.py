@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..errors import UserError
-from ..validated_io import checked_file, named
+from ..validated_io import checked_file, file_errors
 
 # What may be read, by its content: formats that are decoded without another program and without a
 # language of their own. Pillow would hand EPS to Ghostscript, whatever the file is called.
@@ -76,7 +76,7 @@ def media_type(file: BinaryIO, what: object, mend: str) -> str:
 def read_picture(path: Path, mend: str) -> Image.Image:
     """An RGB picture of a file, on white. UserError as `decoded`, or for one that is no file."""
     checked_file(path, mend)
-    with named(path, mend):
+    with file_errors(path, mend):
         return on_white(decoded(path.read_bytes(), path, mend))
 
 

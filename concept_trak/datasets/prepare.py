@@ -29,12 +29,12 @@ from ..atomic_io import (
     make_folder,
     sha256_file,
     sync_folder,
-    write_all,
+    write_fully,
     write_json,
 )
-from ..errors import UserError, call, removal
+from ..errors import UserError, remove_hint, script_hint
 from ..models.text_to_image import TextToImage, load_pipeline
-from ..settings import Settings, digest, provenance
+from ..settings import Settings, provenance, short_hash
 from ..validated_io import read_json, read_npy
 from .encoded import LATENTS, PREPARED, TEXT
 from .image_folder import ImageCaptionDataset, load_folder
@@ -43,7 +43,7 @@ SYNC_SECONDS = 10.0  # of work that a kill loses at most, beside the step at han
 Shape = tuple[int, ...]
 
 
-class Parts:
+class EncodedWriter:
     """Both arrays while they are made, in hidden files of the folder; what a kill left there is
     gone on with. Attributes: done, {first row: digest} of the steps that are safely on the disk;
     made, the record of the finished arrays, {} until they are whole.
@@ -70,7 +70,7 @@ class Parts:
         self.files: list[BinaryIO] = []
         self.synced = time.monotonic()
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> EncodedWriter:
         with disk_errors(self.folder):
             self.folder_lock = os.open(self.folder, os.O_RDONLY)
             try:
@@ -89,7 +89,7 @@ class Parts:
 
     def _read_progress(self) -> None:
         with contextlib.suppress(UserError, ValueError, AttributeError):
-            known = read_json(self.progress, removal(self.progress))
+            known = read_json(self.progress, remove_hint(self.progress))
             if self.like.items() <= known.items():
                 self.done = {int(start): str(name) for start, name in known["done"].items()}
                 self.made = dict(known.get("made") or {})
@@ -116,7 +116,7 @@ class Parts:
         done = {
             rows.start: self.done[rows.start]
             for rows, names in zip(steps, digests, strict=True)
-            if self.done.get(rows.start) == digest(names) and rows.stop <= room
+            if self.done.get(rows.start) == short_hash(names) and rows.stop <= room
         }
         if done != self.done:
             self.done = done
@@ -135,14 +135,14 @@ class Parts:
                     "an encoded picture or caption is NaN or too large for float16; set DTYPE=fp32"
                 )
             self._put(i, rows.start, values.tobytes())
-        self.done[rows.start] = digest(digests)
+        self.done[rows.start] = short_hash(digests)
         if time.monotonic() - self.synced >= SYNC_SECONDS:
             self.sync()
 
     def _put(self, i: int, row: int, content: bytes) -> None:
         with disk_errors(self.paths[i]):
             self.files[i].seek(self.begins[i] + row * self.row_bytes[i])
-            write_all(self.files[i].fileno(), content)
+            write_fully(self.files[i].fileno(), content)
 
     def sync(self, **also: Any) -> None:
         """Put what was written on the disk, and then write down that it is there."""
@@ -166,7 +166,7 @@ class Parts:
             for i, file, count in ((0, latents, 2 * rows), (2, text, rows)):
                 file.truncate(self.begins[i] + count * self.row_bytes[i])
                 file.seek(0)
-                write_all(file.fileno(), _header(count, self.shapes[i // 2]))
+                write_fully(file.fileno(), _header(count, self.shapes[i // 2]))
         arrays = {n: sha256_file(self.folder / f".{n}{PART}") for n in (LATENTS, TEXT)}
         self.made = record | {"arrays": arrays}
         self.sync(made=self.made)
@@ -208,7 +208,7 @@ def prepare(settings: Settings, device: str) -> Path:
     source, folder = settings.source_dir, Path(settings.data_dir)
     if not source:
         kinds = "metadata.jsonl, metadata.csv or captions.txt"
-        line = call("abc/run_prepare.sh", SOURCE_DIR="my_pictures", DATA_DIR=folder)
+        line = script_hint("abc/run_prepare.sh", SOURCE_DIR="my_pictures", DATA_DIR=folder)
         raise UserError(f"SOURCE_DIR is not set; give a folder of pictures with {kinds}: {line}")
     model_path, dtype = settings.sd_model_path, settings.dtype
     everything = load_folder(source)
@@ -223,7 +223,7 @@ def prepare(settings: Settings, device: str) -> Path:
     made_from["digests"] = data.digests()
     before = Encoded({})
     with contextlib.suppress(UserError):  # none, or none that can be used
-        known = read_json(record, removal(record))
+        known = read_json(record, remove_hint(record))
         if known.get("arrays") == _checksums(folder):
             if made_from.items() <= known.items():
                 return folder
@@ -231,7 +231,7 @@ def prepare(settings: Settings, device: str) -> Path:
                 before = Encoded.read(folder, known.get("digests"))
     make_folder(folder)
     shapes = tuple(model.latent_shape), tuple(model.encode_prompts([""]).embeddings.shape[1:])
-    with Parts(folder, made_by, shapes) as parts:
+    with EncodedWriter(folder, made_by, shapes) as parts:
         if made_from.items() <= parts.made.items() and parts.publish():
             return folder
         parts.open()
@@ -258,11 +258,11 @@ class Encoded:
         read or the digests, as a record has them, are none.
         """
         paths = (folder / LATENTS, folder / TEXT)
-        latents, text = (read_npy(path, removal(path), mmap=True) for path in paths)
+        latents, text = (read_npy(path, remove_hint(path), mmap=True) for path in paths)
         named = isinstance(digests, list) and all(isinstance(name, str) for name in digests)
         if not named or not len(digests) == len(text) == len(latents) / 2:
             raise UserError(
-                f"{folder / PREPARED} is not of the arrays beside it; {removal(folder)}"
+                f"{folder / PREPARED} is not of the arrays beside it; {remove_hint(folder)}"
             )
         return cls({name: row for row, name in enumerate(digests)}, latents, text)
 
@@ -284,7 +284,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def encode(
-    model: TextToImage, data: ImageCaptionDataset, parts: Parts, step: int, before: Encoded
+    model: TextToImage, data: ImageCaptionDataset, parts: EncodedWriter, step: int, before: Encoded
 ) -> None:
     """Write all rows, `step` pictures at a time; what was encoded before is copied where all of a
     step is known. UserError for a disk that is too small.

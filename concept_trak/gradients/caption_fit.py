@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 LEVELS, NOISES, SEED = (600, 800, 900, 960), 2, 7  # noise levels, noises a level, their seed
 STEEPNESS, MIDDLE = 4.0, 0.5
-WELL = 0.75  # relative fit from which a caption is said to fit
-MANY = 1 / 6  # share of captions below MIDDLE from which the judge is to be doubted, not they
+GOOD_FIT = 0.75  # relative fit from which a caption is said to fit
+MAX_DOUBTFUL_SHARE = (
+    1 / 6
+)  # share of captions below MIDDLE from which the judge is to be doubted, not they
 DESCRIPTION = {"levels": list(LEVELS), "noises": NOISES, "seed": SEED}  # part of a row's identity
 
 
@@ -76,12 +78,12 @@ def fit_weight(llr: np.ndarray, among: np.ndarray) -> np.ndarray:
     return np.tanh(STEEPNESS * (relative_fit(llr, among) - MIDDLE))
 
 
-def doubtful(fit: np.ndarray) -> list[str]:
+def low_fit_warning(fit: np.ndarray) -> list[str]:
     """A sentence where so many captions do not fit that the model may have learned too little to
     judge them; else none. fit: `relative_fit` of all train pictures.
     """
     share = float((fit < MIDDLE).mean())
-    if share <= MANY:
+    if share <= MAX_DOUBTFUL_SHARE:
         return []
     return [
         f"in the eyes of the model {share:.0%} of the captions do not fit their picture, and these "
@@ -90,8 +92,8 @@ def doubtful(fit: np.ndarray) -> list[str]:
     ]
 
 
-def in_words(fit: float) -> str:
+def describe_fit(fit: float) -> str:
     """A `relative_fit` as a report says it."""
     if fit < MIDDLE:
         return "caption does not fit"
-    return "caption fits" if fit >= WELL else "caption fits in part"
+    return "caption fits" if fit >= GOOD_FIT else "caption fits in part"

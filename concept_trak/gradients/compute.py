@@ -25,7 +25,7 @@ from .vjp import PerSampleVjp
 Cotangent = Callable[[Denoiser, State], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Rows(NamedTuple):
+class ProjectedGradients(NamedTuple):
     """Projected rows [n, k] float32, and what their states lost.
 
     losses [n]: mean squared error of eps_hat against the state's own noise, summed over the states
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RowMaker:
+class GradientComputer:
     """Whose gradient, in which parameters (`vjp.select_parameters`), projected and normed how."""
 
     denoiser: Denoiser
@@ -46,7 +46,9 @@ class RowMaker:
     layer: str
     normalize: bool
 
-    def rows(self, states: Iterable[State], cotangent: Cotangent, num_rows: int) -> Rows:
+    def rows(
+        self, states: Iterable[State], cotangent: Cotangent, num_rows: int
+    ) -> ProjectedGradients:
         """A row for each of `num_rows` samples, summed over states of so many samples each.
 
         num_rows = 1: one row, summed over all samples of all states.
@@ -62,12 +64,12 @@ class RowMaker:
                 predicted = eps_hat.detach()[: len(state)]
                 if isinstance(state.t, int):
                     state.known[state.t] = predicted
-                values += _pooled(found, num_rows)
+                values += _sum_samples(found, num_rows)
                 if state.eps is not None:
                     error = (predicted - state.eps).float().square().flatten(1).mean(1)
-                    losses += _pooled(error, num_rows)
+                    losses += _sum_samples(error, num_rows)
                 count += len(state)
-        return Rows(values, losses, count)
+        return ProjectedGradients(values, losses, count)
 
     def mean_row(self, states: Iterable[State], cotangent: Cotangent) -> torch.Tensor:
         """[1, k]: the average over all samples of all states."""
@@ -92,5 +94,5 @@ class RowMaker:
         return out
 
 
-def _pooled(found: torch.Tensor, num_rows: int) -> torch.Tensor:
+def _sum_samples(found: torch.Tensor, num_rows: int) -> torch.Tensor:
     return found if len(found) == num_rows else found.sum(0, keepdim=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import UserError
-from .projectors import Projection, Spec, refuse_large_dense
+from .projectors import Projection, ProjectionSpec, refuse_large_dense
 
 LIBRARIES = {"dattri": "dattri", "trak": "traker"}  # backend: its name on PyPI
 DENSE = ("normal", "rademacher")
@@ -36,7 +36,7 @@ FAST_JL_COLUMNS = 512  # columns of a tile of trak's kernel, which writes whole 
 Project = Callable[[torch.Tensor], torch.Tensor]  # [B, P] float32 -> [B, k]
 
 
-class LibraryProjection(Projection):
+class ExternalProjection(Projection):
     """A projection of the whole gradient by another library.
 
     `add` and `accumulate` collect the shares in a buffer [B, P] float32; `finish` projects it into
@@ -44,7 +44,7 @@ class LibraryProjection(Projection):
     before any work.
     """
 
-    def __init__(self, spec: Spec, backend: str, by_module: bool = False) -> None:
+    def __init__(self, spec: ProjectionSpec, backend: str, by_module: bool = False) -> None:
         super().__init__(spec)
         self.backend, self._buffer = backend, None
         _check(spec, backend, by_module)
@@ -74,7 +74,7 @@ class LibraryProjection(Projection):
         }
 
 
-def refuse_large_buffer(spec: Spec, rows: int) -> None:
+def refuse_large_buffer(spec: ProjectionSpec, rows: int) -> None:
     """UserError if the dense gradients of so many samples take more than BUFFER_MAX_BYTES."""
     if (needed := 4 * rows * spec.input_dim) > BUFFER_MAX_BYTES:
         raise UserError(
@@ -85,7 +85,7 @@ def refuse_large_buffer(spec: Spec, rows: int) -> None:
         )
 
 
-def _check(spec: Spec, backend: str, by_module: bool) -> None:
+def _check(spec: ProjectionSpec, backend: str, by_module: bool) -> None:
     cuda = spec.device.type == "cuda"
     if backend not in LIBRARIES:
         known = ", ".join(("own", *LIBRARIES))
@@ -114,7 +114,7 @@ def _check(spec: Spec, backend: str, by_module: bool) -> None:
         _need("sjlt", asked)
 
 
-def _check_fast_jl(spec: Spec) -> None:
+def _check_fast_jl(spec: ProjectionSpec) -> None:
     """UserError for sizes at which trak's kernel would write beside its output or read the wrong
     entries, and without the kernel.
     """
@@ -143,7 +143,7 @@ def _need(kernel: str, asked: str) -> None:
         ) from None
 
 
-def _by_dattri(spec: Spec) -> Project:
+def _by_dattri(spec: ProjectionSpec) -> Project:
     from dattri.func.projection import random_project  # here only: slow to import
 
     like = torch.empty(1, 1).expand(1, spec.input_dim)  # for its shape and dtype
@@ -151,7 +151,7 @@ def _by_dattri(spec: Spec) -> Project:
     return random_project(like, *sizes, spec.seed, spec.kind, device=spec.device)
 
 
-def _by_trak(spec: Spec) -> Project:
+def _by_trak(spec: ProjectionSpec) -> Project:
     from trak import projectors  # here only: slow to import
 
     kind = projectors.ProjectionType(spec.kind)

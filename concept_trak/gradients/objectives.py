@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
     from ..models.condition import Condition
     from ..models.denoiser import Denoiser
-    from .compute import Cotangent, RowMaker, Rows
+    from .compute import Cotangent, GradientComputer, ProjectedGradients
     from .state import State
-    from .states import TrainPictures
+    from .states import TrainBatch
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def objective(name: str, **options: Any) -> Callable[[Cotangent], Cotangent]:
     return add
 
 
-def train_rows(maker: RowMaker, name: str, shown: TrainPictures) -> Rows:
+def train_gradients(maker: GradientComputer, name: str, shown: TrainBatch) -> ProjectedGradients:
     """Rows of train pictures by objective `name`; as their losses what it keeps beside them."""
-    from .states import Judge, train_states_of
+    from .states import FitModel, train_states_of
 
     objective, denoiser = OBJECTIVES.get(name), maker.denoiser
     x0, cond, cond_null = shown.x0, shown.cond, shown.cond_null
@@ -85,12 +85,12 @@ def train_rows(maker: RowMaker, name: str, shown: TrainPictures) -> Rows:
     made = maker.rows(seen, objective.cotangent, len(x0))
     if objective.beside is None:
         return made
-    judge = shown.judge or Judge(denoiser, cond, cond_null)
+    judge = shown.judge or FitModel(denoiser, cond, cond_null)
     beside = objective.beside(judge.denoiser, x0, judge.cond, judge.cond_null)
     return made._replace(losses=beside)
 
 
-def of_concept(name: str) -> Cotangent:
+def concept_cotangent(name: str) -> Cotangent:
     """The query cotangent of a concept for train rows of objective `name`."""
     return contrast if OBJECTIVES.get(name).two_sided else presence
 

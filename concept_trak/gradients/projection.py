@@ -34,8 +34,8 @@ import torch
 
 from ..errors import UserError
 from ..settings import PROJECTIONS, Settings
-from .external_projectors import LibraryProjection, refuse_large_buffer
-from .projectors import KINDS, Projection, Spec
+from .external_projectors import ExternalProjection, refuse_large_buffer
+from .projectors import KINDS, Projection, ProjectionSpec
 from .vjp import DenseGrad, OuterProductGrad, module_layout
 
 Shapes = list[tuple[int, ...]]  # of the tensors of one module, in coordinate order
@@ -49,7 +49,7 @@ class LoGra(Projection):
     enough.
     """
 
-    def __init__(self, spec: Spec, shapes: Shapes) -> None:
+    def __init__(self, spec: ProjectionSpec, shapes: Shapes) -> None:
         sizes, k = [math.prod(shape) for shape in shapes], spec.proj_dim
         matrices = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
         if matrices:
@@ -92,14 +92,14 @@ class LoGra(Projection):
             out += ((grad.delta @ left).mT @ (grad.a @ right)).flatten(1)
 
 
-class Blockwise(Projection):
+class BlockwiseProjection(Projection):
     """A projection of its own for each module, their features side by side.
 
     layout: the shapes of each module's tensors (`vjp.module_layout`). separate: whether the modules
     are blocks (`widths`).
     """
 
-    def __init__(self, spec: Spec, layout: list[Shapes], separate: bool) -> None:
+    def __init__(self, spec: ProjectionSpec, layout: list[Shapes], separate: bool) -> None:
         if spec.proj_dim < len(layout) and spec.kind != "identity":
             raise UserError(
                 f"PROJ_DIM={spec.proj_dim} leaves no feature for each of {len(layout)} modules; "
@@ -156,8 +156,8 @@ class Options:
     mask (random_mask only): "portable" or "auto", the CPU's generator, or the GPU (a key of
     gpu_mask.GPUS) whose draw to rebuild. layout: the shapes of each module's tensors
     (`vjp.module_layout`), for a projection module by module; logra needs it. separate: let the
-    modules be blocks of their own, see `Projection`. nonzeros: see `Spec`. backend: "own", or the
-    library that projects (library.py).
+    modules be blocks of their own, see `Projection`. nonzeros: see `ProjectionSpec`. backend: "own",
+    or the library that projects (external_projectors.py).
     """
 
     mask: str = "portable"
@@ -206,16 +206,18 @@ def make_projection(
     if kind == "identity":
         proj_dim = proj_dim or input_dim
     mask = "portable" if chosen.mask == "auto" else chosen.mask
-    spec = Spec(kind, input_dim, proj_dim, seed, torch.device(device), mask, chosen.nonzeros)
+    spec = ProjectionSpec(
+        kind, input_dim, proj_dim, seed, torch.device(device), mask, chosen.nonzeros
+    )
     _check(spec, chosen)
     if chosen.backend != "own":
-        return LibraryProjection(spec, chosen.backend, by_module=chosen.layout is not None)
+        return ExternalProjection(spec, chosen.backend, by_module=chosen.layout is not None)
     if chosen.layout is not None:
-        return Blockwise(spec, chosen.layout, chosen.separate)
+        return BlockwiseProjection(spec, chosen.layout, chosen.separate)
     return KINDS[kind](spec)
 
 
-def _check(spec: Spec, options: Options) -> None:
+def _check(spec: ProjectionSpec, options: Options) -> None:
     """The UserErrors of `make_projection` that concern every kind."""
     kind, k = spec.kind, spec.proj_dim
     if kind not in PROJECTIONS:

@@ -26,7 +26,7 @@ GRASS_MULTIPLIER = 4  # width of the intermediate mask in multiples of k, as in 
 
 
 @dataclass(frozen=True)
-class Spec:
+class ProjectionSpec:
     """What decides R, and where it is: P = input_dim, k = proj_dim.
 
     mask: of random_mask, "portable" or a key of gpu_mask.GPUS. nonzeros: of sjlt and grass,
@@ -52,7 +52,7 @@ class Projection:
     A batch's gradient comes tensor by tensor: `add` each to one `out`, then `finish(out)` once.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: ProjectionSpec) -> None:
         self.spec, self.kind, self.seed, self.device = spec, spec.kind, spec.seed, spec.device
         self.input_dim, self.proj_dim = spec.input_dim, spec.proj_dim
         self.widths = [spec.proj_dim]
@@ -116,7 +116,7 @@ class Identity(Projection):
 class RandomMask(Projection):
     """Keeps k fixed coordinates, unscaled. `indices`: sorted LongTensor [k]."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: ProjectionSpec) -> None:
         super().__init__(spec)
         if spec.mask == "portable":
             generator = torch.Generator().manual_seed(self.seed)
@@ -149,7 +149,7 @@ class RandomMask(Projection):
         return {**super().describe(), "generator": generator, "indices_sha256": digest}
 
 
-def refuse_large_dense(spec: Spec) -> None:
+def refuse_large_dense(spec: ProjectionSpec) -> None:
     """UserError for a dense R that would have to be drawn for minutes."""
     if spec.input_dim * spec.proj_dim > DENSE_MAX_ENTRIES:
         raise UserError(
@@ -167,7 +167,7 @@ class Dense(Projection):
     but a small network.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: ProjectionSpec) -> None:
         super().__init__(spec)
         refuse_large_dense(spec)
         self._rademacher = self.kind.endswith("rademacher")
@@ -210,7 +210,7 @@ class SparseJL(Projection):
     batch or on the device. Hashes are kept: 4 c P bytes.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: ProjectionSpec) -> None:
         super().__init__(spec)
         self.nonzeros = spec.nonzeros
         if not 1 <= self.nonzeros <= self.proj_dim:
@@ -255,7 +255,7 @@ class SparseJL(Projection):
 class Grass(Projection):
     """Random mask to min(4k, P) coordinates, then a sparse JL of those to k."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: ProjectionSpec) -> None:
         super().__init__(spec)
         middle = min(GRASS_MULTIPLIER * self.proj_dim, self.input_dim)
         self.mask = RandomMask(replace(spec, kind="random_mask", proj_dim=middle))

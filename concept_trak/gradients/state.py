@@ -36,7 +36,7 @@ class State:
         return replace(self, cond=plus.expand(len(self)), cond_neg=minus.expand(len(self)))
 
 
-def regrouped(states: Iterable[State], batch_size: int) -> Iterator[State]:
+def rebatch(states: Iterable[State], batch_size: int) -> Iterator[State]:
     """The samples of `states` in batches of at most `batch_size`, whatever their levels."""
     waiting: list[State] = []
     for state in states:

@@ -1,4 +1,5 @@
-"""Which states x_t a picture is seen at: train pictures (`TrainStates`), queries (`QueryStates`).
+"""Which states x_t a picture is seen at: train pictures (`TrainTimesteps`), queries
+(`QueryTimesteps`).
 
     noising      q(x_t | x0) at the levels of `noise_levels`
     inversion    DDIM inversion of x0, guided (Concept-TRAK)
@@ -19,12 +20,12 @@ import torch
 from ..errors import UserError
 from ..models.condition import Condition
 from ..models.ddim import (
-    Churn,
-    Guided,
+    DdimNoise,
+    GuidedDenoiser,
     ddim_invert,
     ddim_sample,
+    implied_eps,
     inversion_timesteps,
-    noise_of,
     q_sample,
     randn,
     sampling_timesteps,
@@ -35,7 +36,7 @@ from .state import State
 
 
 @dataclass(frozen=True)
-class TrainStates:
+class TrainTimesteps:
     """Which states x_t a train picture is seen at."""
 
     timesteps: tuple[int, ...]  # noise levels of the states
@@ -46,7 +47,7 @@ class TrainStates:
 
 
 @dataclass(frozen=True)
-class QueryStates:
+class QueryTimesteps:
     """Where a query's states come from."""
 
     scope: str  # seed | global | local
@@ -56,11 +57,11 @@ class QueryStates:
     guidance_scale: float = 1.0  # of the trajectory (against cond_null)
     eta: float = 0.1
     seed: int = 42
-    inversion: TrainStates | None = None  # scope local: invert instead of noising
+    inversion: TrainTimesteps | None = None  # scope local: invert instead of noising
 
 
 @dataclass(frozen=True)
-class Start:
+class QueryStart:
     """What a query's states begin at: its noise x_T and its picture's latents x0, both [1, ...]."""
 
     x_T: torch.Tensor | None = None
@@ -93,25 +94,25 @@ def levels_on_grid(nfe: int, grid: Sequence[int], remedy: str) -> tuple[int, ...
     return chosen
 
 
-def reference_states(nfe: int, guidance_scale: float) -> TrainStates:
+def reference_states(nfe: int, guidance_scale: float) -> TrainTimesteps:
     """The reference's 50-step inversion and nfe - 1 of its states.
 
     For nfe = 10 every fifth, t = 99, 199, ..., 899. UserError when 50 steps have not that many.
     """
     grid = inversion_timesteps(50)
     levels = levels_on_grid(nfe, grid, "lower NFE or use RECIPE=default")
-    return TrainStates(levels, True, guidance_scale, tuple(grid))
+    return TrainTimesteps(levels, True, guidance_scale, tuple(grid))
 
 
-def noised_states(nfe: int, noise_seed: int = 42) -> TrainStates:
+def noising_schedule(nfe: int, noise_seed: int = 42) -> TrainTimesteps:
     """q(x_t | x0) at `noise_levels`."""
-    return TrainStates(noise_levels(nfe), False, 1.0, (), noise_seed)
+    return TrainTimesteps(noise_levels(nfe), False, 1.0, (), noise_seed)
 
 
-def inverted_states(nfe: int, guidance_scale: float) -> TrainStates:
+def inversion_schedule(nfe: int, guidance_scale: float) -> TrainTimesteps:
     """Inversion that walks on the grid of the states itself: nfe - 1 steps instead of 45."""
     levels = tuple(level - 1 for level in noise_levels(nfe))
-    return TrainStates(levels, True, guidance_scale, (0, *levels))
+    return TrainTimesteps(levels, True, guidance_scale, (0, *levels))
 
 
 def trajectory_timesteps(nfe: int, num_steps: int) -> tuple[int, ...]:
@@ -126,7 +127,7 @@ def trajectory_timesteps(nfe: int, num_steps: int) -> tuple[int, ...]:
 # ---- train pictures
 
 
-def state_noise(states: TrainStates, t: int, x0: torch.Tensor) -> torch.Tensor:
+def state_noise(states: TrainTimesteps, t: int, x0: torch.Tensor) -> torch.Tensor:
     """The fixed noise of level t [B, ...].
 
     The same for every sample, and so for every batch size, and on every device.
@@ -137,7 +138,11 @@ def state_noise(states: TrainStates, t: int, x0: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def train_states_of(
-    denoiser: Denoiser, x0: torch.Tensor, cond: Condition, cond_null: Condition, states: TrainStates
+    denoiser: Denoiser,
+    x0: torch.Tensor,
+    cond: Condition,
+    cond_null: Condition,
+    states: TrainTimesteps,
 ) -> Iterator[State]:
     """The states of pictures x0 [B, ...] under their captions cond, contrasted with cond_null.
 
@@ -151,25 +156,28 @@ def train_states_of(
             x_t = q_sample(x0, eps, denoiser.schedule.level(t))
             yield State(t, x_t, cond, cond_null, eps, x0)
         return
-    guided, keep = Guided(denoiser, cond, cond_null, states.guidance_scale), set(states.timesteps)
+    guided, keep = (
+        GuidedDenoiser(denoiser, cond, cond_null, states.guidance_scale),
+        set(states.timesteps),
+    )
     for t, x_t in ddim_invert(guided, x0, states.inversion_grid, keep, known):
-        eps = noise_of(x_t, x0, denoiser.schedule.level(t))
+        eps = implied_eps(x_t, x0, denoiser.schedule.level(t))
         yield State(t, x_t, cond, cond_null, eps, x0, known)
 
 
 @dataclass(frozen=True)
-class TrainPictures:
+class TrainBatch:
     """Train pictures x0 [B, ...] under their captions, and how they are seen."""
 
     x0: torch.Tensor
     cond: Condition
     cond_null: Condition
-    states: TrainStates
-    judge: Judge | None = None
+    states: TrainTimesteps
+    judge: FitModel | None = None
 
 
 @dataclass(frozen=True)
-class Judge:
+class FitModel:
     """Another model to ask how well captions fit, and its own encodings of the same captions."""
 
     denoiser: Denoiser
@@ -192,8 +200,8 @@ def draw_noise(seed: int, draws: range, t: int, shape: Sequence[int]) -> torch.T
 @torch.no_grad()
 def query_states_of(
     denoiser: Denoiser,
-    states: QueryStates,
-    start: Start,
+    states: QueryTimesteps,
+    start: QueryStart,
     cond: Condition,
     cond_null: Condition,
     batch_size: int = 8,
@@ -226,15 +234,15 @@ def query_states_of(
 
 def _trajectory(
     denoiser: Denoiser,
-    states: QueryStates,
+    states: QueryTimesteps,
     x_T: torch.Tensor | None,
     conds: tuple[Condition, Condition],
     noise: Callable[[int], torch.Tensor],
 ) -> Iterator[State]:
     """States read on the way down from x_T, or from noise(1000) where there is none."""
     begin = noise(NUM_TRAIN_TIMESTEPS) if x_T is None else x_T
-    guided = Guided(denoiser, *conds, states.guidance_scale)
-    levels, churn = states.timesteps, Churn(states.eta, noise)
+    guided = GuidedDenoiser(denoiser, *conds, states.guidance_scale)
+    levels, churn = states.timesteps, DdimNoise(states.eta, noise)
     _, kept = ddim_sample(guided, begin, states.num_steps, churn, set(levels), min(levels))
     for t in levels:
         yield State(t, kept[t], *conds)

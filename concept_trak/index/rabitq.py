@@ -30,9 +30,9 @@ import torch
 from tqdm import tqdm
 
 from ..atomic_io import atomic, locked, make_folder, sha256_once, write_bytes, write_json
-from ..errors import UserError, call
+from ..errors import UserError, script_hint
 from ..store.array_cache import write_npy
-from ..store.manifest import MAKE, listed
+from ..store.manifest import COMPUTE_HINT, shorten
 from ..store.store import Store, widened
 from ..store.verify import check_shard
 from ..validated_io import read_json, read_npy
@@ -42,7 +42,7 @@ from .whitening import Whitening, whitening
 FORMAT = 1
 FILES = ("whitening.safetensors", "empty.faiss")
 BUILD = "build_index.sh"
-MEND = f"make it: {call(BUILD)}"
+MEND = f"make it: {script_hint(BUILD)}"
 COUNT_AT, CODES_AT = slice(8, 16), 57  # in the file of an index: rows, and bytes of their codes
 QUERY_BITS = 4  # of a query's values: more find no more (experiments/scale)
 BLOCK_VALUES = 2**23  # values of rows whitened at a time: 32 MB
@@ -76,7 +76,7 @@ class Index:
         if not finished:
             raise UserError(
                 f"{store.folder} has no finished shard; make the train gradients first, e.g. "
-                f"(about a minute) {MAKE}"
+                f"(about a minute) {COMPUTE_HINT}"
             )
         make_folder(folder)
         with locked(folder):
@@ -103,7 +103,7 @@ class Index:
         folder = store.folder / place
         if not (folder / "manifest.json").exists():
             raise UserError(f"{store.folder} has no index; {mend}")
-        manifest = read_json(folder / "manifest.json", remade(folder, mend))
+        manifest = read_json(folder / "manifest.json", rebuild_hint(folder, mend))
         index = cls(folder, store, manifest)
         index.mend = mend
         if manifest.get("format") != FORMAT or manifest.get("store") != store.store_id:
@@ -128,12 +128,12 @@ class Index:
         """
         index = cls.read_manifest(store, mend=mend, place=place)
         if missing := index.missing():
-            told = f"lacks the codes of shard {listed(missing)}, or they were changed"
+            told = f"lacks the codes of shard {shorten(missing)}, or they were changed"
             raise UserError(f"{index.folder} {told}; {mend}")
         return index
 
     def _refused(self, what: str) -> UserError:
-        return UserError(f"{self.folder} {what}; {remade(self.folder, self.mend)}")
+        return UserError(f"{self.folder} {what}; {rebuild_hint(self.folder, self.mend)}")
 
     # ---- building
 
@@ -192,7 +192,7 @@ class Index:
     @cached_property
     def space(self) -> Whitening:
         """Where the codes live."""
-        path, mend = self.folder / "whitening.safetensors", remade(self.folder, self.mend)
+        path, mend = self.folder / "whitening.safetensors", rebuild_hint(self.folder, self.mend)
         return Whitening.load(path, self.manifest["widths"], mend=mend)
 
     @property
@@ -217,7 +217,7 @@ class Index:
     @cached_property
     def _sums(self) -> list[np.ndarray]:
         """CRC-32 of the rows of each shard, mapped."""
-        found, mend = [], remade(self.folder, self.mend)
+        found, mend = [], rebuild_hint(self.folder, self.mend)
         for shard in range(self.store.num_split):
             path = self._path(shard, ".npy")
             sums = read_npy(path, mend, 1, mmap=True)
@@ -261,7 +261,7 @@ class Index:
         return np.take_along_axis(near, order, 1), np.take_along_axis(places, order, 1)
 
 
-def remade(folder: Path, mend: str) -> str:
+def rebuild_hint(folder: Path, mend: str) -> str:
     """What mends an index that cannot be used, to end a refusal with. mend: what makes one."""
     return f"remove it, rm -r {shlex.quote(str(folder))}, and {mend}"
 

@@ -18,28 +18,28 @@ from ..atomic_io import write_json
 from ..errors import UserError
 from ..scoring.metrics import bootstrap_interval
 from ..scoring.preconditioner import Preconditioner
-from ..settings import digest
+from ..settings import short_hash
 from ..store.store import Store
 from ..validated_io import read_json
 from .rabitq import MEND, Index
 from .search import Search
 
-HELD = 16  # queries
+NUM_HELD_OUT = 16  # queries
 PLACES = (10, 100)  # recall at
 BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Ends:
+class Extremes:
     """The extreme rows of each of P queries: int64 [P, count], the most extreme first."""
 
     top: np.ndarray
     least: np.ndarray
 
 
-def scanned(
+def exact_extremes(
     store: Store, solved: np.ndarray, count: int, row_weight: np.ndarray | None = None
-) -> Ends:
+) -> Extremes:
     """The ends of an exact scan in float32, one pass; solved [P, k]."""
     asked, size = torch.as_tensor(solved).float(), min(count, store.num_rows)
     held = [(torch.zeros(len(asked), 0), torch.zeros(len(asked), 0, dtype=torch.int64))] * 2
@@ -54,7 +54,7 @@ def scanned(
             both = torch.cat([best, sign * values], 1)
             best, places = both.topk(min(size, both.shape[1]), 1)
             held[end] = best, torch.cat([known, rows], 1).gather(1, places)
-    return Ends(held[0][1].numpy(), held[1][1].numpy())
+    return Extremes(held[0][1].numpy(), held[1][1].numpy())
 
 
 def share_found(wanted: np.ndarray, found: np.ndarray, without: int | None = None) -> float:
@@ -75,10 +75,12 @@ def measure(
     Of a store that is too small to leave k rows to find, without the recall at k.
     """
     store = index.store
-    held = np.linspace(0, store.num_rows - 1, min(HELD, store.num_rows)).astype(np.int64)
+    held = np.linspace(0, store.num_rows - 1, min(NUM_HELD_OUT, store.num_rows)).astype(np.int64)
     solved = preconditioner.solve(store, store.rows(held), dampings)  # [D, Q, k]
     places = [k for k in PLACES if k < store.num_rows]
-    ends = scanned(store, solved.reshape(-1, store.dim), max(places, default=0) + 1, row_weight)
+    ends = exact_extremes(
+        store, solved.reshape(-1, store.dim), max(places, default=0) + 1, row_weight
+    )
     top, least = (e.reshape(len(dampings), len(held), -1) for e in (ends.top, ends.least))
     found = [search.find(index, solved[:, q], row_weight).rows for q in range(len(held))]
 
@@ -107,7 +109,7 @@ def _identity(index: Index, candidates: int) -> dict:
 def keep_recall(index: Index, search: Search, measured: dict) -> None:
     """Write what `measure` found beside the codes. UserError for a full disk."""
     record = {"identity": _identity(index, search.candidates), "measured": measured}
-    write_json(index.folder / "recall.json", record | {"checksum": digest(measured)})
+    write_json(index.folder / "recall.json", record | {"checksum": short_hash(measured)})
 
 
 def kept_recall(index: Index, search: Search) -> dict | None:
@@ -119,7 +121,7 @@ def kept_recall(index: Index, search: Search) -> dict | None:
     except (UserError, OSError):
         return None
     same = record.get("identity") == _identity(index, search.candidates)
-    whole = record.get("checksum") == digest(record.get("measured"))
+    whole = record.get("checksum") == short_hash(record.get("measured"))
     return record["measured"] if same and whole and _sound(record["measured"]) else None
 
 

@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 128  # candidates read at a time: as much as stays in cache
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidates:
     """Exact scores of the candidates of one query.
 
     rows: int64 [M], ascending. scores: float32 [D, M].
@@ -45,7 +45,9 @@ class Search:
     candidates: int
     wanted: int = 10
 
-    def find(self, index: Index, solved: np.ndarray, row_weight: np.ndarray | None = None) -> Found:
+    def find(
+        self, index: Index, solved: np.ndarray, row_weight: np.ndarray | None = None
+    ) -> Candidates:
         """Of one query solved at all dampings [D, k]; row_weight: [N] or None.
 
         Memory: the estimates of the rows looked at, ROWS_AT_ONCE rows, and the scores.
@@ -56,11 +58,11 @@ class Search:
             high, low = index.search(solved, looked), index.search(-solved, looked)
             if row_weight is None:
                 rows = np.unique(np.concatenate([high[1], low[1]]))
-                return Found(rows, exact(index, rows, solved, None))
+                return Candidates(rows, exact(index, rows, solved, None))
             rows = self._promising(high, low, row_weight)
             products = exact(index, rows, solved, None)
-            ends = [_reach(high, rows, products), _reach(low, rows, -products)]
-            found = Found(rows, products * row_weight[rows].astype(np.float32))
+            ends = [_score_bound(high, rows, products), _score_bound(low, rows, -products)]
+            found = Candidates(rows, products * row_weight[rows].astype(np.float32))
             most = looked >= min(store.num_rows, MOST * self.candidates)
             if most or self._settled(found.scores, *ends, row_weight):
                 return found
@@ -97,7 +99,7 @@ class Search:
         return bool((ordered[:, -place] >= above).all() and (ordered[:, place - 1] <= -below).all())
 
 
-def _reach(
+def _score_bound(
     end: tuple[np.ndarray, np.ndarray], rows: np.ndarray, products: np.ndarray
 ) -> np.ndarray:
     """[D]: what s may be, at most, outside the candidates of an end: the last estimate, and MARGIN

@@ -39,7 +39,7 @@ SAMPLE_ROWS = 16_384  # rows from which the curvature is estimated, at most
 SAMPLE_BYTES = 2**29  # and what they may take as float32
 EIGEN_MAX = 8192  # widest block whose eigenvectors are taken; beyond, its diagonal stands for it
 LEAST_VARIANCE = 1e-6  # of a coordinate, over the mean of its block: a sample may have none
-LEFT_OUT = 64  # coordinates, so that a code with its two numbers takes 1 bit a value of the row
+BIT_PADDING = 64  # coordinates, so that a code with its two numbers takes 1 bit a value of the row
 SEED = 0
 
 
@@ -156,9 +156,9 @@ def kept_dim(dim: int, share: float = 1.0) -> int:
     """Coordinates kept of `dim`: a share of them less LEFT_OUT, in multiples of that, for the bits
     and the rotation; all of a few.
     """
-    if dim < 4 * LEFT_OUT:
+    if dim < 4 * BIT_PADDING:
         return dim
-    return max(1, int(share * (dim - LEFT_OUT)) // LEFT_OUT) * LEFT_OUT
+    return max(1, int(share * (dim - BIT_PADDING)) // BIT_PADDING) * BIT_PADDING
 
 
 def factors(dim: int) -> tuple[int, int]:

@@ -23,11 +23,11 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from ..atomic_io import atomic_folder, write_bytes, write_json
-from ..errors import UserError, call
+from ..errors import UserError, script_hint
 from ..validated_io import read_json, read_safetensors
 from .condition import Condition
 from .denoiser import NetworkDenoiser
-from .hashing import hash_of, hash_of_weights
+from .hashing import hash_of, weights_hash
 from .schedule import NUM_TRAIN_TIMESTEPS, VariancePreserving
 from .vocabulary import Vocabulary
 
@@ -35,7 +35,7 @@ NETWORKS = ("unet", "dit")
 CONFIG, WEIGHTS = "class_conditional.json", "network.safetensors"
 MEND = (
     "remove its folder and train it again (about an hour), e.g. "
-    f"{call('synthetic/run_all.sh', STAGE='train')}"
+    f"{script_hint('synthetic/run_all.sh', STAGE='train')}"
 )
 
 
@@ -169,7 +169,7 @@ class ClassConditional(NetworkDenoiser):
     def identity(self) -> str:
         """sha256 over weights, sizes and vocabulary, computed once: its weights are frozen."""
         if not self._identity:
-            weights = hash_of_weights([self.network])
+            weights = weights_hash([self.network])
             self._identity = hash_of([weights, asdict(self.architecture), self._words()])
         return self._identity
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from ..errors import UserError
 from ..validated_io import read_json, told
 from .hub import model_folder
-from .model_files import INDEX, copy_again, refuse_endless, refuse_other_folder, side_of
+from .model_files import INDEX, check_config_sizes, check_pipeline_folder, restore_hint, side_of
 
 FITTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # both have the same parts
 FLOW = (
@@ -60,14 +60,14 @@ def check_source(source: str, variable: str = "SD_MODEL_PATH") -> Path:
     cannot be used, as `check_kind`.
     """
     folder = model_folder(source, variable)
-    refuse_other_folder(folder, variable)
+    check_pipeline_folder(folder, variable)
     check_kind(folder, source)
     return folder
 
 
 def check_kind(folder: Path, source: str) -> None:
     """UserError naming what a model of another kind would need, or which value cannot be."""
-    mend = copy_again(source)
+    mend = restore_hint(source)
     index = read_json(folder / INDEX, mend)
     name = index.get("_class_name")
     if name not in FITTING:
@@ -87,7 +87,7 @@ def check_kind(folder: Path, source: str) -> None:
         if name not in (None, PARTS[part][1]):
             refuse_class(source, part, str(name))
     for part, config in configs.items():
-        refuse_endless(config.values, f"{source}, {part}")
+        check_config_sizes(config.values, f"{source}, {part}")
     _check_unet(configs["unet"])
     _check_vae(configs["vae"], configs["unet"])
     _check_text_encoder(configs["text_encoder"], configs["unet"])

@@ -20,26 +20,26 @@ import torch
 
 from .condition import Condition
 from .denoiser import Denoiser
-from .schedule import NUM_TRAIN_TIMESTEPS, Level
+from .schedule import NUM_TRAIN_TIMESTEPS, NoiseLevel
 
 
-def q_sample(x0: torch.Tensor, eps: torch.Tensor, level: Level) -> torch.Tensor:
+def q_sample(x0: torch.Tensor, eps: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
     """x_t = alpha x0 + sigma eps; x0 and eps [B, ...]."""
     return level.alpha * x0 + level.sigma * eps
 
 
-def predict_x0(x_t: torch.Tensor, eps_hat: torch.Tensor, level: Level) -> torch.Tensor:
+def predict_x0(x_t: torch.Tensor, eps_hat: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
     """x0_hat from x_t and eps_hat, both [B, ...]."""
     return (x_t - level.sigma * eps_hat) / level.alpha
 
 
-def noise_of(x_t: torch.Tensor, x0: torch.Tensor, level: Level) -> torch.Tensor:
+def implied_eps(x_t: torch.Tensor, x0: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
     """The eps that belongs to a state: (x_t - alpha x0) / sigma, all [B, ...]."""
     return (x_t - level.alpha * x0) / level.sigma
 
 
 @dataclass(frozen=True)
-class Churn:
+class DdimNoise:
     """DDIM's eta, and the noise z [B, ...] of the step that leaves level t."""
 
     eta: float
@@ -49,8 +49,8 @@ class Churn:
 def ddim_step(
     x_t: torch.Tensor,
     eps_hat: torch.Tensor,
-    now: Level,
-    then: Level,
+    now: NoiseLevel,
+    then: NoiseLevel,
     eta: float = 0.0,
     z: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -63,7 +63,7 @@ def ddim_step(
 
 
 @dataclass(frozen=True)
-class Guided:
+class GuidedDenoiser:
     """A denoiser under classifier-free guidance of weight `scale`; conditions of B prompts each."""
 
     denoiser: Denoiser
@@ -105,10 +105,10 @@ def inversion_timesteps(num_steps: int) -> list[int]:
 
 @torch.no_grad()
 def ddim_sample(
-    guided: Guided,
+    guided: GuidedDenoiser,
     x_T: torch.Tensor,
     num_steps: int,
-    churn: Churn | None = None,
+    churn: DdimNoise | None = None,
     keep: set[int] | frozenset[int] = frozenset(),
     stop: int | None = None,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -133,7 +133,7 @@ def ddim_sample(
 
 @torch.no_grad()
 def ddim_invert(
-    guided: Guided,
+    guided: GuidedDenoiser,
     x0: torch.Tensor,
     timesteps: Sequence[int],
     keep: set[int],

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..validated_io import read_json, read_text
-from .model_files import copy_again
+from .model_files import restore_hint
 from .pipelines import part_folder
 
 # Stores made before the reading was hashed name a model by its weights alone. This is the reading
@@ -22,10 +22,17 @@ from .pipelines import part_folder
 COMMITTED = "db009b6998033fcec2cbe7b94a547125b72ed4a253f67cb6a9678926daccfec8"
 PARTS = ("unet", "text_encoder", "vae", "scheduler", "tokenizer")
 ENCODERS = ("text_encoder", "vae", "tokenizer")
-FORMAL = ("transformers_version", "dtype", "torch_dtype", "is_local", "local_files_only", "backend")
+IGNORED_KEYS = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "is_local",
+    "local_files_only",
+    "backend",
+)
 
 
-def hash_of_weights(parts: Iterable[nn.Module]) -> str:
+def weights_hash(parts: Iterable[nn.Module]) -> str:
     """sha256 over the weights (names, shapes, fp16 bytes) and LoRA scales of networks: the same in
     fp32 and fp16.
     """
@@ -43,7 +50,7 @@ def hash_of_weights(parts: Iterable[nn.Module]) -> str:
     return whole.hexdigest()
 
 
-def hash_of_reading(pipe: Any, parts: Iterable[str] = PARTS) -> str:
+def config_hash(pipe: Any, parts: Iterable[str] = PARTS) -> str:
     """Over what the text files of a pipeline's parts say; empty for a pipeline that was not loaded
     from a folder (nor the hub, whose folder is in its cache).
     """
@@ -51,7 +58,7 @@ def hash_of_reading(pipe: Any, parts: Iterable[str] = PARTS) -> str:
     if not (folder / "unet/config.json").is_file():
         return ""
     files = (p for part in sorted(parts) for p in sorted((folder / part).glob("*")))
-    said = {str(p.relative_to(folder)): v for p in files if (v := _said(p)) is not None}
+    said = {str(p.relative_to(folder)): v for p in files if (v := _read_config(p)) is not None}
     return hash_of(said)
 
 
@@ -60,13 +67,13 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _said(path: Path) -> Any:
+def _read_config(path: Path) -> Any:
     """What a file says of how the model works, JSON; None for one that says nothing of it."""
     if path.suffix == ".txt":
-        return read_text(path, copy_again(path))
+        return read_text(path, restore_hint(path))
     if path.suffix != ".json" or path.name.endswith(".index.json"):
         return None
-    said = read_json(path, copy_again(path), object)
+    said = read_json(path, restore_hint(path), object)
     if not isinstance(said, dict):
         return said
-    return {k: v for k, v in said.items() if not k.startswith("_") and k not in FORMAL}
+    return {k: v for k, v in said.items() if not k.startswith("_") and k not in IGNORED_KEYS}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..network import refuse_offline, way_to, without_credentials
+from ..network import check_reachable, way_to, without_credentials
 from .model_files import INDEX, STEMS, is_local, no_folder, refuse_no_weights, weight_files, weights
 
 SECONDS = 10.0  # for the hub to answer
@@ -89,7 +89,7 @@ def from_hub(
         told = f"{missing}, and HF_HUB_OFFLINE keeps it from being asked of the hub"
         raise UserError(f"{told}; {another}, or unset HF_HUB_OFFLINE")
     host = way_to(constants.ENDPOINT)[1]
-    refuse_offline(constants.ENDPOINT, f"{missing}: {another}, or connect")
+    check_reachable(constants.ENDPOINT, f"{missing}: {another}, or connect")
     try:
         found = HfApi().model_info(source, timeout=SECONDS).siblings or []
         wanted = choose(source, [file.rfilename for file in found])

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..process import say
+from ..process import log
 from ..validated_io import parse_json, read_json, read_safetensors
 from .model_files import header
 
@@ -89,7 +89,7 @@ def load_lora(pipe: Any, path: str) -> None:
             told = f"multiplies its weights by {scale:g} (alpha / rank)"
             raise UserError(f"the LoRA {path} {told}; {MEND}")
     if not any(p.any() for name, p in placed.items() if "lora_B" in name):
-        say(f"{path}: its second factors are all zero, so it changes nothing that is predicted")
+        log(f"{path}: its second factors are all zero, so it changes nothing that is predicted")
     for p in placed.values():
         p.data = p.data.to(pipe.unet.dtype)  # it comes in the dtype of its file
 

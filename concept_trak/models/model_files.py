@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, restoration
+from ..errors import UserError, git_restore_hint
 from ..parsing import nearest
 from ..settings import EMOJI
-from ..validated_io import inside, read_json
+from ..validated_io import read_json, safe_join
 
 MOST_LAYERS, MOST = 1000, 2**24  # in a network's configuration: of layers, of anything
 MOST_SIDE = 2**12  # of a latent
@@ -48,14 +48,14 @@ def no_folder(source: str) -> str:
     return f"no such folder: {source}" + (f" (there is {path.parent / near[0]})" if near else "")
 
 
-def copy_again(path: str | Path) -> str:
+def restore_hint(path: str | Path) -> str:
     """What mends a file of a model: the committed one is in the repository."""
     if Path(path).resolve().is_relative_to(COMMITTED):
-        return restoration(COMMITTED)
+        return git_restore_hint(COMMITTED)
     return "copy or download the model again, or set SD_MODEL_PATH to another"
 
 
-def refuse_other_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
+def check_pipeline_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
     """UserError for a folder that is no pipeline, or holds what is neither file nor folder: a pipe
     would keep the run waiting, a device would never end.
     """
@@ -70,21 +70,21 @@ def refuse_other_folder(folder: Path, variable: str = "SD_MODEL_PATH") -> None:
         raise UserError(f"{folder} {reason}; give {variable} a folder or a hub id")
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is not a regular file; {copy_again(path)}")
+            raise UserError(f"{path} is not a regular file; {restore_hint(path)}")
     for path in folder.glob("*/config.json"):
-        refuse_endless(read_json(path, copy_again(path)), str(path))
+        check_config_sizes(read_json(path, restore_hint(path)), str(path))
 
 
-def refuse_endless(config: Any, where: str, key: str = "") -> None:
+def check_config_sizes(config: Any, where: str, key: str = "") -> None:
     """UserError for a size in a network's configuration that none has: to build it would take
     forever.
     """
     items = config.items() if isinstance(config, dict) else ()
     items = [(key, value) for value in config] if isinstance(config, list) else items
     for inner, value in items:
-        refuse_endless(value, where, str(inner))
+        check_config_sizes(value, where, str(inner))
     if isinstance(config, int) and config > (MOST_LAYERS if "layers" in key else MOST):
-        raise UserError(f"{where}: {key}={str(config)[:40]} is too large; {copy_again(where)}")
+        raise UserError(f"{where}: {key}={str(config)[:40]} is too large; {restore_hint(where)}")
 
 
 def side_of(unet: Mapping[str, Any]) -> int:
@@ -129,12 +129,12 @@ def weights(folder: Path, part: str) -> tuple[str, list[Path]]:
     variant, files = weight_files(names, part)
     if not files or not files[0].endswith(".json"):
         return variant, [place / name for name in files]
-    index = read_json(place / files[0], copy_again(folder))
+    index = read_json(place / files[0], restore_hint(folder))
     shards = index.get("weight_map")
     listed = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
-    paths = [inside(place, name, f"{place / files[0]}: the shard") for name in listed]
+    paths = [safe_join(place, name, f"{place / files[0]}: the shard") for name in listed]
     if lacking := [path for path in paths if not path.is_file()]:
-        raise UserError(f"{lacking[0]} is missing; {copy_again(folder)}")
+        raise UserError(f"{lacking[0]} is missing; {restore_hint(folder)}")
     return variant, paths
 
 
@@ -147,7 +147,7 @@ def refuse_no_weights(names: Iterable[str], part: str, source: str) -> None:
         return
     pickled = [name for name in names if name.endswith(PICKLES)]
     if not pickled:
-        raise UserError(f"{source} has no weights in {part}/; {copy_again(source)}")
+        raise UserError(f"{source} has no weights in {part}/; {restore_hint(source)}")
     inner = re.search(r"_model\.(\w+)\.bin$", pickled[0])
     plain = any(re.search(r"_model\.bin$", name) for name in pickled)
     given = f", variant='{inner[1]}'" if inner and not plain else ""
@@ -164,7 +164,7 @@ def unet_size(folder: Path) -> tuple[int, int] | None:
     where they do not tell.
     """
     try:
-        side = side_of(read_json(folder / "unet/config.json", copy_again(folder)))
+        side = side_of(read_json(folder / "unet/config.json", restore_hint(folder)))
         shapes = [shape for file in weights(folder, "unet")[1] for shape in _shapes(file)]
         return (sum(map(math.prod, shapes)), side) if shapes else None
     except (UserError, OSError, ValueError, KeyError, TypeError):

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..process import say
+from ..process import log
 from ..validated_io import read_json
 from .config_check import REMEDY, check_source
 from .hub import folder_with_weights
-from .model_files import INDEX, STEMS, copy_again, header, weights
+from .model_files import INDEX, STEMS, header, restore_hint, weights
 from .schedule import NUM_TRAIN_TIMESTEPS
 
 WRAPPED = ("_orig_mod.", "module.")  # what torch.compile and DataParallel put before every name
@@ -39,7 +39,7 @@ def open_pipeline(source: str, dtype: torch.dtype) -> Any:
     folder = folder_with_weights(source)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    index, parts = read_json(folder / INDEX, copy_again(source)), {}
+    index, parts = read_json(folder / INDEX, restore_hint(source)), {}
     with warnings.catch_warnings():
         # newer releases prefer `dtype`, which older ones do not know
         warnings.simplefilter("ignore", FutureWarning)
@@ -62,7 +62,7 @@ def told_of(source: str, part: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"cannot load the pipeline {source}: {part}: {reason}; {copy_again(source)}"
+            f"cannot load the pipeline {source}: {part}: {reason}; {restore_hint(source)}"
         ) from error
 
 
@@ -77,7 +77,7 @@ def read_part(folder: Path, part: str, of: list[str], dtype: torch.dtype) -> Any
     variant, files = weights(folder, part)
     refuse_wrapped(files)
     if variant:
-        say(f"{folder}: the {part} is there as {variant} alone, which is taken")
+        log(f"{folder}: the {part} is there as {variant} alone, which is taken")
     options = {"use_safetensors": True, "variant": variant or None, "local_files_only": True}
     return kind.from_pretrained(str(folder / part), torch_dtype=dtype, **options)
 
@@ -87,9 +87,9 @@ def check_part(folder: Path, part: str, parts: dict[str, Any]) -> None:
     if part == "scheduler":
         refuse_schedule(parts[part])
     if part in STEMS:
-        refuse_missing_weights(parts[part], part, folder)
+        check_weights(parts[part], part, folder)
     if part == "text_encoder":
-        refuse_deaf_tokenizer(parts["tokenizer"], parts[part])
+        check_tokenizer(parts["tokenizer"], parts[part])
 
 
 def refuse_schedule(scheduler: Any) -> None:
@@ -114,7 +114,7 @@ def refuse_wrapped(files: list[Path]) -> None:
             )
 
 
-def refuse_missing_weights(network: Any, part: str, folder: Path) -> None:
+def check_weights(network: Any, part: str, folder: Path) -> None:
     """ValueError for a network whose file lacks a weight, or has one that is no number: diffusers
     leaves the first empty, transformers draws it at random, and both go on.
     """
@@ -139,7 +139,7 @@ def part_folder(pipe: Any, name: str) -> Path:
     return Path(str(pipe.unet.config.get("_name_or_path") or "")).parent / name
 
 
-def refuse_deaf_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
+def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
     """ValueError for one that does not read words, or more of them than the text encoder takes: its
     files are damaged, or others. One that does not say how many gets the text encoder's number.
     """

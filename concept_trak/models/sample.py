@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from .ddim import Guided, ddim_sample
+from .ddim import GuidedDenoiser, ddim_sample
 from .text_to_image import TextToImage
 
 
 @dataclass(frozen=True)
-class Generation:
+class SamplingSettings:
     """How pictures are drawn: guidance weight w, steps of DDIM, and what to stay away from."""
 
     guidance_scale: float
@@ -34,7 +34,7 @@ def sample(
     model: TextToImage,
     prompts: list[str],
     x_T: torch.Tensor,
-    generation: Generation,
+    generation: SamplingSettings,
     batch_size: int,
 ) -> torch.Tensor:
     """x0 [n, C, h, w] of n prompts from x_T [n, C, h, w], or [1, C, h, w] for all of them.
@@ -48,7 +48,7 @@ def sample(
         part = prompts[start : start + batch_size]
         encoded = model.encode_prompts([*part, generation.negative_prompt])
         cond, cond_null = encoded[: len(part)], encoded[len(part) :].expand(len(part))
-        guided = Guided(model, cond, cond_null, generation.guidance_scale)
+        guided = GuidedDenoiser(model, cond, cond_null, generation.guidance_scale)
         x0, _ = ddim_sample(guided, x_T[start : start + batch_size], generation.num_steps)
         drawn.append(x0)
     return torch.cat(drawn)

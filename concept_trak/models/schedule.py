@@ -24,7 +24,7 @@ from ..errors import UserError
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-class Level(NamedTuple):
+class NoiseLevel(NamedTuple):
     """Shares of picture and noise in a state; numbers, or tensors that broadcast over a batch."""
 
     alpha: Any
@@ -36,7 +36,7 @@ class Schedule(Protocol):
 
     prediction: str
 
-    def level(self, t: int) -> Level:
+    def level(self, t: int) -> NoiseLevel:
         """Shares at timestep t; t < 0 is the end of sampling."""
         ...
 
@@ -61,10 +61,10 @@ class VariancePreserving:
             )
         self.alpha_bar, self.prediction = alpha_bar.double().cpu(), prediction
 
-    def level(self, t: int) -> Level:
+    def level(self, t: int) -> NoiseLevel:
         """At t < 0 that of abar_0, as Stable Diffusion has it (set_alpha_to_one = False)."""
         a = float(self.alpha_bar[max(t, 0)])
-        return Level(math.sqrt(a), math.sqrt(1 - a))
+        return NoiseLevel(math.sqrt(a), math.sqrt(1 - a))
 
     def to_eps(
         self, output: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor
@@ -87,11 +87,11 @@ class FlowMatching:
     def __init__(self, num_levels: int = NUM_TRAIN_TIMESTEPS, shift: float = 1.0) -> None:
         self.num_levels, self.shift = num_levels, shift
 
-    def level(self, t: int) -> Level:
+    def level(self, t: int) -> NoiseLevel:
         """At t < 0 that of t = 0, the clean picture."""
         u = max(t, 0) / self.num_levels
         s = self.shift * u / (1 + (self.shift - 1) * u)
-        return Level(1 - s, s)
+        return NoiseLevel(1 - s, s)
 
     def to_eps(
         self, output: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor
@@ -100,11 +100,11 @@ class FlowMatching:
         return x_t + batched(self, t, x_t).alpha * output
 
 
-def batched(schedule: Schedule, t: int | torch.Tensor, like: torch.Tensor) -> Level:
+def batched(schedule: Schedule, t: int | torch.Tensor, like: torch.Tensor) -> NoiseLevel:
     """The level of each sample as tensors [B, 1, ...] in dtype and device of `like` [B, ...]."""
     if isinstance(t, int):
         return schedule.level(t)
     shape = (-1, *[1] * (like.dim() - 1))
     levels = torch.tensor([schedule.level(i) for i in t.tolist()], dtype=torch.float64)
     alpha, sigma = (part.view(shape).to(like) for part in levels.unbind(1))
-    return Level(alpha, sigma)
+    return NoiseLevel(alpha, sigma)

@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..errors import UserError, call
+from ..errors import UserError, script_hint
 from .condition import Condition
 from .denoiser import NetworkDenoiser
-from .hashing import COMMITTED, ENCODERS, hash_of, hash_of_reading, hash_of_weights
+from .hashing import COMMITTED, ENCODERS, config_hash, hash_of, weights_hash
 from .lora import load_lora
 from .model_files import side_of
 from .pipelines import open_pipeline
 from .schedule import VariancePreserving
 
-TRAIN_TOKEN = f"train it again (3,000 steps of the model): {call('abc/run_ti.sh')}"
+TRAIN_TOKEN = f"train it again (3,000 steps of the model): {script_hint('abc/run_ti.sh')}"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -174,15 +174,14 @@ class TextToImage(NetworkDenoiser):
         added words do not enter.
         """
         return self._once(
-            "weights",
-            lambda: hash_of_weights((self.pipe.unet, self.pipe.text_encoder, self.pipe.vae)),
+            "weights", lambda: weights_hash((self.pipe.unet, self.pipe.text_encoder, self.pipe.vae))
         )
 
     def identity(self) -> str:
         """Of the model as loaded: `weight_hash()` and how the weights are read (configurations,
         schedule, tokenizer), see `models.hashing`.
         """
-        reading = self._once("reading", lambda: hash_of_reading(self.pipe))
+        reading = self._once("reading", lambda: config_hash(self.pipe))
         weights = self.weight_hash()
         return weights if reading in ("", COMMITTED) else hash_of([weights, reading])
 
@@ -191,8 +190,8 @@ class TextToImage(NetworkDenoiser):
         return self._once("encoders", self._encoder_hash)
 
     def _encoder_hash(self) -> str:
-        weights = hash_of_weights((self.pipe.text_encoder, self.pipe.vae))
-        return hash_of([weights, hash_of_reading(self.pipe, ENCODERS)])
+        weights = weights_hash((self.pipe.text_encoder, self.pipe.vae))
+        return hash_of([weights, config_hash(self.pipe, ENCODERS)])
 
     def _once(self, name: str, compute: Callable[[], str]) -> str:
         if name not in self.hashes:

@@ -7,8 +7,8 @@ shown.py      what both share; panels.py: what the page says; templates/: its ma
 """
 
 from ..scoring.result import ConceptResult, lambda_label
-from .context import Shown
+from .context import ReportContext
 from .page import write_report
 from .results import write_results
 
-__all__ = ["ConceptResult", "Shown", "lambda_label", "write_report", "write_results"]
+__all__ = ["ConceptResult", "ReportContext", "lambda_label", "write_report", "write_results"]

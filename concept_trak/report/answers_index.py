@@ -16,7 +16,7 @@ from .page import environment
 from .saved_answer import PAGE, read_asked
 
 # in columns of their own, or without effect on the answer
-TOLD = {"prompt", "target_concepts", "seed", "top_k", "render_leastk", *NOT_DECIDING} - {
+SHOWN_ELSEWHERE = {"prompt", "target_concepts", "seed", "top_k", "render_leastk", *NOT_DECIDING} - {
     "methods",
     "weights",
 }
@@ -56,5 +56,9 @@ def _row(folder: Path) -> dict[str, Any]:
 def changed_settings(settings: dict[str, Any]) -> list[str]:
     """NAME=value of what differs from the emoji benchmark's defaults, places and words left out."""
     usual = Settings().flat() | EMOJI
-    changed = {k: v for k, v in settings.items() if k in usual and v != usual[k] and k not in TOLD}
+    changed = {
+        k: v
+        for k, v in settings.items()
+        if k in usual and v != usual[k] and k not in SHOWN_ELSEWHERE
+    }
     return [f"{name.upper()}={value}" for name, value in changed.items()]

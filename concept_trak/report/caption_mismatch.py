@@ -13,8 +13,8 @@ import numpy as np
 
 from ..atomic_io import atomic_folder, link, write_bytes, write_json
 from ..attribution.answer import caption_fits
-from ..attribution.corpus import Corpus
-from ..attribution.naming import deciding
+from ..attribution.corpus import AttributionTask
+from ..attribution.naming import settings_digest
 from ..attribution.train_grad import open_store
 from ..errors import UserError
 from ..gradients.caption_fit import MIDDLE
@@ -27,7 +27,7 @@ SHOWN = 40  # pictures of the grid
 HEADER = ("rank", "fit", "file_name", "caption")
 
 
-def suspects(corpus: Corpus) -> Path:
+def rank_mismatched_captions(corpus: AttributionTask) -> Path:
     """Write RESULTS_DIR/suspects/{hash}/ and print its beginning; returns the folder.
 
     UserError where the rows do not tell how well captions fit (F=contrast_llr does).
@@ -44,7 +44,7 @@ def suspects(corpus: Corpus) -> Path:
         (rank, f"{fit[i]:.3f}", name, " ".join(data.captions[i].split()))
         for rank, (i, name) in enumerate(zip(found, names, strict=True), 1)
     ]
-    folder = results_folder(s, "suspects") / deciding(s, store.checksum)
+    folder = results_folder(s, "suspects") / settings_digest(s, store.checksum)
     with atomic_folder(folder) as made:
         write_bytes(made / "suspects.csv", csv_bytes(HEADER, rows))
         if found:
@@ -59,7 +59,7 @@ def suspects(corpus: Corpus) -> Path:
     return folder
 
 
-def _grid(corpus: Corpus, fit: np.ndarray, indices: list[int]) -> bytes:
+def _grid(corpus: AttributionTask, fit: np.ndarray, indices: list[int]) -> bytes:
     pictures = load_pictures(corpus.train, indices)
     captions = [" ".join(corpus.train.captions[i].split()) for i in indices]
     notes = [f"{rank}   fit {fit[i]:.2f}" for rank, i in enumerate(indices, 1)]

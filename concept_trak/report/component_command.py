@@ -48,12 +48,14 @@ def run(verb: str, arguments: argparse.Namespace) -> None:
     device = pick_device(given.device, given.gpu_id)
     given = given.on(device)
     if verb == "cad-images":
-        from ..attribution.corpus import Corpus
+        from ..attribution.corpus import AttributionTask
         from .data_weight_influence import write_influence
 
         if arguments.granularity is None:  # the default of edits, single weights, is too fine
             given = given.but(granularity="module")
-        print(f"images x weights: {os.path.relpath(write_influence(Corpus(given, device)))}")
+        print(
+            f"images x weights: {os.path.relpath(write_influence(AttributionTask(given, device)))}"
+        )
         return
     if verb == "cad-amplify" and arguments.selection is None and arguments.ratio is None:
         given = given.but(**AMPLIFY)

@@ -24,24 +24,29 @@ import torch
 from PIL import Image
 
 from ..atomic_io import atomic_folder, link, write_bytes, write_json
-from ..attribution.prompts import is_in, slug, split_list
-from ..components.concept_plan import Asked, edit_of, plan_of, scores_of
+from ..attribution.prompts import contains, slug, split_list
+from ..components.concept_plan import (
+    ComponentQuery,
+    attribute_components,
+    edit_from_scores,
+    plan_of,
+)
 from ..components.edit_operators import Operator
 from ..components.edits import EditedNetwork, load_edit, save_edit
 from ..components.export import export, refuse_place
-from ..components.objective import AIMS
+from ..components.objective import COMPONENT_OBJECTIVES
 from ..components.parameter_groups import Component, select
-from ..components.score_io import layers, save_scores
+from ..components.score_io import layer_statistics, save_scores
 from ..components.scores import Scores
-from ..components.selection import Chosen, sparing
+from ..components.selection import Selection, subtract_others
 from ..components.states import Sampling
 from ..datasets import labels
 from ..datasets.image_folder import ImageCaptionDataset, load_folder
 from ..datasets.picture import read_picture
-from ..errors import UserError, removal
-from ..models.sample import Generation, initial_noise, sample
+from ..errors import UserError, remove_hint
+from ..models.sample import SamplingSettings, initial_noise, sample
 from ..models.text_to_image import TextToImage, load_pipeline
-from ..settings import Settings, as_dict, digest, provenance, results_folder
+from ..settings import Settings, as_dict, provenance, results_folder, short_hash
 from .page import environment, pairs
 
 OF_TARGET, OF_OTHERS = 4, 8  # pictures shown before and after
@@ -51,7 +56,7 @@ CAPTIONS = "captions"  # SPARE
 
 
 @dataclass(frozen=True)
-class Words:
+class ConceptPrompts:
     """What is asked: the concept's prompt, prompts that show it, and others that do not."""
 
     name: str
@@ -60,7 +65,7 @@ class Words:
     others: list[str]
 
 
-def words_of(settings: Settings) -> Words:
+def concept_prompts(settings: Settings) -> ConceptPrompts:
     """CONCEPT, or the first of TARGET_CONCEPTS that stands in PROMPT, or PROMPT.
 
     UserError for a concept that labelled data do not know, or an empty one.
@@ -68,27 +73,27 @@ def words_of(settings: Settings) -> Words:
     s, data = settings, _labelled(settings.data_dir)
     name = s.concept.strip()
     if not name:
-        named = [t for t in split_list(s.target_concepts) if t and is_in(s.prompt, t)]
+        named = [t for t in split_list(s.target_concepts) if t and contains(s.prompt, t)]
         name = named[0] if named else s.prompt.strip()
     if not name:
         raise UserError("CONCEPT and PROMPT are empty; set what to score, e.g. CONCEPT=rocket")
-    if data is None or (not s.concept and not is_in(s.prompt, name)):
-        return Words(name, name, [name], [])
+    if data is None or (not s.concept and not contains(s.prompt, name)):
+        return ConceptPrompts(name, name, [name], [])
     if name == s.prompt.strip():
-        return Words(name, name, [name], data.captions[:: max(1, len(data) // OF_OTHERS)])
-    column, value = labels.concept(data, name)
+        return ConceptPrompts(name, name, [name], data.captions[:: max(1, len(data) // OF_OTHERS)])
+    column, value = labels.parse_concept(data, name)
     record = next(r for r in data.records if r[column] == value)
     phrase = record.get(f"{column}_phrase") or value
-    prompt = phrase if column == "object" else f"{labels.STYLE_JOINT.strip()} {phrase}"
+    prompt = phrase if column == "object" else f"{labels.STYLE_PREFIX.strip()} {phrase}"
     has = [r[column] == value for r in data.records]
     captions = list(zip(data.captions, has, strict=True))
     others = [c for c, shows in captions if not shows]
-    return Words(
+    return ConceptPrompts(
         value, prompt, [c for c, shows in captions if shows], others[:: max(1, len(others) // 8)]
     )
 
 
-def spared_by(settings: Settings, words: Words) -> list[str]:
+def spared_prompts(settings: Settings, words: ConceptPrompts) -> list[str]:
     """The prompts that SPARE names. UserError for one that is neither concept nor caption."""
     names = [name for name in split_list(settings.spare) if name]
     data = _labelled(settings.data_dir) if names else None
@@ -98,10 +103,10 @@ def spared_by(settings: Settings, words: Words) -> list[str]:
             raise UserError(f"{told}; set SPARE to captions or concepts themselves")
         return _of_every_style(data, words)
     captions = set(data.captions) if data is not None else ()
-    return [n if n in captions else words_of(settings.but(concept=n)).prompt for n in names]
+    return [n if n in captions else concept_prompts(settings.but(concept=n)).prompt for n in names]
 
 
-def _of_every_style(data: ImageCaptionDataset, words: Words) -> list[str]:
+def _of_every_style(data: ImageCaptionDataset, words: ConceptPrompts) -> list[str]:
     """Two captions of every style that do not show the concept: what whole prompts need is more
     than what their words need by themselves.
     """
@@ -116,11 +121,11 @@ def _of_every_style(data: ImageCaptionDataset, words: Words) -> list[str]:
     return found
 
 
-def asked_of(settings: Settings, prompt: str) -> Asked:
+def component_query(settings: Settings, prompt: str) -> ComponentQuery:
     """How a prompt's components are scored; its trajectories have GEN_NUM_INFERENCE_STEPS."""
     s, steps = settings, settings.gen_num_inference_steps
     sampling = Sampling(s.gen_guidance_scale, steps, min(steps, 10 if steps < 50 else 25))
-    return Asked(prompt, s.base_prompt, s.score_seeds, sampling)
+    return ComponentQuery(prompt, s.base_prompt, s.score_seeds, sampling)
 
 
 def _labelled(root: str) -> ImageCaptionDataset | None:
@@ -131,11 +136,11 @@ def _labelled(root: str) -> ImageCaptionDataset | None:
     return data if labels.has_labels(data) else None
 
 
-class Weights:
+class ComponentRun:
     """A model with the edits of EDITS on it, and what is asked of its weights."""
 
     def __init__(self, settings: Settings, device: str) -> None:
-        self.settings, self.words = settings, words_of(settings)
+        self.settings, self.words = settings, concept_prompts(settings)
         s = settings
         edits = [load_edit(path) for path in split_list(s.edits)] if s.edits else []
         self.model: TextToImage = load_pipeline(s.sd_model_path, device, "fp32", s.lora_path)
@@ -144,11 +149,11 @@ class Weights:
         for edit in edits:
             self.edited.apply(edit)
 
-    def but(self, **changes: Any) -> Weights:
+    def but(self, **changes: Any) -> ComponentRun:
         """The same model, asked under other settings."""
         other = copy.copy(self)
         other.settings = self.settings.but(**changes)
-        other.words = words_of(other.settings)
+        other.words = concept_prompts(other.settings)
         other.among = select(self.model.network, other.settings.selection)
         return other
 
@@ -156,22 +161,24 @@ class Weights:
         """Folder of these scores or edits, named by all that decides them."""
         s = self.settings
         decides = [as_dict(s.but(export="", weights=False)), kind, self.edited.base, self.prompts()]
-        return results_folder(s, "cad") / f"{kind}-{slug(self.words.name, 32)}-{digest(decides)}"
+        return (
+            results_folder(s, "cad") / f"{kind}-{slug(self.words.name, 32)}-{short_hash(decides)}"
+        )
 
-    def asked(self, prompt: str) -> Asked:
-        """See `asked_of`."""
-        return asked_of(self.settings, prompt)
+    def asked(self, prompt: str) -> ComponentQuery:
+        """See `component_query`."""
+        return component_query(self.settings, prompt)
 
     def scores(self, aim: str) -> Scores:
         """Of the concept, less what SPARE needs, over one seed."""
 
-        def of(asked: Asked) -> Scores:
-            return scores_of(self.model, asked, AIMS[aim], self.among)
+        def of(asked: ComponentQuery) -> Scores:
+            return attribute_components(self.model, asked, COMPONENT_OBJECTIVES[aim], self.among)
 
-        spared = spared_by(self.settings, self.words)  # told before anything is computed
+        spared = spared_prompts(self.settings, self.words)  # told before anything is computed
         found = of(self.asked(self.words.prompt))
         needs = [of(replace(self.asked(prompt), num_seeds=1)) for prompt in spared]
-        found = sparing(found, needs, self.settings.spare_weight)
+        found = subtract_others(found, needs, self.settings.spare_weight)
         found.about |= self.about()
         return found
 
@@ -183,7 +190,7 @@ class Weights:
         """Pictures of the concept, then of other prompts, at the same noise whenever called."""
         s, prompts = self.settings, self.prompts()
         noise = [initial_noise(self.model.latent_shape, SEED + i) for i in range(len(prompts))]
-        how = Generation(s.gen_guidance_scale, s.gen_num_inference_steps, s.negative_prompt)
+        how = SamplingSettings(s.gen_guidance_scale, s.gen_num_inference_steps, s.negative_prompt)
         x0 = sample(self.model, prompts, torch.cat(noise), how, min(s.batch_size, 16))
         return self.model.decode(x0)
 
@@ -195,11 +202,11 @@ class Weights:
 
 def score_weights(settings: Settings, device: str) -> Path:
     """Score the concept's components for erasing; returns the folder."""
-    weights = Weights(settings, device)
+    weights = ComponentRun(settings, device)
     return write_scores(weights, weights.scores("erase"))
 
 
-def write_scores(weights: Weights, scores: Scores) -> Path:
+def write_scores(weights: ComponentRun, scores: Scores) -> Path:
     """Write scores of components with their page; returns the folder."""
     with _folder(weights, "scores") as (made, folder):
         save_scores(made, scores, weights.among)
@@ -217,7 +224,7 @@ def edit_weights(settings: Settings, device: str, aim: str) -> Path:
     if s.export:
         used = (s.data_dir, s.grad_dir, s.results_dir, s.lora_path, *split_list(s.edits), ".")
         refuse_place(Path(s.export), s.sd_model_path, filter(None, used))
-    weights = Weights(s, device)
+    weights = ComponentRun(s, device)
     folder = write_edit(weights, weights.scores(aim), weights.draw())
     if s.export:
         edited = weights.edited
@@ -227,20 +234,20 @@ def edit_weights(settings: Settings, device: str, aim: str) -> Path:
     return folder
 
 
-def write_edit(weights: Weights, scores: Scores, before: list[Image.Image]) -> Path:
+def write_edit(weights: ComponentRun, scores: Scores, before: list[Image.Image]) -> Path:
     """Make the edit of these scores, apply it, and write it with its page; returns the folder.
 
-    before: what `Weights.draw` gave without it. UserError as `selection.choose` raises it.
+    before: what `ComponentRun.draw` gave without it. UserError as `selection.choose` raises it.
     """
     s, aim = weights.settings, scores.aim
     plan = plan_of(s.selection, s.ratio, s.granularity, Operator(s.operator, s.strength))
     asked = weights.asked(weights.words.prompt)
-    edit, chosen = edit_of(weights.model, scores, plan, asked, weights.edited.base)
+    edit, chosen = edit_from_scores(weights.model, scores, plan, asked, weights.edited.base)
     edit.about.update(aim=aim, prompt=weights.words.prompt, model_path=s.sd_model_path)
     edit.about.update(plan=[s.selection, s.ratio, s.granularity, s.operator, s.strength])
     weights.edited.apply(edit)
     after = weights.draw()
-    print(told(chosen))
+    print(selection_summary(chosen))
     with _folder(weights, aim) as (made, folder):
         save_scores(made, scores, weights.among)
         save_edit(made / "edit.safetensors", edit)
@@ -264,7 +271,7 @@ def sheet(before: list[Image.Image], after: list[Image.Image]) -> bytes:
     return png.getvalue()
 
 
-def told(chosen: Chosen) -> str:
+def selection_summary(chosen: Selection) -> str:
     """What was chosen, and what the published rounding left out."""
     said = f"{chosen.count:,} of {chosen.among:,} weights ({chosen.count / chosen.among:.3%})"
     if chosen.untouched:
@@ -277,7 +284,7 @@ def picture(scores: Scores, among: list[Component]) -> bytes:
     """PNG: positive and negative scores of each layer, and the sum by timestep."""
     from matplotlib.figure import Figure
 
-    rows = layers(scores, among)
+    rows = layer_statistics(scores, among)
     figure = Figure(figsize=(10, 2.4 + 0.16 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     places = np.arange(len(rows))
@@ -297,7 +304,7 @@ def picture(scores: Scores, among: list[Component]) -> bytes:
 
 
 @contextlib.contextmanager
-def _folder(weights: Weights, kind: str) -> Iterator[tuple[Path, Path]]:
+def _folder(weights: ComponentRun, kind: str) -> Iterator[tuple[Path, Path]]:
     """(a folder to fill, its final path); `latest` beside it is a link to the newest."""
     path = weights.place(kind)
     with atomic_folder(path) as made:
@@ -305,9 +312,9 @@ def _folder(weights: Weights, kind: str) -> Iterator[tuple[Path, Path]]:
     link(path.parent / "latest", path)
 
 
-def _page(made: Path, weights: Weights, scores: Scores, shown: Any) -> None:
+def _page(made: Path, weights: ComponentRun, scores: Scores, shown: Any) -> None:
     """report.html of scores or, with (pictures before, after, what was chosen), of an edit."""
-    rows = sorted(layers(scores, weights.among), key=lambda r: -r["share"])
+    rows = sorted(layer_statistics(scores, weights.among), key=lambda r: -r["share"])
     prompts = weights.prompts() if shown else []
     both = list(zip(prompts, *shown[:2], strict=True)) if shown else []
     html = (
@@ -317,11 +324,11 @@ def _page(made: Path, weights: Weights, scores: Scores, shown: Any) -> None:
             words=weights.words,
             aim=scores.aim,
             settings=weights.settings,
-            told=told(shown[2]) if shown else "",
+            told=selection_summary(shown[2]) if shown else "",
             groups=[("The concept", both[:OF_TARGET]), ("Everything else", both[OF_TARGET:])],
             layers=rows[:24],
             largest=max((r["share"] for r in rows), default=1.0) or 1.0,
-            plot=read_picture(made / "layers.png", removal(made)),
+            plot=read_picture(made / "layers.png", remove_hint(made)),
             records={
                 "Settings": pairs(as_dict(weights.settings)),
                 "Provenance": pairs(provenance()),

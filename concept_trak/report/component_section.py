@@ -14,17 +14,17 @@ from typing import Any
 
 from PIL import Image
 
-from ..attribution.corpus import Corpus
+from ..attribution.corpus import AttributionTask
 from ..attribution.prompts import split_list
 from ..components.edits import load_edit
-from ..components.score_io import layers, load_scores
+from ..components.score_io import layer_statistics, load_scores
 from ..components.scores import Scores
 from ..datasets.picture import read_picture
-from ..errors import UserError, removal
-from ..process import say
+from ..errors import UserError, remove_hint
+from ..process import log
 from ..settings import AMPLIFY, Components
-from .component_report import OF_TARGET, PICTURES, Weights, write_edit, write_scores
-from .context import OfConcept, Row
+from .component_report import OF_TARGET, PICTURES, ComponentRun, write_edit, write_scores
+from .context import ConceptWeights, SampleRow
 from .pictures import EMBED_SIDE, shrunk
 
 SHOWN_AIMS = ("erase", "amplify")
@@ -34,12 +34,12 @@ LAYERS = 8  # shown, those with most of the positive scores
 OTHERS = 4  # pictures shown of other prompts
 
 
-def of_concepts(corpus: Corpus) -> list[OfConcept]:
+def of_concepts(corpus: AttributionTask) -> list[ConceptWeights]:
     """Of every target, in order. UserError as the edits raise it, naming the target."""
     s, found = corpus.settings, []
-    weights = Weights(s.but(weights=False), corpus.device)
+    weights = ComponentRun(s.but(weights=False), corpus.device)
     for target in split_list(s.target_concepts):
-        say(f"the weights of {target!r} ...")
+        log(f"the weights of {target!r} ...")
         try:
             found.append(_of_concept(weights.but(concept=target), target))
         except UserError as error:
@@ -47,13 +47,13 @@ def of_concepts(corpus: Corpus) -> list[OfConcept]:
     return found
 
 
-def _of_concept(weights: Weights, target: str) -> OfConcept:
+def _of_concept(weights: ComponentRun, target: str) -> ConceptWeights:
     place = weights.place("scores")
     if not (place / "report.html").exists():
         write_scores(weights, weights.scores("erase"))
-    rows = layers(load_scores(place, weights.among), weights.among)
+    rows = layer_statistics(load_scores(place, weights.among), weights.among)
     shown = [*range(OF_TARGET), *range(OF_TARGET, len(weights.prompts()))[:OTHERS]]
-    return OfConcept(
+    return ConceptWeights(
         target,
         weights.words.prompt,
         sorted(rows, key=lambda row: -row["share"])[:LAYERS],
@@ -76,7 +76,7 @@ def heads_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     return found
 
 
-def _rows(weights: Weights, shown: list[int]) -> Iterator[Row]:
+def _rows(weights: ComponentRun, shown: list[int]) -> Iterator[SampleRow]:
     """The unedited model's pictures, then those of each edit; an edit that is refused has none."""
     before, edits = None, []
     for aim in SHOWN_AIMS:
@@ -92,43 +92,43 @@ def _rows(weights: Weights, shown: list[int]) -> Iterator[Row]:
                     write_edit(at, scores, before)
                     weights.edited.undo()
             except UserError as error:
-                edits.append(Row(name, f"no edit: {error}", [], {}))
+                edits.append(SampleRow(name, f"no edit: {error}", [], {}))
                 continue
             before = before or _cut(folder / PICTURES, 0, len(weights.prompts()))
             edits.append(_row(name, at, folder, shown))
     unedited = before or weights.draw()
-    yield Row("unedited", "", [shrunk(unedited[i], EMBED_SIDE) for i in shown], {})
+    yield SampleRow("unedited", "", [shrunk(unedited[i], EMBED_SIDE) for i in shown], {})
     yield from edits
 
 
-def _for(weights: Weights, aim: str) -> Weights:
+def _for(weights: ComponentRun, aim: str) -> ComponentRun:
     """For amplifying its own SELECTION and RATIO, where both are those of erasing by default."""
     s, usual = weights.settings, Components()
     chosen = (s.selection, s.ratio) != (usual.selection, usual.ratio)
     return weights if aim == "erase" or chosen else weights.but(**AMPLIFY)
 
 
-def _scores(weights: Weights, aim: str) -> Scores:
+def _scores(weights: ComponentRun, aim: str) -> Scores:
     """Those on the disk for erasing, which are to the bit what would be made again."""
     if aim != "erase":
         return weights.scores(aim)
     return replace(load_scores(weights.place("scores"), weights.among), about=weights.about())
 
 
-def _row(name: str, weights: Weights, folder: Path, shown: list[int]) -> Row:
+def _row(name: str, weights: ComponentRun, folder: Path, shown: list[int]) -> SampleRow:
     edit = load_edit(folder / "edit.safetensors")
     note = f"{edit.count:,} of {sum(c.weight.numel() for c in weights.among):,} weights"
     pictures = _cut(folder / PICTURES, 1, len(weights.prompts()))
     links = {"page": folder / "report.html", "edit": folder / "edit.safetensors"}
-    return Row(name, note, [shrunk(pictures[i], EMBED_SIDE) for i in shown], links)
+    return SampleRow(name, note, [shrunk(pictures[i], EMBED_SIDE) for i in shown], links)
 
 
 def _cut(path: Path, row: int, count: int) -> list[Image.Image]:
     """The pictures of one row of `weights.sheet`. UserError for a file that is none."""
-    sheet = read_picture(path, removal(path.parent))
+    sheet = read_picture(path, remove_hint(path.parent))
     width, height = sheet.width // count, sheet.height // 2
     if (width * count, height * 2) != sheet.size:
-        raise UserError(f"{path} is no sheet of {count} pictures; {removal(path.parent)}")
+        raise UserError(f"{path} is no sheet of {count} pictures; {remove_hint(path.parent)}")
     return [
         sheet.crop((i * width, row * height, (i + 1) * width, (row + 1) * height))
         for i in range(count)

@@ -29,7 +29,7 @@ class Links:
 
 
 @dataclass(frozen=True)
-class Row:
+class SampleRow:
     """Pictures at equal noise, those of the concept first. name: of the model that drew them. note:
     how many weights were edited. links: {what it is: path}.
     """
@@ -41,10 +41,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class OfConcept:
+class ConceptWeights:
     """What the weights have to do with one target.
 
-    layers: of `components.score_io.layers`, those with most of the positive scores. heads
+    layers: of `components.score_io.layer_statistics`, those with most of the positive scores. heads
     {attention:
     [sum of alpha of each head]}. page: of the scores. prompts: of the pictures of each row,
     the concept's `of_target` first.
@@ -56,7 +56,7 @@ class OfConcept:
     heads: dict[str, list[float]]
     page: Path
     prompts: list[str]
-    rows: list[Row]
+    rows: list[SampleRow]
     of_target: int
 
     @property
@@ -66,7 +66,7 @@ class OfConcept:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ReportContext:
     """What every page and results folder of one question shares.
 
     picture:       the query
@@ -88,7 +88,7 @@ class Shown:
     provenance: dict
     fit: np.ndarray | None = None
     links: Links | None = None
-    weights: Sequence[OfConcept] = ()
+    weights: Sequence[ConceptWeights] = ()
     weights_line: str = ""
 
     def check(self, concept: ConceptResult) -> None:

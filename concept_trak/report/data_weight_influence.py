@@ -17,58 +17,65 @@ import torch
 from tqdm import tqdm
 
 from ..atomic_io import atomic_folder, link, write_bytes, write_json
-from ..attribution.corpus import Corpus
-from ..attribution.naming import train_states
+from ..attribution.corpus import AttributionTask
+from ..attribution.naming import train_timesteps
 from ..attribution.prompts import slug
-from ..components.concept_plan import Asked
-from ..components.data_influence import Influence, Through, gradient_of, group_names
-from ..components.objective import AIMS
+from ..components.concept_plan import ComponentQuery
+from ..components.data_influence import (
+    ComponentSplitter,
+    ImageComponentInfluence,
+    gradient_of,
+    group_names,
+)
+from ..components.objective import COMPONENT_OBJECTIVES
 from ..components.parameter_groups import select
 from ..components.states import Sampling
 from ..datasets.image_folder import ImageCaptionDataset
-from ..datasets.labels import truth
+from ..datasets.labels import relevance_or_none
 from ..errors import UserError
 from ..gradients.states import train_states_of
 from ..registry import OBJECTIVES
-from ..settings import as_dict, digest, provenance, results_folder
-from .component_report import words_of
+from ..settings import as_dict, provenance, results_folder, short_hash
+from .component_report import concept_prompts
 from .tables import csv_bytes
 
 SHOWN, NAMED = 24, 3  # pictures of the map and the table's beginning; groups named for each
 HEADER = ("rank", "score", "file_name", "caption", "through")
 
 
-def influence_of(corpus: Corpus, prompt: str) -> Influence:
+def influence_of(corpus: AttributionTask, prompt: str) -> ImageComponentInfluence:
     """Of all training pictures on J_erase of a prompt, through the weights of SELECTION."""
     s, model = corpus.settings, corpus.model
     if s.granularity not in ("module", "head"):
         raise UserError(
             f"GRANULARITY={s.granularity} is too fine for this; set GRANULARITY to module or head"
         )
-    chosen, aim = select(model.network, s.selection), AIMS["erase"]
-    asked = Asked(prompt, s.base_prompt, s.score_seeds, Sampling(s.gen_guidance_scale, 20, 10))
+    chosen, aim = select(model.network, s.selection), COMPONENT_OBJECTIVES["erase"]
+    asked = ComponentQuery(
+        prompt, s.base_prompt, s.score_seeds, Sampling(s.gen_guidance_scale, 20, 10)
+    )
     states = [x for seed in range(s.score_seeds) for x in asked.states(model, aim, seed)]
     gradient = gradient_of(model, aim, chosen, states)
-    through = Through(chosen, gradient, s.granularity, s.normalize)
+    through = ComponentSplitter(chosen, gradient, s.granularity, s.normalize)
     cotangent, parts = OBJECTIVES.get(s.f).cotangent, []
     for start in tqdm(range(0, len(corpus.data), s.batch_size), desc="images x weights"):
         x0, cond = corpus.data.batch(range(start, min(start + s.batch_size, len(corpus.data))))
-        seen = train_states_of(model, x0, cond, corpus.cond_null, train_states(s))
+        seen = train_states_of(model, x0, cond, corpus.cond_null, train_timesteps(s))
         parts.append(through.of(model, seen, cotangent, len(x0)))
-    return Influence(torch.cat(parts).numpy(), group_names(chosen, s.granularity))
+    return ImageComponentInfluence(torch.cat(parts).numpy(), group_names(chosen, s.granularity))
 
 
-def write_influence(corpus: Corpus) -> Path:
+def write_influence(corpus: AttributionTask) -> Path:
     """Compute and write everything, print the first pictures; returns the folder."""
     s = corpus.settings
-    words = words_of(s)
+    words = concept_prompts(s)
     found, data = influence_of(corpus, words.prompt), corpus.train
     order = np.argsort(-found.scores, kind="stable")
     rows = [_row(found, data, rank, int(i)) for rank, i in enumerate(order, 1)]
     decides = [as_dict(s), corpus.model.identity(), data.content_hash()]
-    name = f"images-{slug(words.name, 32)}-{digest(decides)}"
+    name = f"images-{slug(words.name, 32)}-{short_hash(decides)}"
     folder = results_folder(s, "cad") / name
-    shows = truth(data, words.name) if words.others else None
+    shows = relevance_or_none(data, words.name) if words.others else None
     total = dict(zip(found.groups, found.values.sum(0).tolist(), strict=True))
     told = {"prompt": words.prompt, "groups": total, "pictures": len(found.values)}
     if shows is not None:
@@ -86,11 +93,11 @@ def write_influence(corpus: Corpus) -> Path:
     return folder
 
 
-def _made_by(corpus: Corpus) -> dict:
+def _made_by(corpus: AttributionTask) -> dict:
     return {"settings": as_dict(corpus.settings), "provenance": provenance()}
 
 
-def _row(found: Influence, data: ImageCaptionDataset, rank: int, i: int) -> tuple:
+def _row(found: ImageComponentInfluence, data: ImageCaptionDataset, rank: int, i: int) -> tuple:
     most = np.argsort(-found.values[i])[:NAMED]
     caption = " ".join(data.captions[i].split())
     name = str(data.records[i].get("file_name", i))
@@ -98,7 +105,7 @@ def _row(found: Influence, data: ImageCaptionDataset, rank: int, i: int) -> tupl
 
 
 def heat_map(
-    found: Influence,
+    found: ImageComponentInfluence,
     captions: list[str],
     order: np.ndarray,
     shows: np.ndarray | None,

@@ -22,19 +22,19 @@ from ..atomic_io import make_folder, write_bytes
 from ..datasets.image_folder import ImageCaptionDataset, looks
 from ..datasets.labels import COLUMNS
 from ..errors import UserError
-from ..flags import line_of
+from ..flags import command_line
 from ..settings import ROOT, Settings
 from .answers_index import changed_settings
 from .formatting import damping_name
 from .page import environment
 from .pictures import QUERY_SIDE, data_uri, shrunk
 from .saved_answer import OURS, PAGE, Kept, answers_in
-from .sprites import Sheets
+from .sprites import SpriteSheets
 
 EXPLORER = "explorer.html"
 
 
-def places(settings: Settings) -> tuple[list[Path], Path]:
+def answer_folders(settings: Settings) -> tuple[list[Path], Path]:
     """(folders of answers, where the page goes): RESULTS_DIR if it was set, else every
     experiment's.
     """
@@ -51,7 +51,7 @@ def explore(settings: Settings) -> Path | None:
     told and left out; None where all that there are were found by an index. UserError where there
     is none that can be shown.
     """
-    folders, path = places(settings)
+    folders, path = answer_folders(settings)
     found, wrong = answers_in(folders)
     for sentence in wrong:
         _leave_out(sentence)
@@ -72,16 +72,16 @@ def _leave_out(sentence: str) -> None:
 def write_explorer(path: Path, answers: Sequence[Kept]) -> None:
     """The page of these answers, the first of them shown first. UserError where none can be."""
     make_folder(path.parent)
-    data, blobs, sheets = gathered(answers, path.parent)
+    data, blobs, sheets = collect(answers, path.parent)
     if not data["answers"]:
-        ask = line_of("attribute", "emoji", {})
+        ask = command_line("attribute", "emoji", {})
         raise UserError(f"there is no answer to explore yet; make one (about 10 s): {ask}")
     template = environment().get_template("explorer.html.jinja")
     html = template.render(data=_script_json(data), first=blobs[:1], rest=blobs[1:], sheets=sheets)
     write_bytes(path, html.encode())
 
 
-def gathered(
+def collect(
     answers: Sequence[Kept], place: Path
 ) -> tuple[dict[str, Any], list[tuple[str, str]], list[tuple[str, str]]]:
     """(what the page knows, (id, base64) of scores, (id, base64) of sheets). place: of the page."""
@@ -124,7 +124,7 @@ class _Gallery:
         """(what the page knows of them, (id, base64) of their sheets)."""
         names = [row["file_name"] for row in self.rows]
         shown = [""] * len(names) if self.warnings else names
-        thumbs = Sheets(self.data.root, shown, place / ".sheets")
+        thumbs = SpriteSheets(self.data.root, shown, place / ".sheets")
         about = {"side": thumbs.side, "across": thumbs.across, "number": self.number}
         sheets = [(f"p{self.number}-{i}", text) for i, text in enumerate(thumbs.encoded())]
         return _dataset(self.rows, self.data.root, place) | about, sheets

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .. import atomic_io
 from ..errors import UserError
 from ..scoring.result import METRIC_K, ConceptResult
-from .context import Shown
+from .context import ReportContext
 from .formatting import rate
 from .histogram import BOX
 from .pictures import PIXELATED_SIDE, QUERY_SIDE, data_uri, load_pictures, shrunk
@@ -52,7 +52,7 @@ def pairs(record: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _check(concepts: list[ConceptResult], shown: Shown) -> None:
+def _check(concepts: list[ConceptResult], shown: ReportContext) -> None:
     if not concepts:
         raise UserError("a report needs at least one target concept: set TARGET_CONCEPTS")
     for concept in concepts:
@@ -68,7 +68,7 @@ def write_report(
     path: Path,
     prompt: str,
     concepts: list[ConceptResult],
-    shown: Shown,
+    shown: ReportContext,
     *,
     unseen: bool | None = None,
     warnings: Sequence[str] = (),

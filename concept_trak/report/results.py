@@ -21,7 +21,7 @@ from PIL import Image
 
 from .. import atomic_io
 from ..scoring.result import ConceptResult, lambda_label
-from .context import Shown
+from .context import ReportContext
 from .pictures import load_pictures, picture_grid
 
 HEADER = "rank\ttrain|exemplar\tidx\tcaption\tscore"
@@ -45,7 +45,7 @@ def _table(
     return ("\n".join(lines) + "\n").encode()
 
 
-def metrics_record(concept: ConceptResult, shown: Shown) -> dict:
+def metrics_record(concept: ConceptResult, shown: ReportContext) -> dict:
     """The content of metrics.json. Metrics stand in it only where truth is known."""
     quality, fixed = concept.quality(), concept.damping_index(shown.fixed_damping)
     sweep = [
@@ -74,7 +74,7 @@ def metrics_record(concept: ConceptResult, shown: Shown) -> dict:
 def write_results(
     folder: Path,
     concept: ConceptResult,
-    shown: Shown,
+    shown: ReportContext,
     *,
     render_leastk: bool,
     num_train: int | None = None,

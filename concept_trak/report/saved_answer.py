@@ -16,8 +16,8 @@ from PIL import Image
 
 from ..atomic_io import sha256_file
 from ..datasets.picture import read_picture
-from ..errors import UserError, removal
-from ..validated_io import checked_file, inside, misfit, read_json, read_npy
+from ..errors import UserError, remove_hint
+from ..validated_io import checked_file, misfit, read_json, read_npy, safe_join
 from .formatting import damping_name
 from .scores import CSV, NPY, npy_of
 from .tables import read_csv
@@ -44,7 +44,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def read_asked(folder: Path) -> dict[str, Any]:
     """question.json of an answer. UserError for one that cannot be used."""
-    path, mend = folder / QUESTION, removal(folder, "ask it again")
+    path, mend = folder / QUESTION, remove_hint(folder, "ask it again")
     asked = EARLIER | read_json(path, mend)
     if place := misfit(asked, LIKE):
         raise UserError(f"{path}: {place} is missing or of another kind; {mend}")
@@ -77,11 +77,11 @@ class Kept:
 
     def mend(self) -> str:
         """How an error ends."""
-        return removal(self.folder, "ask it again")
+        return remove_hint(self.folder, "ask it again")
 
     def path(self, concept: str, name: str) -> Path:
         """Of a file of a concept, after a look at its checksum."""
-        path = inside(self.folder, f"{concept}/{name}", "the file")
+        path = safe_join(self.folder, f"{concept}/{name}", "the file")
         known = self.asked["files"].get(f"{concept}/{name}")
         checked_file(path, self.mend())
         if known is not None and sha256_file(path) != known:

@@ -26,7 +26,7 @@ from ..atomic_io import write_bytes
 from ..datasets.labels import COLUMNS
 from ..scoring.candidate_result import CandidateResult
 from ..scoring.result import ConceptResult
-from .context import Shown
+from .context import ReportContext
 from .tables import csv_bytes
 
 CSV, NPY = "scores.csv", "scores.npy"
@@ -45,7 +45,7 @@ def percentiles(scores: np.ndarray, among: np.ndarray | None = None) -> np.ndarr
 
 
 def write_scores(
-    folder: Path, concept: ConceptResult, shown: Shown, others: Mapping[str, np.ndarray]
+    folder: Path, concept: ConceptResult, shown: ReportContext, others: Mapping[str, np.ndarray]
 ) -> None:
     """The files of the module's docstring. others: {method: [D or 1, N]}."""
     write_bytes(folder / CSV, _table(concept, shown))
@@ -63,7 +63,7 @@ def _write_npy(path: Path, values: np.ndarray) -> None:
     write_bytes(path, content.getvalue())
 
 
-def _table(concept: ConceptResult, shown: Shown) -> bytes:
+def _table(concept: ConceptResult, shown: ReportContext) -> bytes:
     d = concept.damping_index(shown.fixed_damping)
     ranked = concept.ranked(d, concept.num_images)
     scores = concept.scores_of(d, ranked)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..atomic_io import make_folder, write_bytes
 from ..datasets.image_folder import ImageCaptionDataset
 from ..errors import UserError
-from ..settings import digest
+from ..settings import short_hash
 from .pictures import LOSSLESS_SIDE
 
 ACROSS = 16  # pictures in a row of a sheet, and rows
@@ -26,7 +26,7 @@ PER = ACROSS**2
 SIDE, SMALL_SIDE, MANY = 96, 64, 3000  # px of a thumbnail; of one among so many
 
 
-class Sheets:
+class SpriteSheets:
     """root/names as sheets, kept under `cache` as long as no file changes.
 
     side: px of a thumbnail. A picture that is not there, or not readable, is left white.
@@ -58,7 +58,7 @@ class Sheets:
 
     def _sheet(self, rows: range) -> bytes:
         stamps = [[str(self.data.path(i)), *_stamp(self.data.path(i))] for i in rows]
-        name = digest([self.side, stamps])
+        name = short_hash([self.side, stamps])
         for kept in self.cache.glob(f"{name}-*.webp"):
             if kept.is_file() and kept.stem == f"{name}-{_checksum(known := kept.read_bytes())}":
                 return known

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..datasets.caption_overlap import overlap
-from ..gradients.caption_fit import MIDDLE, in_words
+from ..datasets.caption_overlap import caption_overlap
+from ..gradients.caption_fit import MIDDLE, describe_fit
 from ..scoring.result import ConceptResult
-from .context import Shown
+from .context import ReportContext
 from .formatting import damping_name, format_score, power_of_ten, score_unit
 from .histogram import Histogram, histogram
 
 
 @dataclass(frozen=True)
-class Card:
+class ImageCard:
     """One training image in a ranking.
 
     link: to its file, "" where there is none. match: None where truth is not known. text_rank: its
@@ -45,8 +45,8 @@ class Panel:
 
     damping: str
     unit: str
-    top: list[Card]
-    least: list[Card]
+    top: list[ImageCard]
+    least: list[ImageCard]
     histogram: Histogram
     quality: dict[str, float] | None
 
@@ -69,7 +69,7 @@ class Column:
 
 def text_ranks(concept: str, captions: list[str]) -> np.ndarray:
     """[N] ranks from 1 on by the share of the concept's words in a caption; ties share the best."""
-    shares = -overlap(concept, captions)
+    shares = -caption_overlap(concept, captions)
     # not rankdata: SciPy's statistics take half a second to load, of a page that takes one
     return np.searchsorted(np.sort(shares), shares) + 1
 
@@ -77,7 +77,7 @@ def text_ranks(concept: str, captions: list[str]) -> np.ndarray:
 def _panel(
     concept: ConceptResult,
     d: int,
-    shown: Shown,
+    shown: ReportContext,
     quality: dict[str, float] | None,
     by_text: np.ndarray,
 ) -> Panel:
@@ -85,16 +85,16 @@ def _panel(
     unit, captions, fit = score_unit(concept.scores[d]), shown.dataset.captions, shown.fit
     images, spread = concept.spread(d)
 
-    def cards(largest: bool) -> list[Card]:
+    def cards(largest: bool) -> list[ImageCard]:
         ranked = concept.ranked(d, shown.top_k, largest)
         return [
-            Card(
+            ImageCard(
                 index=index,
                 score=format_score(float(score), unit),
                 caption=captions[index],
                 match=None if relevant is None else bool(relevant[index]),
                 text_rank=int(by_text[index]),
-                fit="" if fit is None else in_words(float(fit[index])),
+                fit="" if fit is None else describe_fit(float(fit[index])),
                 suspect=fit is not None and bool(fit[index] < MIDDLE),
                 link=shown.links.pictures(index) if shown.links else "",
             )
@@ -111,7 +111,7 @@ def _panel(
     )
 
 
-def column(concept: ConceptResult, shown: Shown) -> Column:
+def column(concept: ConceptResult, shown: ReportContext) -> Column:
     """The content of one concept's column, one panel a damping of the sweep."""
     quality = concept.quality() or [None] * len(concept.dampings)
     by_text = text_ranks(concept.target, shown.dataset.captions)

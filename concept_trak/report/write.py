@@ -22,20 +22,20 @@ from PIL import Image
 from safetensors.torch import save
 
 from ..atomic_io import atomic_folder, make_folder, write_bytes, write_json
-from ..attribution.answer import Answer, answer, drawn
-from ..attribution.corpus import Corpus
-from ..attribution.naming import question_folder
+from ..attribution.answer import AttributionResult, answer, generate_query_image
+from ..attribution.corpus import AttributionTask
+from ..attribution.naming import answer_folder
 from ..attribution.prompts import target_folders, target_slug
-from ..attribution.question import Picture, Question, picture_identity
-from ..attribution.rankers import GradientRanker
+from ..attribution.question import Query, QueryImage, picture_identity
+from ..attribution.rankers import GradientAttributor
 from ..datasets import ImageCaptionDataset
 from ..datasets.image_folder import looks
 from ..flags import command
-from ..settings import OF_WEIGHTS, ROOT, Settings, as_dict, digest
-from ..store.array_cache import cached_array
+from ..settings import COMPONENT_FIELDS, ROOT, Settings, as_dict, short_hash
+from ..store.array_cache import cached
 from ..store.store import Store
 from .answers_index import write_index
-from .context import Links, OfConcept, Shown
+from .context import ConceptWeights, Links, ReportContext
 from .page import write_report
 from .results import write_results
 from .saved_answer import PAGE, QUESTION, checksums
@@ -43,13 +43,13 @@ from .scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY, npy_of, write_scores
 
 ROWS = ".rows"  # folder of the query rows, beside the answers
 # stages and fields that an answer is asked with
-ASKED = (
+QUERY_SETTINGS = (
     *("question", "generation", "query", "scoring", "report", "methods", "results_dir", "rows"),
-    *("projection", "grad_dir", "batch_size", "num_train", "model", "data_dir", *OF_WEIGHTS),
+    *("projection", "grad_dir", "batch_size", "num_train", "model", "data_dir", *COMPONENT_FIELDS),
 )
 
 
-def attribute(corpus: Corpus, store: Store | None = None) -> Path:
+def attribute(corpus: AttributionTask, store: Store | None = None) -> Path:
     """Answer the settings of `corpus` and write it; returns the path of report.html. store: see
     `answer`.
 
@@ -59,28 +59,30 @@ def attribute(corpus: Corpus, store: Store | None = None) -> Path:
     s, kept = corpus.settings, []
     force = s.force_recompute_concept_grad
 
-    def kept_rows(ranker: GradientRanker, questions: list[Question]) -> np.ndarray:
+    def kept_rows(ranker: GradientAttributor, questions: list[Query]) -> np.ndarray:
         rows = []
         for question in questions:
             identity = ranker.identity(question)
-            name = f"{target_slug(question.words)}-{digest(json.loads(json.dumps(identity)))}.npy"
+            name = (
+                f"{target_slug(question.words)}-{short_hash(json.loads(json.dumps(identity)))}.npy"
+            )
             kept.append(Path(s.results_dir) / "free_query" / ROWS / name)
             make = functools.partial(ranker.row, question)
             shape = (1, corpus.projection.proj_dim)
-            rows.append(cached_array(kept[-1], identity, make, force, shape))
+            rows.append(cached(kept[-1], identity, make, force, shape))
         return np.concatenate(rows)
 
-    def kept_picture(corpus: Corpus) -> Picture:
+    def kept_picture(corpus: AttributionTask) -> QueryImage:
         made_from, drawings = picture_identity(corpus.model, s), []
-        name = f"picture-{digest(json.loads(json.dumps(made_from)))}.npy"
+        name = f"picture-{short_hash(json.loads(json.dumps(made_from)))}.npy"
 
         def draw() -> np.ndarray:
-            drawings.append(drawn(corpus))
+            drawings.append(generate_query_image(corpus))
             return drawings[0].x0.float().cpu().numpy()
 
         path = Path(s.results_dir) / "free_query" / ROWS / name
-        x0 = cached_array(path, made_from, draw, force, (1, *corpus.model.latent_shape))
-        return drawings[0] if drawings else drawn(corpus, torch.from_numpy(x0))
+        x0 = cached(path, made_from, draw, force, (1, *corpus.model.latent_shape))
+        return drawings[0] if drawings else generate_query_image(corpus, torch.from_numpy(x0))
 
     found, weights = answer(corpus, kept_rows, kept_picture, store), []
     s = corpus.settings  # now those of the rows
@@ -92,7 +94,10 @@ def attribute(corpus: Corpus, store: Store | None = None) -> Path:
 
 
 def write_answer(
-    found: Answer, settings: Settings, rows: Sequence[Path] = (), weights: Sequence[OfConcept] = ()
+    found: AttributionResult,
+    settings: Settings,
+    rows: Sequence[Path] = (),
+    weights: Sequence[ConceptWeights] = (),
 ) -> Path:
     """Write an answer into a folder of its own, which appears when it is whole; returns the path of
     its page.
@@ -101,9 +106,9 @@ def write_answer(
     they have to do with each concept, where that was asked.
     """
     s = settings
-    folder = question_folder(s, found.settings["store_checksum"])
+    folder = answer_folder(s, found.settings["store_checksum"])
     names = target_folders([question.words for question in found.questions])
-    shown = Shown(
+    shown = ReportContext(
         Image.fromarray(found.picture.pixels),
         found.dataset,
         s.top_k,
@@ -113,7 +118,7 @@ def write_answer(
         found.fit,
         _links(found, folder, names),
         weights,
-        command("attribute", s, ASKED, weights="1"),
+        command("attribute", s, QUERY_SETTINGS, weights="1"),
     )
     with atomic_folder(folder) as made:
         for i, (question, concept) in enumerate(zip(found.questions, found.concepts, strict=True)):
@@ -133,7 +138,7 @@ def write_answer(
     return folder / PAGE
 
 
-def _links(found: Answer, folder: Path, names: Sequence[str]) -> Links:
+def _links(found: AttributionResult, folder: Path, names: Sequence[str]) -> Links:
     """From the page in `folder`. names: of the concepts' own folders."""
     named = {NPY: "scores.npy (every damping)", CSV: "scores.csv (the fixed damping)"}
     if any(concept.told for concept in found.concepts):
@@ -151,7 +156,7 @@ def _links(found: Answer, folder: Path, names: Sequence[str]) -> Links:
     return Links(lambda i: url(found.dataset.path(i)), files, url)
 
 
-def _asked(found: Answer, names: Sequence[str]) -> dict[str, Any]:
+def _asked(found: AttributionResult, names: Sequence[str]) -> dict[str, Any]:
     """What the explorer and the index read of an answer."""
     data = found.dataset
     return {
@@ -174,10 +179,10 @@ def _asked(found: Answer, names: Sequence[str]) -> dict[str, Any]:
 def pictures_digest(data: ImageCaptionDataset) -> str:
     """Of the names and captions of pictures, in their order."""
     names = [str(record.get("file_name", i)) for i, record in enumerate(data.records)]
-    return digest([names, data.captions])
+    return short_hash([names, data.captions])
 
 
-def save_query(folder: Path, asked: Picture, meta: dict) -> None:
+def save_query(folder: Path, asked: QueryImage, meta: dict) -> None:
     """Noise and latents as safetensors (no pickles); the picture itself comes with the results."""
     x_T, x0 = asked.x_T.cpu().contiguous(), asked.x0.cpu().contiguous()
     write_bytes(folder / "query_noise.safetensors", save({"noise": x_T}))

@@ -31,7 +31,7 @@ TOLERANCE = 1e-8  # relative residual at which Lanczos stops; scores are stored 
 # Relative residual, recomputed from the solution, above which the answer is refused.
 ACCEPTED_RESIDUAL = 1e-6
 MAX_ITERATIONS = 1000
-HELD = 64  # blocks of a group's basis that fit in its memory, so that few groups start again
+MAX_BLOCK = 64  # blocks of a group's basis that fit in its memory, so that few groups start again
 NEGLIGIBLE = 1e-14  # relative norm of a direction below which rounding is all that it holds
 REFINEMENTS = 4  # solves again for what is left, where the product is not quite A's
 PROBES = 4  # random mixtures of a shift's residuals that are recomputed in place of each
@@ -72,7 +72,7 @@ def krylov_solutions(
     def solve(right: torch.Tensor, shifts: torch.Tensor, tolerance: float) -> torch.Tensor:
         return shifted_solve(product, right, shifts, tolerance, MAX_ITERATIONS, rows)[0]
 
-    groups = queries.split(max(1, rows // HELD))
+    groups = queries.split(max(1, rows // MAX_BLOCK))
     if exact is None:
         solved = [
             _verified(product, part, lambdas, solve(part, lambdas, TOLERANCE)) for part in groups

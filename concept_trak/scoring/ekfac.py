@@ -26,7 +26,7 @@ FULL_BLOCK = 2**13  # numbers of a tensor whose own curvature is kept in full: h
 Grads = Sequence[OuterProductGrad | DenseGrad]  # per-sample gradients of all parameter tensors
 
 
-class Basis:
+class Eigenbasis:
     """Eigenvectors of one parameter tensor, and its eigenvalues once they are known.
 
     left [out, out], right [in, in] of a weight; left None for a vector. values: flat, [out * in].
@@ -58,7 +58,7 @@ class Ekfac:
     Attributes: bases, one a parameter tensor, in coordinate order.
     """
 
-    def __init__(self, bases: list[Basis]) -> None:
+    def __init__(self, bases: list[Eigenbasis]) -> None:
         self.bases = bases
 
     @classmethod
@@ -129,6 +129,6 @@ def _factors(grad: OuterProductGrad | DenseGrad) -> list[torch.Tensor]:
     return [delta.T @ delta, a.T @ a]
 
 
-def _basis(factors: list[torch.Tensor]) -> Basis:
+def _basis(factors: list[torch.Tensor]) -> Eigenbasis:
     vectors = [torch.linalg.eigh(factor).eigenvectors.float() for factor in factors]
-    return Basis(None, vectors[0]) if len(vectors) == 1 else Basis(vectors[0], vectors[1])
+    return Eigenbasis(None, vectors[0]) if len(vectors) == 1 else Eigenbasis(vectors[0], vectors[1])

@@ -29,7 +29,16 @@ from ..errors import UserError
 from ..store.array_cache import read_cached
 from ..store.store import Store
 from .block_lanczos import gram_solutions, krylov_solutions
-from .gram import GRAM_TILE, gram, gram_path, gram_rows, row_product, save_gram, shifts, trace
+from .gram import (
+    GRAM_TILE,
+    damping_to_lambda,
+    gram,
+    gram_path,
+    gram_rows,
+    row_product,
+    save_gram,
+    trace,
+)
 from .gram_float32 import compact_bytes, compact_folder, compact_gram
 from .memory import dual_bytes, primal_bytes, refuse_blocks, told
 from .preconditioner import Budget, Preconditioner, checked_queries
@@ -93,7 +102,9 @@ class BlockFisher:
         asked = checked_queries(store, queries, dampings, self.budget.device)
         self._check(store)
         kernels = self._kernels(store)
-        shifts(dampings, sum(k.trace() for k in kernels), store.dim)  # refuses a store of zeros
+        damping_to_lambda(
+            dampings, sum(k.trace() for k in kernels), store.dim
+        )  # refuses a store of zeros
         solved = [
             _eigh_solve(kernel, part, dampings)
             if kernel.trace() > 0
@@ -186,7 +197,7 @@ def _eigh_solve(
     kernel: torch.Tensor, queries: torch.Tensor, dampings: Sequence[float]
 ) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(kernel)
-    lambdas = shifts(dampings, kernel.trace(), len(kernel), queries.device)
+    lambdas = damping_to_lambda(dampings, kernel.trace(), len(kernel), queries.device)
     scaled = (queries @ vectors) / (values.clamp_min(0) + lambdas[:, None, None])
     return scaled @ vectors.T
 
@@ -204,7 +215,7 @@ def _dual(
         wide = tile.double()
         inner.addmm_(wide, wide.T)
     values, vectors = torch.linalg.eigh(inner)
-    lambdas = shifts(dampings, inner.trace(), store.dim, queries.device)[:, None, None]
+    lambdas = damping_to_lambda(dampings, inner.trace(), store.dim, queries.device)[:, None, None]
     pairs = zip(queries.split(GRAM_TILE, 1), tiles, strict=True)
     along = sum(part @ tile.double().T for part, tile in pairs)  # X q: [Q, N]
     weights = ((along @ vectors) / (values.clamp_min(0) + lambdas)) @ vectors.T  # [D, Q, N]
@@ -216,7 +227,9 @@ def _krylov_gram(
     store: Store, queries: torch.Tensor, dampings: Sequence[float], budget: Budget
 ) -> torch.Tensor:
     kernel = gram(store, budget)
-    lambdas = shifts(dampings, kernel.diagonal().double().sum(), store.dim, queries.device)
+    lambdas = damping_to_lambda(
+        dampings, kernel.diagonal().double().sum(), store.dim, queries.device
+    )
     return gram_solutions(kernel, queries, lambdas, budget.max_memory)
 
 
@@ -224,7 +237,7 @@ def _krylov_compact(
     store: Store, queries: torch.Tensor, dampings: Sequence[float], budget: Budget
 ) -> torch.Tensor:
     kernel = compact_gram(store, budget)
-    lambdas = shifts(dampings, trace(store, budget.device), store.dim, queries.device)
+    lambdas = damping_to_lambda(dampings, trace(store, budget.device), store.dim, queries.device)
     left = budget.max_memory - compact_bytes(store.dim)
     return krylov_solutions(kernel.product, queries, lambdas, left, exact=row_product(store))
 
@@ -232,5 +245,5 @@ def _krylov_compact(
 def _krylov_rows(
     store: Store, queries: torch.Tensor, dampings: Sequence[float], budget: Budget
 ) -> torch.Tensor:
-    lambdas = shifts(dampings, trace(store, budget.device), store.dim, queries.device)
+    lambdas = damping_to_lambda(dampings, trace(store, budget.device), store.dim, queries.device)
     return krylov_solutions(row_product(store), queries, lambdas, budget.max_memory)

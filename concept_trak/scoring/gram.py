@@ -15,7 +15,7 @@ from scipy.linalg.blas import dsymv
 
 from ..atomic_io import disk_errors
 from ..errors import UserError
-from ..store.array_cache import keep, read_cached
+from ..store.array_cache import read_cached, write_cached
 from ..store.store import Store
 from .preconditioner import Budget
 
@@ -29,7 +29,7 @@ GRAM_ROWS, GRAM_TILE = 2048, 1024  # rows and columns of X in one matrix product
 Product = Callable[[torch.Tensor], torch.Tensor]  # [n, k] -> [n, k], each row v -> K v
 
 
-def shifts(
+def damping_to_lambda(
     dampings: Sequence[float], trace: float | torch.Tensor, dim: int, device: str = "cpu"
 ) -> torch.Tensor:
     """lambda = damping * trace(K) / k: [D] float64. UserError for a store of zeros."""
@@ -138,10 +138,10 @@ def compute_gram(store: Store, max_memory: int, device: str = "cpu") -> torch.Te
 def save_gram(path: Path, identity: dict, kernel: torch.Tensor) -> None:
     """Keep K in the place of any other store's."""
     others = [old for old in path.parent.glob("gram-*") if old.stem != path.stem]
-    keep_if_possible(path, identity, kernel.cpu().numpy(), others)
+    try_cache(path, identity, kernel.cpu().numpy(), others)
 
 
-def keep_if_possible(path: Path, identity: dict, array: np.ndarray, others: Iterable[Path]) -> bool:
+def try_cache(path: Path, identity: dict, array: np.ndarray, others: Iterable[Path]) -> bool:
     """Keep an array once `others`, files or folders, are removed. One that cannot be written costs
     time, not the result: False, and a warning.
     """
@@ -149,7 +149,7 @@ def keep_if_possible(path: Path, identity: dict, array: np.ndarray, others: Iter
         with disk_errors(path):
             for old in others:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-        keep(path, identity, array)
+        write_cached(path, identity, array)
     except UserError as error:
         reason = getattr(error.__cause__, "strerror", None) or error
         warnings.warn(f"the Gram matrix could not be cached at {path}: {reason}", stacklevel=2)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..store.array_cache import read_cached
 from ..store.store import Store
-from .gram import GRAM_ROWS, keep_if_possible, row_product
+from .gram import GRAM_ROWS, row_product, try_cache
 from .preconditioner import Budget
 
 HEAD = 128  # r
@@ -33,7 +33,7 @@ BAND = 2048  # rows of K in one file
 
 
 @dataclass(frozen=True)
-class CompactGram:
+class Float32Gram:
     """head: U [r, k]. images: W [r, k], both float64. bands: float32, band b holds rows
     [b BAND, (b + 1) BAND) of P K P from its first row's column on.
     """
@@ -58,7 +58,7 @@ class CompactGram:
 
 
 def compact_bytes(dim: int) -> int:
-    """What a `CompactGram` takes."""
+    """What a `Float32Gram` takes."""
     return 2 * dim * dim + 2 * BAND * dim + 16 * HEAD * dim
 
 
@@ -67,7 +67,7 @@ def compact_folder(store: Store) -> Path:
     return store.folder / f"compact-gram-{store.checksum[:16]}"
 
 
-def compact_gram(store: Store, budget: Budget) -> CompactGram:
+def compact_gram(store: Store, budget: Budget) -> Float32Gram:
     """K of a store, from the files beside it as far as they are there; bands that a killed run
     finished are not made again. UserError for one that does not fit in max_memory.
     """
@@ -93,7 +93,7 @@ def compact_gram(store: Store, budget: Budget) -> CompactGram:
         for edge, band in zip(group, _bands(store, head, group, budget.device), strict=True):
             bands[edge] = files.write(f"band-{edge[0]}", made_from, band.cpu().numpy())
     whole = [torch.from_numpy(bands[edge]).to(budget.device) for edge in edges]
-    return CompactGram(head, images, whole)
+    return Float32Gram(head, images, whole)
 
 
 class _Files:
@@ -116,7 +116,7 @@ class _Files:
         """Keep an array, and give it back."""
         if self.cache:
             identity = self.identity | {"made_from": made_from}
-            self.cache = keep_if_possible(self._path(name), identity, array, self.others)
+            self.cache = try_cache(self._path(name), identity, array, self.others)
             self.others = []
         return array
 

@@ -22,7 +22,7 @@ from .preconditioner import Preconditioner
 BLOCK_VALUES = 2**19
 
 
-def solve_and_score(
+def precondition_and_score(
     store: Store,
     queries: np.ndarray,
     dampings: Sequence[float],
@@ -56,7 +56,7 @@ def scores(
             f"queries of {dim} values do not fit {store.folder}; give preconditioned ones of "
             f"{store.dim}"
         )
-    out = room(dampings * queries, store, max_memory)
+    out = allocate_scores(dampings * queries, store, max_memory)
     left = np.asarray(preconditioned, dtype=np.float64).reshape(-1, dim)
     left = torch.from_numpy(left).to(device)
     # many queries do not stay in cache either: larger blocks read them less often
@@ -68,7 +68,7 @@ def scores(
     return out.reshape(dampings, queries, store.num_rows)
 
 
-def room(count: int, store: Store, max_memory: int) -> np.ndarray:
+def allocate_scores(count: int, store: Store, max_memory: int) -> np.ndarray:
     """[count, N] float32 to fill with scores. UserError for more than max_memory bytes."""
     refuse_scores(count, store.num_rows, max_memory)
     return np.empty((count, store.num_rows), np.float32)

@@ -27,43 +27,43 @@ from ..report.answers_index import PAGE
 from ..report.pictures import EMBED_SIDE, shrunk
 from ..report.results import image_bytes
 from ..settings import version
-from ..validated_io import inside
+from ..validated_io import safe_join
 from . import html
-from .job_queue import Desk, Failed, Full, Job, Refused, Stopping, told_status
-from .metrics import CONTENT_TYPE_LATEST, Counts
-from .middleware import Guard, Limits
+from .job_queue import InvalidQuery, Job, JobQueue, QueryFailed, QueueFull, ShuttingDown, job_status
+from .metrics import CONTENT_TYPE_LATEST, Metrics
+from .middleware import AuthMiddleware, RequestLimits
 from .outgoing import MEDIA, Moved, Opened, opened, places, printable, read, without_places
-from .response_schema import AnswerTold, ErrorTold, StatusTold, Teller
+from .response_schema import AnswerResponse, AnswerSerializer, ErrorResponse, StatusResponse
 
 POLL_SECONDS = 1.0  # to wait again while the service stops: the connection is all that is left
 ABOUT = """Which training pictures taught a diffusion model a concept? A question is a prompt and
 words of it; the answer gives every training picture a score for each concept. A high score:
 removing the picture would weaken the concept."""
 SAYS: dict[int, tuple[str, type[BaseModel]]] = {
-    200: ("the answer", AnswerTold),
-    202: ("accepted; where the answer will be, and how many are before it", StatusTold),
-    401: ("API_TOKEN is set, and was not given", ErrorTold),
-    404: ("there is no such thing", ErrorTold),
-    410: ("the file is not there any more, or is another", ErrorTold),
-    413: ("the body is too large", ErrorTold),
-    422: ("words or values that do not fit", ErrorTold),
-    429: ("the queue is full; Retry-After says when to come again", ErrorTold),
-    500: ("the service could not; its log says more", ErrorTold),
-    503: ("the service is stopping", ErrorTold),
+    200: ("the answer", AnswerResponse),
+    202: ("accepted; where the answer will be, and how many are before it", StatusResponse),
+    401: ("API_TOKEN is set, and was not given", ErrorResponse),
+    404: ("there is no such thing", ErrorResponse),
+    410: ("the file is not there any more, or is another", ErrorResponse),
+    413: ("the body is too large", ErrorResponse),
+    422: ("words or values that do not fit", ErrorResponse),
+    429: ("the queue is full; Retry-After says when to come again", ErrorResponse),
+    500: ("the service could not; its log says more", ErrorResponse),
+    503: ("the service is stopping", ErrorResponse),
 }
 
 
-def says(*codes: int) -> Any:
+def document_responses(*codes: int) -> Any:
     """What an address may answer, for its description."""
     return {code: {"description": SAYS[code][0], "model": SAYS[code][1]} for code in codes}
 
 
 FILE = {200: {"description": "the file", "content": {"application/octet-stream": {}}}}
-FILE |= says(401, 404, 410, 422)
+FILE |= document_responses(401, 404, 410, 422)
 Tell = Callable[[Any], str]  # a sentence as others may read it
 
 
-def make_app(desk: Desk, limits: Limits, counts: Counts) -> FastAPI:
+def make_app(desk: JobQueue, limits: RequestLimits, counts: Metrics) -> FastAPI:
     """The application. It owns nothing: whoever made the desk closes it."""
     about: dict[str, Any] = {"title": "concept-trak", "version": version(), "description": ABOUT}
     app = FastAPI(**about, docs_url=None, redoc_url=None)
@@ -79,16 +79,16 @@ def make_app(desk: Desk, limits: Limits, counts: Counts) -> FastAPI:
     add_answers(app, service, tell)
     add_pictures(app, desk)
     add_about(app, desk, counts)
-    app.add_middleware(Guard, limits=limits, counts=counts)
+    app.add_middleware(AuthMiddleware, limits=limits, counts=counts)
     return app
 
 
 class Service:
     """Takes questions for the addresses, and waits for their answers."""
 
-    def __init__(self, desk: Desk, counts: Counts) -> None:
+    def __init__(self, desk: JobQueue, counts: Metrics) -> None:
         self.desk, self.counts = desk, counts
-        self.teller = Teller(desk.corpus, desk.store)
+        self.teller = AnswerSerializer(desk.corpus, desk.store)
         self.links = html.Links(desk.corpus.train)
 
     async def accept(self, asked: BaseModel) -> str:
@@ -107,13 +107,13 @@ class Service:
                 self.counts.answered("known", 0.0)
                 return name
             return desk.ask(settings, asked).name
-        except Refused as error:
+        except InvalidQuery as error:
             self.counts.answered("refused", 0.0)
             raise HTTPException(422, str(error)) from None
-        except Full as error:
+        except QueueFull as error:
             self.counts.answered("turned away", 0.0)
             raise HTTPException(429, str(error), {"Retry-After": str(error.after)}) from None
-        except Stopping:
+        except ShuttingDown:
             told = "the service is stopping; ask again when it is back"
             raise HTTPException(503, told, {"Retry-After": "30"}) from None
 
@@ -138,7 +138,7 @@ class Service:
             if not made.done():
                 return job
         if (error := self.desk.failure(name)) is not None:
-            raise HTTPException(422 if isinstance(error, Refused) else 500, str(error))
+            raise HTTPException(422 if isinstance(error, InvalidQuery) else 500, str(error))
         if not await run_in_threadpool(self.desk.is_there, name):
             raise HTTPException(404, f"there is no answer of the name {name[:300]!r}")
         return None
@@ -149,7 +149,7 @@ class Service:
         if job is not None:
             after = math.ceil(self.desk.tally.mean())
             headers = {"Location": f"/answers/{job.name}", "Retry-After": str(after)}
-            return JSONResponse(told_status(job, self.desk), 202, headers)
+            return JSONResponse(job_status(job, self.desk), 202, headers)
         told = await run_in_threadpool(self.teller.told, self.desk.folder / name, thumbnails)
         return JSONResponse(told)
 
@@ -160,7 +160,9 @@ def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
     Asked, Wait = service.desk.question, Annotated[float, Query(ge=0, le=longest)]
 
     @app.post(
-        "/answers", responses=says(200, 202, 401, 413, 422, 429, 500, 503), summary="Ask a question"
+        "/answers",
+        responses=document_responses(200, 202, 401, 413, 422, 429, 500, 503),
+        summary="Ask a question",
     )
     async def ask(
         asked: Annotated[Asked, Body()],  # type: ignore[valid-type]
@@ -173,7 +175,9 @@ def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
         return await service.told(await service.accept(asked), wait, asked.thumbnails)
 
     @app.get(
-        "/answers/{name}", responses=says(200, 202, 401, 404, 422, 500), summary="Read an answer"
+        "/answers/{name}",
+        responses=document_responses(200, 202, 401, 404, 422, 500),
+        summary="Read an answer",
     )
     async def read(name: str, wait: Wait = 0.0, thumbnails: str = "links") -> Response:
         """The answer of that id, waiting for it at most so many seconds. thumbnails: links, data,
@@ -194,7 +198,7 @@ def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
         if job is not None:
             if file != PAGE:
                 raise HTTPException(404, "the answer is on its way; its files come with it")
-            return HTMLResponse(html.waiting(told_status(job, desk)), 202)
+            return HTMLResponse(html.waiting_page(job_status(job, desk)), 202)
         return await run_in_threadpool(file_of, desk.folder, f"{name}/{file}", service.links)
 
     @app.post("/ask", include_in_schema=False)
@@ -218,12 +222,12 @@ def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
         return HTMLResponse(await run_in_threadpool(html.form, desk, {}, ""))
 
 
-def index_page(desk: Desk) -> Response:
+def index_page(desk: JobQueue) -> Response:
     """The list of all answers."""
     path = desk.folder / "index.html"
     if not path.is_file():
         raise HTTPException(404, "there is no answer yet; ask one")
-    return HTMLResponse(read(path, inside(desk.folder, path.name, "the file").resolve()))
+    return HTMLResponse(read(path, safe_join(desk.folder, path.name, "the file").resolve()))
 
 
 def file_of(folder: Path, name: str, links: html.Links) -> Response:
@@ -231,7 +235,7 @@ def file_of(folder: Path, name: str, links: html.Links) -> Response:
     there.
     """
     try:
-        path = inside(folder, name, "the file")
+        path = safe_join(folder, name, "the file")
         real = path.resolve()
     except (UserError, OSError, RuntimeError):
         path = real = folder
@@ -243,7 +247,7 @@ def file_of(folder: Path, name: str, links: html.Links) -> Response:
     return Opened(opened(path, real), media)
 
 
-def add_pictures(app: FastAPI, desk: Desk) -> None:
+def add_pictures(app: FastAPI, desk: JobQueue) -> None:
     """The training pictures."""
     data = desk.corpus.train
     kept = {"Cache-Control": "private, max-age=3600"}
@@ -277,7 +281,7 @@ def add_pictures(app: FastAPI, desk: Desk) -> None:
         return Response(image_bytes(small, "PNG"), media_type="image/png", headers=kept)
 
 
-def add_about(app: FastAPI, desk: Desk, counts: Counts) -> None:
+def add_about(app: FastAPI, desk: JobQueue, counts: Metrics) -> None:
     """What the service knows, whether it lives, what it counts, how it is asked."""
 
     @app.get(
@@ -319,7 +323,7 @@ def add_about(app: FastAPI, desk: Desk, counts: Counts) -> None:
         return HTMLResponse(html.docs(app.openapi(), *call))
 
 
-def concepts_of(desk: Desk) -> dict[str, Any]:
+def concepts_of(desk: JobQueue) -> dict[str, Any]:
     """{labelled, kinds: {kind: {word: pictures}}, example, num_images}."""
     data = desk.corpus.train
     if labels.has_labels(data):
@@ -352,7 +356,7 @@ def add_errors(app: FastAPI, tell: Tell) -> None:
     def said(request: Request, status: int, sentence: Any, headers: Any = None) -> Response:
         sentence = tell(sentence)
         if "text/html" in request.headers.get("accept", ""):
-            return HTMLResponse(html.refusal(status, sentence), status, headers)
+            return HTMLResponse(html.error_page(status, sentence), status, headers)
         return JSONResponse({"error": sentence}, status, headers)
 
     @app.exception_handler(RequestValidationError)
@@ -376,8 +380,8 @@ def add_errors(app: FastAPI, tell: Tell) -> None:
     async def gone(request: Request, error: Moved) -> Response:
         return said(request, 410, "this file is not there any more, or is another than it was")
 
-    @app.exception_handler(Failed)
-    async def failed(request: Request, error: Failed) -> Response:
+    @app.exception_handler(QueryFailed)
+    async def failed(request: Request, error: QueryFailed) -> Response:
         return said(request, 500, error)
 
     @app.exception_handler(Exception)

@@ -17,13 +17,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..attribution import prompts
-from ..attribution.preflight import check_words
+from ..attribution.preflight import check_targets
 from ..datasets import labels as emoji
 from ..datasets.image_folder import ImageCaptionDataset
 from ..datasets.list_concepts import labelled_questions
 from ..errors import UserError
 from ..report import page
-from .job_queue import Desk
+from .job_queue import JobQueue
 
 FORM_FIELDS = 40  # of a form, at most
 BACK = """
@@ -68,17 +68,17 @@ def render(name: str, **about: Any) -> str:
     return environment().get_template(f"{name}.html.jinja").render(**about)
 
 
-def waiting(status: dict[str, Any]) -> str:
+def waiting_page(status: dict[str, Any]) -> str:
     """The page of an answer that is on its way; it looks again by itself."""
     return render("waiting", **status)
 
 
-def refusal(status: int, sentence: str) -> str:
+def error_page(status: int, sentence: str) -> str:
     """The page of an error."""
     return render("refusal", status=status, sentence=sentence)
 
 
-def form(desk: Desk, given: dict[str, str], refused: str) -> str:
+def form(desk: JobQueue, given: dict[str, str], refused: str) -> str:
     """The form, filled with what was `given`; refused: why it was not taken, or ""."""
     data, first = desk.corpus.train, example_of(desk)
     labels = {c: list(emoji.values(data, c)) for c in emoji.COLUMNS} if first else {}
@@ -96,7 +96,7 @@ def form(desk: Desk, given: dict[str, str], refused: str) -> str:
     )
 
 
-def example_of(desk: Desk) -> tuple[str, list[str]] | None:
+def example_of(desk: JobQueue) -> tuple[str, list[str]] | None:
     """(prompt, its concepts) that the data know: those of the settings, else the first that the
     labels name. None for data without labels.
     """
@@ -104,13 +104,13 @@ def example_of(desk: Desk) -> tuple[str, list[str]] | None:
     if not emoji.has_labels(data):
         return None
     try:
-        check_words(s, data)
+        check_targets(s, data)
     except UserError:
         return next(labelled_questions(data), None)
     return s.prompt, prompts.split_list(s.target_concepts)
 
 
-def inputs(question: type[BaseModel], desk: Desk) -> list[dict[str, Any]]:
+def inputs(question: type[BaseModel], desk: JobQueue) -> list[dict[str, Any]]:
     """The settings of a question as inputs of the form."""
     words = ("prompt", "concepts", "negative_prompts", "thumbnails")
     return [

@@ -23,19 +23,19 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..atomic_io import disk_errors, make_folder, write_json
-from ..attribution.answer import asked_words
-from ..attribution.corpus import Corpus
-from ..attribution.naming import question_folder
-from ..attribution.preflight import check_words
+from ..attribution.answer import resolve_targets
+from ..attribution.corpus import AttributionTask
+from ..attribution.naming import answer_folder
+from ..attribution.preflight import check_targets
 from ..attribution.train_grad import open_store
-from ..errors import UserError, removal
-from ..process import say
+from ..errors import UserError, remove_hint
+from ..process import log
 from ..report.answers_index import PAGE
 from ..report.write import attribute
 from ..settings import Settings, provenance
 from ..store.store import Store
 from ..validated_io import NAME_BYTES, read_json
-from .request_schema import asked_model, settings_of, usual_service
+from .request_schema import make_request_model, service_defaults, settings_of
 
 ASKED = ".asked"  # folder of what is accepted and not yet answered, beside the answers
 KEPT_FAILURES = 256  # so many of the last ones are told to who asks again
@@ -43,15 +43,15 @@ RECENT = 16  # answers whose mean time says when to come again
 FIRST_GUESS = 5.0  # seconds, before any answer was made
 
 
-class Refused(Exception):
+class InvalidQuery(Exception):
     """The question cannot be answered by anyone; one sentence."""
 
 
-class Failed(Exception):
+class QueryFailed(Exception):
     """The service could not answer; one sentence."""
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue is full. after: seconds, when to come again."""
 
     def __init__(self, after: int) -> None:
@@ -59,7 +59,7 @@ class Full(Exception):
         self.after = after
 
 
-class Stopping(Exception):
+class ShuttingDown(Exception):
     """The service takes no more questions."""
 
 
@@ -67,7 +67,7 @@ class Stopping(Exception):
 class Job:
     """A question that was accepted.
 
-    made: ends with the folder of the answer, `Refused` or `Failed`.
+    made: ends with the folder of the answer, `InvalidQuery` or `QueryFailed`.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Job:
 
 
 @dataclass
-class Tally:
+class QueueStats:
     """What became of questions since the start: {outcome: how many}, and seconds of the last."""
 
     outcomes: dict[str, int] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Tally:
         return sum(self.recent) / len(self.recent) if self.recent else FIRST_GUESS
 
 
-class Desk:
+class JobQueue:
     """Takes questions for one corpus.
 
     Attributes: corpus; store, its rows, checked once; folder, of the answers; question, the model
@@ -96,18 +96,18 @@ class Desk:
     """
 
     def __init__(
-        self, corpus: Corpus, answered: Callable[[str, float], None] = lambda *_: None
+        self, corpus: AttributionTask, answered: Callable[[str, float], None] = lambda *_: None
     ) -> None:
-        usual = corpus.settings.but(**usual_service())
+        usual = corpus.settings.but(**service_defaults())
         self.length, self.wait = corpus.settings.queue_length, corpus.settings.answer_wait
         self.corpus, self.answered = corpus.with_settings(usual), answered
-        self.question = asked_model(usual)
+        self.question = make_request_model(usual)
         self.store = open_store(self.corpus)
         self._checksum, self._rows = self.store.checksum, _stamps(self.store)
         self.provenance = provenance()
         self.folder = Path(usual.results_dir) / "free_query"
         self.stopping = False
-        self.tally = Tally()
+        self.tally = QueueStats()
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, Job] = OrderedDict()  # accepted, not yet answered
         self._failures: OrderedDict[str, Exception] = OrderedDict()
@@ -119,14 +119,14 @@ class Desk:
         """The settings of a question. Refused for words or values that do not fit."""
         try:
             settings = settings_of(asked, self.corpus.settings)
-            check_words(settings, self.corpus.everything)
+            check_targets(settings, self.corpus.everything)
         except UserError as error:
-            raise Refused(str(error)) from None
+            raise InvalidQuery(str(error)) from None
         return settings
 
     def name_of(self, settings: Settings) -> str:
         """The name of the answer's folder, by all that decides it."""
-        return question_folder(settings, self._checksum).name
+        return answer_folder(settings, self._checksum).name
 
     def known(self, name: str) -> Path | None:
         """The folder of an answer that need not be made; None for one that is not there, or that
@@ -137,7 +137,7 @@ class Desk:
             return None
         try:
             path = next(folder.glob("target_*/metrics.json"))
-            record = read_json(path, removal(path, "ask again"))
+            record = read_json(path, remove_hint(path, "ask again"))
         except (UserError, StopIteration):
             return None
         return folder if record.get("provenance") == self.provenance else None
@@ -156,11 +156,11 @@ class Desk:
         name = self.name_of(settings)
         with self._lock:
             if self.stopping:
-                raise Stopping
+                raise ShuttingDown
             if name in self._jobs:
                 return self._jobs[name]
             if len(self._jobs) > self.length and not resumed:
-                raise Full(max(1, round(self.tally.mean() * len(self._jobs))))
+                raise QueueFull(max(1, round(self.tally.mean() * len(self._jobs))))
             self._write_down(name, asked)
             job = self._jobs[name] = Job(name, settings)
             self._failures.pop(name, None)
@@ -196,11 +196,11 @@ class Desk:
         error: Exception | None = None
         try:
             folder = self._answer(job)
-        except Refused as refusal:
+        except InvalidQuery as refusal:
             outcome, error = "refused", refusal
         except BaseException as fault:  # noqa: BLE001 - whatever it is, who asked is told
             traceback.print_exc()
-            outcome, error = "failed", Failed(_sentence(fault))
+            outcome, error = "failed", QueryFailed(_sentence(fault))
         seconds = time.monotonic() - started
         with self._lock:
             self._jobs.pop(job.name, None)
@@ -223,9 +223,9 @@ class Desk:
             return folder
         corpus = self.corpus.with_settings(job.settings)
         try:
-            asked_words(corpus)
+            resolve_targets(corpus)
         except UserError as error:
-            raise Refused(str(error)) from None
+            raise InvalidQuery(str(error)) from None
         self._refuse_other_rows()
         folder = attribute(corpus, self.store).parent
         try:
@@ -254,7 +254,7 @@ class Desk:
             with disk_errors(self._slip(name)):
                 self._slip(name).unlink(missing_ok=True)
         except UserError as error:  # it will be answered once more
-            say(f"warning: {error}")
+            log(f"warning: {error}")
 
     def _slip(self, name: str) -> Path:
         return self.folder / ASKED / f"{name}.json"
@@ -267,16 +267,16 @@ class Desk:
         taken = 0
         for slip in sorted((self.folder / ASKED).glob("*.json"), key=_modified):
             try:
-                asked = self.question(**read_json(slip, removal(slip, "ask again")))
+                asked = self.question(**read_json(slip, remove_hint(slip, "ask again")))
                 settings = self.read(asked)
-            except (UserError, Refused, ValidationError, TypeError) as error:
-                say(f"warning: {slip} is passed over ({_sentence(error)})")
+            except (UserError, InvalidQuery, ValidationError, TypeError) as error:
+                log(f"warning: {slip} is passed over ({_sentence(error)})")
                 continue
             if self.name_of(settings) == slip.stem:
                 self.ask(settings, asked, resumed=True)
                 taken += 1
             else:
-                say(f"{slip} was asked of a service with other settings and is left for it")
+                log(f"{slip} was asked of a service with other settings and is left for it")
         return taken
 
     def stop(self) -> None:
@@ -312,13 +312,13 @@ def _sentence(error: BaseException) -> str:
     """What to tell who asked: one line of bounded length, without a traceback."""
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "the service has too little memory for this question; see its log"
-    if isinstance(error, UserError | Refused):
+    if isinstance(error, UserError | InvalidQuery):
         text = " ".join(str(error).split())
         return text if len(text) <= 1000 else f"{text[:1000]} ..."
     return f"the service met a fault of its own ({type(error).__name__}); see its log"
 
 
-def told_status(job: Job, desk: Desk) -> dict[str, Any]:
+def job_status(job: Job, desk: JobQueue) -> dict[str, Any]:
     """What is said of a question that is not answered yet."""
     before = desk.before(job.name)
     return {

@@ -16,10 +16,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800)
 
-__all__ = ["CONTENT_TYPE_LATEST", "Counts"]
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
 
 
-class Counts:
+class Metrics:
     """Counters of one service; memory and processor time of its process come with them."""
 
     def __init__(self) -> None:

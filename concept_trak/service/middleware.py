@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from ..errors import UserError
-from .metrics import Counts
+from .metrics import Metrics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -31,7 +31,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/health",)  # told without a token: whether it lives, and nothing else
 SHORTEST_TOKEN = 16
 MAKE_TOKEN = "export API_TOKEN=$(openssl rand -hex 16)"
-SAFE = {
+SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "same-origin",
@@ -40,7 +40,7 @@ SAFE = {
 }
 
 
-class TurnedAway(Exception):
+class RequestRejected(Exception):
     """A request that is not let in: status, one sentence, further headers."""
 
     def __init__(self, status: int, sentence: str, **headers: str) -> None:
@@ -50,7 +50,7 @@ class TurnedAway(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Of what is read. token: "" where none is asked for. body_bytes; body_timeout: seconds."""
 
     token: str
@@ -58,7 +58,7 @@ class Limits:
     body_timeout: float
 
 
-def checked_token(token: str, host: str) -> str:
+def validate_token(token: str, host: str) -> str:
     """The token. UserError for one that no header can hold or that is soon guessed, and for none
     where other machines may ask.
     """
@@ -85,10 +85,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Guard:
+class AuthMiddleware:
     """ASGI middleware; see the module's docstring."""
 
-    def __init__(self, app: App, limits: Limits, counts: Counts) -> None:
+    def __init__(self, app: App, limits: RequestLimits, counts: Metrics) -> None:
         self.app, self.limits, self.counts = app, limits, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +102,9 @@ class Guard:
                 status = message["status"]
                 there = {name.lower() for name, _ in message["headers"]}
                 more = [
-                    (k.encode(), v.encode()) for k, v in SAFE.items() if k.encode() not in there
+                    (k.encode(), v.encode())
+                    for k, v in SECURITY_HEADERS.items()
+                    if k.encode() not in there
                 ]
                 message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
@@ -113,7 +115,7 @@ class Guard:
             }
             self._check(scope, headers)
             receive = await self._whole_body(headers, receive)
-        except TurnedAway as refusal:
+        except RequestRejected as refusal:
             await refuse(refusal, sent)
         else:
             await self.app(scope, receive, sent)
@@ -125,12 +127,12 @@ class Guard:
         """TurnedAway for a request that may not ask."""
         host = headers.get("host", "")
         if not self.limits.token and not is_loopback(_place(f"//{host}").hostname or ""):
-            raise TurnedAway(421, "this service answers to the names of this machine alone")
+            raise RequestRejected(421, "this service answers to the names of this machine alone")
         origin = headers.get("origin")
         if origin is not None and _place(origin).netloc.lower() != host.lower():
-            raise TurnedAway(403, "a page of another site may not ask this service")
+            raise RequestRejected(403, "a page of another site may not ask this service")
         if self.limits.token and scope["path"] not in OPEN and not self._knows(headers):
-            raise TurnedAway(
+            raise RequestRejected(
                 401,
                 "this service wants API_TOKEN, as 'Authorization: Bearer TOKEN' or as a password",
                 www_authenticate='Basic realm="concept-trak", charset="UTF-8"',
@@ -151,7 +153,7 @@ class Guard:
     async def _whole_body(self, headers: dict[str, str], receive: Receive) -> Receive:
         """A `receive` that gives the body, read here, and then what comes after it."""
         most = self.limits.body_bytes
-        too_large = TurnedAway(413, f"the body of a request may have {most} bytes at most")
+        too_large = RequestRejected(413, f"the body of a request may have {most} bytes at most")
         length = headers.get("content-length", "0")
         if length.isdecimal() and (len(length) > 12 or int(length) > most):
             raise too_large
@@ -162,7 +164,7 @@ class Guard:
                 message = await asyncio.wait_for(receive(), max(0.001, deadline - time.monotonic()))
             except asyncio.TimeoutError:  # noqa: UP041 - another class before Python 3.11
                 told = f"the body did not arrive within {self.limits.body_timeout:g} s"
-                raise TurnedAway(408, told) from None
+                raise RequestRejected(408, told) from None
             if message["type"] != "http.request":  # who asked has gone
                 break
             body, more = body + message.get("body", b""), message.get("more_body", False)
@@ -188,7 +190,7 @@ def _place(address: str) -> SplitResult:
         return urlsplit("")
 
 
-async def refuse(refusal: TurnedAway, send: Send) -> None:
+async def refuse(refusal: RequestRejected, send: Send) -> None:
     """Answer with the sentence, and close the connection: what else it holds is not read."""
     body = json.dumps({"error": refusal.sentence}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body))}

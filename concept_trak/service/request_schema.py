@@ -15,11 +15,11 @@ from ..errors import UserError
 from ..parsing import Option
 from ..settings import Settings, flat_fields
 
-ASKABLE = (
+REQUEST_FIELDS = (
     *("negative_prompt", "query_form", "scope", "seed", "gen_guidance_scale"),
     *("gen_num_inference_steps", "concept_guidance_scale", "eta", "epochs", "damping", "top_k"),
 )
-MOST = {"gen_num_inference_steps": 250, "epochs": 64, "top_k": 100}
+FIELD_LIMITS = {"gen_num_inference_steps": 250, "epochs": 64, "top_k": 100}
 PROMPT_LETTERS, CONCEPT_LETTERS, CONCEPTS = 1000, 200, 8
 GUIDANCE = ("gen_guidance_scale", "concept_guidance_scale")
 MOST_GUIDANCE = 1000.0  # in size: beyond, samples are not finite
@@ -29,7 +29,7 @@ Prompt = Annotated[str, StringConstraints(max_length=PROMPT_LETTERS)]
 Concept = Annotated[str, StringConstraints(min_length=1, max_length=CONCEPT_LETTERS)]
 
 
-class Words(BaseModel):
+class QueryRequest(BaseModel):
     """A question: the prompt, and concepts that stand in it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -46,16 +46,20 @@ class Words(BaseModel):
     )
 
 
-def asked_model(base: Settings) -> type[BaseModel]:
-    """`Words` with the settings ASKABLE, each as in `settings` and by default as in `base`."""
+def make_request_model(base: Settings) -> type[BaseModel]:
+    """`QueryRequest` with the settings ASKABLE, each as in `settings` and by default as in
+    `base`."""
     fields: dict[str, Any] = {}
     for field in flat_fields():
-        if field.name in ASKABLE:
+        if field.name in REQUEST_FIELDS:
             option: Option = field.metadata["option"]
             kind: Any = TYPES[str(field.type)]
             if choices := option.allowed():
                 kind = Literal[choices]
-            limits: dict[str, Any] = {"ge": option.low, "le": MOST.get(field.name, option.high)}
+            limits: dict[str, Any] = {
+                "ge": option.low,
+                "le": FIELD_LIMITS.get(field.name, option.high),
+            }
             if field.name in GUIDANCE:
                 limits = {"ge": -MOST_GUIDANCE, "le": MOST_GUIDANCE}
             if kind is str:
@@ -66,8 +70,8 @@ def asked_model(base: Settings) -> type[BaseModel]:
             told += f"; left out: {getattr(base, field.name)!r}"
             known = {k: v for k, v in limits.items() if v is not None}
             fields[field.name] = (kind | None, Field(None, description=told, **known))
-    made = create_model("Question", __base__=Words, **fields)
-    made.__doc__ = Words.__doc__
+    made = create_model("Question", __base__=QueryRequest, **fields)
+    made.__doc__ = QueryRequest.__doc__
     return made
 
 
@@ -112,7 +116,7 @@ def _joined(negatives: list[str], count: int) -> str:
 
 
 @functools.cache
-def usual_service() -> dict[str, Any]:
+def service_defaults() -> dict[str, Any]:
     """The defaults of the stage `service`, under which every answer is recorded: where it was asked
     is no part of it.
     """

@@ -13,22 +13,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ..attribution.answer import caption_fits
-from ..attribution.corpus import Corpus
+from ..attribution.corpus import AttributionTask
 from ..datasets import labels
 from ..datasets.image_folder import ImageCaptionDataset
-from ..errors import UserError, removal
+from ..errors import UserError, remove_hint
 from ..report.pictures import data_uri, load_pictures
 from ..report.saved_answer import PAGE, read_asked
 from ..report.scores import CANDIDATE_ROWS, CANDIDATES, CSV, NPY
 from ..report.write import pictures_digest
 from ..scoring.ranking import ranking
 from ..store.store import Store
-from ..validated_io import inside, read_json, read_npy
+from ..validated_io import read_json, read_npy, safe_join
 
 METRICS = "metrics.json"
 
 
-class CardTold(BaseModel):
+class ImageResponse(BaseModel):
     """A training picture in a ranking.
 
     match: whether its labels name the concept, where there are labels. fit: about 1 where its
@@ -47,7 +47,7 @@ class CardTold(BaseModel):
     thumbnail: str | None = None
 
 
-class ConceptTold(BaseModel):
+class ConceptResponse(BaseModel):
     """A concept. top, least: the highest (lowest) scores first. metrics: of labelled data. search:
     how an index found them, where one did.
     """
@@ -55,15 +55,15 @@ class ConceptTold(BaseModel):
     model_config = ConfigDict(extra="forbid")
     concept: str
     negative_prompt: str
-    top: list[CardTold]
-    least: list[CardTold]
+    top: list[ImageResponse]
+    least: list[ImageResponse]
     metrics: dict[str, float] | None
     chance: dict[str, float] | None
     search: str | None = None
     files: dict[str, str]
 
 
-class AnswerTold(BaseModel):
+class AnswerResponse(BaseModel):
     """An answer. unseen: true if the prompt is a held-out caption, false if a training one."""
 
     model_config = ConfigDict(extra="forbid")
@@ -75,14 +75,14 @@ class AnswerTold(BaseModel):
     num_images: int
     score_sign: str
     damping: float
-    concepts: list[ConceptTold]
+    concepts: list[ConceptResponse]
     picture: str
     report: str
     settings: dict[str, Any]
     provenance: dict[str, Any]
 
 
-class StatusTold(BaseModel):
+class StatusResponse(BaseModel):
     """A question that is not answered yet. before: questions that are answered first."""
 
     model_config = ConfigDict(extra="forbid")
@@ -93,14 +93,14 @@ class StatusTold(BaseModel):
     answer: str
 
 
-class ErrorTold(BaseModel):
+class ErrorResponse(BaseModel):
     """What is wrong, in one sentence."""
 
     error: str
 
 
 @dataclass(frozen=True)
-class Known:
+class StoredScores:
     """The scores [M] that an answer knows, the pictures [M] they are of, and their file's name."""
 
     rows: np.ndarray
@@ -108,10 +108,10 @@ class Known:
     file: str
 
 
-class Teller:
+class AnswerSerializer:
     """Tells answers about the train pictures of a corpus."""
 
-    def __init__(self, corpus: Corpus, store: Store) -> None:
+    def __init__(self, corpus: AttributionTask, store: Store) -> None:
         self.data: ImageCaptionDataset = corpus.train
         self.fit = caption_fits(corpus, store)
         self.digest = pictures_digest(self.data)
@@ -121,7 +121,7 @@ class Teller:
 
         thumbnails: links, data (data URLs) or none. UserError for a folder that is not whole.
         """
-        mend = removal(folder, "ask again")
+        mend = remove_hint(folder, "ask again")
         asked = read_asked(folder)
         settings, base = asked["settings"], f"/answers/{folder.name}"
         if asked["pictures"]["digest"] != self.digest:
@@ -134,12 +134,12 @@ class Teller:
         concepts = []
         for name, record in zip(asked["folders"], records, strict=True):
             by_index = asked.get("search") == "index"
-            file = inside(folder, f"{name}/{CANDIDATES if by_index else NPY}", "the file")
+            file = safe_join(folder, f"{name}/{CANDIDATES if by_index else NPY}", "the file")
             values = read_npy(file, mend, dims=2)[row]
             rows = np.arange(len(values))
             if by_index:
                 rows = read_npy(file.with_name(CANDIDATE_ROWS), mend, dims=1).astype(np.int64)
-            known = Known(rows, values, file.name)
+            known = StoredScores(rows, values, file.name)
             concepts.append(self._concept(record, known, f"{base}/{name}", settings["top_k"]))
         if thumbnails == "data":
             self._embed(concepts)
@@ -163,9 +163,9 @@ class Teller:
         }
 
     def _concept(
-        self, record: dict[str, Any], known: Known, base: str, top_k: int
+        self, record: dict[str, Any], known: StoredScores, base: str, top_k: int
     ) -> dict[str, Any]:
-        truth = labels.truth(self.data, record["target"])
+        truth = labels.relevance_or_none(self.data, record["target"])
         ends = {
             end: [
                 self._card(rank, int(known.rows[i]), float(known.scores[i]), truth)

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..attribution.corpus import Corpus
+from ..attribution.corpus import AttributionTask
 from ..errors import UserError
-from ..process import VERBOSITY, say
+from ..process import VERBOSITY, log
 from ..settings import Settings
 
 if TYPE_CHECKING:
-    from .job_queue import Desk
+    from .job_queue import JobQueue
 
 TOKEN = "API_TOKEN"  # a variable and no setting: settings are written beside every answer
 NEEDS = (
@@ -39,20 +39,20 @@ def serve(settings: Settings, device: str) -> None:
     except ImportError:
         raise UserError(NEEDS) from None
     from .app import make_app
-    from .job_queue import Desk
-    from .metrics import Counts
-    from .middleware import Limits, checked_token
+    from .job_queue import JobQueue
+    from .metrics import Metrics
+    from .middleware import RequestLimits, validate_token
 
     s = settings
-    token = checked_token(os.environ.get(TOKEN, ""), s.listen_host)
+    token = validate_token(os.environ.get(TOKEN, ""), s.listen_host)
     with listening(s.listen_host, s.listen_port) as bound:
-        counts = Counts()
-        corpus = Corpus(s, device)
+        counts = Metrics()
+        corpus = AttributionTask(s, device)
         corpus.preconditioner  # noqa: B018 - too little MAX_MEMORY is told before any question
-        desk = Desk(corpus, counts.answered)
-        app = make_app(desk, Limits(token, s.body_bytes, s.body_timeout), counts)
+        desk = JobQueue(corpus, counts.answered)
+        app = make_app(desk, RequestLimits(token, s.body_bytes, s.body_timeout), counts)
         if taken := desk.resume():
-            say(f"{taken} questions that an ended service had accepted are answered first")
+            log(f"{taken} questions that an ended service had accepted are answered first")
         bound.listen(CONNECTIONS)  # who reads the line may connect at once, and is then served
         print(f"service: {address_of(bound)}", flush=True)
         run(app, desk, bound)
@@ -90,7 +90,7 @@ def address_of(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def run(app: Any, desk: Desk, bound: socket.socket) -> None:
+def run(app: Any, desk: JobQueue, bound: socket.socket) -> None:
     """Serve until a signal, and then, with 503 for new questions, until all that was accepted is
     answered. A second SIGINT ends at once: what is accepted is written down, and the next service
     takes it up.
@@ -101,7 +101,7 @@ def run(app: Any, desk: Desk, bound: socket.socket) -> None:
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             desk.stop()
             if left := desk.unanswered:
-                say(f"stopping: {left} accepted questions are answered first; Ctrl-C ends at once")
+                log(f"stopping: {left} accepted questions are answered first; Ctrl-C ends at once")
             while desk.unanswered and not self.force_exit:
                 await asyncio.sleep(0.1)
             await super().shutdown(sockets)
@@ -130,7 +130,7 @@ def run(app: Any, desk: Desk, bound: socket.socket) -> None:
         sys.stderr.flush()
         os._exit(SECOND_INTERRUPT)  # the worker is in the middle of an answer
     desk.close()
-    say("stopped: every accepted question is answered")
+    log("stopped: every accepted question is answered")
 
 
 def patient(protocol: Any, seconds: float, most: int) -> Any:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..atomic_io import atomic, disk_errors, make_folder, sha256_once, write_bytes, write_json
-from ..errors import UserError, removal
+from ..errors import UserError, remove_hint
 from ..validated_io import read_json, read_npy
 from .dtypes import npy_header
 
 
-def cached_array(
+def cached(
     path: Path,
     identity: dict,
     compute: Callable[[], np.ndarray],
@@ -39,7 +39,7 @@ def cached_array(
     array = np.asarray(compute(), dtype="<f4", order="C")
     if not np.isfinite(array).all():
         raise UserError(f"the gradient for {path.name} is NaN or infinite; use DTYPE=fp32")
-    keep(path, identity, array)
+    write_cached(path, identity, array)
     return array
 
 
@@ -50,10 +50,10 @@ def read_cached(
     values of that type and, where that is given, shape.
     """
     try:
-        record = read_json(path.with_suffix(".json"), removal(path))
+        record = read_json(path.with_suffix(".json"), remove_hint(path))
         if record.get("identity") != json.loads(json.dumps(identity)):
             return None
-        array = read_npy(path, removal(path))
+        array = read_npy(path, remove_hint(path))
         whole = record.get("sha256") == sha256_once(path)
         fits = array.dtype == dtype and shape in (None, array.shape)
         return array if whole and fits and np.isfinite(array).all() else None
@@ -61,7 +61,7 @@ def read_cached(
         return None
 
 
-def keep(path: Path, identity: dict, array: np.ndarray) -> None:
+def write_cached(path: Path, identity: dict, array: np.ndarray) -> None:
     """Write an array (little-endian, C order) and its record. UserError for a full disk."""
     record = path.with_suffix(".json")
     with disk_errors(path):
@@ -80,8 +80,8 @@ def write_npy(path: Path, array: np.ndarray) -> None:
         file.write(array.data)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """What `keep_arrays` wrote; None if it is not there or not whole, to be made again."""
+def read_npz(path: Path) -> dict[str, np.ndarray] | None:
+    """What `write_npz` wrote; None if it is not there or not whole, to be made again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -89,7 +89,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def keep_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write arrays into one file (.npz) whose name tells what they were made from. UserError for a
     full disk.
     """

@@ -22,7 +22,7 @@ NAME = re.compile(r"train_grad-(0|[1-9]\d*)\.piece-(0|[1-9]\d*)-([1-9]\d*)\.safe
 
 
 @dataclass(frozen=True, order=True)
-class Piece:
+class Chunk:
     """Global rows first to stop - 1, all of one shard."""
 
     shard: int
@@ -38,7 +38,7 @@ class Piece:
         return f"train_grad-{self.shard}.piece-{self.first}-{self.stop}.safetensors"
 
     @classmethod
-    def of(cls, name: str) -> Piece | None:
+    def of(cls, name: str) -> Chunk | None:
         """The piece of a file's name; None for other files."""
         found = NAME.fullmatch(name)
         return cls(*map(int, found.groups())) if found else None
@@ -87,7 +87,7 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def gaps(first: int, stop: int, done: list[Piece]) -> list[tuple[int, int]]:
+def gaps(first: int, stop: int, done: list[Chunk]) -> list[tuple[int, int]]:
     """What of rows first to stop - 1 no piece holds: [(first, stop), ...] in order."""
     found, row = [], first
     for piece in sorted(done, key=lambda piece: piece.first):

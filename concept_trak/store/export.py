@@ -23,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..atomic_io import READ_BYTES, atomic, atomic_folder, disk_errors, sha256_file, write_json
-from ..errors import UserError, removal
+from ..errors import UserError, remove_hint
 from ..registry import unknown
-from ..validated_io import inside, read_json
+from ..validated_io import read_json, safe_join
 from .dtypes import decode, npy_header
 from .manifest import block_widths
 from .store import Store
@@ -49,7 +49,7 @@ def export(store: Store, folder: Path, kind: str) -> Path:
         if folder.is_dir() and any(folder.iterdir()):
             if _is_there(store, folder, how):
                 return folder
-            remedy = f"give --out-dir another folder, or {removal(folder)}"
+            remedy = f"give --out-dir another folder, or {remove_hint(folder)}"
             raise UserError(f"{folder} is not empty; {remedy}")
     with atomic_folder(folder) as made:
         with tqdm(total=store.num_rows, desc=f"export {kind}", unit="row", delay=1) as bar:
@@ -61,9 +61,9 @@ def export(store: Store, folder: Path, kind: str) -> Path:
 def _is_there(store: Store, folder: Path, how: str) -> bool:
     """Whether the folder holds the export of this store, whole."""
     with contextlib.suppress(UserError, OSError, TypeError, AttributeError):
-        known = read_json(folder / "rows.json", removal(folder, "export again"))
+        known = read_json(folder / "rows.json", remove_hint(folder, "export again"))
         digests = known["sha256"] if known.get("sha256") else {"rows.json": ""}
-        whole = all(sha256_file(inside(folder, f, "the file")) == d for f, d in digests.items())
+        whole = all(sha256_file(safe_join(folder, f, "the file")) == d for f, d in digests.items())
         return whole and known == json.loads(json.dumps(_description(store, digests, how)))
     return False
 

@@ -27,14 +27,14 @@ import numpy as np
 from ..atomic_io import write_json
 from ..errors import UserError
 from ..validated_io import read_json
-from .chunks import Piece, gaps
+from .chunks import Chunk, gaps
 from .dtypes import STORED_TYPES, npy_header
-from .manifest import FETCH, MAKE, listed
+from .manifest import COMPUTE_HINT, DOWNLOAD_HINT, shorten
 from .remote import remote_of
 
 
 @dataclass(frozen=True)
-class Series:
+class ArrayFile:
     """One of the things a store keeps of each sample, in a file a shard: its row, or its loss.
 
     name: what the files' names begin with. shape: of one sample. digest: the record's key for the
@@ -68,7 +68,7 @@ class Series:
         return f"{count} rows of {self.shape[0]}" if self.shape else f"{count} losses"
 
 
-class ShardFolder:
+class StoreLayout:
     """A store's manifest, file names and progress records; `Store` adds reading and writing."""
 
     def __init__(self, folder: Path, manifest: dict) -> None:
@@ -80,10 +80,10 @@ class ShardFolder:
         core = {key: value for key, value in manifest.items() if key != "provenance"}
         self.store_id = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
         raw = self.layout == "raw"
-        self.grads = Series("train_grad", (self.dim,), self.dtype, raw, "sha256")
+        self.grads = ArrayFile("train_grad", (self.dim,), self.dtype, raw, "sha256")
         self.series, self.has_losses = [self.grads], manifest.get("losses", False)
         if self.has_losses:
-            self.series.append(Series("train_loss", (), "float32", raw, "loss_sha256"))
+            self.series.append(ArrayFile("train_loss", (), "float32", raw, "loss_sha256"))
         self.remote = remote_of(self.folder)
 
     @property
@@ -109,13 +109,13 @@ class ShardFolder:
         there = rows.exists() if self.remote is None else rows.name in self.remote.names()
         return there and "sha256" in self.record(shard)
 
-    def pieces(self, shard: int) -> list[Piece]:
+    def pieces(self, shard: int) -> list[Chunk]:
         """The pieces of a shard that are there, in order."""
         if self.remote is None:
             names = [path.name for path in self.folder.glob(f"train_grad-{shard}.piece-*")]
         else:
             names = [*self.remote.names()]
-        return sorted(p for name in names if (p := Piece.of(name)) and p.shard == shard)
+        return sorted(p for name in names if (p := Chunk.of(name)) and p.shard == shard)
 
     def pending(self, splits: Iterable[int] | None = None) -> list[int]:
         """Shards (of `splits`, default all) that are not finished, in order."""
@@ -125,7 +125,7 @@ class ShardFolder:
     def refuse_unfinished(self) -> None:
         """UserError that lists the shards that are not finished."""
         if unfinished := self.pending():
-            what = f"shard {listed(unfinished)} of {self.num_split} is not finished"
+            what = f"shard {shorten(unfinished)} of {self.num_split} is not finished"
             raise UserError(f"{self.folder}: {what}; go on with it: {self.line()}")
 
     def resume_row(self, shard: int) -> int:
@@ -138,7 +138,7 @@ class ShardFolder:
         on_disk = [self._on_disk(shard, series) for series in self.series]
         return start + max(0, min(self.record(shard).get("rows", 0), *on_disk))
 
-    def _on_disk(self, shard: int, series: Series) -> int:
+    def _on_disk(self, shard: int, series: ArrayFile) -> int:
         """Whole samples in the unfinished shard's file of that series; negative without a header.
 
         Losses get their final name before the rows do, so a kill can come between the two.
@@ -183,7 +183,7 @@ class ShardFolder:
             self.remote.keep(path.name)
 
     def shard_blocks(
-        self, shard: int, series: Series, max_rows: int
+        self, shard: int, series: ArrayFile, max_rows: int
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, stored values [b <= max_rows, *series.shape]) of a finished shard.
 
@@ -203,13 +203,13 @@ class ShardFolder:
         """What mends a shard."""
         if self.grads.raw:  # came from elsewhere
             files = shlex.quote(str(self.folder / f"train_grad-{shard}."))
-            return f"remove it, rm {files}*, and fetch it again (0.8 GB): {FETCH}"
+            return f"remove it, rm {files}*, and fetch it again (0.8 GB): {DOWNLOAD_HINT}"
         return f"make that shard again: {self.line(SHARDS=shard, REPAIR=1)}"
 
     def line(self, **also: int) -> str:
         """The command line that made the store, with further variables."""
         made = self.manifest["provenance"].get("command")
-        made = made if isinstance(made, str) else MAKE
+        made = made if isinstance(made, str) else COMPUTE_HINT
         if "bash " in made:
             return " ".join([*(f"{name}={value}" for name, value in also.items()), made])
         return " ".join([made, *(f"--{name.lower()}={value}" for name, value in also.items())])

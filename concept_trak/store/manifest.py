@@ -10,14 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, call, removal
+from ..errors import UserError, remove_hint, script_hint
 from ..validated_io import read_json
 from .dtypes import STORED_TYPES
 
 FORMAT = 1
-FETCH = call("abc/download_train_grad.sh")
-MAKE = call("emoji/run_train_grad.sh")
-ELSEWHERE = f"set GRAD_DIR to another folder, or fetch the release (13.1 GB): {FETCH}"
+DOWNLOAD_HINT = script_hint("abc/download_train_grad.sh")
+COMPUTE_HINT = script_hint("emoji/run_train_grad.sh")
+RELEASE_HINT = f"set GRAD_DIR to another folder, or fetch the release (13.1 GB): {DOWNLOAD_HINT}"
 COMPARED = ("num_rows", "dim", "dtype", "layout", "bounds", "identity")  # every manifest has these
 
 
@@ -65,11 +65,11 @@ def read_manifest(folder: Path) -> dict:
     if not os.path.lexists(path):
         what = "holds no gradient store (no manifest.json)"
         raise UserError(
-            f"{folder} {what}; make the train gradients first, e.g. (about a minute) {MAKE}"
+            f"{folder} {what}; make the train gradients first, e.g. (about a minute) {COMPUTE_HINT}"
         )
-    mend = removal(path, "make the train gradients again, whose rows are kept")
+    mend = remove_hint(path, "make the train gradients again, whose rows are kept")
     manifest = read_json(path, mend)
-    refuse_difference(folder, "format", FORMAT, manifest.get("format"))
+    check_equal(folder, "format", FORMAT, manifest.get("format"))
     fault = next((key for key, right in FORMS.items() if not right(manifest.get(key))), None)
     if fault is None and not _whole(manifest["bounds"], manifest["num_rows"]):
         fault = "bounds"
@@ -128,7 +128,8 @@ def raw_manifest(folder: Path, dim: int) -> dict:
     if not numbers or numbers != list(range(len(numbers))):
         what = "expected train_grad-0.npy, -1.npy, ... without gaps"
         raise UserError(
-            f"{folder}: {what}, found {listed(numbers)}; fetch the others (13.1 GB in all): {FETCH}"
+            f"{folder}: {what}, found {shorten(numbers)}; fetch the others (13.1 GB in all): "
+            f"{DOWNLOAD_HINT}"
         )
     bounds = [0]
     for number in numbers:
@@ -136,29 +137,29 @@ def raw_manifest(folder: Path, dim: int) -> dict:
         with open(path, "rb") as file:
             if file.read(6) == b"\x93NUMPY":
                 what = "is a real .npy file, not raw float32"
-                raise UserError(f"{path} {what}; {ELSEWHERE}")
+                raise UserError(f"{path} {what}; {RELEASE_HINT}")
         rows, rest = divmod(path.stat().st_size, 4 * dim)
         if rest or not rows:
             what = f"is truncated or not of {dim} float32 values a row"
             raise UserError(
-                f"{path} {what}; remove it and fetch it again (13.1 GB in all): {FETCH}"
+                f"{path} {what}; remove it and fetch it again (13.1 GB in all): {DOWNLOAD_HINT}"
             )
         bounds.append(bounds[-1] + rows)
     layout = Layout(bounds[-1], dim, len(numbers), "float32", "raw")
     return layout.manifest() | {"bounds": bounds}
 
 
-def refuse_difference(folder: Path, name: str, wanted: Any, found: Any) -> None:
+def check_equal(folder: Path, name: str, wanted: Any, found: Any) -> None:
     """UserError naming the first key, however deep, in which two JSON values differ."""
     if wanted == found:
         return
     if isinstance(wanted, dict) and isinstance(found, dict):
         for key in sorted(wanted.keys() | found.keys()):
-            refuse_difference(folder, f"{name}.{key}", wanted.get(key), found.get(key))
+            check_equal(folder, f"{name}.{key}", wanted.get(key), found.get(key))
     made = f"{folder} was made with {name} = {found!r}, not {wanted!r}"
     raise UserError(f"{made}; use the same settings, or set GRAD_DIR to another folder")
 
 
-def listed(values: list[int]) -> str:
+def shorten(values: list[int]) -> str:
     """At most eight of the values, for a message."""
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "") or "none"

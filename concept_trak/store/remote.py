@@ -39,7 +39,7 @@ WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
 LISTING_SECONDS = 10.0  # how old a listing may be; other machines write, too
 OBSTORE = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "abfs"}
 # Obstore has classes of its own for what no further try mends.
-LASTING = (PermissionError, ValueError, TypeError, NotImplementedError, ImportError)
+PERMANENT_ERRORS = (PermissionError, ValueError, TypeError, NotImplementedError, ImportError)
 LASTING_NAMES = (
     *("PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "NotSupportedError"),
     *("UnknownConfigurationKeyError", "NoCredentialsError"),
@@ -323,7 +323,7 @@ def _lasting(error: Exception) -> bool:
     if re.search(f"{SKEWED}|{BUCKET}|{REGION}", str(error)):
         return True
     missing = isinstance(error, FileNotFoundError)
-    return missing or isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES
+    return missing or isinstance(error, PERMANENT_ERRORS) or type(error).__name__ in LASTING_NAMES
 
 
 def _mend(error: Exception) -> str:

@@ -19,17 +19,17 @@ import numpy as np
 
 from ..atomic_io import disk_errors, make_folder
 from ..errors import UserError
-from .chunks import Piece, gaps, pack
+from .chunks import Chunk, gaps, pack
 from .writer import encoded
 
 if TYPE_CHECKING:
-    from .layout import Series
+    from .layout import ArrayFile
 
 PIECE_BYTES = 2**25  # a row at a time would be a request at a time
 PIECE_SECONDS = 30.0  # a kill loses at most the appends of this long
 
 
-class PieceWriter:
+class RemoteShardWriter:
     """A shard's rows in order, or with gaps that are filled by others.
 
     store: a `Store`, whose module imports this one.
@@ -61,10 +61,10 @@ class PieceWriter:
             self.sync()
 
     @property
-    def waiting(self) -> list[Piece]:
+    def waiting(self) -> list[Chunk]:
         """What was appended and is not there yet, as a piece."""
         there = self._waiting and self.next_row > self._first
-        return [Piece(self.shard, self._first, self.next_row)] if there else []
+        return [Chunk(self.shard, self._first, self.next_row)] if there else []
 
     def sync(self) -> None:
         """Write what waits as one piece."""
@@ -98,7 +98,9 @@ class PieceWriter:
                 path.unlink(missing_ok=True)
         store.remove_pieces(self.shard)
 
-    def _assemble(self, pieces: list[Piece], scratch: dict[Series, os.PathLike]) -> dict[str, str]:
+    def _assemble(
+        self, pieces: list[Chunk], scratch: dict[ArrayFile, os.PathLike]
+    ) -> dict[str, str]:
         """Put the pieces together, one file a series; returns their sha256 by the record's key."""
         (row, stop), store = self.store.shard_range(self.shard), self.store
         hashes = {series: hashlib.sha256() for series in store.series}

@@ -17,13 +17,13 @@ import numpy as np
 
 from ..atomic_io import disk_errors, locked, sha256_file, write_bytes, write_json
 from ..errors import UserError
-from ..process import say
-from .chunks import Piece, gaps, pack, unpack
+from ..process import log
+from .chunks import Chunk, gaps, pack, unpack
 from .dtypes import decode
-from .layout import ShardFolder
-from .manifest import COMPARED, Layout, raw_manifest, read_manifest, refuse_difference
+from .layout import StoreLayout
+from .manifest import COMPARED, Layout, check_equal, raw_manifest, read_manifest
 from .remote import MANIFEST, remote_of
-from .remote_writer import PieceWriter
+from .remote_writer import RemoteShardWriter
 from .verify import check_shard, fetch_all, refuse_non_finite
 from .writer import ShardWriter, encoded
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     import torch
 
 
-class Store(ShardFolder):
+class Store(StoreLayout):
     """Rows [num_rows, dim] over num_split shards. Use `Store.create`, `Store.open` or
     `Store.adopt_raw`.
     """
 
     def __init__(self, folder: Path, manifest: dict) -> None:
         super().__init__(folder, manifest)
-        self._writers: dict[int, ShardWriter | PieceWriter] = {}
+        self._writers: dict[int, ShardWriter | RemoteShardWriter] = {}
         self.keeps_copies = True  # of the shards that are finished here, on object storage
 
     # ---- making and opening
@@ -71,8 +71,8 @@ class Store(ShardFolder):
                     remote.keep(MANIFEST)
         store = cls.read_manifest(folder)
         for key in COMPARED:
-            refuse_difference(folder, key, manifest[key], store.manifest[key])
-        refuse_difference(folder, "losses", layout.losses, store.has_losses)
+            check_equal(folder, key, manifest[key], store.manifest[key])
+        check_equal(folder, "losses", layout.losses, store.has_losses)
         return store
 
     @classmethod
@@ -104,7 +104,7 @@ class Store(ShardFolder):
         """
         known = {"losses": False} | self.manifest | self.identity
         for key, value in json.loads(json.dumps(values)).items():
-            refuse_difference(self.folder, key, value, known.get(key))
+            check_equal(self.folder, key, value, known.get(key))
 
     @classmethod
     def adopt_raw(
@@ -159,13 +159,15 @@ class Store(ShardFolder):
             self._writers.pop(shard).close()
         self.remove_pieces(shard)
 
-    def _with_writer(self, shard: int, action: Callable[[ShardWriter | PieceWriter], None]) -> None:
+    def _with_writer(
+        self, shard: int, action: Callable[[ShardWriter | RemoteShardWriter], None]
+    ) -> None:
         """On any error forget the writer, so that the next append starts again from the last
         counted row.
         """
         try:
             if shard not in self._writers:
-                kind = ShardWriter if self.remote is None else PieceWriter
+                kind = ShardWriter if self.remote is None else RemoteShardWriter
                 self._writers[shard] = kind(self, shard)
             with disk_errors(self.path(shard, ".npy.part")):
                 action(self._writers[shard])
@@ -176,7 +178,7 @@ class Store(ShardFolder):
 
     # ---- pieces
 
-    def put_piece(self, piece: Piece, rows: np.ndarray, losses: np.ndarray | None = None) -> None:
+    def put_piece(self, piece: Chunk, rows: np.ndarray, losses: np.ndarray | None = None) -> None:
         """Keep rows [b, dim] float32, and their losses [b], of a shard that others may be working
         at, too. UserError as `append`.
         """
@@ -187,14 +189,14 @@ class Store(ShardFolder):
             piece, pack(self.store_id, stored[0], None if losses is None else stored[1])
         )
 
-    def write_piece(self, piece: Piece, content: bytes) -> None:
+    def write_piece(self, piece: Chunk, content: bytes) -> None:
         """Keep the content of a piece; see `pieces.pack`."""
         if self.remote is None:
             write_bytes(self.folder / piece.name, content)
         else:
             self.remote.write(piece.name, content)
 
-    def stored_piece(self, piece: Piece) -> list[np.ndarray]:
+    def stored_piece(self, piece: Chunk) -> list[np.ndarray]:
         """[stored rows [b, dim][, losses [b]]]. UserError for a piece that is not whole, which is
         removed: its rows are to be made again.
         """
@@ -226,7 +228,7 @@ class Store(ShardFolder):
             try:
                 rows, *losses = (part[row - piece.first :] for part in self.stored_piece(piece))
             except UserError as error:
-                say(str(error))
+                log(str(error))
                 return
             self.append(shard, decode(rows, self.dtype), row, losses[0] if losses else None)
             row = piece.stop
@@ -242,7 +244,7 @@ class Store(ShardFolder):
         if self.finished(shard):
             return []
         done, writer = self.pieces(shard), self._writers.get(shard)
-        if isinstance(writer, PieceWriter):
+        if isinstance(writer, RemoteShardWriter):
             return gaps(start, stop, [*done, *writer.waiting])
         return gaps(self.next_row(shard), stop, done)
 
@@ -251,7 +253,7 @@ class Store(ShardFolder):
         for piece in self.pieces(shard):
             self._remove(piece)
 
-    def _remove(self, piece: Piece) -> None:
+    def _remove(self, piece: Chunk) -> None:
         if self.remote is not None:
             return self.remote.remove(piece.name)
         with disk_errors(self.folder):

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Sequence
 
 from ..atomic_io import READ_BYTES, disk_errors, make_folder, sha256_once
 from ..errors import UserError
-from ..process import say
+from ..process import log
 from .dtypes import finite, refuse_bad_rows
-from .layout import Series, ShardFolder
+from .layout import ArrayFile, StoreLayout
 
 
-def check_shard(store: ShardFolder, shard: int, verify: bool, parts: Sequence[Series] = ()) -> None:
+def check_shard(
+    store: StoreLayout, shard: int, verify: bool, parts: Sequence[ArrayFile] = ()
+) -> None:
     """UserError for a missing, truncated or foreign file and, with verify, for a changed one, which
     is read for that once in a process. What lies on object storage is fetched, and fetched again if
     the copy here is not that file. parts: of the shard's files; default: all.
@@ -31,7 +33,7 @@ def check_shard(store: ShardFolder, shard: int, verify: bool, parts: Sequence[Se
     _check_files(store, shard, False, parts)  # `fetch` has compared the checksum
 
 
-def fetch(store: ShardFolder, shard: int) -> bool:
+def fetch(store: StoreLayout, shard: int) -> bool:
     """Have the copies of a shard's files here; whether one had to be fetched. UserError for one
     that is not the file that was finished.
     """
@@ -50,7 +52,7 @@ def fetch(store: ShardFolder, shard: int) -> bool:
     return fetched
 
 
-def fetch_all(store: ShardFolder) -> None:
+def fetch_all(store: StoreLayout) -> None:
     """Have a finished store's copy here, whole; nothing happens unless it is on object storage.
     UserError for a disk that is too small for it.
     """
@@ -69,17 +71,17 @@ def fetch_all(store: ShardFolder) -> None:
     if needed > free:
         mend = "free some or set STORE_CACHE to another folder"
         raise UserError(f"{store.where}: {told}, which has {free / 1e6:,.0f} MB free; {mend}")
-    say(f"{store.where}: fetching {told}")
+    log(f"{store.where}: fetching {told}")
     for shard in range(store.num_split):
         fetch(store, shard)
 
 
-def _check_files(store: ShardFolder, shard: int, verify: bool, parts: Sequence[Series]) -> None:
+def _check_files(store: StoreLayout, shard: int, verify: bool, parts: Sequence[ArrayFile]) -> None:
     for series in parts:
         _check_file(store, shard, series, verify)
 
 
-def _check_file(store: ShardFolder, shard: int, series: Series, verify: bool) -> None:
+def _check_file(store: StoreLayout, shard: int, series: ArrayFile, verify: bool) -> None:
     path, count = store.path(shard, ".npy", series.name), store.count(shard)
     mend, header, described = store.remedy(shard), series.header(count), series.described(count)
     if not path.exists():
@@ -96,7 +98,7 @@ def _check_file(store: ShardFolder, shard: int, series: Series, verify: bool) ->
         raise UserError(f"{path} is not the file this store finished (checksum differs): {mend}")
 
 
-def refuse_non_finite(store: ShardFolder, shard: int, series: Series) -> None:
+def refuse_non_finite(store: StoreLayout, shard: int, series: ArrayFile) -> None:
     """UserError that names the first sample of a shard with a NaN or an infinite value."""
     path, step = store.path(shard, ".npy", series.name), max(1, READ_BYTES // series.item_bytes)
     what = "row" if series.shape else "loss"
@@ -105,7 +107,7 @@ def refuse_non_finite(store: ShardFolder, shard: int, series: Series) -> None:
         refuse_bad_rows(finite(block, series.dtype), first, message)
 
 
-def still_to_make(store: ShardFolder, wanted: Iterable[int], repair: bool) -> list[int]:
+def pending_shards(store: StoreLayout, wanted: Iterable[int], repair: bool) -> list[int]:
     """The shards of `wanted` that are not finished, in order; finished ones are read and compared,
     of those on object storage the sizes.
 
@@ -124,12 +126,12 @@ def still_to_make(store: ShardFolder, wanted: Iterable[int], repair: bool) -> li
             if not repair:
                 raise
             print(f"{error}; its files are set aside as *.damaged", flush=True)
-            set_aside(store, shard)
+            quarantine(store, shard)
         left.append(shard)
     return left
 
 
-def _check_kept(store: ShardFolder, shard: int) -> None:
+def _check_kept(store: StoreLayout, shard: int) -> None:
     """As `check_shard`, without fetching what lies elsewhere."""
     if store.remote is None:
         return check_shard(store, shard, verify=True)
@@ -141,7 +143,7 @@ def _check_kept(store: ShardFolder, shard: int) -> None:
             raise UserError(f"{what}: {store.remedy(shard)}")
 
 
-def set_aside(store: ShardFolder, shard: int) -> None:
+def quarantine(store: StoreLayout, shard: int) -> None:
     """Rename the files of a shard to *.damaged. UserError for a disk that does not take it."""
     ends = [(s.name, ending) for s in store.series for ending in (".npy", ".npy.part")]
     for name, ending in [*ends, ("train_grad", ".json")]:

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic_io import disk_errors, sha256_file, sync_folder, write_all
-from ..errors import TransientError, UserError, removal
+from ..atomic_io import disk_errors, sha256_file, sync_folder, write_fully
+from ..errors import TransientError, UserError, remove_hint
 from .dtypes import encode_checked, refuse_bad_rows
-from .layout import Series, ShardFolder
+from .layout import ArrayFile, StoreLayout
 
 SYNC_SECONDS = 1.0  # a kill loses at most the appends of this long
 
 
 def encoded(
-    store: ShardFolder, rows: np.ndarray, first_row: int, losses: np.ndarray | None
+    store: StoreLayout, rows: np.ndarray, first_row: int, losses: np.ndarray | None
 ) -> list[np.ndarray]:
     """[rows [b, dim] in the stored type] and, in a store with losses, theirs [b] float32.
 
@@ -56,7 +56,7 @@ class ShardWriter:
     Attribute: next_row (global index).
     """
 
-    def __init__(self, store: ShardFolder, shard: int) -> None:
+    def __init__(self, store: StoreLayout, shard: int) -> None:
         self.store, self.shard = store, shard
         self.fds: list[int] = []  # of the rows' .part, whose lock is held, and of the losses'
         self.start, self.stop = store.shard_range(shard)
@@ -85,27 +85,27 @@ class ShardWriter:
         # very file.
         if final.exists():
             part.unlink(missing_ok=True)
-            remedy = removal(final)
+            remedy = remove_hint(final)
             raise UserError(f"{final} is there already and is never overwritten; {remedy}")
         for series in others:
             with contextlib.suppress(FileNotFoundError):  # a kill came before the rows' final name
                 os.replace(self._path(series, ".npy"), self._path(series, ".npy.part"))
             self._open(series)
 
-    def _path(self, series: Series, ending: str) -> Path:
+    def _path(self, series: ArrayFile, ending: str) -> Path:
         return self.store.path(self.shard, ending, series.name)
 
-    def _open(self, series: Series) -> None:
+    def _open(self, series: ArrayFile) -> None:
         path = self._path(series, ".npy.part")
         self.fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
 
-    def _cut(self, fd: int, series: Series) -> None:
+    def _cut(self, fd: int, series: ArrayFile) -> None:
         """Leave what is counted in the file, or begin it."""
         header, done = series.header(self.stop - self.start), self.next_row - self.start
         os.ftruncate(fd, len(header) + done * series.item_bytes if done else 0)
         os.lseek(fd, 0, os.SEEK_END)
         if not done:
-            write_all(fd, header)
+            write_fully(fd, header)
 
     def append(self, rows: np.ndarray, first_row: int, losses: np.ndarray | None) -> None:
         """See `Store.append`."""
@@ -114,7 +114,7 @@ class ShardWriter:
             raise ValueError(f"shard {self.shard} continues at row {self.next_row}, {given}")
         stored = encoded(self.store, rows, first_row, losses)
         for fd, values in zip(self.fds, stored, strict=True):
-            write_all(fd, values.tobytes())
+            write_fully(fd, values.tobytes())
         self.next_row += len(rows)
         if time.monotonic() - self.synced >= SYNC_SECONDS:
             self.sync()

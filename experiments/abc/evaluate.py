@@ -22,26 +22,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.naming import folder_name, store_base
-from concept_trak.attribution.question import Picture, Question, generated
-from concept_trak.attribution.rankers import GradientRanker
-from concept_trak.attribution.train_grad import make_rows, open_store
-from concept_trak.datasets.image_folder import ImageCaptionDataset, pictures
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.naming import store_base, store_name
+from concept_trak.attribution.question import Query, QueryImage, generate
+from concept_trak.attribution.rankers import GradientAttributor
+from concept_trak.attribution.train_grad import compute_gradients, open_store
+from concept_trak.datasets.image_folder import ImageCaptionDataset, read_images
 from concept_trak.errors import UserError
 from concept_trak.flags import command
 from concept_trak.models.learned_tokens import load_token
 from concept_trak.models.sample import initial_noise
 from concept_trak.registry import OBJECTIVES
-from concept_trak.report.context import Shown
+from concept_trak.report.context import ReportContext
 from concept_trak.report.results import write_results
 from concept_trak.scoring import metrics
 from concept_trak.scoring.result import ConceptResult
 from concept_trak.scoring.scores import scores
 from concept_trak.settings import DAMPINGS, TOKEN, Settings, as_dict, provenance
-from concept_trak.store.array_cache import cached_array
+from concept_trak.store.array_cache import cached
 from concept_trak.store.store import Store
-from experiments.benchmark.results import results, write_metrics
+from experiments.benchmark.results import result_folder, write_metrics
 
 from .tasks import Task, below, chosen_tasks, exemplars, token_folder
 
@@ -74,10 +74,10 @@ def token_path(settings: Settings, task: Task) -> Path:
 
 def exemplar_pictures(settings: Settings, task: Task) -> ImageCaptionDataset:
     """The exemplars, captioned with the task's train prompt."""
-    return pictures(exemplars(Path(settings.data_dir), task), task.train_prompt)
+    return read_images(exemplars(Path(settings.data_dir), task), task.train_prompt)
 
 
-def exemplar_rows(corpus: Corpus, number: int, task: Task) -> np.ndarray:
+def exemplar_rows(corpus: AttributionTask, number: int, task: Task) -> np.ndarray:
     """[E, k] train rows of the exemplars, kept as task_grad-{number}.npy beside the train rows; of
     an objective that weights its rows [E, k + 1], what the weight is made from last.
     """
@@ -91,34 +91,34 @@ def exemplar_rows(corpus: Corpus, number: int, task: Task) -> np.ndarray:
             part = range(start, min(start + s.batch_size, len(shown)))
             x0 = model.encode_images(shown.images(part, size=model.image_size))
             cond = model.encode_prompts([task.train_prompt] * len(part))
-            made = make_rows(corpus, x0, cond, [task.train_prompt] * len(part))
+            made = compute_gradients(corpus, x0, cond, [task.train_prompt] * len(part))
             parts = [made.values, made.losses[:, None]] if weighted else [made.values]
             rows.append(torch.cat(parts, 1).cpu().numpy())
         return np.concatenate(rows)
 
-    path = store_base(s) / folder_name(s) / f"task_grad-{number}.npy"
-    return cached_array(path, made_from, compute, s.force_recompute_concept_grad)
+    path = store_base(s) / store_name(s) / f"task_grad-{number}.npy"
+    return cached(path, made_from, compute, s.force_recompute_concept_grad)
 
 
-def query_row(corpus: Corpus, number: int, task: Task) -> np.ndarray:
+def query_row(corpus: AttributionTask, number: int, task: Task) -> np.ndarray:
     """[1, k] concept gradient of the task, kept as test_grad-{number}.npy."""
     s, model = corpus.settings, corpus.model
     if s.scope == "local":
         raise UserError("tasks have no picture of this model: use SCOPE=seed or SCOPE=global")
     x_T = initial_noise(model.latent_shape, task.seed).to(model.device, model.dtype)
-    picture = Picture(task.prompt, None, x_T, None, {"x_T of seed": task.seed})
-    question = Question(picture, TOKEN, task.prompt, task.negative_prompt)
-    ranker = GradientRanker(corpus)
+    picture = QueryImage(task.prompt, None, x_T, None, {"x_T of seed": task.seed})
+    question = Query(picture, TOKEN, task.prompt, task.negative_prompt)
+    ranker = GradientAttributor(corpus)
     layer, guidance = s.layer.replace("|", "+"), s.concept_guidance_scale
     name = f"{layer}-test_grad-NFE{s.nfe}-gs_{guidance}-eta_{s.eta}"
     path = store_base(s) / (name + ("-norm" if s.normalize else "")) / f"test_grad-{number}.npy"
     made_from, force = ranker.identity(question), s.force_recompute_concept_grad
-    return cached_array(path, made_from, lambda: ranker.row(question), force)
+    return cached(path, made_from, lambda: ranker.row(question), force)
 
 
 def run_rows(settings: Settings, device: str, kind: str) -> None:
     """Compute and keep the rows of TASK_IDX: kind "exemplar" or "query"."""
-    tasks, corpus = chosen_tasks(settings), Corpus(settings, device)
+    tasks, corpus = chosen_tasks(settings), AttributionTask(settings, device)
     for number, task in tasks.items():
         load_token(corpus.model, token_path(settings, task), TOKEN)
         rows = {"exemplar": exemplar_rows, "query": query_row}[kind](corpus, number, task)
@@ -141,7 +141,7 @@ def measure(values: np.ndarray, relevant: np.ndarray, fixed: int) -> dict[str, A
     return at[fixed] | {"oracle": {"damping": DAMPINGS[best], **at[best]}}
 
 
-class Joined:
+class TrainAndExemplars:
     """Train pictures followed by exemplars, as far as a report needs them."""
 
     def __init__(self, train: ImageCaptionDataset, exemplar: ImageCaptionDataset) -> None:
@@ -161,7 +161,7 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
     """Score all tasks of TASK_IDX in one pass over the train rows; prints a table and, last, one
     JSON object.
     """
-    tasks, corpus = chosen_tasks(settings), Corpus(settings, device)
+    tasks, corpus = chosen_tasks(settings), AttributionTask(settings, device)
     store = open_store(corpus)
     settings = corpus.settings  # now those of the rows
     queries, exemplar, drawn = [], [], []
@@ -170,11 +170,11 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
         queries.append(query_row(corpus, number, task))
         exemplar.append(exemplar_rows(corpus, number, task))
         # from the x_T that the query gradient starts at
-        drawn += generated(corpus.model, settings, [task.prompt], task.seed)
+        drawn += generate(corpus.model, settings, [task.prompt], task.seed)
     per_task: dict[int, dict[str, Any]] = {}
     found = score_tasks(corpus, store, np.concatenate(queries), exemplar)
     made_from = [store.checksum, {str(n): vars(task) for n, task in tasks.items()}]
-    with results(settings, "eval", "tasks", made_from) as folder:
+    with result_folder(settings, "eval", "tasks", made_from) as folder:
         for (number, task), values, picture in zip(tasks.items(), found, drawn, strict=True):
             relevant = np.arange(values.shape[1]) >= store.num_rows
             case = {"test_case": task.test_case, "exemplars": int(relevant.sum())}
@@ -193,7 +193,7 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
 
 
 def score_tasks(
-    corpus: Corpus, store: Store, queries: np.ndarray, exemplar: list[np.ndarray]
+    corpus: AttributionTask, store: Store, queries: np.ndarray, exemplar: list[np.ndarray]
 ) -> list[np.ndarray]:
     """Scores [D, N + E] of each task: the train pictures', then its own exemplars'."""
     solver, weight = corpus.preconditioner, OBJECTIVES.get(corpus.settings.f).row_weight
@@ -220,7 +220,7 @@ def summarise(results: list[dict]) -> dict:
 
 
 def write_task(
-    folder: Path, corpus: Corpus, task: Task, picture: Picture, result: ConceptResult
+    folder: Path, corpus: AttributionTask, task: Task, picture: QueryImage, result: ConceptResult
 ) -> None:
     """Grids and tables of the ranking, metrics.json.
 
@@ -228,11 +228,11 @@ def write_task(
     """
     s = corpus.settings
     try:
-        ranked = Joined(corpus.train, exemplar_pictures(s, task))
+        ranked = TrainAndExemplars(corpus.train, exemplar_pictures(s, task))
     except UserError as error:
         print(f"no pictures for {folder.name}: {error}")
         return
     image = Image.fromarray(picture.pixels)
-    shown = Shown(image, ranked, s.top_k, s.damping, as_dict(s), provenance())
+    shown = ReportContext(image, ranked, s.top_k, s.damping, as_dict(s), provenance())
     options = {"render_leastk": s.render_leastk, "num_train": ranked.num_train}
     write_results(folder, result, shown, **options)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from concept_trak.atomic_io import disk_errors, write_json
-from concept_trak.errors import UserError, call
+from concept_trak.errors import UserError, script_hint
 from concept_trak.parsing import parse_numbers
 from concept_trak.settings import TOKEN, Settings
-from concept_trak.validated_io import inside, read_json
+from concept_trak.validated_io import read_json, safe_join
 
 MODELS = {  # entries of json/{test_case}.json that the published tasks use
     "test_artchive": (0, 1, 2, 3, 4),
@@ -70,12 +70,14 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 
 def _line_for(path: Path) -> str:
-    return call("abc/make_tasks.sh", TASK_JSON=path)
+    return script_hint("abc/make_tasks.sh", TASK_JSON=path)
 
 
 def fetch(root: Path, part: str = "json") -> str:
     """What brings a part of the release to DATA_DIR."""
-    return f"fetch it ({SIZES[part]}): {call('abc/run_download.sh', DATA_DIR=root, PARTS=part)}"
+    return (
+        f"fetch it ({SIZES[part]}): {script_hint('abc/run_download.sh', DATA_DIR=root, PARTS=part)}"
+    )
 
 
 def _task(where: str, entry: Any, mend: str) -> Task:
@@ -109,7 +111,7 @@ def below(root: Path, path: Any, what: str = "the path") -> Path:
     what: whose path it is. UserError for one that is no text or leads out of DATA_DIR.
     """
     name = path.removeprefix("dataset/") if isinstance(path, str) else path
-    return inside(root, name, what, links=True)  # parts of 100 GB and more may lie elsewhere
+    return safe_join(root, name, what, links=True)  # parts of 100 GB and more may lie elsewhere
 
 
 def token_folder(root: Path, task: Task) -> Path:

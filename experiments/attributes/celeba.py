@@ -22,11 +22,11 @@ import numpy as np
 from PIL import Image
 
 from concept_trak.datasets.image_folder import ImageCaptionDataset
-from concept_trak.errors import UserError, call
+from concept_trak.errors import UserError, script_hint
 from concept_trak.models.vocabulary import Vocabulary
-from concept_trak.validated_io import inside, read_text
+from concept_trak.validated_io import read_text, safe_join
 
-from .schemes import Labels, Scheme, parse_held_out, write_labelled
+from .schemes import AttributeScheme, Labels, parse_held_out, write_labelled
 
 IMAGES, LIST = "CelebA-HQ-img", "CelebAMask-HQ-attribute-anno.txt"
 SITE = "https://github.com/switchablenorms/CelebAMask-HQ"
@@ -44,10 +44,10 @@ class CelebaSettings:
     count: int = 0
     seed: int = 0
 
-    def scheme(self) -> Scheme:
+    def scheme(self) -> AttributeScheme:
         """Attributes and held-out combinations."""
         vocabulary = Vocabulary({name: (name, f"no_{name}") for name in self.attributes})
-        return Scheme(vocabulary, parse_held_out(vocabulary, self.held_out))
+        return AttributeScheme(vocabulary, parse_held_out(vocabulary, self.held_out))
 
 
 def read_list(source: Path, attributes: tuple[str, ...]) -> tuple[list[str], list[Labels]]:
@@ -57,7 +57,7 @@ def read_list(source: Path, attributes: tuple[str, ...]) -> tuple[list[str], lis
     """
     path, mend = source / LIST, f"download it again from {SITE} and set SOURCE to its folder"
     if not path.is_file():
-        line = call("celeba_hq/run_all.sh", SOURCE="CelebAMask-HQ")
+        line = script_hint("celeba_hq/run_all.sh", SOURCE="CelebAMask-HQ")
         raise UserError(f"the attribute file {path} is missing; give the folder of {SITE}: {line}")
     lines = [line.split() for line in read_text(path, mend).splitlines() if line.strip()]
     if len(lines) < 3 or len(lines[0]) != 1 or not lines[0][0].isdigit():
@@ -78,12 +78,14 @@ def read_list(source: Path, attributes: tuple[str, ...]) -> tuple[list[str], lis
             raise UserError(
                 f"{path}, line {number} is not a name and {len(known)} of 1, -1; {mend}"
             )
-        inside(source / IMAGES, row[0], f"{path}, line {number}: the photo", links=True)
+        safe_join(source / IMAGES, row[0], f"{path}, line {number}: the photo", links=True)
         labels.append({a: a if row[i] == "1" else f"no_{a}" for a, i in places.items()})
     return [row[0] for row in rows], labels
 
 
-def split(scheme: Scheme, labels: list[Labels], settings: CelebaSettings) -> dict[str, list[int]]:
+def split(
+    scheme: AttributeScheme, labels: list[Labels], settings: CelebaSettings
+) -> dict[str, list[int]]:
     """{split: photos}. UserError for a held-out combination that no photo shows, and a class that
     would be left without one.
     """

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from concept_trak.errors import UserError
 from concept_trak.flags import add_setting_flags, boolean, settings_of
 
-from .settings import BENCHES, STAGES, TRUTHS, LabelledSettings, of_bench
+from .settings import BENCHES, STAGES, TRUTHS, AttributeSettings, of_bench
 
 if TYPE_CHECKING:
-    from .pipeline import Bench
+    from .pipeline import AttributeBenchmark
 
 # stages and fields of `Settings` that its help shows
 USES = ("truth", "methods", "rows", "projection", "query", "query_form", "scoring", "batch_size")
@@ -66,7 +66,7 @@ def add_parser(verbs: Any) -> None:
         metavar="0|1",
         help="seconds, and no result (default: 0)",
     )
-    types = {f.name: f.type for f in dataclasses.fields(LabelledSettings)}
+    types = {f.name: f.type for f in dataclasses.fields(AttributeSettings)}
     for name, told in OWN.items():
         kind = int if types[name] == "int" else str
         flag = f"--{name.replace('_', '-')}"
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(found[first] | {name: found[name] for name in others}))
 
 
-def bench_of(arguments: argparse.Namespace, name: str) -> Bench:
+def bench_of(arguments: argparse.Namespace, name: str) -> AttributeBenchmark:
     """From the flags; nothing is computed yet."""
     given = {k: v for k in OWN if (v := getattr(arguments, k)) is not None}
     own = of_bench(name, given, arguments.quick)
@@ -99,13 +99,13 @@ def bench_of(arguments: argparse.Namespace, name: str) -> Bench:
     settings = settings_of(arguments)
     from concept_trak.models.device import pick_device
 
-    from .pipeline import Bench
+    from .pipeline import AttributeBenchmark
 
     device = pick_device(settings.device, settings.gpu_id)
-    return Bench(own, settings.on(device), device)
+    return AttributeBenchmark(own, settings.on(device), device)
 
 
-def result_of(bench: Bench, stage: str) -> dict[str, Any]:
+def result_of(bench: AttributeBenchmark, stage: str) -> dict[str, Any]:
     """What the stage found; those before it run, or are found finished."""
     if stage in TRUTHS:
         from .table import truth_table
@@ -119,7 +119,7 @@ def result_of(bench: Bench, stage: str) -> dict[str, Any]:
     return found or {"stage": stage, "folder": str(bench.own.folder)}
 
 
-def run_stage(bench: Bench, name: str) -> dict[str, Any] | None:
+def run_stage(bench: AttributeBenchmark, name: str) -> dict[str, Any] | None:
     """One stage; those that find something return it."""
     if name == "attribute":
         from .score_cache import attribute

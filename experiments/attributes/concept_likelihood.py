@@ -26,16 +26,16 @@ from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.gradients.states import draw_noise
 from concept_trak.models.class_conditional import Architecture, ClassConditional
 from concept_trak.models.ddim import q_sample
-from concept_trak.models.sample import Generation, sample
+from concept_trak.models.sample import SamplingSettings, sample
 from concept_trak.settings import provenance
 from concept_trak.validated_io import read_json, read_numbers
 from experiments.truth.concept_likelihood import by_concept, refuse_other_pictures
-from experiments.truth.subsets import Plan, Subset, kinds_of, mend
-from experiments.truth.train_many import how, subset_digest
+from experiments.truth.subsets import RetrainingPlan, Subset, kinds_of, restore_hint
+from experiments.truth.train_many import setup_digest, subset_digest
 
 from .model.classifier import Classifier, ClassifierSettings, train_classifier
-from .model.train import Job, TrainSettings, train
-from .schemes import Labels, Scheme, labels_of, load_labelled
+from .model.train import TrainingJob, TrainSettings, train
+from .schemes import AttributeScheme, Labels, labels_of, load_labelled
 
 LEVELS = (300, 500, 700, 900)
 
@@ -53,7 +53,7 @@ class LabelledMeasure:
 
 
 @dataclass(frozen=True)
-class LabelledBench:
+class ClassConditionalSetup:
     """Where models come from and go to; see `fleet.Bench`. classifier: folder of the finished
     classifier's checkpoint.
     """
@@ -71,23 +71,23 @@ class LabelledBench:
         """File of one model's presences."""
         return self.kept / plan / f"{subset.name}.json"
 
-    def job(self, subset: Subset) -> Job:
+    def job(self, subset: Subset) -> TrainingJob:
         """The training of a subset's model."""
         data, scheme = loaded(self.data)
         part = data.split("train")
         kept = subset.kept(len(part))
         architecture, settings = self.architecture, self.settings
-        return Job(subset.name, scheme, part, kept, architecture, settings, subset.seed)
+        return TrainingJob(subset.name, scheme, part, kept, architecture, settings, subset.seed)
 
 
 @functools.lru_cache(1)
-def loaded(root: str) -> tuple[ImageCaptionDataset, Scheme]:
+def loaded(root: str) -> tuple[ImageCaptionDataset, AttributeScheme]:
     """The pictures, read once a process."""
     return load_labelled(root)
 
 
 @functools.lru_cache(1)
-def judge(bench: LabelledBench, size: int) -> Classifier:
+def judge(bench: ClassConditionalSetup, size: int) -> Classifier:
     """The classifier of a bench."""
     data, scheme = loaded(bench.data)
     return train_classifier(data.split("classifier"), scheme, size, bench.checks, bench.classifier)
@@ -112,7 +112,7 @@ class LabelledPresences:
 
 
 @torch.no_grad()
-def gains_of(
+def concept_llr(
     model: ClassConditional,
     held_out: ImageCaptionDataset,
     labels: list[Labels],
@@ -141,7 +141,7 @@ def gains_of(
 
 
 def judged_of(
-    model: ClassConditional, held_out: ImageCaptionDataset, bench: LabelledBench
+    model: ClassConditional, held_out: ImageCaptionDataset, bench: ClassConditionalSetup
 ) -> dict[str, np.ndarray]:
     """{kind: [P]}: the classifier's probability of each label in pictures drawn for them."""
     _, scheme = loaded(bench.data)
@@ -149,7 +149,7 @@ def judged_of(
     m, captions, rows = bench.measure, held_out.captions, np.arange(len(held_out))
     indices = model.vocabulary.indices(labels_of(scheme, held_out)).numpy()
     total = {kind: np.zeros(len(rows)) for kind in scheme.vocabulary.names}
-    generation = Generation(m.guidance_scale, m.num_steps)
+    generation = SamplingSettings(m.guidance_scale, m.num_steps)
     for seed in range(m.drawn):
         x_T = draw_noise(seed, range(len(rows)), 1000, model.latent_shape)
         drawn = sample(model, captions, x_T, generation, len(rows))
@@ -159,7 +159,7 @@ def judged_of(
     return {kind: values / m.drawn for kind, values in total.items()}
 
 
-def train_and_measure(bench: LabelledBench, plan: Plan, subset: Subset) -> None:
+def train_and_measure(bench: ClassConditionalSetup, plan: RetrainingPlan, subset: Subset) -> None:
     """One model from scratch to its presences, in this process, on one thread."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -168,11 +168,11 @@ def train_and_measure(bench: LabelledBench, plan: Plan, subset: Subset) -> None:
     job = bench.job(subset)
     model = train(job, bench.work)
     trained = time.time()
-    gains = gains_of(model, held_out, labels_of(scheme, held_out), bench.measure)
+    gains = concept_llr(model, held_out, labels_of(scheme, held_out), bench.measure)
     found = LabelledPresences(gains, judged_of(model, held_out, bench))
     made_from: dict[str, Any] = {
         "subset": subset_digest(subset),
-        "bench": how(bench),
+        "bench": setup_digest(bench),
         "data": job.data.content_hash(),
         "held_out": held_out.content_hash(),
         "weights": model.identity(),
@@ -201,7 +201,7 @@ def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Labe
 
     data: content hash of the train pictures that the model must have learned from.
     """
-    found, shape, remedy = read_json(path, mend(path)), (len(held_out),), mend(path)
+    found, shape, remedy = read_json(path, restore_hint(path)), (len(held_out),), restore_hint(path)
     what = f"{path} holds no presences"
     parts = [
         {

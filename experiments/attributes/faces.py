@@ -29,7 +29,7 @@ from concept_trak.datasets.picture import decoded, on_white
 from concept_trak.errors import UserError
 from concept_trak.models.vocabulary import Vocabulary
 
-from .schemes import Labels, Scheme, parse_held_out, write_combinations
+from .schemes import AttributeScheme, Labels, parse_held_out, write_combinations
 
 STYLE, CANVAS = "pixel-art.json", 16  # pixels
 CLASSES = {
@@ -59,7 +59,7 @@ class FaceSettings:
     held_out_count: int = 144
     seed: int = 0
 
-    def scheme(self) -> Scheme:
+    def scheme(self) -> AttributeScheme:
         """Attributes and held-out combinations. UserError for an attribute that there is not."""
         if bad := [a for a in self.attributes if a not in CLASSES]:
             raise UserError(
@@ -67,7 +67,7 @@ class FaceSettings:
             )
         chosen = self.attributes or tuple(CLASSES)
         vocabulary = Vocabulary({name: CLASSES[name] for name in chosen})
-        return Scheme(vocabulary, parse_held_out(vocabulary, self.held_out))
+        return AttributeScheme(vocabulary, parse_held_out(vocabulary, self.held_out))
 
 
 @functools.cache

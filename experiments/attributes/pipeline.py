@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import write_json
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.models.class_conditional import Architecture, made_from
@@ -24,16 +24,16 @@ from concept_trak.settings import Settings
 
 from . import celeba, faces, shapes
 from .model.classifier import Classifier, ClassifierSettings, train_classifier
-from .model.train import Job, TrainSettings, train
-from .queries import Asked, LabelledBenchmark
-from .schemes import Scheme, is_made_from, labels_of, load_labelled
-from .settings import LabelledSettings
+from .model.train import TrainingJob, TrainSettings, train
+from .queries import LabelledBenchmark, QuerySettings
+from .schemes import AttributeScheme, is_made_from, labels_of, load_labelled
+from .settings import AttributeSettings
 
 COMBINATION_SEED = 0  # draws which combinations are asked about where there are many
 
 
 @dataclass(frozen=True)
-class Model:
+class TrainedModel:
     """One of the models of a bench."""
 
     network: str
@@ -45,10 +45,10 @@ class Model:
         return f"{self.network}-{self.seed}"
 
 
-class Bench:
+class AttributeBenchmark:
     """Everything of one bench. settings: how rows and queries are made; device: where."""
 
-    def __init__(self, own: LabelledSettings, settings: Settings, device: str) -> None:
+    def __init__(self, own: AttributeSettings, settings: Settings, device: str) -> None:
         self.own, self.settings, self.device = own, settings, device
 
     @property
@@ -57,7 +57,7 @@ class Bench:
         return self.own.folder / "data"
 
     @cached_property
-    def labelled(self) -> tuple[ImageCaptionDataset, Scheme]:
+    def labelled(self) -> tuple[ImageCaptionDataset, AttributeScheme]:
         """All pictures. UserError while they are not there."""
         if not (self.data_dir / "metadata.jsonl").is_file():
             line = self.own.line("generate")
@@ -66,12 +66,12 @@ class Bench:
         return load_labelled(self.data_dir, again + self.own.line("generate"))
 
     @property
-    def models(self) -> list[Model]:
+    def models(self) -> list[TrainedModel]:
         """Every network with every seed."""
         networks = [n.strip() for n in self.own.networks.split(",") if n.strip()]
         if not networks:
             raise UserError("NETWORKS is empty; set NETWORKS to unet, dit or unet,dit")
-        return [Model(n, seed) for n in networks for seed in self.own.seed_list()]
+        return [TrainedModel(n, seed) for n in networks for seed in self.own.seed_list()]
 
     def architecture(self, network: str) -> Architecture:
         """Sizes of a network. UserError for one that there is not."""
@@ -84,16 +84,16 @@ class Bench:
         width, depth = widths[network]
         return Architecture(network, o.size, o.patch, width, depth)
 
-    def job(self, model: Model) -> Job:
+    def job(self, model: TrainedModel) -> TrainingJob:
         """Its training on all pictures."""
         data, scheme = self.labelled
         part, o = data.split("train"), self.own
         how = TrainSettings(steps=o.steps, batch=o.batch, lr=o.lr)
         architecture = self.architecture(model.network)
         kept = np.ones(len(part), dtype=bool)
-        return Job(model.name, scheme, part, kept, architecture, how, model.seed)
+        return TrainingJob(model.name, scheme, part, kept, architecture, how, model.seed)
 
-    def model_dir(self, model: Model) -> Path:
+    def model_dir(self, model: TrainedModel) -> Path:
         """Where it is when it is finished."""
         return self.own.folder / "models" / model.name
 
@@ -175,12 +175,12 @@ class Bench:
         named = chosen_rankers(self.settings.methods)
         return named if self.settings.methods else ["reference", *named]
 
-    def rankers_of(self, model: Model) -> list[str]:
-        """Those asked of one model; see `LabelledSettings.reference_seeds`."""
+    def rankers_of(self, model: TrainedModel) -> list[str]:
+        """Those asked of one model; see `AttributeSettings.reference_seeds`."""
         asked = self.own.has_reference(model.seed)
         return [name for name in self.rankers if asked or name != "reference"]
 
-    def corpus(self, model: Model, scope: str = "local") -> Corpus:
+    def corpus(self, model: TrainedModel, scope: str = "local") -> AttributionTask:
         """A model and the pictures. UserError while it is not trained."""
         folder = self.model_dir(model)
         if not made_from(folder):
@@ -191,12 +191,14 @@ class Bench:
             "grad_dir": str(self.own.folder / "grads" / model.name),
             "results_dir": str(self.own.folder / "qual" / model.name),
         }
-        return Corpus(self.settings.but(**places, scope=scope), self.device)
+        return AttributionTask(self.settings.but(**places, scope=scope), self.device)
 
-    def benchmark(self, corpus: Corpus) -> LabelledBenchmark:
+    def benchmark(self, corpus: AttributionTask) -> LabelledBenchmark:
         """Its questions on a model."""
         keep = self.own.folder / "drawings"
-        asked = Asked(self.combinations, self.own.samples, self.own.tune, self.classifier, keep)
+        asked = QuerySettings(
+            self.combinations, self.own.samples, self.own.tune, self.classifier, keep
+        )
         return LabelledBenchmark(corpus, asked)
 
     @cached_property
@@ -219,7 +221,7 @@ class Bench:
 Maker = tuple[Callable[[], None], dict[str, Any]]  # (makes the folder, what it is made from)
 
 
-def make_synthetic(own: LabelledSettings, root: Path) -> Maker:
+def make_synthetic(own: AttributeSettings, root: Path) -> Maker:
     """Shapes x colours."""
     settings = shapes.SyntheticSettings(
         shapes=words(own.shapes),
@@ -228,16 +230,16 @@ def make_synthetic(own: LabelledSettings, root: Path) -> Maker:
         size=own.size,
         count=own.count,
     )
-    return lambda: shapes.make(root, settings), plain(asdict(settings))
+    return lambda: shapes.build(root, settings), plain(asdict(settings))
 
 
-def make_faces(own: LabelledSettings, root: Path) -> Maker:
+def make_faces(own: AttributeSettings, root: Path) -> Maker:
     """Drawn faces."""
     settings = faces.FaceSettings(words(own.attributes), own.held_out, own.size, own.count)
     return lambda: faces.make(root, settings), plain(asdict(settings))
 
 
-def make_celeba(own: LabelledSettings, root: Path) -> Maker:
+def make_celeba(own: AttributeSettings, root: Path) -> Maker:
     """CelebAMask-HQ as it was downloaded."""
     settings = celeba.CelebaSettings(
         own.source, words(own.attributes), own.held_out, own.size, own.count

@@ -19,41 +19,41 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
-from concept_trak.attribution.question import Picture
+from concept_trak.attribution.question import QueryImage
 from concept_trak.errors import UserError
 from concept_trak.models.class_conditional import Architecture
 from concept_trak.parsing import parse_methods
 from concept_trak.registry import RANKERS
 from experiments.truth import counterfactual, lds
-from experiments.truth.concept_likelihood import Drawn
-from experiments.truth.queries import Asked
-from experiments.truth.setup import FIXED, damping_of, keep_plan
+from experiments.truth.concept_likelihood import ClassifierRates
+from experiments.truth.queries import ConceptQueries
+from experiments.truth.setup import OURS, damping_of, keep_plan
 from experiments.truth.subsets import (
-    Plan,
+    RetrainingPlan,
     base_plan,
     counterfactual_plan,
-    groups,
     kept_plan,
     kinds_of,
     lds_plan,
+    split_concepts,
 )
-from experiments.truth.train_many import Work, presences_of, retrain
+from experiments.truth.train_many import WorkerSpec, load_measurements, retrain
 
-from .concept_likelihood import LabelledBench, read_presences, train_and_measure
+from .concept_likelihood import ClassConditionalSetup, read_presences, train_and_measure
 from .model.train import TrainSettings, finished, train
-from .pipeline import Bench
+from .pipeline import AttributeBenchmark
 from .queries import questions_of
 
 SEEDS = (0, 1)
-WORK = Work(train_and_measure, a_process=None, model_gb=0.9, checkpoint_mb=6)
+WORK = WorkerSpec(train_and_measure, a_process=None, model_gb=0.9, checkpoint_mb=6)
 
 
-class Truth:
+class RetrainingBenchmark:
     """The bench of truth of a bench of labelled pictures, on small models."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: AttributeBenchmark) -> None:
         self.bench = bench
         self.took: dict[str, float] = {}
         self.data, self.held_out = (bench.labelled[0].split(s) for s in ("train", "held_out"))
@@ -61,7 +61,7 @@ class Truth:
         self.network = own.truth_network
         kept = own.folder / "truth" if own.quick else own.kept / own.bench
         self.plans = kept / "plans"
-        self.models = LabelledBench(
+        self.models = ClassConditionalSetup(
             str(bench.data_dir),
             own.folder / "retrainings",
             kept / "presences",
@@ -73,7 +73,9 @@ class Truth:
             checks=bench.checks,
         )
 
-    def plan(self, name: str, make: Callable[[], Plan], arms: Sequence[str] = ()) -> Plan:
+    def plan(
+        self, name: str, make: Callable[[], RetrainingPlan], arms: Sequence[str] = ()
+    ) -> RetrainingPlan:
         """The plan kept, or with RETRAIN=1 made; with RETRAIN=1 it gets the `arms` that it lacks,
         and what is missing is trained.
         """
@@ -83,7 +85,7 @@ class Truth:
             retrain(self.models, kept_plan(self.plans, name, self.data), WORK)
         return kept_plan(self.plans, name, self.data)
 
-    def found(self, plan: Plan, least: int) -> tuple[Plan, dict[str, Any]]:
+    def found(self, plan: RetrainingPlan, least: int) -> tuple[RetrainingPlan, dict[str, Any]]:
         """(the measured part of a plan, its presences). UserError for fewer than `least`."""
         there = [s for s in plan.subsets if self.models.presences(plan.name, s).exists()]
         if len(there) < least:
@@ -91,12 +93,12 @@ class Truth:
             line = self.bench.own.line(plan.name, RETRAIN=1)
             raise UserError(f"{of} have presences; train them: {line}")
         part = replace(plan, subsets=tuple(there))
-        return part, presences_of(self.models, part, self.held_out, read_presences)
+        return part, load_measurements(self.models, part, self.held_out, read_presences)
 
     # ---- what rankers say
 
     @cached_property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> AttributionTask:
         """The model of all pictures, trained as those of the plans are."""
         subset = base_plan(self.data, SEEDS[:1]).subsets[0]
         job, work = self.models.job(subset), self.models.work
@@ -109,10 +111,10 @@ class Truth:
             grad_dir=str(self.bench.own.folder / "grads" / folder.name),
             scope="local",
         )
-        return Corpus(s, self.bench.device)
+        return AttributionTask(s, self.bench.device)
 
     @cached_property
-    def asked(self) -> Asked:
+    def asked(self) -> ConceptQueries:
         """Every concept of every held-out picture."""
         model, content = self.corpus.model, self.held_out.content_hash()
         pixels = self.held_out.images(range(len(self.held_out)), model.image_size)
@@ -120,12 +122,12 @@ class Truth:
         latents = model.encode_images(pixels).split(1)
         for row, (x0, shown) in enumerate(zip(latents, pixels, strict=True)):
             caption = self.held_out.captions[row]
-            picture = Picture(caption, x0, None, shown, {"real": [content, row]})
+            picture = QueryImage(caption, x0, None, shown, {"real": [content, row]})
             form = self.corpus.settings.query_form
             for question in questions_of(form, model.vocabulary, picture):
                 of[question.concept].setdefault(question.words, []).append(len(questions))
                 questions.append(question)
-        return Asked(questions, of)
+        return ConceptQueries(questions, of)
 
     @cached_property
     def scores(self) -> dict[str, np.ndarray]:
@@ -143,30 +145,30 @@ class Truth:
         """
         return {name: took / len(self.asked.questions) for name, took in self.took.items()}
 
-    def damping(self, name: str, truths: dict[str, lds.Measured]) -> int:
+    def damping(self, name: str, truths: dict[str, lds.GroundTruth]) -> int:
         """Index of a ranker's: chosen by LDS on the "tune" concepts."""
-        values, tune = self.scores[name], groups(self.data)["tune"]
+        values, tune = self.scores[name], split_concepts(self.data)["tune"]
         choose = lambda: lds.best_damping(values, self.asked, truths, tune)  # noqa: E731
         return damping_of(name, self.corpus, values, choose)
 
     # ---- LDS
 
-    def lds_plan(self) -> Plan:
+    def lds_plan(self) -> RetrainingPlan:
         """`lds_subsets` subsets, each with two seeds."""
         count = self.bench.own.lds_subsets
         return self.plan("lds", lambda: lds_plan(self.data, count, count))
 
     @cached_property
-    def measured(self) -> tuple[Plan, dict[str, Any]]:
+    def measured(self) -> tuple[RetrainingPlan, dict[str, Any]]:
         """(measured part of the LDS plan, its presences)."""
         return self.found(self.lds_plan(), 3)
 
-    def truths(self, drawn: bool = False) -> dict[str, lds.Measured]:
+    def truths(self, drawn: bool = False) -> dict[str, lds.GroundTruth]:
         """{kind: what retraining says, mean over the seeds of each subset}: presences, or with
         `drawn` the classifier's rates.
         """
         part, found = self.measured
-        found = {n: Drawn(p) for n, p in found.items()} if drawn else found
+        found = {n: ClassifierRates(p) for n, p in found.items()} if drawn else found
         first = [s for s in part.subsets if s.seed == part.subsets[0].seed]
         second = [s for s in part.subsets if s.seed != part.subsets[0].seed]
         parts = [replace(part, subsets=tuple(first))]
@@ -189,7 +191,7 @@ class Truth:
         for name, values in self.scores.items():
             told = {key: self.lds_of(name, values, truths) for key, truths in both.items()}
             table[name] = {**told[""], "drawn": told["drawn"]}
-        drawn = {n: Drawn(p) for n, p in found.items()}
+        drawn = {n: ClassifierRates(p) for n, p in found.items()}
         table["ceiling"] = self.ceiling(part, found)
         table["ceiling_drawn"] = self.ceiling(part, drawn)
         table["subsets"] = len(both[""][kinds_of(self.data)[0]].kept)
@@ -197,24 +199,25 @@ class Truth:
         return table
 
     def lds_of(
-        self, name: str, values: np.ndarray, truths: dict[str, lds.Measured]
+        self, name: str, values: np.ndarray, truths: dict[str, lds.GroundTruth]
     ) -> dict[str, Any]:
         """Figures of one ranker at its damping; values [D, Q, N]."""
         d = self.damping(name, truths)
         parts = []
-        for kind, names in groups(self.data)["report"].items():
+        for kind, names in split_concepts(self.data)["report"].items():
             scores = self.asked.mean(values[[d]], kind, names)[0]
-            parts.append(lds.scored(scores, truths[kind].of(names)))
+            parts.append(lds.lds_metrics(scores, truths[kind].of(names)))
         return lds.summary({k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 
-    def ceiling(self, part: Plan, found: dict[str, Any]) -> float | None:
+    def ceiling(self, part: RetrainingPlan, found: dict[str, Any]) -> float | None:
         """Mean correlation of two seeds over the "report" concepts; None while fewer than three
         subsets have both.
         """
-        report = groups(self.data)["report"]
+        report = split_concepts(self.data)["report"]
         try:
             each = [
-                lds.ceiling(part, found, self.held_out, k, names) for k, names in report.items()
+                lds.seed_agreement(part, found, self.held_out, k, names)
+                for k, names in report.items()
             ]
         except UserError:
             return None
@@ -230,14 +233,14 @@ class Truth:
         bases, whole = self.found(bases, 1)
         by_seed = {s.seed: whole[s.name] for s in bases.subsets}
         part, found = self.found(plan, 1)
-        told: dict[str, Any] = counterfactual.drops(
-            part, found, by_seed, self.data, self.held_out, FIXED
+        told: dict[str, Any] = counterfactual.presence_drops(
+            part, found, by_seed, self.data, self.held_out, OURS
         )
-        told["noise"] = counterfactual.noise(by_seed, self.data, self.held_out)
+        told["noise"] = counterfactual.seed_noise(by_seed, self.data, self.held_out)
         told["targets"] = {k: counterfactual.targets(self.data, k) for k in kinds_of(self.data)}
         return told
 
-    def planned(self) -> Plan:
+    def planned(self) -> RetrainingPlan:
         """What every ranker names on the model of all pictures; dampings are those of the LDS where
         it was measured, else those of the settings.
         """
@@ -252,9 +255,9 @@ class Truth:
             for name, values in self.scores.items():
                 d = self.damping(name, truths) if truths else self.fixed(values)
                 scores[name] = self.asked.mean(values[[d]], kind, names)[0]
-            arms |= counterfactual.arms(self.data, kind, scores, FIXED)
+            arms |= counterfactual.removal_sets(self.data, kind, scores, OURS)
         return counterfactual_plan(self.data, arms, SEEDS)
 
     def fixed(self, values: np.ndarray) -> int:
         """Index of the settings' damping, for every ranker."""
-        return damping_of(FIXED, self.corpus, values, lambda: 0)
+        return damping_of(OURS, self.corpus, values, lambda: 0)

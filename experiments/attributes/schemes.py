@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 from concept_trak.atomic_io import atomic_folder, write_bytes, write_json
 from concept_trak.datasets.image_folder import ATTRIBUTES, ImageCaptionDataset, load_folder
-from concept_trak.errors import UserError, call, removal
+from concept_trak.errors import UserError, remove_hint, script_hint
 from concept_trak.models.vocabulary import Vocabulary
 from concept_trak.validated_io import read_json
 
-MEND = f"make the data again, e.g. {call('synthetic/run_all.sh', STAGE='generate')}"
+MEND = f"make the data again, e.g. {script_hint('synthetic/run_all.sh', STAGE='generate')}"
 Labels = dict[str, str]  # attribute -> class
 
 
 @dataclass(frozen=True)
-class Scheme:
+class AttributeScheme:
     """vocabulary: attributes and classes. held_out: combinations that no train picture shows, each
     {attribute: class} of at least two attributes.
     """
@@ -67,7 +67,7 @@ def parse_held_out(vocabulary: Vocabulary, text: str) -> tuple[Labels, ...]:
     return tuple(found)
 
 
-def read_scheme(root: str | Path, mend: str = MEND) -> Scheme:
+def read_scheme(root: str | Path, mend: str = MEND) -> AttributeScheme:
     """The attributes of a folder. UserError, which ends with `mend`, when the file is missing or
     none.
     """
@@ -83,10 +83,12 @@ def read_scheme(root: str | Path, mend: str = MEND) -> Scheme:
             raise ValueError("held_out")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no list of attributes ({error!r:.80}); {mend}") from None
-    return Scheme(vocabulary, pairs)
+    return AttributeScheme(vocabulary, pairs)
 
 
-def load_labelled(root: str | Path, mend: str = MEND) -> tuple[ImageCaptionDataset, Scheme]:
+def load_labelled(
+    root: str | Path, mend: str = MEND
+) -> tuple[ImageCaptionDataset, AttributeScheme]:
     """Pictures and their scheme. UserError, which ends with `mend`, for a row whose label is no
     class, or a class that no train picture shows: nothing can be asked about it.
     """
@@ -103,7 +105,7 @@ def load_labelled(root: str | Path, mend: str = MEND) -> tuple[ImageCaptionDatas
     return data, scheme
 
 
-def labels_of(scheme: Scheme, data: ImageCaptionDataset) -> list[Labels]:
+def labels_of(scheme: AttributeScheme, data: ImageCaptionDataset) -> list[Labels]:
     """Of every picture."""
     names = scheme.vocabulary.names
     return [{name: record[name] for name in names} for record in data.records]
@@ -116,7 +118,7 @@ def balanced(combinations: Sequence[Labels], count: int) -> list[Labels]:
 
 def write_combinations(
     root: Path,
-    scheme: Scheme,
+    scheme: AttributeScheme,
     counts: tuple[int, int, int],
     pictures: Callable[..., Iterator[tuple[Labels, Image.Image]]],
     made_from: dict[str, Any],
@@ -141,7 +143,7 @@ def write_combinations(
 
 def write_labelled(
     root: Path,
-    scheme: Scheme,
+    scheme: AttributeScheme,
     splits: Mapping[str, tuple[Iterable[tuple[Labels, Image.Image]], int]],
     made_from: dict[str, Any],
 ) -> None:
@@ -163,4 +165,4 @@ def write_labelled(
 def is_made_from(root: Path, made_from: dict[str, Any]) -> bool:
     """Whether a folder is there and was made from exactly this."""
     path = root / ATTRIBUTES
-    return path.is_file() and read_json(path, removal(root)).get("made_from") == made_from
+    return path.is_file() and read_json(path, remove_hint(root)).get("made_from") == made_from

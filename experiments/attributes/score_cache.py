@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
-from concept_trak.attribution.naming import row_settings
-from concept_trak.attribution.question import Question
+from concept_trak.attribution.naming import gradient_settings
+from concept_trak.attribution.question import Query
 from concept_trak.registry import RANKERS
 from concept_trak.scoring.ranking import ranking
-from concept_trak.settings import as_dict, digest
-from concept_trak.store.array_cache import keep_arrays, read_arrays
-from experiments.benchmark.evaluate import largest_as_good
+from concept_trak.settings import as_dict, short_hash
+from concept_trak.store.array_cache import read_npz, write_npz
+from experiments.benchmark.evaluate import one_standard_error_rule
 from experiments.benchmark.protocol import TUNE
 
-from .pipeline import Bench, Model
+from .pipeline import AttributeBenchmark, TrainedModel
 from .queries import SPLITS, LabelledBenchmark
 from .settings import SCOPES
 
@@ -37,7 +37,7 @@ TOP = 10  # ranks that choose, and that the table tells
 
 
 @dataclass(frozen=True)
-class Found:
+class MethodScores:
     """One ranker on one model. top: bool [D, Q, K], relevance by rank, K at most `DEEPEST`; least:
     [D, Q], share of relevant ones in the lowest ten; chance [Q]. split, concept, group [Q]: the
     last is the number of a question's combination. D: dampings, or candidates for a step. seconds:
@@ -64,7 +64,7 @@ class Found:
             return values
         return np.stack([values[:, groups == g].mean(1) for g in np.unique(groups)], 1)
 
-    def and_at(self, step: int, other: Found) -> Found:
+    def and_at(self, step: int, other: MethodScores) -> MethodScores:
         """With what was asked at one step alone [1, Q', K]; at the other steps that is all 0."""
         shape = len(self.top), *other.top.shape[1:]
         top, least = np.zeros(shape, bool), np.zeros(shape[:2])
@@ -72,17 +72,17 @@ class Found:
         parts = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in PER_QUESTION}
         both = {"top": np.concatenate([self.top, top], 1)}
         both["least"] = np.concatenate([self.least, least], 1)
-        return Found(**both, **parts, seconds=self.seconds + other.seconds)
+        return MethodScores(**both, **parts, seconds=self.seconds + other.seconds)
 
 
 PER_QUESTION = ("chance", "split", "concept", "group")
 
 
-def damping_of(models: Mapping[Model, Found]) -> int:
+def damping_of(models: Mapping[TrainedModel, MethodScores]) -> int:
     """Index of a ranker's damping or step, for all its models, from the split that is there for
     it.
     """
-    return largest_as_good(np.concatenate([one.groups(TUNE) for one in models.values()], 1))
+    return one_standard_error_rule(np.concatenate([one.groups(TUNE) for one in models.values()], 1))
 
 
 def scopes_of(ranker: str) -> tuple[str, ...]:
@@ -91,23 +91,23 @@ def scopes_of(ranker: str) -> tuple[str, ...]:
     return SCOPES if per_concept else SCOPES[:1]
 
 
-ByModel = dict[str, dict[str, dict[Model, Found]]]  # scope -> ranker -> model
+ByModel = dict[str, dict[str, dict[TrainedModel, MethodScores]]]  # scope -> ranker -> model
 
 
-def attribute(bench: Bench) -> ByModel:
+def attribute(bench: AttributeBenchmark) -> ByModel:
     """What every ranker found, computed where it is not kept."""
     benchmarks = {model: bench.benchmark(bench.corpus(model)) for model in bench.models}
     found: ByModel = {scope: {} for scope in SCOPES}
     for name in tqdm(bench.rankers, desc="attributing"):
         asked = {m: b for m, b in benchmarks.items() if name in bench.rankers_of(m)}
         for scope in scopes_of(name) if asked else ():
-            keep = Kept(bench.own.folder / "scores", name, scope)
+            keep = ScoreCache(bench.own.folder / "scores", name, scope)
             found[scope][name] = keep.stepped(asked) if steps_of(name) else keep.all(asked)
     return found
 
 
 @dataclass(frozen=True)
-class Kept:
+class ScoreCache:
     """What one ranker found of models' benchmarks, from files in a folder or computed."""
 
     folder: Path
@@ -116,43 +116,47 @@ class Kept:
 
     def all(
         self,
-        asked: Mapping[Model, LabelledBenchmark],
+        asked: Mapping[TrainedModel, LabelledBenchmark],
         splits: Sequence[str] = (),
         step: int | None = None,
-    ) -> dict[Model, Found]:
+    ) -> dict[TrainedModel, MethodScores]:
         """Of `splits`, by default all; at one step, by default every damping or candidate."""
         return {model: self.one(benchmark, splits, step) for model, benchmark in asked.items()}
 
-    def stepped(self, asked: Mapping[Model, LabelledBenchmark]) -> dict[Model, Found]:
+    def stepped(
+        self, asked: Mapping[TrainedModel, LabelledBenchmark]
+    ) -> dict[TrainedModel, MethodScores]:
         """Of a ranker with a step: reported questions are asked at what the others chose."""
         chosen_by = self.all(asked, (TUNE,))
         step = damping_of(chosen_by)
         reported = self.all(asked, SPLITS, step)
         return {model: one.and_at(step, reported[model]) for model, one in chosen_by.items()}
 
-    def one(self, benchmark: LabelledBenchmark, splits: Sequence[str], step: int | None) -> Found:
+    def one(
+        self, benchmark: LabelledBenchmark, splits: Sequence[str], step: int | None
+    ) -> MethodScores:
         """See `all`."""
         own = benchmark.corpus.settings.but(scope=self.scope)
         corpus = benchmark.corpus.with_settings(own)
         part = [list(splits), step] if splits else []
         path = self.folder / f"{self.name}-{identity(corpus, benchmark, self.name, part)}.npz"
-        if kept := read_arrays(path):
-            return Found(**{**kept, "seconds": float(kept["seconds"])})
+        if kept := read_npz(path):
+            return MethodScores(**{**kept, "seconds": float(kept["seconds"])})
         found = compute(corpus, benchmark, self.name, splits, step)
-        keep_arrays(path, vars(found))
+        write_npz(path, vars(found))
         return found
 
 
 def identity(
-    corpus: Corpus, benchmark: LabelledBenchmark, name: str, part: Sequence[Any] = ()
+    corpus: AttributionTask, benchmark: LabelledBenchmark, name: str, part: Sequence[Any] = ()
 ) -> str:
     """Of all that decides what a ranker finds; part: of which questions and step, if not all."""
     s, asked = corpus.settings, benchmark.asked
     places = ("sd_model_path", "data_dir", "grad_dir", "results_dir", "methods", "batch_size")
     kept = {k: v for k, v in as_dict(s).items() if k not in places}
     questions = [asked.combinations, asked.samples, asked.tune, asked.classifier is not None]
-    model = [corpus.model.identity(), corpus.data.content_hash(), row_settings(s)]
-    return digest([name, kept, questions, model, DEEPEST, *steps_of(name), *part])
+    model = [corpus.model.identity(), corpus.data.content_hash(), gradient_settings(s)]
+    return short_hash([name, kept, questions, model, DEEPEST, *steps_of(name), *part])
 
 
 def steps_of(name: str) -> tuple[float, ...]:
@@ -161,12 +165,12 @@ def steps_of(name: str) -> tuple[float, ...]:
 
 
 def compute(
-    corpus: Corpus,
+    corpus: AttributionTask,
     benchmark: LabelledBenchmark,
     name: str,
     splits: Sequence[str] = (),
     step: int | None = None,
-) -> Found:
+) -> MethodScores:
     """Rank, and keep what the table needs. Scope global asks each concept of a combination once:
     it does not see the picture.
     """
@@ -185,16 +189,16 @@ def compute(
     seconds = (time.perf_counter() - begun) / steps
     values = values[:, np.searchsorted(chosen, places)]
     names = [split for split, each in questions.items() for _ in each]
-    return found_of(values, asked, names, benchmark, seconds)
+    return method_scores(values, asked, names, benchmark, seconds)
 
 
-def found_of(
+def method_scores(
     values: np.ndarray,
-    asked: list[Question],
+    asked: list[Query],
     splits: list[str],
     benchmark: LabelledBenchmark,
     seconds: float,
-) -> Found:
+) -> MethodScores:
     """From scores [D, Q, N]."""
     relevant = np.stack([benchmark.relevant(q) for q in asked])
     deep = min(DEEPEST, values.shape[-1])
@@ -207,4 +211,4 @@ def found_of(
     chance = relevant.mean(1)
     _, group = np.unique([q.picture.prompt for q in asked], return_inverse=True)
     split, parts = np.array(splits), (np.stack(top), np.stack(least))
-    return Found(*parts, chance, split, concept, group, seconds)
+    return MethodScores(*parts, chance, split, concept, group, seconds)

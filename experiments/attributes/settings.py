@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from concept_trak.errors import UserError, call
+from concept_trak.errors import UserError, script_hint
 from concept_trak.parsing import parse_numbers
 from concept_trak.settings import ROOT
 
@@ -20,7 +20,7 @@ SCOPES = ("local", "global")
 
 
 @dataclass(frozen=True)
-class LabelledSettings:
+class AttributeSettings:
     """What a bench is. UserError for a number out of range.
 
     data: which pictures: synthetic, faces or celeba. networks: trained and asked. seeds: of
@@ -99,7 +99,7 @@ class LabelledSettings:
         changed = {n.upper(): v for n in names if (v := getattr(self, n)) != getattr(usual, n)}
         several = {"BENCHES": self.bench} if self.data == "synthetic" else {}
         given = also | ({"QUICK": 1} if self.quick else {}) | several | changed
-        return call(f"{self.home}/run_all.sh", STAGE=stage, **given)
+        return script_hint(f"{self.home}/run_all.sh", STAGE=stage, **given)
 
     def seed_list(self) -> list[int]:
         """Of trainings."""
@@ -168,10 +168,10 @@ QUICK = {  # what QUICK=1 changes: seconds instead of an hour, and tables that m
 }
 
 
-def of_bench(name: str, given: Mapping[str, Any], quick: bool = False) -> LabelledSettings:
+def of_bench(name: str, given: Mapping[str, Any], quick: bool = False) -> AttributeSettings:
     """Settings of a bench with what the user set on top. UserError for one that there is not."""
     if name not in BENCHES:
         raise UserError(f"BENCHES names {name!r}; set BENCHES to some of {', '.join(BENCHES)}")
-    base = replace(LabelledSettings(), **BENCHES[name])
+    base = replace(AttributeSettings(), **BENCHES[name])
     values = {**(QUICK if quick else {}), **given}
     return replace(base, quick=quick, **values)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from concept_trak.errors import UserError
 from concept_trak.models.vocabulary import Vocabulary
 
-from .schemes import Labels, Scheme, parse_held_out, write_combinations
+from .schemes import AttributeScheme, Labels, parse_held_out, write_combinations
 
 SIDES = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6}  # and a circle, a cross
 SHAPES = ("triangle", "circle", "square", "cross", "pentagon", "hexagon")
@@ -46,7 +46,7 @@ class SyntheticSettings:
     held_out_count: int = 96
     seed: int = 0
 
-    def scheme(self) -> Scheme:
+    def scheme(self) -> AttributeScheme:
         """Attributes and held-out combinations. UserError for what cannot be drawn."""
         for name, chosen, known in (
             ("SHAPES", self.shapes, SHAPES),
@@ -57,7 +57,7 @@ class SyntheticSettings:
                     f"{name} holds {bad[0]!r}; set {name} to some of {', '.join(known)}"
                 )
         vocabulary = Vocabulary({"shape": self.shapes, "color": self.colors})
-        return Scheme(vocabulary, parse_held_out(vocabulary, self.held_out))
+        return AttributeScheme(vocabulary, parse_held_out(vocabulary, self.held_out))
 
 
 def draw(labels: Labels, size: int, radius: float, rng: np.random.Generator) -> Image.Image:
@@ -101,7 +101,7 @@ def pictures(
         yield told, draw(told, settings.size, settings.radius, rng)
 
 
-def make(root: Path, settings: SyntheticSettings) -> None:
+def build(root: Path, settings: SyntheticSettings) -> None:
     """See `write_combinations`."""
     counts = (settings.count, settings.held_out_count, 2 * settings.count)
     draw_all = functools.partial(pictures, settings=settings)

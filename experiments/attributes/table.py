@@ -18,16 +18,16 @@ from concept_trak.atomic_io import write_bytes, write_json
 from concept_trak.registry import RANKERS
 from concept_trak.scoring.metrics import bootstrap_interval
 from concept_trak.settings import DAMPINGS, as_dict, provenance
-from experiments.benchmark.evaluate import is_control
+from experiments.benchmark.evaluate import is_baseline
 from experiments.benchmark.plots import png
 from experiments.overview import PAPER
 from experiments.truth import lds
-from experiments.truth.setup import cell
+from experiments.truth.setup import format_interval
 
 from . import figures as plots
-from .pipeline import Bench, Model
+from .pipeline import AttributeBenchmark, TrainedModel
 from .queries import SPLITS
-from .score_cache import ByModel, Found, attribute, damping_of, steps_of
+from .score_cache import ByModel, MethodScores, attribute, damping_of, steps_of
 
 OURS, CONTROL = ("concept_trak", "reference"), "caption_similarity"
 # whose figures of the paper (`overview.PAPER`) stand beside a bench's; its Concept-TRAK is our
@@ -35,7 +35,7 @@ OURS, CONTROL = ("concept_trak", "reference"), "caption_similarity"
 PUBLISHED = {"synthetic": "synthetic", "celeba_hq": "faces"}
 
 
-def table_of(bench: Bench) -> dict[str, Any]:
+def table_of(bench: AttributeBenchmark) -> dict[str, Any]:
     """Print the table, keep it with its plots and all details below the bench's folder, and return
     what is committed as table.json.
     """
@@ -73,7 +73,7 @@ def table_of(bench: Bench) -> dict[str, Any]:
     return result
 
 
-def of_network(rankers: Mapping[str, dict[Model, Found]], network: str) -> Any:
+def of_network(rankers: Mapping[str, dict[TrainedModel, MethodScores]], network: str) -> Any:
     """The models of one network."""
     return {
         name: {model: found for model, found in models.items() if model.network == network}
@@ -102,12 +102,12 @@ def summarised(found: ByModel, chosen: Mapping[str, int]) -> dict[str, dict[str,
     return told
 
 
-def has(models: Mapping[Model, Found], split: str) -> bool:
+def has(models: Mapping[TrainedModel, MethodScores], split: str) -> bool:
     """Whether a split was asked about."""
     return any((one.split == split).any() for one in models.values())
 
 
-def figures(models: Mapping[Model, Found], split: str, d: int) -> dict[str, Any]:
+def figures(models: Mapping[TrainedModel, MethodScores], split: str, d: int) -> dict[str, Any]:
     """Precision@10 at a damping, its interval, by attribute, oracle, least ten, chance."""
     groups = np.concatenate([one.groups(split) for one in models.values()], 1)
     low, high = bootstrap_interval(groups[d])
@@ -130,7 +130,9 @@ def figures(models: Mapping[Model, Found], split: str, d: int) -> dict[str, Any]
     }
 
 
-def margin(rankers: Mapping[str, dict[Model, Found]], chosen: Mapping[str, int]) -> dict[str, Any]:
+def margin(
+    rankers: Mapping[str, dict[TrainedModel, MethodScores]], chosen: Mapping[str, int]
+) -> dict[str, Any]:
     """{ours: precision above the best rival on "ood", with an interval over pairs}. Rivals are all
     that ask about a whole picture and are no control.
     """
@@ -154,10 +156,12 @@ def margin(rankers: Mapping[str, dict[Model, Found]], chosen: Mapping[str, int])
 def is_rival(name: str) -> bool:
     """Whether a ranker is of another kind than ours and knows the model."""
     per_concept = getattr(RANKERS.get(name), "per_concept", False)
-    return name not in OURS and not is_control(name) and not per_concept
+    return name not in OURS and not is_baseline(name) and not per_concept
 
 
-def _at_damping(models: Mapping[Model, Found], d: int, among: Mapping[Model, Any]) -> np.ndarray:
+def _at_damping(
+    models: Mapping[TrainedModel, MethodScores], d: int, among: Mapping[TrainedModel, Any]
+) -> np.ndarray:
     """Precision on "ood" of the combinations of those models that are `among` others."""
     return np.concatenate([models[m].groups("ood")[d] for m in among if m in models])
 
@@ -224,19 +228,19 @@ def _number(value: float | None) -> str:
 
 
 def _cell(e: Any) -> str:
-    return cell(e["precision"], e["ci95"]) if e else ""
+    return format_interval(e["precision"], e["ci95"]) if e else ""
 
 
 # ---- retraining
 
 
-def truth_table(bench: Bench, test: str) -> dict[str, Any]:
+def truth_table(bench: AttributeBenchmark, test: str) -> dict[str, Any]:
     """The LDS or the counterfactual of a bench, printed, kept and drawn."""
     from experiments.truth.figures import drops
 
-    from .retraining import Truth
+    from .retraining import RetrainingBenchmark
 
-    truth = Truth(bench)
+    truth = RetrainingBenchmark(bench)
     folder = bench.own.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     if test == "lds":
@@ -262,7 +266,7 @@ def lds_markdown(told: Mapping[str, Any]) -> str:
     for name, e in told.items():
         if isinstance(e, dict) and "lds" in e:
             cells = [
-                cell(part[f], part[lds.interval_of(f)])
+                format_interval(part[f], part[lds.interval_of(f)])
                 for part in (e, e["drawn"])
                 for f in ("lds", "partial", "squared")
             ]
@@ -281,6 +285,6 @@ def counterfactual_markdown(kinds: Mapping[str, Any]) -> str:
         lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(wanted)} |"]
         lines.append("|---" * (3 + len(wanted)) + "|")
         for arm, e in arms.items():
-            cells = [cell(e[f], e[f"{f}_ci95"]) if f in e else "" for f in wanted]
+            cells = [format_interval(e[f], e[f"{f}_ci95"]) if f in e else "" for f in wanted]
             lines.append(f"| {arm} | {e['removed']} | {e['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
 from concept_trak.parsing import parse_methods
 from concept_trak.registry import BENCHMARKS, RANKERS
 from concept_trak.scoring import metrics
 from concept_trak.settings import DAMPINGS
 
-from .forward_count import forwards_of
+from .forward_count import count_forwards
 from .plots import against_k, png
 from .protocol import TUNE, Benchmark
-from .results import results, write_metrics
+from .results import result_folder, write_metrics
 
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # split -> concept -> ranker -> figures
 
 
-def is_control(name: str) -> bool:
+def is_baseline(name: str) -> bool:
     """Whether a ranker knows nothing of the training; controls stand in every table."""
     return getattr(RANKERS.get(name), "control", False)
 
@@ -43,7 +43,7 @@ def chosen_rankers(methods: str) -> list[str]:
     UserError for one that there is not.
     """
     named = parse_methods(methods)
-    controls = [name for name in RANKERS.names() if is_control(name)]
+    controls = [name for name in RANKERS.names() if is_baseline(name)]
     there = [name for name in controls if is_available(name)]
     by_itself = (n for n in RANKERS.names() if not getattr(RANKERS.get(n), "on_request", False))
     others = named or [name for name in by_itself if name not in controls]
@@ -64,15 +64,15 @@ def summary(values: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
 
 
 def choose_damping(values: np.ndarray, relevant: np.ndarray) -> int:
-    """Index of a ranker's damping, from questions asked nowhere else: `largest_as_good` in mean
-    Recall@10 over pictures and concepts.
+    """Index of a ranker's damping, from questions asked nowhere else: `one_standard_error_rule` in
+    mean Recall@10 over pictures and concepts.
 
     values [D, pictures, concepts, N]; relevant [pictures, concepts, N].
     """
-    return largest_as_good(metrics.recall_at_k(values, relevant[None]).mean(2))
+    return one_standard_error_rule(metrics.recall_at_k(values, relevant[None]).mean(2))
 
 
-def largest_as_good(quality: np.ndarray) -> int:
+def one_standard_error_rule(quality: np.ndarray) -> int:
     """The last of D whose mean quality [D, n] is within one standard error of the best (Breiman et
     al. 1984): where the choice hardly matters, as it mostly does not, it neither ends at the edge
     of the sweep nor hangs on a few pictures.
@@ -82,7 +82,7 @@ def largest_as_good(quality: np.ndarray) -> int:
     return int(np.flatnonzero(quality.mean(1) >= best.mean() - error).max())
 
 
-class Questions:
+class QuerySet:
     """All questions of a benchmark's pictures of one kind, and which belong together."""
 
     def __init__(self, benchmark: Benchmark, kind: str) -> None:
@@ -113,7 +113,7 @@ class Questions:
 
 
 @dataclass
-class Found:
+class EvaluationResult:
     """What the rankers found. tables {kind: table}; dampings, steps: what was chosen for a ranker
     that has one; cost: forward equivalents of one question (`cost`); curves {split concept:
     {ranker: Recall@1, 2, ...}}, of the first kind.
@@ -126,30 +126,34 @@ class Found:
     curves: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
-def tables(corpus: Corpus, benchmark: Benchmark, asked: dict[str, Questions]) -> Found:
+def evaluate_methods(
+    corpus: AttributionTask, benchmark: Benchmark, asked: dict[str, QuerySet]
+) -> EvaluationResult:
     """Every ranker's figures for the questions asked."""
     splits, concepts = benchmark.splits, benchmark.concepts
-    found = Found({kind: {s: {c: {} for c in concepts} for s in splits} for kind in asked})
+    found = EvaluationResult(
+        {kind: {s: {c: {} for c in concepts} for s in splits} for kind in asked}
+    )
     for name in chosen_rankers(corpus.settings.methods):
         ranker, chosen, first = RANKERS.get(name)(corpus), 0, next(iter(asked.values()))
         if hasattr(ranker, "candidates"):
             step = choose_step(ranker, first)
             ranker, found.steps[name] = ranker.at(step), ranker.candidates[step]
         for kind, questions in asked.items():
-            values = answers(ranker, questions)
+            values = score_queries(ranker, questions)
             if len(values) == len(DAMPINGS) and name not in found.dampings:
                 chosen = questions.damping(values)
                 found.dampings[name] = DAMPINGS[chosen]
-            fill(found.tables[kind], name, questions, values, chosen)
+            record_metrics(found.tables[kind], name, questions, values, chosen)
             if questions is first:
-                trace(found.curves, splits, name, questions, values[chosen])
-        found.cost[name] = forwards_of(ranker, first.asked[0])
+                record_curve(found.curves, splits, name, questions, values[chosen])
+        found.cost[name] = count_forwards(ranker, first.asked[0])
     for kind, questions in asked.items():
-        chance_of(found.tables[kind], questions)
+        record_chance(found.tables[kind], questions)
     return found
 
 
-def answers(ranker: Any, questions: Questions) -> np.ndarray:
+def score_queries(ranker: Any, questions: QuerySet) -> np.ndarray:
     """[D, Q, N]. A ranker whose step is chosen already is not asked what only chooses."""
     if not hasattr(ranker, "candidates"):
         return ranker.rank(questions.asked)
@@ -160,7 +164,7 @@ def answers(ranker: Any, questions: Questions) -> np.ndarray:
     return values
 
 
-def choose_step(ranker: Any, questions: Questions) -> int:
+def choose_step(ranker: Any, questions: QuerySet) -> int:
     """Index among a ranker's candidates, by the rule of `choose_damping`, on the tune split."""
     places = questions.choosing()
     asked = [questions.asked[i] for i in places.ravel()]
@@ -169,7 +173,9 @@ def choose_step(ranker: Any, questions: Questions) -> int:
     return choose_damping(values, questions.relevant[places])
 
 
-def fill(table: Table, name: str, questions: Questions, values: np.ndarray, damping: int) -> None:
+def record_metrics(
+    table: Table, name: str, questions: QuerySet, values: np.ndarray, damping: int
+) -> None:
     """Enter a ranker's figures; values [D, Q, N]."""
     for split, concepts in table.items():
         for concept, entries in concepts.items():
@@ -181,11 +187,11 @@ def fill(table: Table, name: str, questions: Questions, values: np.ndarray, damp
                 entries[name]["oracle_recall_at_10"] = round(float(sweep.max()), 4)
 
 
-def trace(
+def record_curve(
     curves: dict[str, dict[str, np.ndarray]],
     splits: tuple[str, ...],
     name: str,
-    questions: Questions,
+    questions: QuerySet,
     values: np.ndarray,
 ) -> None:
     """Enter a ranker's Recall@k; values [Q, N]."""
@@ -196,7 +202,7 @@ def trace(
             curves.setdefault(f"{split.upper()} {concept}", {})[name] = curve
 
 
-def chance_of(table: Table, questions: Questions) -> None:
+def record_chance(table: Table, questions: QuerySet) -> None:
     """Enter what a random order would find."""
     for split, concepts in table.items():
         for concept, entries in concepts.items():
@@ -206,7 +212,7 @@ def chance_of(table: Table, questions: Questions) -> None:
             entries["chance"] = {"recall_at_10": round(float(np.mean(chance)), 4)}
 
 
-def markdown(found: Found) -> str:
+def markdown(found: EvaluationResult) -> str:
     """A table a kind of picture, one row a ranker."""
     lines: list[str] = []
     for kind, table in found.tables.items():
@@ -230,15 +236,15 @@ def _entry(e: dict[str, Any]) -> str:
     return f"{e['recall_at_10']:.2f} [{low:.2f}, {high:.2f}] ({rest})"
 
 
-def evaluate(corpus: Corpus, name: str = "emoji") -> dict[str, Any]:
+def evaluate(corpus: AttributionTask, name: str = "emoji") -> dict[str, Any]:
     """Evaluate on benchmark `name`: print the table and, as the last line, one JSON object.
 
     Both are kept under the results folder. The tables of the first kind of picture stand at the top
     of the JSON object, those of others under their kind.
     """
     benchmark = BENCHMARKS.get(name)(corpus)
-    asked = {kind: Questions(benchmark, kind) for kind in benchmark.kinds}
-    found = tables(corpus, benchmark, asked)
+    asked = {kind: QuerySet(benchmark, kind) for kind in benchmark.kinds}
+    found = evaluate_methods(corpus, benchmark, asked)
     first, *others = benchmark.kinds
     result = {
         **found.tables[first],
@@ -250,7 +256,7 @@ def evaluate(corpus: Corpus, name: str = "emoji") -> dict[str, Any]:
         "queries": asked[first].pictures,
     }
     table = markdown(found)
-    with results(corpus.settings, "eval", name, corpus.train_identity()) as folder:
+    with result_folder(corpus.settings, "eval", name, corpus.train_identity()) as folder:
         write_metrics(folder, "metrics", result, corpus.settings)
         write_bytes(folder / "table.md", f"{table}\n".encode())
         write_bytes(folder / "recall.png", png(against_k(found.curves, "recall")))

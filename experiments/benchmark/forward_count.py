@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from concept_trak.attribution.question import Question
+from concept_trak.attribution.question import Query
 from concept_trak.gradients.vjp import PerSampleVjp
 
 
@@ -46,7 +46,7 @@ def _add(count: Count, samples: int) -> None:
     count.samples += 0 if PerSampleVjp.holding else samples
 
 
-def forwards_of(ranker: Any, question: Question) -> int:
+def count_forwards(ranker: Any, question: Query) -> int:
     """Forward equivalents of one question; 0 for a ranker that asks no network."""
     if not hasattr(ranker, "ask"):
         return 0

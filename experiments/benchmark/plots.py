@@ -99,7 +99,7 @@ def lines_against_k(axis: Axes, curves: Mapping[str, np.ndarray], what: str) -> 
     axis.set_xlim(1, last)
     axis.locator_params(axis="x", integer=True)
     ends = np.array([values[-1] for values in curves.values()])
-    for place, (label, color), end in zip(spread(ends), colors.items(), ends, strict=True):
+    for place, (label, color), end in zip(spread_labels(ends), colors.items(), ends, strict=True):
         axis.annotate(
             label,
             (last, end),
@@ -113,7 +113,9 @@ def lines_against_k(axis: Axes, curves: Mapping[str, np.ndarray], what: str) -> 
         )
 
 
-def spread(values: np.ndarray, gap: float = 0.037, low: float = 0, high: float = 1) -> np.ndarray:
+def spread_labels(
+    values: np.ndarray, gap: float = 0.037, low: float = 0, high: float = 1
+) -> np.ndarray:
     """Places as near to `values` as names a `gap` apart can be, in the same order, between `low`
     and `high` as far as there is room.
     """

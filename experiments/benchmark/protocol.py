@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.question import Question
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.question import Query
 
 TUNE = "tune"  # the split that chooses a damping, and is reported nowhere
 
@@ -29,12 +29,12 @@ class Benchmark(Protocol):
     splits: ClassVar[tuple[str, ...]]
     settings: ClassVar[dict[str, Any]]
 
-    def __init__(self, corpus: Corpus) -> None: ...
+    def __init__(self, corpus: AttributionTask) -> None: ...
 
-    def questions(self, kind: str) -> dict[str, list[Question]]:
+    def questions(self, kind: str) -> dict[str, list[Query]]:
         """{split: questions}, those of `splits` and TUNE; every picture with all `concepts`."""
         ...
 
-    def relevant(self, question: Question) -> np.ndarray:
+    def relevant(self, question: Query) -> np.ndarray:
         """bool [N]: the training images that carry the concept."""
         ...

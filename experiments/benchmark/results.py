@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from concept_trak.atomic_io import atomic_folder, link, write_json
-from concept_trak.attribution.naming import deciding
+from concept_trak.attribution.naming import settings_digest
 from concept_trak.settings import Settings, as_dict, provenance, results_folder
 
-ASKED = ("num_queries", "methods", "task_idx")  # decide what is evaluated, but no single answer
+SCOPE_SETTINGS = (
+    "num_queries",
+    "methods",
+    "task_idx",
+)  # decide what is evaluated, but no single answer
 LATEST = "latest"
 
 
 @contextlib.contextmanager
-def results(settings: Settings, kind: str, name: str, made_from: Any) -> Iterator[Path]:
+def result_folder(settings: Settings, kind: str, name: str, made_from: Any) -> Iterator[Path]:
     """A folder to fill, which becomes {kind}/{name}-{hash} in RESULTS_DIR when the block ends, and
     the one that `latest` there names.
 
     made_from: what decides the results beside the settings (JSON): the model, the pictures.
     UserError for a disk that does not take it.
     """
-    asked = {field: getattr(settings, field) for field in ASKED}
+    asked = {field: getattr(settings, field) for field in SCOPE_SETTINGS}
     below = results_folder(settings, kind)
-    folder = below / f"{name}-{deciding(settings, asked, made_from)}"
+    folder = below / f"{name}-{settings_digest(settings, asked, made_from)}"
     with atomic_folder(folder) as made:
         yield made
     link(below / LATEST, folder)

@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from concept_trak.components.concept_plan import Asked, edit_of, scores_of
+from concept_trak.components.concept_plan import (
+    ComponentQuery,
+    attribute_components,
+    edit_from_scores,
+)
 from concept_trak.components.edits import Edit, EditedNetwork
-from concept_trak.components.objective import AIMS, mean_value
+from concept_trak.components.objective import COMPONENT_OBJECTIVES, mean_value
 from concept_trak.components.parameter_groups import select
 from concept_trak.components.scores import Scores
-from concept_trak.components.second_order import bends
+from concept_trak.components.second_order import knockout_curvature
 from concept_trak.scoring.metrics import bootstrap_interval
 
 from .faithfulness import summed
-from .model_selection import Key, Measured
+from .model_selection import Key, MeasuredEdits
 from .testbed import Target
 
 AMPLIFIED = 0.005  # share of the weights that amplifying removes; higher ratios hurt the rest
@@ -34,12 +38,12 @@ class Amplified:
     counts: pictures of the target, and of what is to be kept. key: of the erasing edit.
     """
 
-    measured: Measured
+    measured: MeasuredEdits
     counts: tuple[int, int]
     key: Key
 
     def after_erasing(self, targets: list[Target]) -> dict[str, Any]:
-        """`gained` of concepts that were erased, by what is put on top."""
+        """`mean_gain` of concepts that were erased, by what is put on top."""
         cells = self.measured.cells
         pairs = [
             (
@@ -50,10 +54,11 @@ class Amplified:
             )
             for target in targets
         ]
-        return gained(pairs)
+        return mean_gain(pairs)
 
     def weakest(self, searched: int, count: int) -> dict[str, Any]:
-        """`gained` of the objects that the model draws worst, amplified as they are, and {object:
+        """`mean_gain` of the objects that the model draws worst, amplified as they are, and
+        {object:
         (rate before, after)}. They are found on other noise than what measures them, so that no
         gain is a return to the mean; searched: pictures of each object for that.
         """
@@ -73,7 +78,7 @@ class Amplified:
             pairs.append((before, after))
             told[target.name] = [float(np.mean(cell["shown"])) for cell in (before, after)]
             print(f"{target.name}, amplified: {told[target.name]}", flush=True)
-        return gained(pairs) | {"concepts": told}
+        return mean_gain(pairs) | {"concepts": told}
 
     def _weakest(self, searched: int, count: int) -> list[Target]:
         """Objects that the unedited model draws worst, none of the tuned ones."""
@@ -100,14 +105,22 @@ class Amplified:
         """
 
         def make() -> dict[str, Any]:
-            model, aim, real = self.measured.bed.model, AIMS["amplify"], self._real(target)
+            model, aim, real = (
+                self.measured.bed.model,
+                COMPONENT_OBJECTIVES["amplify"],
+                self._real(target),
+            )
             states = [s for n in range(real.num_seeds) for s in real.states(model, aim, n)]
             scores, before = self._scores(real), mean_value(aim, model, states)
             among = select(model.network, self.key.plan.selection)
-            bent = bends(model, aim, among, lambda n: real.states(model, aim, n), real.num_seeds)
+            bent = knockout_curvature(
+                model, aim, among, lambda n: real.states(model, aim, n), real.num_seeds
+            )
             found = []
             for ratio in CURVE:
-                edit, chosen = edit_of(model, scores, Key(self.key.selection, ratio).plan, real)
+                edit, chosen = edit_from_scores(
+                    model, scores, Key(self.key.selection, ratio).plan, real
+                )
                 first = -summed(scores.mean, chosen.picked)
                 second = first + summed(bent, chosen.picked)
                 with EditedNetwork(model.network) as edited:
@@ -120,27 +133,27 @@ class Amplified:
         what = ["amplify, change of J, second order", self.key.selection, CURVE]
         return self.measured.cells.cell(target, what, make)["curve"]
 
-    def _real(self, target: Target) -> Asked:
+    def _real(self, target: Target) -> ComponentQuery:
         """The target's training pictures."""
         bed, corpus = self.measured.bed, self.measured.bed.corpus
         rows = [i for i, r in enumerate(corpus.train.records) if r[target.kind] == target.name]
         return replace(bed.asked(target), real=corpus.latents[rows], num_seeds=len(rows))
 
-    def _scores(self, real: Asked) -> Scores:
+    def _scores(self, real: ComponentQuery) -> Scores:
         model = self.measured.bed.model
         among = select(model.network, self.key.plan.selection)
-        return scores_of(model, real, AIMS["amplify"], among)
+        return attribute_components(model, real, COMPONENT_OBJECTIVES["amplify"], among)
 
     def _edit(self, target: Target, base: str = "") -> Edit:
         """The amplifying edit of the network as it stands. base: as `concept.edit_of`."""
         real, plan = self._real(target), Key(self.key.selection, AMPLIFIED).plan
-        return edit_of(self.measured.bed.model, self._scores(real), plan, real, base)[0]
+        return edit_from_scores(self.measured.bed.model, self._scores(real), plan, real, base)[0]
 
     def _recalled(self, target: Target) -> dict[str, Any]:
         """The judge's view after the erasing edit and an amplifying one on top."""
         measured, bed, model = self.measured, self.measured.bed, self.measured.bed.model
         scores = measured.spared(target, self.key)
-        edit, _ = edit_of(model, scores, self.key.plan, bed.asked(target))
+        edit, _ = edit_from_scores(model, scores, self.key.plan, bed.asked(target))
         with EditedNetwork(model.network) as edited:
             edited.apply(edit)
             again = self._edit(target, edited.base)
@@ -152,7 +165,7 @@ class Amplified:
                 bed.mirror(edit, undo=True)
 
 
-def gained(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+def mean_gain(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """By how much the judge's rate of the target rose from the first cell of a pair to the second,
     mean over pairs with its interval, and the share of other objects that was kept.
     """

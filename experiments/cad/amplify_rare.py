@@ -21,24 +21,28 @@ import numpy as np
 from tqdm import tqdm
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.components.concept_plan import Asked, edit_of, scores_of
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.components.concept_plan import (
+    ComponentQuery,
+    attribute_components,
+    edit_from_scores,
+)
 from concept_trak.components.edits import Edit, make_edit
-from concept_trak.components.objective import AIMS
+from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import components
 from concept_trak.components.scores import Scores
 from concept_trak.models.text_to_image import TextToImage
-from concept_trak.settings import digest
-from experiments.benchmark.results import results, write_metrics
+from concept_trak.settings import short_hash
+from experiments.benchmark.results import result_folder, write_metrics
 from experiments.truth.queries import corpus_of
 from experiments.truth.subsets import Subset
 
-from .amplify import gained
+from .amplify import mean_gain
 from .baselines import ranked_by, same_counts
 from .counterfactual import models_of
 from .model_selection import SKIPPED, Key, paper
-from .result_cache import Cells
-from .testbed import SPLIT_SEED, Bed, Target
+from .result_cache import MeasurementCache
+from .testbed import SPLIT_SEED, EraseSetup, Target
 
 KEPT, REPORTED = 2, 8  # pictures of a thinned object; objects that are reported
 SELECTIONS = ("cross_attention", "feed_forward", "cross_attention|feed_forward")
@@ -50,9 +54,9 @@ RANDOM = ("random", "random, published")
 ARMS = ("chosen", "published", *RANDOM, "gradient")
 
 
-def thinned(corpus: Corpus) -> tuple[Subset, dict[str, list[Target]]]:
+def undersample(corpus: AttributionTask) -> tuple[Subset, dict[str, list[Target]]]:
     """What the model learns, and the targets: {"tune", "report"}."""
-    of = Bed.targets_of(corpus.train)
+    of = EraseSetup.targets_of(corpus.train)
     targets = {"tune": of["tune"], "report": of["object"][:REPORTED]}
     shown, rng = np.array(corpus.train.column("object")), np.random.default_rng(SPLIT_SEED + 2)
     removed: list[int] = []
@@ -64,13 +68,13 @@ def thinned(corpus: Corpus) -> tuple[Subset, dict[str, list[Target]]]:
 class Rare:
     """The model of thinned data, and what the judge sees of it under edits; cells in TRUTH_DIR."""
 
-    def __init__(self, corpus: Corpus, subset: Subset, model: TextToImage) -> None:
+    def __init__(self, corpus: AttributionTask, subset: Subset, model: TextToImage) -> None:
         self.subset = subset
-        self.bed = Bed(corpus_of(corpus, model, subset), drawer=model)
-        self.cells = Cells(self.bed, Path(corpus.settings.truth_dir) / "cad-rare")
+        self.bed = EraseSetup(corpus_of(corpus, model, subset), drawer=model)
+        self.cells = MeasurementCache(self.bed, Path(corpus.settings.truth_dir) / "cad-rare")
         self._scores: tuple[str, Scores] | None = None
 
-    def asked(self, target: Target) -> Asked:
+    def asked(self, target: Target) -> ComponentQuery:
         """About the pictures that stayed."""
         corpus, stayed = self.bed.corpus, self.subset.kept(len(self.bed.corpus.train))
         shown = np.array(corpus.train.column("object")) == target.name
@@ -81,14 +85,16 @@ class Rare:
         """J_amplify of the transformers' weights; those of the last target are kept."""
         if self._scores is None or self._scores[0] != target.name:
             among = [c for c in components(self.bed.model.network) if c.role not in SKIPPED]
-            found = scores_of(self.bed.model, self.asked(target), AIMS["amplify"], among)
+            found = attribute_components(
+                self.bed.model, self.asked(target), COMPONENT_OBJECTIVES["amplify"], among
+            )
             self._scores = target.name, found
         return self._scores[1]
 
     def edit(self, target: Target, key: Key, control: bool = False) -> Edit:
         """The amplifying edit of a plan; control: of as many random weights of its tensors."""
         model, asked = self.bed.model, self.asked(target)
-        edit, chosen = edit_of(model, self.scores(target), key.plan, asked)
+        edit, chosen = edit_from_scores(model, self.scores(target), key.plan, asked)
         if not control:
             return edit
         among = [c for c in components(model.network) if c.name in chosen.picked]
@@ -118,9 +124,9 @@ def plans() -> dict[str, list[Key]]:
     return {"chosen": own, "published": [paper(ratio) for ratio in PAPER_RATIOS]}
 
 
-def rare(corpus: Corpus) -> dict[str, Any]:
+def rare(corpus: AttributionTask) -> dict[str, Any]:
     """Train what is missing, choose, measure, print the table, and return it as JSON."""
-    subset, targets = thinned(corpus)
+    subset, targets = undersample(corpus)
     bench = Rare(corpus, subset, models_of(corpus, {"thinned": subset})["thinned"])
     arms, tried = choose(bench, targets["tune"])
     best, published = arms["chosen"], arms["published"]
@@ -132,12 +138,12 @@ def rare(corpus: Corpus) -> dict[str, Any]:
             for target in tqdm(targets["report"], desc=f"amplified, {arm}")
         ]
         rates = [[float(np.mean(cell["shown"])) for cell in pair] for pair in pairs]
-        told["arms"][arm] = {"plan": list(keys[arm]), **gained(pairs), "rates": rates}
+        told["arms"][arm] = {"plan": list(keys[arm]), **mean_gain(pairs), "rates": rates}
     names = [target.name for target in targets["report"]]
     told |= {"objects": names, "removed": len(subset.removed), "pictures": list(FINAL)}
     table = markdown(told)
     print(table)
-    with results(corpus.settings, "cad", "rare", digest(told)) as folder:
+    with result_folder(corpus.settings, "cad", "rare", short_hash(told)) as folder:
         write_metrics(folder, "metrics", told, corpus.settings)
         write_bytes(folder / "table.md", f"{table}\n".encode())
     return told
@@ -157,7 +163,7 @@ def choose(bench: Rare, tune: list[Target]) -> tuple[dict[str, Key], list[dict[s
             each[target.name] |= {key: bench.pair(target, key, COUNTS) for key in keys}
     for arm, keys in plans().items():
         for key in keys:
-            told = gained([of[key] for of in each.values()])
+            told = mean_gain([of[key] for of in each.values()])
             tried.append({"arm": arm, "plan": list(key), **told})
             if arm not in found or told["gain"] > found[arm][0]:
                 found[arm] = told["gain"], key

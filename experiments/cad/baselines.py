@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from concept_trak.components.concept_plan import Asked, scores_of
-from concept_trak.components.objective import AIMS
+from concept_trak.components.concept_plan import ComponentQuery, attribute_components
+from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import Component
 from concept_trak.components.scores import Scores
 from concept_trak.components.selection import Picked
@@ -48,7 +48,9 @@ def ranked_by(
         return {k: w.abs() * norms[k].view(1, -1, *[1] * (w.dim() - 2)) for k, w in weights.items()}
     if name == "other_concept":
         return {k: of_other.mean[k] for k in weights}
-    return dict(scores_of(model, asked, AIMS["training_loss"], among).mean)
+    return dict(
+        attribute_components(model, asked, COMPONENT_OBJECTIVES["training_loss"], among).mean
+    )
 
 
 def same_counts(values: dict[str, torch.Tensor], picked: Picked) -> Picked:
@@ -60,10 +62,13 @@ def same_counts(values: dict[str, torch.Tensor], picked: Picked) -> Picked:
 
 
 def input_norms(
-    model: TextToImage, asked: Asked, among: Sequence[Component]
+    model: TextToImage, asked: ComponentQuery, among: Sequence[Component]
 ) -> dict[str, torch.Tensor]:
     """{weight: norm of each of its inputs [in]} over the states of the concept's first seed."""
-    owners, states = dict(model.network.named_modules()), asked.states(model, AIMS["erase"], 0)
+    owners, states = (
+        dict(model.network.named_modules()),
+        asked.states(model, COMPONENT_OBJECTIVES["erase"], 0),
+    )
     square = {c.name: torch.zeros(c.weight.shape[1]) for c in among}
 
     def hook(name: str) -> Callable[..., None]:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from concept_trak.components.concept_plan import Plan, edit_of, plan_of
+from concept_trak.components.concept_plan import EditPlan, edit_from_scores, plan_of
 from concept_trak.components.edit_operators import Operator
 from concept_trak.components.edits import Edit
 
-from .model_selection import SPARED, Key, Measured
-from .testbed import Bed, Target
+from .model_selection import SPARED, Key, MeasuredEdits
+from .testbed import EraseSetup, Target
 
 FRESH = 30_000  # first seed of the pictures that confirm
 
@@ -38,24 +38,24 @@ class Attempt:
         spares = {"spared": SPARED[-1], "others": "captions"}
         return Key(self.selection, self.ratio, operator=self.operator, **spares)
 
-    def plan(self) -> Plan:
+    def plan(self) -> EditPlan:
         """How its edit is made."""
         operator = Operator(self.operator, self.strength)
         return plan_of(self.selection, self.ratio, "scalar", operator)
 
-    def edit(self, measured: Measured, target: Target) -> Edit:
+    def edit(self, measured: MeasuredEdits, target: Target) -> Edit:
         """The edit, with what made it."""
         bed = measured.bed
         scores = measured.spared(target, self.key)
-        edit, _ = edit_of(bed.model, scores, self.plan(), bed.asked(target))
+        edit, _ = edit_from_scores(bed.model, scores, self.plan(), bed.asked(target))
         edit.about.update(aim="erase", prompt=target.prompt, plan=list(astuple(self)))
         edit.about.update(model_path=bed.corpus.settings.sd_model_path)
         return edit
 
     def screened(
-        self, measured: Measured, target: Target, counts: tuple[int, int]
+        self, measured: MeasuredEdits, target: Target, counts: tuple[int, int]
     ) -> dict[str, Any]:
-        """The judge's hits on the pictures that choose; see `Bed.measure`."""
+        """The judge's hits on the pictures that choose; see `EraseSetup.measure`."""
 
         def make() -> dict[str, Any]:
             edit = self.edit(measured, target)
@@ -63,27 +63,27 @@ class Attempt:
 
         return measured.cells.cell(target, ["screened", *self.key, self.strength, *counts], make)
 
-    def confirmed(self, measured: Measured, target: Target, count: int) -> dict[str, Any]:
+    def confirmed(self, measured: MeasuredEdits, target: Target, count: int) -> dict[str, Any]:
         """The same on fresh noise, `count` pictures of the target and as many to be kept."""
 
         def make() -> dict[str, Any]:
             edit = self.edit(measured, target)
             measured.bed.mirror(edit)
             try:
-                return fresh(measured.bed, target, count) | {"weights": edit.count}
+                return confirm(measured.bed, target, count) | {"weights": edit.count}
             finally:
                 measured.bed.mirror(edit, undo=True)
 
         return measured.cells.cell(target, ["confirmed", *self.key, self.strength, count], make)
 
 
-def unedited(measured: Measured, target: Target, count: int) -> dict[str, Any]:
+def unedited(measured: MeasuredEdits, target: Target, count: int) -> dict[str, Any]:
     """Hits of the model as it is, on the pictures that confirm."""
     what = ["confirmed", "unedited", count]
-    return measured.cells.cell(target, what, lambda: fresh(measured.bed, target, count))
+    return measured.cells.cell(target, what, lambda: confirm(measured.bed, target, count))
 
 
-def fresh(bed: Bed, target: Target, count: int) -> dict[str, Any]:
+def confirm(bed: EraseSetup, target: Target, count: int) -> dict[str, Any]:
     """Hits by the twin as it stands, on noise that no screening saw."""
     asked = bed.draw(bed.prompts(target, count), range(FRESH, FRESH + count))
     places = bed.kept(target, count)
@@ -98,7 +98,7 @@ def fresh(bed: Bed, target: Target, count: int) -> dict[str, Any]:
     }
 
 
-def share(hits: Any, level: float = 0.95) -> dict[str, Any]:
+def wilson_interval(hits: Any, level: float = 0.95) -> dict[str, Any]:
     """{"value", "interval", "pictures"} of hits 0 and 1, the interval Wilson's."""
     values = np.asarray(hits, dtype=int)
     found = binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
@@ -109,11 +109,12 @@ def share(hits: Any, level: float = 0.95) -> dict[str, Any]:
 def judged(
     target: Target, cell: dict[str, Any], bare: dict[str, Any], level: float = 0.95
 ) -> dict[str, Any]:
-    """{"ua", "ira", "cra"}: see `share`; the last two as a share of the unedited model's."""
+    """{"ua", "ira", "cra"}: see `wilson_interval`; the last two as a share of the unedited
+    model's."""
     other = "style" if target.kind == "object" else "object"
-    found = {"ua": share(1 - np.asarray(cell["shown"]), level)}
+    found = {"ua": wilson_interval(1 - np.asarray(cell["shown"]), level)}
     for name, kind in (("ira", target.kind), ("cra", other)):
-        before, after = float(np.mean(bare[kind])) or 1.0, share(cell[kind], level)
+        before, after = float(np.mean(bare[kind])) or 1.0, wilson_interval(cell[kind], level)
         after["interval"] = [round(end / before, 4) for end in after["interval"]]
         found[name] = after | {"value": round(after["value"] / before, 4)}
     return found

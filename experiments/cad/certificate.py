@@ -16,15 +16,15 @@ import numpy as np
 from PIL import Image
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.prompts import slug
 from concept_trak.components.edits import Edit, save_edit
 from concept_trak.report.page import environment, pairs
 from concept_trak.settings import Settings, as_dict, provenance, results_folder
-from experiments.benchmark.results import results, write_metrics
+from experiments.benchmark.results import result_folder, write_metrics
 
-from .testbed import Bed, Target
-from .verify import Goal, target_of, verify
+from .testbed import EraseSetup, Target
+from .verify import EraseGoal, target_of, verify
 
 OF_TARGET, OF_OTHERS = 6, 12  # pictures shown
 SEED = 250_000
@@ -33,13 +33,13 @@ EDIT, FACTS, PAGE = "edit.safetensors", "certificate", "certificate.html"
 
 def certify(settings: Settings, device: str) -> dict[str, Any]:
     """Search and probe an edit, write its folder; returns the certificate."""
-    bed, s = Bed(Corpus(settings, device)), settings
-    target, goal = target_of(bed), Goal(s.target_ua, s.min_retention, s.judged)
+    bed, s = EraseSetup(AttributionTask(settings, device)), settings
+    target, goal = target_of(bed), EraseGoal(s.target_ua, s.min_retention, s.judged)
     found, edit = verify(bed, target, goal)
     shown = pictures(bed, target, edit)
     made_from = [bed.model.identity(), bed.corpus.data.content_hash(), target.name]
     made_from += [goal.target_ua, goal.min_retention, goal.pictures]
-    with results(s, "cad", f"verify-{slug(target.name, 32)}", made_from) as folder:
+    with result_folder(s, "cad", f"verify-{slug(target.name, 32)}", made_from) as folder:
         save_edit(folder / EDIT, edit)
         whole = hashlib.sha256((folder / EDIT).read_bytes()).hexdigest()
         found["edit"] |= {"file": EDIT, "sha256": whole}
@@ -55,7 +55,7 @@ def certify(settings: Settings, device: str) -> dict[str, Any]:
 Shown = list[tuple[str, Image.Image, Image.Image]]
 
 
-def pictures(bed: Bed, target: Target, edit: Edit) -> tuple[Shown, Shown]:
+def pictures(bed: EraseSetup, target: Target, edit: Edit) -> tuple[Shown, Shown]:
     """(caption, before, after) at equal noise: of the concept, and of everything else."""
     kept = [bed.pool[i] for i in bed.kept(target, OF_OTHERS)]
     records = [*bed.prompts(target, OF_TARGET), *kept]

@@ -71,50 +71,50 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def run_replay(arguments: argparse.Namespace) -> None:
     """Train the small model where that is missing, replay it, and print what was found."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
     from concept_trak.models.device import pick_device
-    from concept_trak.report.component_report import words_of
+    from concept_trak.report.component_report import concept_prompts
 
     from .replay_attribution import replay
 
-    words_of(given)  # an unknown concept is told before a model is loaded
+    concept_prompts(given)  # an unknown concept is told before a model is loaded
     device = pick_device(given.device, given.gpu_id)
-    print(json.dumps(replay(Corpus(given.on(device), device))))
+    print(json.dumps(replay(AttributionTask(given.on(device), device))))
 
 
 def run_counterfactual(arguments: argparse.Namespace) -> None:
     """Train what is missing, measure, print the table and its line."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
     from concept_trak.models.device import pick_device
 
     from .counterfactual import counterfactual
 
     device = pick_device(given.device, given.gpu_id)
-    print(json.dumps(counterfactual(Corpus(given.on(device), device))))
+    print(json.dumps(counterfactual(AttributionTask(given.on(device), device))))
 
 
 def run_rare(arguments: argparse.Namespace) -> None:
     """Train what is missing, choose, measure, print the table and its line."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
     from concept_trak.models.device import pick_device
 
     from .amplify_rare import rare
 
     device = pick_device(given.device, given.gpu_id)
-    print(json.dumps(rare(Corpus(given.on(device), device))))
+    print(json.dumps(rare(AttributionTask(given.on(device), device))))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
     """Search, probe, write the certificate and print it."""
     given = settings_of(arguments)
     from concept_trak.models.device import pick_device
-    from concept_trak.report.component_report import words_of
+    from concept_trak.report.component_report import concept_prompts
 
     from .certificate import certify
 
-    words_of(given)  # an unknown concept is told before a model is loaded
+    concept_prompts(given)  # an unknown concept is told before a model is loaded
     device = pick_device(given.device, given.gpu_id)
     print(json.dumps(certify(given.on(device), device)))
 
@@ -134,24 +134,24 @@ def run_protocol(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print the table and its line."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
     from concept_trak.models.device import pick_device
     from concept_trak.settings import provenance
-    from experiments.benchmark.results import results, write_metrics
+    from experiments.benchmark.results import result_folder, write_metrics
 
     from .markdown import markdown
-    from .result_cache import Cells
-    from .table import Size, evaluate, line
-    from .testbed import Bed
+    from .result_cache import MeasurementCache
+    from .table import Size, evaluate, json_summary
+    from .testbed import EraseSetup
 
     device = pick_device(given.device, given.gpu_id)
-    corpus = Corpus(given.on(device), device)
+    corpus = AttributionTask(given.on(device), device)
     size = Size.of(given.judged, given.num_queries)
-    bed = Bed(corpus)
-    found = line(evaluate(bed, size)) | {"provenance": provenance()}
+    bed = EraseSetup(corpus)
+    found = json_summary(evaluate(bed, size)) | {"provenance": provenance()}
     model, data = corpus.model.identity(), corpus.data.content_hash()
     made_from = [model, data, given.score_seeds, given.judged]
-    with results(corpus.settings, "cad", "table", made_from) as folder:
+    with result_folder(corpus.settings, "cad", "table", made_from) as folder:
         write_metrics(folder, "metrics", found, corpus.settings)
-        Cells(bed).gather(folder / "cells.json")
+        MeasurementCache(bed).gather(folder / "cells.json")
     print(f"\n{markdown(found)}\n\n{json.dumps(found)}")

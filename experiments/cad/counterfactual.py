@@ -32,34 +32,45 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import make_folder, write_bytes, write_json
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.components.concept_plan import Asked, Plan, edited_values, plan_of, scores_of
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.components.concept_plan import (
+    ComponentQuery,
+    EditPlan,
+    attribute_components,
+    edited_values,
+    plan_of,
+)
 from concept_trak.components.edit_operators import Operator
 from concept_trak.components.edits import EditedNetwork, make_edit
-from concept_trak.components.objective import AIMS, mean_value
+from concept_trak.components.objective import COMPONENT_OBJECTIVES, mean_value
 from concept_trak.components.parameter_groups import select
 from concept_trak.components.scores import Scores
-from concept_trak.components.selection import Chosen, Picked, choose
+from concept_trak.components.selection import Picked, Selection, choose
 from concept_trak.components.states import Sampling
 from concept_trak.datasets.image_folder import ImageCaptionDataset
-from concept_trak.errors import call, removal
+from concept_trak.errors import remove_hint, script_hint
 from concept_trak.models.text_to_image import TextToImage
-from concept_trak.process import say
+from concept_trak.process import log
 from concept_trak.scoring.metrics import bootstrap_interval
-from concept_trak.settings import JUDGE, digest
+from concept_trak.settings import JUDGE, short_hash
 from concept_trak.validated_io import read_json, read_numbers
-from experiments.benchmark.results import results, write_metrics
+from experiments.benchmark.results import result_folder, write_metrics
 from experiments.emoji.classifier.io import load_judge
-from experiments.emoji.classifier.net import Judge
+from experiments.emoji.classifier.net import EmojiClassifier
 from experiments.training.loop import load_checkpoint
 from experiments.truth import small_model
 from experiments.truth import train as trainer
-from experiments.truth.concept_likelihood import Measure, Presences, judged_of, losses_of
+from experiments.truth.concept_likelihood import (
+    ConceptMeasurements,
+    MeasureSettings,
+    classifier_rates,
+    losses_of,
+)
 from experiments.truth.counterfactual import targets
-from experiments.truth.setup import KEPT, MODELS, bench_of, cell, refuse_unmeasured
-from experiments.truth.subsets import Plan as Trainings
-from experiments.truth.subsets import Subset, base_plan, groups, kept_plan
-from experiments.truth.train_many import Bench, Work, retrain
+from experiments.truth.setup import KEPT, MODELS, bench_of, format_interval, refuse_unmeasured
+from experiments.truth.subsets import RetrainingPlan as Trainings
+from experiments.truth.subsets import Subset, base_plan, kept_plan, split_concepts
+from experiments.truth.train_many import RetrainingSetup, WorkerSpec, retrain
 
 from .replay_attribution import as_trained, small_settings
 
@@ -75,7 +86,7 @@ FIGURES = ("score", "moves", "presence", "judged", "others")
 STATES = ("unedited", "edited")
 OTHERS = 8  # objects, a held-out picture each
 SAMPLING = Sampling(3.0, 20, 10)
-MEASURE = Measure(drawn=8)
+MEASURE = MeasureSettings(drawn=8)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Concept:
     pictures: ImageCaptionDataset
 
 
-def subsets_of(corpus: Corpus) -> dict[str, Subset]:
+def subsets_of(corpus: AttributionTask) -> dict[str, Subset]:
     """What the four models learn. UserError for pictures that the committed plan is not of."""
     plan = kept_plan(KEPT / "plans", "counterfactual", corpus.train)
     named = {s.name: s for s in plan.subsets}
@@ -98,18 +109,20 @@ def subsets_of(corpus: Corpus) -> dict[str, Subset]:
 # ---- models
 
 
-def models_of(corpus: Corpus, subsets: dict[str, Subset]) -> dict[str, TextToImage]:
+def models_of(corpus: AttributionTask, subsets: dict[str, Subset]) -> dict[str, TextToImage]:
     """The four models, trained where they are neither committed nor in TRUTH_DIR."""
     s, settings = corpus.settings, small_settings(corpus.settings)
-    bench = Bench(s.sd_model_path, s.data_dir, Path(s.truth_dir), Path(s.truth_dir), settings)
+    bench = RetrainingSetup(
+        s.sd_model_path, s.data_dir, Path(s.truth_dir), Path(s.truth_dir), settings
+    )
     todo = tuple(x for x in subsets.values() if not _is_there(corpus, x, settings))
     data = corpus.train.content_hash()
     if todo:
-        retrain(bench, Trainings("cad", data, todo), Work(train_only))
+        retrain(bench, Trainings("cad", data, todo), WorkerSpec(train_only))
     return {arm: _model(corpus, subset, settings) for arm, subset in subsets.items()}
 
 
-def train_only(bench: Bench, plan: Trainings, subset: Subset) -> None:
+def train_only(bench: RetrainingSetup, plan: Trainings, subset: Subset) -> None:
     """One model from scratch to its checkpoint, in this process, on one thread."""
     from concept_trak.datasets.image_folder import load_folder
     from concept_trak.models.text_to_image import load_pipeline
@@ -120,7 +133,9 @@ def train_only(bench: Bench, plan: Trainings, subset: Subset) -> None:
         trainer.train_subset(like, train, latents, subset, bench.settings, bench.work)
 
 
-def _checkpoint(corpus: Corpus, subset: Subset, settings: small_model.SmallSettings) -> Path:
+def _checkpoint(
+    corpus: AttributionTask, subset: Subset, settings: small_model.SmallSettings
+) -> Path:
     work = Path(corpus.settings.truth_dir)
     return trainer.run_of(corpus.model, corpus.train, subset, settings, work).checkpoint
 
@@ -131,14 +146,16 @@ def _committed(subset: Subset, settings: small_model.SmallSettings) -> Path | No
     return path if settings == small_model.SmallSettings() and path.exists() else None
 
 
-def _is_there(corpus: Corpus, subset: Subset, settings: small_model.SmallSettings) -> bool:
+def _is_there(corpus: AttributionTask, subset: Subset, settings: small_model.SmallSettings) -> bool:
     path = _checkpoint(corpus, subset, settings)
     if path.exists():
         return load_checkpoint(path)[1].get("step") == settings.steps
     return _committed(subset, settings) is not None
 
 
-def _model(corpus: Corpus, subset: Subset, settings: small_model.SmallSettings) -> TextToImage:
+def _model(
+    corpus: AttributionTask, subset: Subset, settings: small_model.SmallSettings
+) -> TextToImage:
     """That of TRUTH_DIR, made on the same machine as the others, before the committed one."""
     committed = _committed(subset, settings)
     if committed and not _checkpoint(corpus, subset, settings).exists():
@@ -147,7 +164,7 @@ def _model(corpus: Corpus, subset: Subset, settings: small_model.SmallSettings) 
         refuse_unmeasured(bench_of(corpus), plan, subset, model)
         return model
     work = Path(corpus.settings.truth_dir)
-    line = call("cad/run_counterfactual.sh", TRUTH_DIR=work)
+    line = script_hint("cad/run_counterfactual.sh", TRUTH_DIR=work)
     return trainer.trained(corpus.model, corpus.train, subset, settings, work, line)
 
 
@@ -157,14 +174,16 @@ def _model(corpus: Corpus, subset: Subset, settings: small_model.SmallSettings) 
 class Cells:
     """What a model has of a concept, unedited and edited; kept in TRUTH_DIR, made once."""
 
-    def __init__(self, corpus: Corpus, models: dict[str, TextToImage], judge: Judge) -> None:
+    def __init__(
+        self, corpus: AttributionTask, models: dict[str, TextToImage], judge: EmojiClassifier
+    ) -> None:
         s = corpus.settings
         self.corpus, self.models, self.judge = corpus, models, judge
-        self.plan: Plan = plan_of(s.selection, s.ratio, s.granularity, Operator())
+        self.plan: EditPlan = plan_of(s.selection, s.ratio, s.granularity, Operator())
         self.folder = make_folder(Path(s.truth_dir) / "cad-counterfactual")
         self.held_out = corpus.everything.split("held_out")
         taken = targets(corpus.train, KIND)
-        left = [n for n in groups(corpus.train)["report"][KIND] if n not in taken][:OTHERS]
+        left = [n for n in split_concepts(corpus.train)["report"][KIND] if n not in taken][:OTHERS]
         self.others = self._showing(left)
         self.concepts = [self._concept(name) for name in taken]
         self.base = functools.cache(self._base)
@@ -185,13 +204,13 @@ class Cells:
         at = "" if arm in ("all", "seed") else self.models["all"].weight_hash()
         decides = [model.weight_hash(), at, concept.name, concept.prompt, repr(self.plan)]
         decides += [s.score_seeds, repr((MEASURE, SAMPLING)), self.others.content_hash()]
-        path = self.folder / f"{arm}-{concept.name.replace(' ', '_')}-{digest(decides)}.json"
+        path = self.folder / f"{arm}-{concept.name.replace(' ', '_')}-{short_hash(decides)}.json"
         if path.exists():
-            found = read_json(path, removal(path))
+            found = read_json(path, remove_hint(path))
             for state, figure in itertools.product(STATES, FIGURES):
-                read_numbers(found.get(state), figure, (), path, removal(path))
+                read_numbers(found.get(state), figure, (), path, remove_hint(path))
             return found
-        say(f"{LABELS[arm]}: {concept.name}")
+        log(f"{LABELS[arm]}: {concept.name}")
         found = self._measured(arm, place)
         write_json(path, found)
         return found
@@ -202,7 +221,7 @@ class Cells:
         picked = chosen.picked if arm in ("all", "seed") else self.base(place)
         unedited = {"score": held(scores, picked)} | self._figures(model, concept)
         asked, at = _asked(self, concept), replace(chosen, picked=picked)
-        new = edited_values(model, at, self.plan, asked, AIMS["erase"])
+        new = edited_values(model, at, self.plan, asked, COMPONENT_OBJECTIVES["erase"])
         with EditedNetwork(model.network) as edited:
             edited.apply(make_edit(model.network, new, picked, edited.base))
             after = {"score": 0.0} | self._figures(model, concept)
@@ -212,17 +231,23 @@ class Cells:
         """The weights that the edit of `all` takes."""
         return self._scores(self.models["all"], self.concepts[place])[1].picked
 
-    def _scores(self, model: TextToImage, concept: Concept) -> tuple[Scores, Chosen]:
+    def _scores(self, model: TextToImage, concept: Concept) -> tuple[Scores, Selection]:
         among = select(model.network, self.plan.selection)
-        scores = scores_of(model, _asked(self, concept), AIMS["erase"], among)
+        scores = attribute_components(
+            model, _asked(self, concept), COMPONENT_OBJECTIVES["erase"], among
+        )
         return scores, choose(scores, among, self.plan.rule)
 
     def _figures(self, model: TextToImage, concept: Concept) -> dict[str, float]:
         asked = _asked(self, concept)
-        states = [x for n in range(asked.num_seeds) for x in asked.states(model, AIMS["erase"], n)]
-        judged = judged_of(model, concept.pictures, self.judge, MEASURE)[KIND]
+        states = [
+            x
+            for n in range(asked.num_seeds)
+            for x in asked.states(model, COMPONENT_OBJECTIVES["erase"], n)
+        ]
+        judged = classifier_rates(model, concept.pictures, self.judge, MEASURE)[KIND]
         return {
-            "moves": mean_value(AIMS["erase"], model, states),
+            "moves": mean_value(COMPONENT_OBJECTIVES["erase"], model, states),
             "presence": self._presence(model, concept.pictures),
             "judged": float(judged.mean()),
             "others": self._presence(model, self.others),
@@ -234,11 +259,11 @@ class Cells:
             return 0.0
         x0 = model.encode_images(pictures.images(range(len(pictures)), model.image_size))
         losses = losses_of(model, x0, pictures, MEASURE)
-        return float(Presences(losses, {}).of_pictures(KIND).mean())
+        return float(ConceptMeasurements(losses, {}).of_pictures(KIND).mean())
 
 
-def _asked(cells: Cells, concept: Concept) -> Asked:
-    return Asked(concept.prompt, "", cells.corpus.settings.score_seeds, SAMPLING)
+def _asked(cells: Cells, concept: Concept) -> ComponentQuery:
+    return ComponentQuery(concept.prompt, "", cells.corpus.settings.score_seeds, SAMPLING)
 
 
 def held(scores: Scores, picked: Picked) -> float:
@@ -253,7 +278,7 @@ def held(scores: Scores, picked: Picked) -> float:
 Values = dict[str, dict[str, dict[str, np.ndarray]]]  # arm -> state -> figure -> [concepts]
 
 
-def counterfactual(corpus: Corpus) -> dict[str, Any]:
+def counterfactual(corpus: AttributionTask) -> dict[str, Any]:
     """Train what is missing, measure, print the table, and return it as JSON."""
     subsets = subsets_of(corpus)
     models = models_of(corpus, subsets)
@@ -272,7 +297,7 @@ def counterfactual(corpus: Corpus) -> dict[str, Any]:
         "models": {arm: m.weight_hash() for arm, m in models.items()},
     }
     print(markdown(told))
-    with results(corpus.settings, "cad", "counterfactual", digest(told)) as folder:
+    with result_folder(corpus.settings, "cad", "counterfactual", short_hash(told)) as folder:
         write_metrics(folder, "metrics", told, corpus.settings)
         write_bytes(folder / "table.md", f"{markdown(told)}\n".encode())
     return told
@@ -321,7 +346,7 @@ def markdown(told: dict[str, Any]) -> str:
     """Both tables."""
 
     def cells(of: dict[str, Any]) -> str:
-        return " | ".join(cell(of[f]["value"], of[f]["ci95"]) for f in FIGURES)
+        return " | ".join(format_interval(of[f]["value"], of[f]["ci95"]) for f in FIGURES)
 
     head = f"{' | '.join(FIGURES)} |\n" + "|---" * (len(FIGURES) + 1) + "|"
     lines = [f"| model | {head}"]

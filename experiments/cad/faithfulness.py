@@ -1,5 +1,5 @@
 """Do scores predict what a knock-out does? Predicted, -sum of alpha, against true change; and with
-what the first order leaves out, + sum of `components.second_order.bends`.
+what the first order leaves out, + sum of `components.second_order.knockout_curvature`.
 
 Masks are random, of 0.05 to 1 % of the selected weights, and are zeroed. J is asked at the states
 that the scores were made at, in two readings: with the base branch of the unedited model, as J is
@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from concept_trak.components.edit_operators import Operator, new_values
 from concept_trak.components.edits import EditedNetwork, make_edit
-from concept_trak.components.objective import AIMS, mean_value
+from concept_trak.components.objective import COMPONENT_OBJECTIVES, mean_value
 from concept_trak.components.parameter_groups import select
 from concept_trak.components.scores import score
-from concept_trak.components.second_order import bends
+from concept_trak.components.second_order import knockout_curvature
 from concept_trak.components.selection import Picked
-from concept_trak.gradients.state import regrouped
+from concept_trak.gradients.state import rebatch
 
 from .baselines import random_mask
-from .testbed import Bed, Target
+from .testbed import EraseSetup, Target
 
 SHARES = (0.0005, 0.01)  # of a mask, log-uniform between
 PICTURES = 4  # of the target, a mask that is judged
@@ -35,17 +35,17 @@ READINGS = ("fixed", "second", "anew", "judge")
 
 
 def measure(
-    bed: Bed, target: Target, selection: str, num_masks: int, judged: int
+    bed: EraseSetup, target: Target, selection: str, num_masks: int, judged: int
 ) -> dict[str, Any]:
     """{"predicted", "bent", "fixed", "anew": [num_masks], "judge": [judged]}: changes of J and of
     the judge's probability.
     """
-    model, aim, asked = bed.model, AIMS["erase"], bed.asked(target)
+    model, aim, asked = bed.model, COMPONENT_OBJECTIVES["erase"], bed.asked(target)
     among, rng = select(model.network, selection), np.random.default_rng(0)
     states = list(asked.states(model, aim, 0))
     scores = score(model, aim, among, lambda _: states, 1)
-    bent = bends(model, aim, among, lambda _: states, 1, PROBES)
-    together = list(regrouped(states, len(states)))
+    bent = knockout_curvature(model, aim, among, lambda _: states, 1, PROBES)
+    together = list(rebatch(states, len(states)))
     targets = [aim.target(model, s) for s in together]
     before = mean_value(aim, model, together, targets)
     seen = judge_chance(bed, target) if judged else 0.0
@@ -72,7 +72,7 @@ def summed(values: dict[str, torch.Tensor], picked: Picked) -> float:
     return sum(float(values[name].flatten()[index].sum()) for name, index in picked.items())
 
 
-def judge_chance(bed: Bed, target: Target) -> float:
+def judge_chance(bed: EraseSetup, target: Target) -> float:
     """Mean probability of the target over pictures of it, by the twin as it stands."""
     drawn = bed.draw(bed.prompts(target, PICTURES), range(20_000, 20_000 + PICTURES))
     wanted = drawn.wanted[target.kind]

@@ -11,7 +11,7 @@ HEAD = "UA | IRA | CRA |"
 
 
 def markdown(line: Mapping[str, Any]) -> str:
-    """All tables of `table.line`, each under a sentence that says what it is of."""
+    """All tables of `table.json_summary`, each under a sentence that says what it is of."""
     told = [_tried(line)]
     told += [_kind(line, "object", "objects"), _kind(line, "style", "styles")]
     told += [_by_plan(line), _controls(line), _faithfulness(line), _amplified(line)]

@@ -15,23 +15,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from concept_trak.components.concept_plan import Plan, edit_of, plan_of, scores_of
+from concept_trak.components.concept_plan import (
+    EditPlan,
+    attribute_components,
+    edit_from_scores,
+    plan_of,
+)
 from concept_trak.components.edit_operators import Operator
-from concept_trak.components.objective import AIMS
+from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import Component, components
 from concept_trak.components.scores import Scores
-from concept_trak.components.selection import sparing
-from concept_trak.datasets.labels import STYLE_JOINT
+from concept_trak.components.selection import subtract_others
+from concept_trak.datasets.labels import STYLE_PREFIX
 from concept_trak.scoring.metrics import bootstrap_interval
 
-from .result_cache import Cells, figures
-from .testbed import Bed, Target
+from .result_cache import MeasurementCache, figures
+from .testbed import EraseSetup, Target
 
 FIGURES = ("ua", "ira", "cra")
 GOALS = {"object": (0.95, 0.97, 0.95), "style": (0.90, 0.92, 0.97)}  # UA, IRA, CRA
 SELECTIONS = ("cross_attention", "feed_forward", "cross_attention|feed_forward")
 RATIOS = (0.015, 0.03, 0.06)
-SPARED = (1.0, 2.0)  # of the need of others, see `selection.sparing`
+SPARED = (1.0, 2.0)  # of the need of others, see `selection.subtract_others`
 PAPER_RATIOS = (0.01, 0.02, 0.05)
 COUNTS = (8, 12)  # pictures of the target, and of what is to be kept
 FINAL = (24, 48)  # the same for the best of all
@@ -50,7 +55,7 @@ class Key(NamedTuple):
     others: str = "concepts"
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> EditPlan:
         """How its edit is made."""
         return plan_of(self.selection, self.ratio, self.granularity, Operator(self.operator))
 
@@ -60,17 +65,19 @@ def paper(ratio: float) -> Key:
     return Key("paper", ratio, spared=0.0, others="")
 
 
-class Measured:
+class MeasuredEdits:
     """Cells of targets under plans; scores of a target are made once, when first needed."""
 
-    def __init__(self, bed: Bed, cells: Cells) -> None:
+    def __init__(self, bed: EraseSetup, cells: MeasurementCache) -> None:
         self.bed, self.cells = bed, cells
         self._scores: tuple[str, Scores] | None = None
 
     def scores(self, target: Target) -> Scores:
         """J_erase of the transformers' weights; those of the last target are kept."""
         if self._scores is None or self._scores[0] != target.prompt:
-            found = scores_of(self.bed.model, self.bed.asked(target), AIMS["erase"], self.among())
+            found = attribute_components(
+                self.bed.model, self.bed.asked(target), COMPONENT_OBJECTIVES["erase"], self.among()
+            )
             self._scores = target.prompt, found
         return self._scores[1]
 
@@ -80,7 +87,7 @@ class Measured:
             return self.scores(target)
         needs = {"concepts": self._concepts, "captions": self._captions}[key.others]
         others = [need for shown, need in needs if target.name not in shown]
-        return sparing(self.scores(target), others, key.spared)
+        return subtract_others(self.scores(target), others, key.spared)
 
     @cached_property
     def _concepts(self) -> list[tuple[tuple[str, ...], Scores]]:
@@ -94,14 +101,16 @@ class Measured:
         tuned, needs = self.bed.targets["tune"], []
         for i, style in enumerate(self.bed.targets["style"]):
             for shown in (tuned[i % len(tuned)], tuned[(i + 3) % len(tuned)]):
-                need = self._need(f"{shown.phrase}{STYLE_JOINT}{style.phrase}")
+                need = self._need(f"{shown.phrase}{STYLE_PREFIX}{style.phrase}")
                 needs.append(((shown.name, style.name), need))
         return needs
 
     def _need(self, prompt: str) -> Scores:
         """Of a prompt, over one seed."""
         asked = replace(self.bed.asked(self.bed.targets["tune"][0]), prompt=prompt, num_seeds=1)
-        return scores_of(self.bed.model, asked, AIMS["erase"], self.among())
+        return attribute_components(
+            self.bed.model, asked, COMPONENT_OBJECTIVES["erase"], self.among()
+        )
 
     def among(self) -> list[Component]:
         """The weights that are scored."""
@@ -113,7 +122,7 @@ class Measured:
         def make() -> dict[str, Any]:
             asked = self.bed.asked(target)
             scores = self.spared(target, key)
-            edit, _ = edit_of(self.bed.model, scores, key.plan, asked)
+            edit, _ = edit_from_scores(self.bed.model, scores, key.plan, asked)
             return self.bed.measure(target, edit, counts) | {"weights": edit.count}
 
         return self.cells.cell(target, [*key, *counts], make)
@@ -140,7 +149,9 @@ def value(found: list[dict[str, Any]], kind: str) -> float:
     return float(np.mean(each))
 
 
-def tune(measured: Measured, counts: tuple[int, int], final: tuple[int, int]) -> dict[str, Any]:
+def tune(
+    measured: MeasuredEdits, counts: tuple[int, int], final: tuple[int, int]
+) -> dict[str, Any]:
     """{"best": key, "paper": key of the published rule, "tried": [{key, figures, value}]}.
 
     counts, final: pictures, see COUNTS and FINAL.
@@ -154,7 +165,7 @@ def tune(measured: Measured, counts: tuple[int, int], final: tuple[int, int]) ->
             of = [each[i] for each in of_target]
             worth[key] = value(of, "object")
             told = {"plan": list(key), "pictures": list(counts), "value": worth[key]}
-            tried.append(told | over_targets(of))
+            tried.append(told | mean_over_targets(of))
             print(f"{' '.join(map(str, key))}: {tried[-1]}", flush=True)
         return max(keys, key=worth.__getitem__)
 
@@ -170,7 +181,7 @@ def tune(measured: Measured, counts: tuple[int, int], final: tuple[int, int]) ->
     return {"best": best, "paper": published, "tried": tried}
 
 
-def over_targets(found: list[dict[str, Any]]) -> dict[str, Any]:
+def mean_over_targets(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of UA, IRA and CRA over targets, with bootstrap intervals over them."""
     told: dict[str, Any] = {}
     for name in FIGURES:

@@ -28,29 +28,29 @@ import torch
 from scipy.stats import spearmanr
 
 from concept_trak.atomic_io import atomic_folder, link, write_bytes, write_json
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.prompts import slug
-from concept_trak.components.concept_plan import plan_of, scores_of
-from concept_trak.components.data_influence import Influence, gradient_of
+from concept_trak.components.concept_plan import attribute_components, plan_of
+from concept_trak.components.data_influence import ImageComponentInfluence, gradient_of
 from concept_trak.components.edit_operators import Operator
-from concept_trak.components.objective import AIMS
+from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import Component, select
 from concept_trak.components.selection import Picked, choose
-from concept_trak.datasets.labels import truth
+from concept_trak.datasets.labels import relevance_or_none
 from concept_trak.models.text_to_image import TextToImage
 from concept_trak.parsing import parse_methods
-from concept_trak.process import say
+from concept_trak.process import log
 from concept_trak.registry import RANKERS
-from concept_trak.report.component_report import Words, asked_of, words_of
+from concept_trak.report.component_report import ConceptPrompts, component_query, concept_prompts
 from concept_trak.report.data_weight_influence import heat_map
 from concept_trak.report.tables import csv_bytes
 from concept_trak.scoring.metrics import recall_at_k
 from concept_trak.scoring.ranking import ranking
-from concept_trak.settings import Settings, as_dict, digest, provenance, results_folder
+from concept_trak.settings import Settings, as_dict, provenance, results_folder, short_hash
 from experiments.truth import small_model, train
-from experiments.truth.queries import ask, corpus_of
-from experiments.truth.replay import Copy, Direction, Replay, Split, Training
-from experiments.truth.setup import FIXED, damping_of
+from experiments.truth.queries import corpus_of, make_queries
+from experiments.truth.replay import Decomposition, Direction, Replay, Training, TrainingCopy
+from experiments.truth.setup import OURS, damping_of
 from experiments.truth.subsets import Subset, base_plan
 
 PARTS = ("selected", "edited")  # weights of SELECTION, and those of them that RATIO picks
@@ -77,16 +77,16 @@ def as_trained() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Small:
+class SmallModelRun:
     """A finished small model of all pictures, and what its training can be run again from."""
 
-    corpus: Corpus
+    corpus: AttributionTask
     subset: Subset
     settings: small_model.SmallSettings
     model: TextToImage
 
     @classmethod
-    def of(cls, corpus: Corpus) -> Small:
+    def of(cls, corpus: AttributionTask) -> SmallModelRun:
         """The one of SEED in TRUTH_DIR; trained, or trained on, where it is not finished."""
         s, settings = corpus.settings, small_settings(corpus.settings)
         (subset,) = base_plan(corpus.train, [s.seed]).subsets
@@ -99,33 +99,33 @@ class Small:
         latents = c.latents.to(c.device)
         examples = train.examples_of(like, c.train, latents, subset)
 
-        def make() -> Copy:
+        def make() -> TrainingCopy:
             model = small_model.build(like, settings, subset.seed)
             loss = functools.partial(train.loss_of_step, model, examples, settings, subset.seed)
             chosen = select(model.network, selection)
-            return Copy(model.network, chosen, small_model.parameters(model), loss)
+            return TrainingCopy(model.network, chosen, small_model.parameters(model), loss)
 
         taken = functools.partial(train.taken, examples, settings, subset.seed)
         run = train.run_of(like, c.train, subset, settings, Path(c.settings.truth_dir))
         return Training(make, taken, run, len(c.train))
 
 
-def replay(corpus: Corpus) -> dict[str, Any]:
+def replay(corpus: AttributionTask) -> dict[str, Any]:
     """Train what is missing, replay, write the folder; returns what replay.json holds.
 
     UserError for a concept that the data do not know, or a selection that matches nothing.
     """
-    s, words = corpus.settings, words_of(corpus.settings)
+    s, words = corpus.settings, concept_prompts(corpus.settings)
     with as_trained():
-        known = Small.of(corpus)
+        known = SmallModelRun.of(corpus)
         direction, picked = _asked(known.model, s, words)
         masks = _mask(select(known.model.network, s.selection), picked)
         training = known.training(s.selection)
         decides = [training.run.made_from, words.prompt, _deciding(s)]
-        state = Path(s.truth_dir) / f"replay-{slug(words.name, 32)}-{digest(decides)}"
+        state = Path(s.truth_dir) / f"replay-{slug(words.name, 32)}-{short_hash(decides)}"
         run = Replay(training, direction, state, [masks])
         count = sum(len(index) for index in picked.values())
-        say(
+        log(
             f"replay of {run.run.steps} steps, twice through: {len(corpus.train)} pictures, "
             f"{sum(a.numel() for a in direction.values()):,} weights, {count:,} of them edited; "
             f"{run.memory / 2**30:.1f} GB beside two copies of the training"
@@ -140,12 +140,12 @@ def _deciding(s: Settings) -> list[Any]:
     return [*how, s.selection, s.ratio, s.granularity]
 
 
-def _asked(model: TextToImage, s: Settings, words: Words) -> tuple[Direction, Picked]:
+def _asked(model: TextToImage, s: Settings, words: ConceptPrompts) -> tuple[Direction, Picked]:
     """dJ/dw of the concept, and the weights that an erasing edit would take."""
-    aim, chosen = AIMS["erase"], select(model.network, s.selection)
-    asked = asked_of(s, words.prompt)
+    aim, chosen = COMPONENT_OBJECTIVES["erase"], select(model.network, s.selection)
+    asked = component_query(s, words.prompt)
     plan = plan_of(s.selection, s.ratio, s.granularity, Operator())
-    picked = choose(scores_of(model, asked, aim, chosen), chosen, plan.rule).picked
+    picked = choose(attribute_components(model, asked, aim, chosen), chosen, plan.rule).picked
     states = [x for seed in range(s.score_seeds) for x in asked.states(model, aim, seed)]
     return gradient_of(model, aim, chosen, states), picked
 
@@ -157,7 +157,7 @@ def _mask(chosen: list[Component], picked: Picked) -> Direction:
     return masks
 
 
-def _told(known: Small, found: Split, words: Words) -> dict[str, Any]:
+def _told(known: SmallModelRun, found: Decomposition, words: ConceptPrompts) -> dict[str, Any]:
     """Sums and agreements, JSON."""
     own = small_model.parameters(known.model)
     same = all(torch.equal(value, own[name]) for name, value in found.ema.items())
@@ -169,7 +169,7 @@ def _told(known: Small, found: Split, words: Words) -> dict[str, Any]:
         "pictures": by_picture.shape[1],
         "replay_is_the_training": same,
     }
-    shows = truth(known.corpus.train, words.name)
+    shows = relevance_or_none(known.corpus.train, words.name)
     beside = _beside(known, words) if shows is not None else {}
     for k, part in enumerate(PARTS):
         total = float(found.total[k].sum())
@@ -202,38 +202,40 @@ def _recall(scores: np.ndarray, shows: np.ndarray) -> float:
     return float(recall_at_k(scores[None], shows[None]).mean())
 
 
-def _beside(known: Small, words: Words) -> dict[str, np.ndarray]:
+def _beside(known: SmallModelRun, words: ConceptPrompts) -> dict[str, np.ndarray]:
     """{method of METHODS, by default ours: its scores [N] of the concept on the small model}."""
-    from concept_trak.datasets.labels import concept
+    from concept_trak.datasets.labels import parse_concept
 
     s = known.corpus.settings
     places = {"grad_dir": str(Path(s.truth_dir) / "grads")}
     asking = corpus_of(known.corpus, known.model, known.subset)
     asking.settings = s.but(**places)
-    kind, name = concept(known.corpus.train, words.name)
-    asked = ask(asking, known.corpus.everything.split("held_out"))
+    kind, name = parse_concept(known.corpus.train, words.name)
+    asked = make_queries(asking, known.corpus.everything.split("held_out"))
     places_of = asked.of[kind].get(name, [])
     questions = [asked.questions[i] for i in places_of]
     if not questions:
         return {}
     found = {}
-    for method in parse_methods(s.methods) or [FIXED]:
-        say(f"ranking by {method} ...")
+    for method in parse_methods(s.methods) or [OURS]:
+        log(f"ranking by {method} ...")
         values = RANKERS.get(method)(asking).rank(questions)
-        at = damping_of(FIXED, asking, values, lambda: 0)
+        at = damping_of(OURS, asking, values, lambda: 0)
         found[method] = values[at].mean(0)
     return found
 
 
-def _written(known: Small, found: Split, words: Words, told: dict[str, Any]) -> dict[str, Any]:
+def _written(
+    known: SmallModelRun, found: Decomposition, words: ConceptPrompts, told: dict[str, Any]
+) -> dict[str, Any]:
     """The folder of the module docstring; prints the first pictures."""
     s, data = known.corpus.settings, known.corpus.train
     groups = tuple(c.name for c in select(known.model.network, s.selection))
-    edited = Influence(found.pictures[1], groups)
+    edited = ImageComponentInfluence(found.pictures[1], groups)
     order = np.array(ranking(edited.scores))
     decides = [as_dict(s), known.model.identity(), data.content_hash()]
-    folder = results_folder(s, "cad") / f"replay-{slug(words.name, 32)}-{digest(decides)}"
-    shows = truth(data, words.name)
+    folder = results_folder(s, "cad") / f"replay-{slug(words.name, 32)}-{short_hash(decides)}"
+    shows = relevance_or_none(data, words.name)
     rows = [_row(found, groups, data, shows, rank, int(i)) for rank, i in enumerate(order, 1)]
     with atomic_folder(folder) as made:
         npy = io.BytesIO()
@@ -254,7 +256,12 @@ HEADER = ("rank", "edited", "selected", "shows", "file_name", "caption", "throug
 
 
 def _row(
-    found: Split, groups: tuple[str, ...], data: Any, shows: np.ndarray | None, rank: int, i: int
+    found: Decomposition,
+    groups: tuple[str, ...],
+    data: Any,
+    shows: np.ndarray | None,
+    rank: int,
+    i: int,
 ) -> tuple:
     most = np.argsort(-found.pictures[1, i])[:THROUGH]
     caption = " ".join(data.captions[i].split())

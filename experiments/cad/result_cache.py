@@ -15,43 +15,47 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import make_folder, write_bytes, write_json
-from concept_trak.errors import UserError, removal, restoration
+from concept_trak.errors import UserError, git_restore_hint, remove_hint
 from concept_trak.scoring.metrics import bootstrap_interval
-from concept_trak.settings import ROOT, digest, results_folder
+from concept_trak.settings import ROOT, results_folder, short_hash
 from concept_trak.validated_io import read_json, read_numbers
 
-from .testbed import DRAW_STEPS, Bed, Target
+from .testbed import DRAW_STEPS, EraseSetup, Target
 
 KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 
 
-class Cells:
+class MeasurementCache:
     """The folder of a bed; by default cad/cells in RESULTS_DIR, with the committed ones."""
 
-    def __init__(self, bed: Bed, folder: Path | None = None) -> None:
+    def __init__(self, bed: EraseSetup, folder: Path | None = None) -> None:
         self.bed = bed
         usual = results_folder(bed.corpus.settings, "cad/cells")
         self.folder = make_folder(folder or usual)
         committed = folder is None and KEPT.exists()
-        self.kept = read_json(KEPT, restoration(KEPT)) if committed else {}
+        self.kept = read_json(KEPT, git_restore_hint(KEPT)) if committed else {}
         self.origin = [bed.model.identity(), bed.corpus.data.content_hash(), DRAW_STEPS]
         self.origin += [bed.guidance, bed.num_seeds]
 
     def cell(self, target: Target, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured before, or what `make` measures now. what: of the target (JSON)."""
         name = f"{target.kind}-{target.name}".replace(" ", "_")
-        name = f"{name}-{digest([*self.origin, name, what])}"
+        name = f"{name}-{short_hash([*self.origin, name, what])}"
         if name in self.kept:
-            return checked(self.kept, name, what, KEPT, restoration(KEPT))
+            return checked(self.kept, name, what, KEPT, git_restore_hint(KEPT))
         path = self.folder / f"{name}.json"
         if not path.exists():
             cell = json.loads(json.dumps(make() | {"what": what}))
-            write_json(path, cell | {"digest": digest(cell)})
-        return checked({name: read_json(path, removal(path))}, name, what, path, removal(path))
+            write_json(path, cell | {"digest": short_hash(cell)})
+        return checked(
+            {name: read_json(path, remove_hint(path))}, name, what, path, remove_hint(path)
+        )
 
     def gather(self, path: Path) -> None:
         """Write all cells there are as one file, as `KEPT` is."""
-        found = self.kept | {p.stem: read_json(p, removal(p)) for p in self.folder.glob("*.json")}
+        found = self.kept | {
+            p.stem: read_json(p, remove_hint(p)) for p in self.folder.glob("*.json")
+        }
         lines = (f"{json.dumps(k)}: {json.dumps(found[k], sort_keys=True)}" for k in sorted(found))
         body = ",\n".join(lines)
         write_bytes(path, f"{{\n{body}\n}}\n".encode())
@@ -69,7 +73,7 @@ def checked(cells: dict[str, Any], name: str, what: Any, path: Path, mend: str) 
         raise UserError(f"{path}: {name} is a cell of something else; {mend}")
     cell = {key: value for key, value in cell.items() if key != "digest"}
     # the committed ones, and those that were written before digests were kept, have none
-    if cells[name].get("digest", found := digest(cell)) != found:
+    if cells[name].get("digest", found := short_hash(cell)) != found:
         raise UserError(f"{path}: {name} is not what was written; {mend}")
     for key in HITS:
         if isinstance(cell.get(key, {}), dict):  # not measured, or by object
@@ -79,7 +83,7 @@ def checked(cells: dict[str, Any], name: str, what: Any, path: Path, mend: str) 
     return cell
 
 
-def rate(hits: list[int] | np.ndarray) -> dict[str, Any]:
+def mean_ci(hits: list[int] | np.ndarray) -> dict[str, Any]:
     """{"value", "ci95"}: a share with its bootstrap interval over pictures."""
     values = np.asarray(hits, dtype=np.float64)
     low, high = bootstrap_interval(values)
@@ -89,12 +93,12 @@ def rate(hits: list[int] | np.ndarray) -> dict[str, Any]:
 def figures(target: Target, cell: dict[str, Any], bare: dict[str, Any]) -> dict[str, Any]:
     """UA, IRA and CRA of a cell beside the unedited model's cell of the same target."""
     other = "style" if target.kind == "object" else "object"
-    ua = rate(1 - np.asarray(cell["shown"]))
+    ua = mean_ci(1 - np.asarray(cell["shown"]))
     found = {"ua": ua["value"], "ua_ci95": ua["ci95"]}
     for name, kind in (("ira", target.kind), ("cra", other)):
         n = len(cell[kind])
         after, before = np.asarray(cell[kind]), np.asarray(bare[kind])[:n]
-        interval = rate(after)["ci95"]
+        interval = mean_ci(after)["ci95"]
         share = 1 / max(before.mean(), 1e-9)
         found[name] = float(after.mean() * share)
         found[f"{name}_ci95"] = [float(end * share) for end in interval]

@@ -21,15 +21,21 @@ import torch
 
 from concept_trak.components.edits import Edit, EditedNetwork
 from concept_trak.components.parameter_groups import select
-from concept_trak.components.scores import differentiable
+from concept_trak.components.scores import requires_grad_only
 from concept_trak.models.condition import Condition
-from concept_trak.models.ddim import Guided, ddim_sample, ddim_step, q_sample, sampling_timesteps
+from concept_trak.models.ddim import (
+    GuidedDenoiser,
+    ddim_sample,
+    ddim_step,
+    q_sample,
+    sampling_timesteps,
+)
 from concept_trak.models.sample import initial_noise
 from concept_trak.models.schedule import NUM_TRAIN_TIMESTEPS
 from experiments.emoji.classifier.net import resized
 
-from .candidate_edit import share
-from .testbed import DRAW_STEPS, Bed, Target
+from .candidate_edit import wilson_interval
+from .testbed import DRAW_STEPS, EraseSetup, Target
 
 FIRST_SEED = 150_000
 PICTURES = 24  # judged, a rate
@@ -45,7 +51,9 @@ def decided_by() -> list[Any]:
     return [PICTURES, SHOTS, RATE, EMBEDDING_STEPS, LEVELS, RELEARN_RATE, EVERY, MOST, SEEN]
 
 
-def probes(bed: Bed, target: Target, edit: Edit, selection: str) -> dict[str, Callable[[], Any]]:
+def probes(
+    bed: EraseSetup, target: Target, edit: Edit, selection: str
+) -> dict[str, Callable[[], Any]]:
     """{name: what measures it}, each with the model left as it was."""
     return {
         "paraphrases": lambda: paraphrases(bed, target, edit),
@@ -55,14 +63,16 @@ def probes(bed: Bed, target: Target, edit: Edit, selection: str) -> dict[str, Ca
     }
 
 
-def paraphrases(bed: Bed, target: Target, edit: Edit) -> dict[str, Any]:
+def paraphrases(bed: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
     """{wording: share of pictures that show it, {"unedited", "edited"}}."""
     column, records = f"{target.kind}_phrase", bed.prompts(target, PICTURES)
     seeds = range(FIRST_SEED, FIRST_SEED + PICTURES)
 
     def shares() -> dict[str, Any]:
         return {
-            words: share(bed.draw([r | {column: words} for r in records], seeds).right(target.kind))
+            words: wilson_interval(
+                bed.draw([r | {column: words} for r in records], seeds).right(target.kind)
+            )
             for words in wordings(target)
         }
 
@@ -83,7 +93,7 @@ def wordings(target: Target) -> list[str]:
     return [word, f"the {word}", f"one small {word}", f"{word} {word} {word}", f"two {word}s"]
 
 
-def embedding(bed: Bed, target: Target, edit: Edit) -> dict[str, Any]:
+def embedding(bed: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
     """Share of pictures drawn from an optimised embedding that show it: edited and unedited model.
 
     It begins at the empty prompt, so that nothing of the concept's words is put in, whose own share
@@ -92,7 +102,7 @@ def embedding(bed: Bed, target: Target, edit: Edit) -> dict[str, Any]:
     empty, prompt = bed.model.encode_prompts(["", target.prompt]).split()
 
     def rate(found: Condition) -> dict[str, Any]:
-        return share(_shown(bed, target, found, PICTURES))
+        return wilson_interval(_shown(bed, target, found, PICTURES))
 
     found = {"unedited": rate(optimised(bed, target, empty))}
     with _edited(bed, edit):
@@ -100,7 +110,7 @@ def embedding(bed: Bed, target: Target, edit: Edit) -> dict[str, Any]:
         return found | {"edited_from_prompt": rate(optimised(bed, target, prompt))}
 
 
-def optimised(bed: Bed, target: Target, start: Condition) -> Condition:
+def optimised(bed: EraseSetup, target: Target, start: Condition) -> Condition:
     """The embedding [1, T, d] near a start that lowers the denoising loss of the real pictures."""
     model, x0 = bed.model, _real(bed, target)
     guess = start.embeddings.clone().requires_grad_(True)
@@ -115,7 +125,7 @@ def optimised(bed: Bed, target: Target, start: Condition) -> Condition:
     return Condition(guess.detach())
 
 
-def completion(bed: Bed, target: Target, edit: Edit) -> dict[str, Any]:
+def completion(bed: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
     """{timestep: share that shows it}: noised real pictures, denoised under the concept's prompt.
 
     "unprompted": by the unedited model under the empty prompt; what the noised picture tells by
@@ -124,7 +134,7 @@ def completion(bed: Bed, target: Target, edit: Edit) -> dict[str, Any]:
     prompt, empty = bed.model.encode_prompts([target.prompt, ""]).split()
 
     def rates(cond: Condition) -> list[dict[str, Any]]:
-        return [share(_completed(bed, target, cond, left)) for left in LEVELS]
+        return [wilson_interval(_completed(bed, target, cond, left)) for left in LEVELS]
 
     found = {"unedited": rates(prompt), "unprompted": rates(empty)}
     with _edited(bed, edit):
@@ -133,7 +143,7 @@ def completion(bed: Bed, target: Target, edit: Edit) -> dict[str, Any]:
     return {str(grid[-n]): {k: v[i] for k, v in found.items()} for i, n in enumerate(LEVELS)}
 
 
-def _completed(bed: Bed, target: Target, cond: Condition, left: int) -> np.ndarray:
+def _completed(bed: EraseSetup, target: Target, cond: Condition, left: int) -> np.ndarray:
     """Hits of real pictures noised to the level that leaves so many steps, and denoised."""
     model, real = bed.model, _real(bed, target)
     x0 = torch.cat([real] * -(-PICTURES // len(real)))[:PICTURES]
@@ -141,7 +151,7 @@ def _completed(bed: Bed, target: Target, cond: Condition, left: int) -> np.ndarr
     noise = _noise(bed, PICTURES)
     x_t = q_sample(x0, noise, model.schedule.level(grid[0]))
     null = model.encode_prompts([""]).expand(PICTURES)
-    guided = Guided(model, cond.expand(PICTURES), null, bed.guidance)
+    guided = GuidedDenoiser(model, cond.expand(PICTURES), null, bed.guidance)
     stride = NUM_TRAIN_TIMESTEPS // DRAW_STEPS
     with torch.no_grad():
         for t in grid:
@@ -150,7 +160,7 @@ def _completed(bed: Bed, target: Target, cond: Condition, left: int) -> np.ndarr
     return _hits(bed, target, x_t)
 
 
-def relearning(bed: Bed, target: Target, edit: Edit, selection: str) -> dict[str, Any]:
+def relearning(bed: EraseSetup, target: Target, edit: Edit, selection: str) -> dict[str, Any]:
     """Steps of Adam on the selected weights until the judge sees the concept in half its pictures.
 
     "edited": the concept's pictures under its own words. "new_word": the same model, another
@@ -165,7 +175,7 @@ def relearning(bed: Bed, target: Target, edit: Edit, selection: str) -> dict[str
     return {"edited": again, "new_word": new | {"concept": other.name, "word": NEW_WORD}}
 
 
-def _learned(bed: Bed, target: Target, prompt: str, selection: str) -> dict[str, Any]:
+def _learned(bed: EraseSetup, target: Target, prompt: str, selection: str) -> dict[str, Any]:
     model, among = bed.model, select(bed.model.network, selection)
     kept = [c.weight.detach().clone() for c in among]
     draws, cond = _batches(bed, _real(bed, target)), model.encode_prompts([prompt])
@@ -179,7 +189,7 @@ def _learned(bed: Bed, target: Target, prompt: str, selection: str) -> dict[str,
                 if hits.mean() >= SEEN:
                     return {"steps": step, "rates": rates}
             x_t, t, eps, _ = next(draws)
-            with differentiable(model.network, among), torch.enable_grad():
+            with requires_grad_only(model.network, among), torch.enable_grad():
                 _loss(model, x_t, t, cond.expand(len(x_t)), eps).backward()
                 adam.step()
         return {"steps": None, "rates": rates}
@@ -189,7 +199,7 @@ def _learned(bed: Bed, target: Target, prompt: str, selection: str) -> dict[str,
                 c.weight.copy_(weight)
 
 
-def _real(bed: Bed, target: Target) -> torch.Tensor:
+def _real(bed: EraseSetup, target: Target) -> torch.Tensor:
     """Latents of the concept's training pictures, at most PICTURES."""
     records = bed.corpus.train.records
     rows = [i for i, r in enumerate(records) if r[target.kind] == target.name]
@@ -199,7 +209,7 @@ def _real(bed: Bed, target: Target) -> torch.Tensor:
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _batches(bed: Bed, x0: torch.Tensor) -> Iterator[Batch]:
+def _batches(bed: EraseSetup, x0: torch.Tensor) -> Iterator[Batch]:
     """SHOTS noised pictures at random levels, for ever: x_t, t, eps, places; the same each time."""
     generator, schedule = torch.Generator().manual_seed(FIRST_SEED), bed.model.schedule
     while True:
@@ -217,19 +227,19 @@ def _loss(
     return (model.eps(x_t, t, cond) - eps).square().mean()
 
 
-def _noise(bed: Bed, count: int) -> torch.Tensor:
+def _noise(bed: EraseSetup, count: int) -> torch.Tensor:
     seeds = range(FIRST_SEED, FIRST_SEED + count)
     return torch.cat([initial_noise(bed.model.latent_shape, s) for s in seeds]).to(bed.model.device)
 
 
-def _shown(bed: Bed, target: Target, cond: Condition, count: int) -> np.ndarray:
+def _shown(bed: EraseSetup, target: Target, cond: Condition, count: int) -> np.ndarray:
     """Hits of pictures drawn by the fp32 model as it stands."""
     null = bed.model.encode_prompts([""]).expand(count)
-    guided = Guided(bed.model, cond.expand(count), null, bed.guidance)
+    guided = GuidedDenoiser(bed.model, cond.expand(count), null, bed.guidance)
     return _hits(bed, target, ddim_sample(guided, _noise(bed, count), DRAW_STEPS)[0])
 
 
-def _hits(bed: Bed, target: Target, x0: torch.Tensor) -> np.ndarray:
+def _hits(bed: EraseSetup, target: Target, x0: torch.Tensor) -> np.ndarray:
     """int [n]: the judge sees the concept."""
     pictures = np.stack([np.asarray(p) for p in bed.model.decode(x0)])
     _, _, chances = bed.judge.predict(resized(pictures, bed.judge.settings.size))
@@ -238,7 +248,7 @@ def _hits(bed: Bed, target: Target, x0: torch.Tensor) -> np.ndarray:
 
 
 @contextmanager
-def _edited(bed: Bed, edit: Edit) -> Iterator[None]:
+def _edited(bed: EraseSetup, edit: Edit) -> Iterator[None]:
     """The fp32 model under an edit, inside the block."""
     with EditedNetwork(bed.model.network) as edited:
         edited.apply(edit)

@@ -12,13 +12,13 @@ import json
 
 import torch
 
-from concept_trak.components.objective import AIMS
+from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import select
 from concept_trak.components.scores import score
-from concept_trak.components.selection import Rule, choose
+from concept_trak.components.selection import SelectionRule, choose
 from concept_trak.components.states import Sampling, trajectory
 from concept_trak.gradients.state import State
-from concept_trak.models.ddim import Guided
+from concept_trak.models.ddim import GuidedDenoiser
 from concept_trak.settings import Settings, as_dict, provenance
 from experiments.scale.sd14 import build_sd14
 from experiments.scale.timing import peak_rss_gib, timed
@@ -39,11 +39,13 @@ def bench(settings: Settings, device: str) -> dict:
     started = peak_rss_gib()
     (seen,) = trajectory(model, cond, base, 0, Sampling(3.0, 1, 1))
     with torch.no_grad():
-        guided = Guided(model, cond, base, 3.0)
+        guided = GuidedDenoiser(model, cond, base, 3.0)
         step, _ = timed(lambda: guided.eps(seen.x_t, int(seen.t)))
     states = [State(int(seen.t), seen.x_t, cond, base)]
-    state, scores = timed(lambda: score(model, AIMS["erase"], among, lambda _: states, 1))
-    sorting, chosen = timed(lambda: choose(scores, among, Rule(0.001, paper=True)))
+    state, scores = timed(
+        lambda: score(model, COMPONENT_OBJECTIVES["erase"], among, lambda _: states, 1)
+    )
+    sorting, chosen = timed(lambda: choose(scores, among, SelectionRule(0.001, paper=True)))
     result = {
         "weights": count,
         "layers": len(among),

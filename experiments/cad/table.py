@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.components.concept_plan import edit_of, edited_values
+from concept_trak.components.concept_plan import edit_from_scores, edited_values
 from concept_trak.components.edits import make_edit
-from concept_trak.components.objective import AIMS
+from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import select
-from concept_trak.components.selection import Chosen
+from concept_trak.components.selection import Selection
 from concept_trak.scoring.metrics import bootstrap_interval
 
 from . import faithfulness
@@ -29,13 +29,13 @@ from .model_selection import (
     SELECTIONS,
     SPARED,
     Key,
-    Measured,
-    over_targets,
+    MeasuredEdits,
+    mean_over_targets,
     tune,
     value,
 )
-from .result_cache import Cells, figures
-from .testbed import Bed, Target
+from .result_cache import MeasurementCache, figures
+from .testbed import EraseSetup, Target
 
 CONTROLLED = 8  # objects under every control
 
@@ -61,9 +61,9 @@ class Size:
         return Size((judged, judged), (few, few), targets, *masks)
 
 
-def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
+def evaluate(bed: EraseSetup, size: Size) -> dict[str, Any]:
     """Measure everything there is to measure; see the module docstring."""
-    measured = Measured(bed, Cells(bed))
+    measured = MeasuredEdits(bed, MeasurementCache(bed))
     few = (size.controls, size.controls)
     chosen = tune(measured, *(few if size.targets else (COUNTS, FINAL)))
     targets = {k: bed.targets[k][: size.targets or None] for k in ("object", "style")}
@@ -87,7 +87,7 @@ def evaluate(bed: Bed, size: Size) -> dict[str, Any]:
     return found
 
 
-def _headline(measured: Measured, target: Target, key: Key, size: Size) -> dict[str, Any]:
+def _headline(measured: MeasuredEdits, target: Target, key: Key, size: Size) -> dict[str, Any]:
     """Figures of a target under a plan, told as soon as they are there."""
     found = measured.figures(target, key, size.headline)
     cells = (
@@ -129,7 +129,7 @@ def chosen_by_others(
 
 
 def _controls(
-    measured: Measured, targets: list[Target], size: Size, key: Key
+    measured: MeasuredEdits, targets: list[Target], size: Size, key: Key
 ) -> dict[str, dict[str, Any]]:
     """{"cad" or control: UA, IRA and CRA over targets, and by how much CAD's `tuning.value` is
     higher, paired over targets}. A control that ruins the model has a high UA, so UA alone does not
@@ -151,14 +151,18 @@ def _controls(
             [value([own], "object") - value([theirs], "object") for own, theirs in pairs]
         )
         low, high = bootstrap_interval(gains)
-        told[name] = over_targets(found) | {"cad_above": float(gains.mean())}
+        told[name] = mean_over_targets(found) | {"cad_above": float(gains.mean())}
         told[name]["cad_above_ci95"] = [float(low), float(high)]
         print(f"{name}: {told[name]}", flush=True)
     return told
 
 
 def _control(
-    measured: Measured, pair: tuple[Target, Target], name: str, key: Key, counts: tuple[int, int]
+    measured: MeasuredEdits,
+    pair: tuple[Target, Target],
+    name: str,
+    key: Key,
+    counts: tuple[int, int],
 ) -> dict[str, Any]:
     """Of a pair (target, another concept), as many weights in the same tensors by a control."""
     bed, plan, target = measured.bed, key.plan, pair[0]
@@ -168,20 +172,20 @@ def _control(
         among = select(model.network, plan.selection)
         elsewhere = measured.scores(pair[1]) if name == "other_concept" else None
         scores = measured.spared(target, key)
-        edit, _ = edit_of(model, scores, plan, asked)
+        edit, _ = edit_from_scores(model, scores, plan, asked)
         values = ranked_by(name, model, among, scores, (asked, elsewhere))
         picked = same_counts(values, {k: index for k, (index, _, _) in edit.changes.items()})
         new = {k: edit.changes[k][2] for k in picked}
         if plan.operator.name != "zero":  # else what the edit writes there is right as it is
-            aim = AIMS["erase"]
-            new = edited_values(model, Chosen(picked, (), 0), plan, asked, aim)
+            aim = COMPONENT_OBJECTIVES["erase"]
+            new = edited_values(model, Selection(picked, (), 0), plan, asked, aim)
         return bed.measure(target, make_edit(model.network, new, picked, edit.model), counts)
 
     return measured.cells.cell(target, ["control", name, pair[1].name, *key, *counts], make)
 
 
 def _faithful(
-    measured: Measured, targets: list[Target], size: Size, key: Key
+    measured: MeasuredEdits, targets: list[Target], size: Size, key: Key
 ) -> dict[str, dict[str, Any]]:
     """{selection: Pearson of predicted and true changes, mean over targets}; the judge looks at
     masks of the plan's selection alone.
@@ -201,7 +205,7 @@ def _faithful(
     return told
 
 
-def line(found: dict[str, Any]) -> dict[str, Any]:
+def json_summary(found: dict[str, Any]) -> dict[str, Any]:
     """The one line of JSON: the best plan's cells, and what became of the goals."""
     best, meeting = found["best"], {}
     for kind, goals in GOALS.items():

@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.components.concept_plan import Asked
-from concept_trak.components.edit_operators import put
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.components.concept_plan import ComponentQuery
+from concept_trak.components.edit_operators import write_weights
 from concept_trak.components.edits import Edit
 from concept_trak.components.states import Sampling
 from concept_trak.datasets.image_folder import ImageCaptionDataset
-from concept_trak.datasets.labels import STYLE_JOINT
-from concept_trak.models.sample import Generation, initial_noise, sample
+from concept_trak.datasets.labels import STYLE_PREFIX
+from concept_trak.models.sample import SamplingSettings, initial_noise, sample
 from concept_trak.models.text_to_image import TextToImage, load_pipeline
 from concept_trak.settings import JUDGE
 from experiments.emoji.classifier.io import load_judge
-from experiments.emoji.classifier.net import Judge, resized
+from experiments.emoji.classifier.net import EmojiClassifier, resized
 
 SPLIT_SEED, TUNED, REPORTED = 13, 8, 16  # objects
 DRAW_STEPS = 6  # DDIM steps of judged pictures; the judge names as many of them as of 20 steps
@@ -46,11 +46,11 @@ class Target:
     @property
     def prompt(self) -> str:
         """The concept by itself."""
-        return self.phrase if self.kind == "object" else f"{STYLE_JOINT.strip()} {self.phrase}"
+        return self.phrase if self.kind == "object" else f"{STYLE_PREFIX.strip()} {self.phrase}"
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ClassifiedImages:
     """What the judge says of n pictures: probabilities of all objects and styles [n, classes], and
     the wanted class of each [n]; pictures uint8 [n, H, W, 3].
     """
@@ -64,16 +64,16 @@ class Drawn:
         return self.chances[kind].argmax(1) == self.wanted[kind]
 
 
-class Bed:
+class EraseSetup:
     """A model, its judge, and what draws: by default a bf16 twin of the embedded model (see
     `mirror`).
     """
 
-    def __init__(self, corpus: Corpus, drawer: TextToImage | None = None) -> None:
+    def __init__(self, corpus: AttributionTask, drawer: TextToImage | None = None) -> None:
         self.corpus, self.model = corpus, corpus.model
         s = corpus.settings
         self.drawer = drawer or load_pipeline(s.sd_model_path, corpus.device, "bf16")
-        self.judge: Judge = load_judge(JUDGE)
+        self.judge: EmojiClassifier = load_judge(JUDGE)
         self.guidance = s.gen_guidance_scale
         self.num_seeds = s.score_seeds
 
@@ -99,9 +99,9 @@ class Bed:
             "style": [Target("style", n, kinds["style"][n]) for n in sorted(kinds["style"])],
         }
 
-    def asked(self, target: Target) -> Asked:
+    def asked(self, target: Target) -> ComponentQuery:
         """How a target's components are scored here."""
-        return Asked(target.prompt, "", self.num_seeds, Sampling(3.0, 20, 10))
+        return ComponentQuery(target.prompt, "", self.num_seeds, Sampling(3.0, 20, 10))
 
     def prompts(self, target: Target, count: int) -> list[dict[str, Any]]:
         """Training records to draw the target from: its cells in turn."""
@@ -128,17 +128,17 @@ class Bed:
         """Places in the pool, the first `count` that do not show the target."""
         return [i for i, r in enumerate(self.pool) if r[target.kind] != target.name][:count]
 
-    def draw(self, records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Drawn:
+    def draw(self, records: Sequence[dict[str, Any]], seeds: Sequence[int]) -> ClassifiedImages:
         """A picture a record by the twin, judged."""
         model = self.drawer
         x_T = torch.cat([initial_noise(model.latent_shape, FIRST_SEED + s) for s in seeds])
-        captions = [f"{r['object_phrase']}{STYLE_JOINT}{r['style_phrase']}" for r in records]
+        captions = [f"{r['object_phrase']}{STYLE_PREFIX}{r['style_phrase']}" for r in records]
         parts = [
             sample(
                 model,
                 captions[i : i + BATCH],
                 x_T[i : i + BATCH],
-                Generation(self.guidance, DRAW_STEPS),
+                SamplingSettings(self.guidance, DRAW_STEPS),
                 BATCH,
             )
             for i in range(0, len(captions), BATCH)
@@ -147,13 +147,13 @@ class Bed:
         _, _, chances = self.judge.predict(resized(pictures, self.judge.settings.size))
         classes = {"object": self.judge.objects, "style": self.judge.styles}
         wanted = {k: np.array([classes[k].index(r[k]) for r in records]) for k in classes}
-        return Drawn(chances, wanted, pictures)
+        return ClassifiedImages(chances, wanted, pictures)
 
     def mirror(self, edit: Edit, undo: bool = False) -> None:
         """Write an edit's new values, or the old ones again, into the twin that draws."""
         weights = dict(self.drawer.network.named_parameters())
         for name, (index, old, new) in edit.changes.items():
-            put(weights[name], index, old if undo else new)
+            write_weights(weights[name], index, old if undo else new)
 
     def measure(self, target: Target, edit: Edit | None, counts: tuple[int, int]) -> dict[str, Any]:
         """Judge pictures of the target and of what is to be kept, under an edit or without.

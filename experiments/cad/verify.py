@@ -15,14 +15,14 @@ from typing import Any
 
 from concept_trak.components.edits import Edit
 from concept_trak.datasets import labels
-from concept_trak.errors import UserError, call
-from concept_trak.report.component_report import words_of
+from concept_trak.errors import UserError, script_hint
+from concept_trak.report.component_report import concept_prompts
 
 from .candidate_edit import Attempt, judged, unedited
-from .model_selection import FIGURES, Measured
-from .result_cache import Cells
+from .model_selection import FIGURES, MeasuredEdits
+from .result_cache import MeasurementCache
 from .robustness import decided_by, probes
-from .testbed import Bed, Target
+from .testbed import EraseSetup, Target
 
 SELECTIONS = ("cross_attention", "cross_attention|feed_forward", "feed_forward")
 RATIOS = (0.005, 0.01, 0.015, 0.03, 0.06, 0.12)
@@ -32,7 +32,7 @@ LEVEL = 1 - 0.05 / MOST
 
 
 @dataclass(frozen=True)
-class Goal:
+class EraseGoal:
     """What an edit is to reach, and the pictures that confirm it: as many are to be kept."""
 
     target_ua: float
@@ -54,22 +54,23 @@ class Goal:
         return max(0.0, *(goal - at[name] for name, goal in goals))
 
 
-def target_of(bed: Bed) -> Target:
-    """CONCEPT, see `report.component_report.words_of`. UserError for one that the judge does not
-    know."""
+def target_of(bed: EraseSetup) -> Target:
+    """CONCEPT, see `report.component_report.concept_prompts`. UserError for one that the judge
+    does not know."""
     s = bed.corpus.settings
-    words = words_of(s)
-    kind, name = labels.concept(bed.corpus.train, words.name)
+    words = concept_prompts(s)
+    kind, name = labels.parse_concept(bed.corpus.train, words.name)
     known = bed.judge.objects if kind == "object" else bed.judge.styles
     if name not in known:
         raise UserError(
-            f"the judge does not know {name!r}; set CONCEPT to one of these: {call('concepts.sh')}"
+            f"the judge does not know {name!r}; set CONCEPT to one of these: "
+            f"{script_hint('concepts.sh')}"
         )
     record = next(r for r in bed.corpus.train.records if r[kind] == name)
     return Target(kind, name, record.get(f"{kind}_phrase") or name)
 
 
-def search(measured: Measured, target: Target, goal: Goal) -> list[dict[str, Any]]:
+def search(measured: MeasuredEdits, target: Target, goal: EraseGoal) -> list[dict[str, Any]]:
     """Screened plans, {"plan": Attempt, "weights", "figures", "shortfall"}, the best first."""
     tried: list[dict[str, Any]] = []
 
@@ -102,9 +103,9 @@ def _order(entry: dict[str, Any]) -> tuple[float, float, int]:
     return entry["shortfall"], -round(spare, 2), entry["weights"]
 
 
-def verify(bed: Bed, target: Target, goal: Goal) -> tuple[dict[str, Any], Edit]:
+def verify(bed: EraseSetup, target: Target, goal: EraseGoal) -> tuple[dict[str, Any], Edit]:
     """The certificate (JSON), and the edit it is about."""
-    measured = Measured(bed, Cells(bed))
+    measured = MeasuredEdits(bed, MeasurementCache(bed))
     tried = search(measured, target, goal)
     bare = unedited(measured, target, goal.pictures)
     looks: list[dict[str, Any]] = []
@@ -129,8 +130,8 @@ def verify(bed: Bed, target: Target, goal: Goal) -> tuple[dict[str, Any], Edit]:
         "target_ua": goal.target_ua,
         "min_retention": goal.min_retention,
         "met": best["sure"] == 0,
-        "says": says(target, goal, best),
-        "behind": says_behind(behind),
+        "says": verdict(target, goal, best),
+        "behind": robustness_verdict(behind),
         "level": round(LEVEL, 4),
         "unedited_shows": sum(bare["shown"]) / len(bare["shown"]),
         "edit": {"weights": edit.count, "digest": edit.digest(), "model": edit.model},
@@ -139,7 +140,7 @@ def verify(bed: Bed, target: Target, goal: Goal) -> tuple[dict[str, Any], Edit]:
     return told | {"probes": behind, "confirmed": _plain(looks), "screened": _plain(tried)}, edit
 
 
-def says(target: Target, goal: Goal, best: dict[str, Any]) -> str:
+def verdict(target: Target, goal: EraseGoal, best: dict[str, Any]) -> str:
     """The verdict in a sentence."""
     asked = f"UA {goal.target_ua:g} with IRA and CRA of at least {goal.min_retention:g}"
     if not best["sure"]:
@@ -151,7 +152,7 @@ def says(target: Target, goal: Goal, best: dict[str, Any]) -> str:
     return f"no edit meets {asked}; this one falls least short, by {best['shortfall']:.3f}"
 
 
-def says_behind(found: dict[str, Any]) -> str:
+def robustness_verdict(found: dict[str, Any]) -> str:
     """What the probes found, in a sentence: a prompt that shows nothing is not all there is."""
     words = max(row["edited"]["value"] for row in found["paraphrases"].values())
     begun = ("edited", "edited_from_prompt")

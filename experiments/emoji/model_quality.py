@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.question import generation
 from concept_trak.models.sample import initial_noise, sample
 from concept_trak.settings import JUDGE
 from concept_trak.validated_io import read_json
-from experiments.benchmark.results import results, write_metrics
+from experiments.benchmark.results import result_folder, write_metrics
 
 from .classifier.io import AGAIN, load_judge
-from .classifier.net import Judge, resized
+from .classifier.net import EmojiClassifier, resized
 
 SEEDS = 4
 BATCH = 32  # pictures drawn at a time
 
 
-def draw(corpus: Corpus, captions: list[str], seed: int) -> np.ndarray:
+def draw(corpus: AttributionTask, captions: list[str], seed: int) -> np.ndarray:
     """One picture a caption, uint8 [n, H, W, 3]; picture i starts from the noise of (seed, i)."""
     s, model = corpus.settings, corpus.model
     seeds = range(seed * 100_003, seed * 100_003 + len(captions))
@@ -33,7 +33,7 @@ def draw(corpus: Corpus, captions: list[str], seed: int) -> np.ndarray:
     return np.stack([np.asarray(picture) for x0 in parts for picture in model.decode(x0)])
 
 
-def ceilings(corpus: Corpus, judge: Judge) -> dict[str, dict[str, Any]]:
+def upper_bounds(corpus: AttributionTask, judge: EmojiClassifier) -> dict[str, dict[str, Any]]:
     """What the judge says of all real pictures at the model's size, as they are and after the
     autoencoder: bounds on any UNet.
     """
@@ -44,12 +44,12 @@ def ceilings(corpus: Corpus, judge: Judge) -> dict[str, dict[str, Any]]:
     return {k: judge.measure(resized(x, judge.settings.size), *names) for k, x in kinds.items()}
 
 
-def measure_model(corpus: Corpus) -> dict[str, Any]:
+def measure_model(corpus: AttributionTask) -> dict[str, Any]:
     """Object and style accuracy over `SEEDS` pictures a cell, with 95 % intervals over cells; the
     last line printed is JSON.
 
     Held-out: all cells; seen: equally many, drawn with a fixed seed (`num_queries` bounds both).
-    Beside them what bounds them: `ceilings`, and the judge's accuracy on art that it was not
+    Beside them what bounds them: `upper_bounds`, and the judge's accuracy on art that it was not
     trained on, real and reconstructed.
     """
     judge, data, settings = load_judge(JUDGE), corpus.everything, corpus.settings
@@ -63,10 +63,10 @@ def measure_model(corpus: Corpus) -> dict[str, Any]:
         names = (cells.column(concept) * SEEDS for concept in ("object", "style"))
         result[name] = judge.measure(resized(drawn, judge.settings.size), *names)
     metrics = read_json(JUDGE / "judge.json", AGAIN).get("metrics") or {}
-    result |= ceilings(corpus, judge) | {"judge_on_unseen_art": metrics.get("cross_validation")}
+    result |= upper_bounds(corpus, judge) | {"judge_on_unseen_art": metrics.get("cross_validation")}
     result |= {"guidance": settings.gen_guidance_scale, "seeds": SEEDS, "cells": n}
     made_from = [corpus.model.identity(), data.content_hash(), metrics]
-    with results(settings, "model", "accuracy", made_from) as folder:
+    with result_folder(settings, "model", "accuracy", made_from) as folder:
         write_metrics(folder, "accuracy", result, settings)
     print(json.dumps(result))
     return result

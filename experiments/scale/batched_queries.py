@@ -23,7 +23,7 @@ from concept_trak.settings import provenance, resolve
 if TYPE_CHECKING:
     from concept_trak.store.store import Store
 
-    from .timing import Work
+    from .timing import TimedFunction
 
 LARGE, SMALL = (100_000, 32768), (20_000, 4096)  # N, k
 TOGETHER, IN_ONE_PASS, ONE_BY_ONE = 64, 1000, 10  # queries
@@ -127,7 +127,7 @@ def one_pass(folder: Path, n: int, k: int, memory: int) -> dict:
     """
     from concept_trak.scoring.fisher import FullFisher
     from concept_trak.scoring.preconditioner import Budget
-    from concept_trak.scoring.scores import solve_and_score
+    from concept_trak.scoring.scores import precondition_and_score
     from concept_trak.settings import DAMPINGS
 
     from .scoring import synthetic_store
@@ -135,11 +135,13 @@ def one_pass(folder: Path, n: int, k: int, memory: int) -> dict:
 
     store = synthetic_store(folder, n, k, "float16")
     queries, fisher = _queries(store, min(IN_ONE_PASS, n // 2), 3), FullFisher(Budget(memory))
-    solve_and_score(store, queries[:1], DAMPINGS, fisher)  # makes what is kept
+    precondition_and_score(store, queries[:1], DAMPINGS, fisher)  # makes what is kept
     alone, single = timed(
-        lambda: [solve_and_score(store, q[None], DAMPINGS, fisher) for q in queries[:ONE_BY_ONE]]
+        lambda: [
+            precondition_and_score(store, q[None], DAMPINGS, fisher) for q in queries[:ONE_BY_ONE]
+        ]
     )
-    together, whole = timed(lambda: solve_and_score(store, queries, DAMPINGS, fisher))
+    together, whole = timed(lambda: precondition_and_score(store, queries, DAMPINGS, fisher))
     one = np.concatenate(single, 1)
     error = np.abs(whole[:, :ONE_BY_ONE] - one).max(2) / np.abs(one).max(2)
     each = alone / ONE_BY_ONE
@@ -174,7 +176,7 @@ def bfloat16() -> dict:
     }
 
 
-def _rows_in(dtype: str) -> Work:
+def _rows_in(dtype: str) -> TimedFunction:
     """Work of a case: train rows of the embedded model in a type."""
     from .gradient_speed import engine_rows, load_inputs
 

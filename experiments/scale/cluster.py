@@ -20,16 +20,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from concept_trak.attribution.ray_cluster import Work
+from concept_trak.attribution.ray_cluster import ShardTask
 from concept_trak.errors import UserError
 from concept_trak.flags import settings_of
 from concept_trak.registry import OBJECTIVES
 from concept_trak.settings import Settings, as_dict, provenance
-from concept_trak.store.chunks import Piece
+from concept_trak.store.chunks import Chunk
 from concept_trak.store.manifest import Layout
 from concept_trak.store.store import Store
 
-from .cluster_simulation import HOUR, Plan, simulate
+from .cluster_simulation import HOUR, SimulatedRun, simulate
 
 NODE_HOURS = (24.0, 24.0 * 7, 24.0 * 30)  # the middle one is that of the JSON
 
@@ -43,7 +43,7 @@ def bench(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         measured = compare(settings, Path(folder), rows, repeats)
     print(table(measured))
-    plan = Plan(row_seconds=measured["row_seconds"])
+    plan = SimulatedRun(row_seconds=measured["row_seconds"])
     simulated = {hours: of_rate(replace(plan, node_hours=hours), seeds) for hours in NODE_HOURS}
     print(simulated_table(plan, simulated))
     middle = simulated[NODE_HOURS[1]]
@@ -109,9 +109,9 @@ def _store(settings: Settings, folder: Path, rows: int) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _corpus(settings: Settings):  # noqa: ANN202 - a Corpus, whose module loads torch
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
 
-    corpus = Corpus(settings.but(grad_dir="nowhere"), "cpu")
+    corpus = AttributionTask(settings.but(grad_dir="nowhere"), "cpu")
     corpus.data.apart = True
     return corpus
 
@@ -119,9 +119,9 @@ def _corpus(settings: Settings):  # noqa: ANN202 - a Corpus, whose module loads 
 def _load(settings: Settings, rows: int, count: int) -> None:
     """In a process of its own: load, and make a batch; wait for the others, or one takes all."""
     corpus = _corpus(settings)
-    from concept_trak.attribution.train_grad import computed
+    from concept_trak.attribution.train_grad import compute_batch
 
-    computed(corpus, range(min(rows, settings.batch_size)))
+    compute_batch(corpus, range(min(rows, settings.batch_size)))
     time.sleep(1.0 if count > 1 else 0.0)
 
 
@@ -129,11 +129,11 @@ def _fill(settings: Settings, folder: Path, shard: int) -> None:
     """What a process of EXECUTOR=local does with a shard."""
     from tqdm import tqdm
 
-    from concept_trak.attribution.reuse import KnownRows
-    from concept_trak.attribution.train_grad import fill
+    from concept_trak.attribution.reuse import ReusableGradients
+    from concept_trak.attribution.train_grad import compute_shard
 
     store = Store.read_manifest(folder / "rows")
-    fill(_corpus(settings), store, shard, KnownRows({}), tqdm(disable=True))
+    compute_shard(_corpus(settings), store, shard, ReusableGradients({}), tqdm(disable=True))
 
 
 def _locally(pool: ProcessPoolExecutor, settings: Settings, rows: int, folder: Path) -> float:
@@ -152,7 +152,7 @@ def _on_ray(settings: Settings, rows: int, count: int, folder: Path) -> float:
     name = _store(settings, folder, rows)
     store = Store.read_manifest(folder / name)
     here = settings.but(grad_dir=str(folder))
-    step = min(cluster.rows_of_a_piece(settings), max(settings.batch_size, rows // 8))
+    step = min(cluster.chunk_rows(settings), max(settings.batch_size, rows // 8))
     pieces = cluster.tasks_of(store, (0, 1), step)
     start = time.perf_counter()
     progress = cluster.Progress(rows, 0)
@@ -161,26 +161,26 @@ def _on_ray(settings: Settings, rows: int, count: int, folder: Path) -> float:
 
 
 @dataclass(frozen=True)
-class BenchWork(Work):
-    """As `Work`, with a model that serves the stores of all rounds.
+class BenchWork(ShardTask):
+    """As `ShardTask`, with a model that serves the stores of all rounds.
 
     loaded: the settings it is loaded under.
     """
 
     loaded: Settings = Settings()
 
-    def make(self, store: Store, piece: Piece) -> None:
-        """See `Work`."""
-        from concept_trak.attribution.reuse import KnownRows
-        from concept_trak.attribution.train_grad import fill_piece
+    def make(self, store: Store, piece: Chunk) -> None:
+        """See `ShardTask`."""
+        from concept_trak.attribution.reuse import ReusableGradients
+        from concept_trak.attribution.train_grad import compute_chunk
 
-        fill_piece(_corpus(self.loaded), store, piece, KnownRows({}))
+        compute_chunk(_corpus(self.loaded), store, piece, ReusableGradients({}))
 
 
 # ---- simulated
 
 
-def of_rate(plan: Plan, seeds: int) -> list[dict]:
+def of_rate(plan: SimulatedRun, seeds: int) -> list[dict]:
     """Outcomes of a plan, one a seed."""
     return [vars(simulate(plan, seed)) for seed in range(seeds)]
 
@@ -198,7 +198,7 @@ def table(measured: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def simulated_table(plan: Plan, simulated: dict[float, list[dict]]) -> str:
+def simulated_table(plan: SimulatedRun, simulated: dict[float, list[dict]]) -> str:
     """A line a rate of failure: medians, and the range over seeds."""
     of = f"{plan.rows:,} rows on {plan.workers:,} workers, {plan.node_workers} a node"
     each = f"{plan.row_seconds:.3f} s a row, pieces of {plan.piece_rows}"

@@ -23,7 +23,7 @@ HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class SimulatedRun:
     """What is simulated; times in seconds unless named otherwise."""
 
     rows: int = 10**8
@@ -57,10 +57,10 @@ class Outcome:
 
 
 @dataclass
-class Run:
+class Simulation:
     """State of a simulation; `run` it once."""
 
-    plan: Plan
+    plan: SimulatedRun
     rng: np.random.Generator
     outcome: Outcome = field(default_factory=Outcome)
 
@@ -169,6 +169,6 @@ class Run:
     }
 
 
-def simulate(plan: Plan, seed: int = 0) -> Outcome:
+def simulate(plan: SimulatedRun, seed: int = 0) -> Outcome:
     """One run."""
-    return Run(plan, np.random.default_rng(seed)).run()
+    return Simulation(plan, np.random.default_rng(seed)).run()

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from concept_trak.attribution.naming import query_states, train_states
-from concept_trak.gradients.compute import RowMaker
-from concept_trak.gradients.objectives import of_concept, train_rows
+from concept_trak.attribution.naming import query_timesteps, train_timesteps
+from concept_trak.gradients.compute import GradientComputer
+from concept_trak.gradients.objectives import concept_cotangent, train_gradients
 from concept_trak.gradients.projection import make_projection
-from concept_trak.gradients.state import regrouped
-from concept_trak.gradients.states import Start, TrainPictures, query_states_of
+from concept_trak.gradients.state import rebatch
+from concept_trak.gradients.states import QueryStart, TrainBatch, query_states_of
 from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.condition import Condition
 from concept_trak.models.denoiser import NetworkDenoiser
@@ -26,17 +26,17 @@ from concept_trak.models.schedule import VariancePreserving
 from concept_trak.settings import Settings
 from experiments.emoji.model import pipeline as embedded
 
-from .literal_recipe import Literal
+from .literal_recipe import ReferenceImplementation
 
 
-class Counter:
+class ForwardCounter:
     """Counts samples that pass forward through a network, and backward through its output."""
 
     def __init__(self) -> None:
         self.forward = self.backward = 0
 
     @contextlib.contextmanager
-    def counting(self, network: nn.Module) -> Iterator[Counter]:
+    def counting(self, network: nn.Module) -> Iterator[ForwardCounter]:
         """Count while the context is open.
 
         By a forward hook, and `torch.autograd.grad` replaced by one that counts and calls it.
@@ -88,32 +88,36 @@ def small_denoiser() -> NetworkDenoiser:
     return NetworkDenoiser(unet.eval().requires_grad_(False), schedule, (2, 4, 4))
 
 
-def small_inputs(settings: Settings) -> tuple[RowMaker, torch.Tensor, list[Condition]]:
+def small_inputs(settings: Settings) -> tuple[GradientComputer, torch.Tensor, list[Condition]]:
     """A row maker on `small_denoiser`, a latent and three conditions."""
     denoiser = small_denoiser()
     count = PerSampleVjp(denoiser.network, settings.layer).input_dim
     projection = make_projection("random_mask", count, 16, 0)
-    maker = RowMaker(denoiser, projection, settings.layer, settings.normalize)
+    maker = GradientComputer(denoiser, projection, settings.layer, settings.normalize)
     return maker, torch.randn(1, 2, 4, 4), Condition(torch.randn(3, 3, 8)).split()
 
 
 def count_train(settings: Settings) -> int:
     """FE of one train image under the settings."""
     maker, x0, (cond, cond_null, _) = small_inputs(settings)
-    counter, denoiser = Counter(), maker.denoiser
+    counter, denoiser = ForwardCounter(), maker.denoiser
     with counter.counting(denoiser.network):
-        train_rows(maker, settings.f, TrainPictures(x0, cond, cond_null, train_states(settings)))
+        train_gradients(
+            maker, settings.f, TrainBatch(x0, cond, cond_null, train_timesteps(settings))
+        )
     return counter.total
 
 
 def count_query(settings: Settings) -> int:
     """FE of the query gradient of one concept under the settings."""
     s, (maker, x, (cond, minus, null)) = settings, small_inputs(settings)
-    counter, denoiser = Counter(), maker.denoiser
+    counter, denoiser = ForwardCounter(), maker.denoiser
     with counter.counting(denoiser.network):
-        read = query_states_of(denoiser, query_states(s), Start(x, x), cond, null, s.batch_size)
-        contrasted = (x.contrasting(cond, minus) for x in regrouped(read, s.batch_size))
-        maker.mean_row(contrasted, of_concept(s.f))
+        read = query_states_of(
+            denoiser, query_timesteps(s), QueryStart(x, x), cond, null, s.batch_size
+        )
+        contrasted = (x.contrasting(cond, minus) for x in rebatch(read, s.batch_size))
+        maker.mean_row(contrasted, concept_cotangent(s.f))
     return counter.total
 
 
@@ -122,9 +126,12 @@ def count_literal() -> int:
 
     Gradients by vmap count one forward and one backward a state.
     """
-    denoiser, counter = small_denoiser(), Counter()
+    denoiser, counter = small_denoiser(), ForwardCounter()
     cond, cond_null = Condition(torch.randn(2, 3, 8)).split()
-    x0, recipe = torch.randn(1, 2, 4, 4), Literal(denoiser, cond_null, "attn2", 16, 0)
+    x0, recipe = (
+        torch.randn(1, 2, 4, 4),
+        ReferenceImplementation(denoiser, cond_null, "attn2", 16, 0),
+    )
     with counter.counting(denoiser.network):
         states = recipe.invert(x0, cond, 7.5)
         for t, x_t in states:

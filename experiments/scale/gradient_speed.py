@@ -12,22 +12,22 @@ from functools import partial
 import numpy as np
 import torch
 
-from concept_trak.attribution.naming import query_states, train_states
-from concept_trak.attribution.prompts import contrasts, split_list
+from concept_trak.attribution.naming import query_timesteps, train_timesteps
+from concept_trak.attribution.prompts import contrast_prompts, split_list
 from concept_trak.datasets.image_folder import load_folder
-from concept_trak.gradients.compute import RowMaker
-from concept_trak.gradients.objectives import of_concept, train_rows
+from concept_trak.gradients.compute import GradientComputer
+from concept_trak.gradients.objectives import concept_cotangent, train_gradients
 from concept_trak.gradients.projection import projection_for
-from concept_trak.gradients.state import regrouped
-from concept_trak.gradients.states import Start, TrainPictures, query_states_of
+from concept_trak.gradients.state import rebatch
+from concept_trak.gradients.states import QueryStart, TrainBatch, query_states_of
 from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.condition import Condition
 from concept_trak.models.sample import initial_noise
 from concept_trak.models.text_to_image import TextToImage, load_pipeline
 from concept_trak.settings import Settings
 
-from .literal_recipe import BATCH_SIZE, DRAWS, Literal
-from .timing import Work, ratio, time_in_turn
+from .literal_recipe import BATCH_SIZE, DRAWS, ReferenceImplementation
+from .timing import TimedFunction, ratio, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -59,64 +59,66 @@ def load_inputs(settings: Settings, images: int) -> Inputs:
     model = load_pipeline(s.sd_model_path, device, s.on(device).dtype, s.lora_path)
     x0 = model.encode_images(data.images(range(len(data)), size=model.image_size))
     targets = split_list(s.target_concepts)[:1]
-    plus, minus = contrasts(s.query_form, s.prompt, targets)[0]
+    plus, minus = contrast_prompts(s.query_form, s.prompt, targets)[0]
     encoded = model.encode_prompts([s.prompt, plus, minus, "", *data.captions])
     x_T = initial_noise(model.latent_shape, s.seed).to(x0)
     return Inputs(s, model, x0, encoded[4:], x_T, *encoded[:4].split())
 
 
-def row_maker(inputs: Inputs) -> RowMaker:
+def row_maker(inputs: Inputs) -> GradientComputer:
     """Of the settings, for this model."""
     s, model = inputs.settings, inputs.model
     parameters = PerSampleVjp(model.network, s.layer).parameters
-    return RowMaker(model, projection_for(parameters, s, model.device), s.layer, s.normalize)
+    return GradientComputer(
+        model, projection_for(parameters, s, model.device), s.layer, s.normalize
+    )
 
 
-def engine_rows(inputs: Inputs) -> Work:
+def engine_rows(inputs: Inputs) -> TimedFunction:
     """() -> train rows [B, k] by the engine, with the settings' recipe."""
     s, maker = inputs.settings, row_maker(inputs)
-    states = train_states(s)
+    states = train_timesteps(s)
     batches = [*zip(inputs.x0.split(s.batch_size), inputs.cond.split(s.batch_size), strict=True)]
 
     def run() -> torch.Tensor:
         rows = []
         for x0, cond in batches:
-            shown = TrainPictures(x0, cond, inputs.cond_null, states)
-            rows.append(train_rows(maker, s.f, shown).values)
+            shown = TrainBatch(x0, cond, inputs.cond_null, states)
+            rows.append(train_gradients(maker, s.f, shown).values)
         return torch.cat(rows)
 
     return run
 
 
-def literal(inputs: Inputs) -> Literal:
+def literal(inputs: Inputs) -> ReferenceImplementation:
     """The reference's recipe on these inputs."""
     s = inputs.settings
     inputs.model.network.to(memory_format=torch.contiguous_format)  # as diffusers loads it
-    return Literal(inputs.model, inputs.cond_null, s.layer, s.proj_dim, s.proj_seed)
+    return ReferenceImplementation(inputs.model, inputs.cond_null, s.layer, s.proj_dim, s.proj_seed)
 
 
-def literal_rows(inputs: Inputs) -> Work:
+def literal_rows(inputs: Inputs) -> TimedFunction:
     """() -> train rows [B, k] by the reference recipe done literally, in its own batches."""
     recipe, scale = literal(inputs), inputs.settings.train_guidance_scale
     batches = [*zip(inputs.x0.split(BATCH_SIZE), inputs.cond.split(BATCH_SIZE), strict=True)]
     return lambda: torch.cat([recipe.train_rows(x0, cond, scale) for x0, cond in batches])
 
 
-def engine_query(inputs: Inputs) -> Work:
+def engine_query(inputs: Inputs) -> TimedFunction:
     """() -> concept row [1, k] from the settings' states."""
     s, maker = inputs.settings, row_maker(inputs)
-    start, conds = Start(inputs.x_T, inputs.x0[:1]), (inputs.cond_prompt, inputs.cond_null)
+    start, conds = QueryStart(inputs.x_T, inputs.x0[:1]), (inputs.cond_prompt, inputs.cond_null)
 
     def run() -> torch.Tensor:
-        read = query_states_of(inputs.model, query_states(s), start, *conds, s.batch_size)
-        asked = regrouped(read, s.batch_size)
+        read = query_states_of(inputs.model, query_timesteps(s), start, *conds, s.batch_size)
+        asked = rebatch(read, s.batch_size)
         contrasted = (x.contrasting(inputs.cond_plus, inputs.cond_minus) for x in asked)
-        return maker.mean_row(contrasted, of_concept(s.f))
+        return maker.mean_row(contrasted, concept_cotangent(s.f))
 
     return run
 
 
-def literal_query(inputs: Inputs) -> Work:
+def literal_query(inputs: Inputs) -> TimedFunction:
     """() -> concept row [1, k] of the reference's nine draws."""
     s, recipe = inputs.settings, literal(inputs)
     contrast, sampler = (inputs.cond_plus, inputs.cond_minus), (s.concept_guidance_scale, s.eta)
@@ -141,7 +143,7 @@ RATIOS = {
 }
 
 
-def make_work(case: str, settings: Settings, images: int) -> Work:
+def make_work(case: str, settings: Settings, images: int) -> TimedFunction:
     """What a case is timed by; builds its inputs."""
     return CASES[case][0](load_inputs(settings, images))
 

@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 from concept_trak.atomic_io import write_json
-from concept_trak.errors import removal
+from concept_trak.errors import remove_hint
 from concept_trak.index.rabitq import Index
-from concept_trak.index.recall import Ends, scanned, share_found
+from concept_trak.index.recall import Extremes, exact_extremes, share_found
 from concept_trak.index.search import exact
 from concept_trak.scoring.fisher import fisher_for
 from concept_trak.scoring.metrics import bootstrap_interval
@@ -125,7 +125,7 @@ def solved_by_sample(
 
 
 @dataclass(frozen=True)
-class Case:
+class IndexCase:
     """A store, its blocks, and queries [Q, k] to ask it."""
 
     name: str
@@ -137,13 +137,13 @@ class Case:
     solve: Callable[..., np.ndarray] = solved_by_sample
 
 
-def truth(case: Case) -> tuple[np.ndarray, Ends]:
+def truth(case: IndexCase) -> tuple[np.ndarray, Extremes]:
     """(solved queries [D, Q, k] at DAMPINGS, their extreme rows by the exact scan)."""
     solved = case.solve(case.store, case.widths, case.queries, DAMPINGS)
-    return solved, scanned(case.store, solved.reshape(-1, case.store.dim), max(PLACES))
+    return solved, exact_extremes(case.store, solved.reshape(-1, case.store.dim), max(PLACES))
 
 
-def bench_case(case: Case, solved: np.ndarray, ends: Ends) -> dict[str, Any]:
+def bench_case(case: IndexCase, solved: np.ndarray, ends: Extremes) -> dict[str, Any]:
     """JSON-ready facts of a case: bytes a row, seconds to build, recall at both ends against the
     exact scan by damping and number of candidates, latency of index and scan, peak memory.
 
@@ -163,14 +163,14 @@ def bench_case(case: Case, solved: np.ndarray, ends: Ends) -> dict[str, Any]:
     return facts | {"search_peak_gib": peak_rss_gib()}
 
 
-def built(case: Case) -> tuple[Index, float]:
+def built(case: IndexCase) -> tuple[Index, float]:
     """(the index of a case, made or gone on with, seconds it takes to make all of it).
 
     Shards that an earlier run made count with its time, which is kept beside them.
     """
     store, place = case.store, f"index-{case.share:g}"
     path = store.folder / f"{place}.json"
-    known = read_json(path, removal(path)) if path.exists() else {"rows": 0, "seconds": 0.0}
+    known = read_json(path, remove_hint(path)) if path.exists() else {"rows": 0, "seconds": 0.0}
     begin = time.perf_counter()
     index = Index.create(store, case.widths, case.damping, case.share, place)
     made = sum(store.count(shard) for shard in index.update())
@@ -181,7 +181,7 @@ def built(case: Case) -> tuple[Index, float]:
     return Index.open(store, place=place), known["seconds"] * store.num_rows / max(known["rows"], 1)
 
 
-def recall_table(index: Index, solved: np.ndarray, ends: Ends) -> list[dict[str, Any]]:
+def recall_table(index: Index, solved: np.ndarray, ends: Extremes) -> list[dict[str, Any]]:
     """One entry a damping and number of candidates; solved [D, Q, k]."""
     store, (num, asked) = index.store, solved.shape[:2]
     flat = solved.reshape(-1, store.dim)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from concept_trak.index.faiss_import import faiss
-from concept_trak.index.recall import scanned, share_found
+from concept_trak.index.recall import exact_extremes, share_found
 from concept_trak.index.whitening import Whitening, whitening
 from concept_trak.scoring.metrics import bootstrap_interval
 from concept_trak.store.store import Store
@@ -82,7 +82,7 @@ def compare(
     """
     count = min(ROWS, store.num_rows)
     rows, part = store.tensor_rows(range(count)), _First(store, count)
-    wanted = scanned(part, solved, 10).top
+    wanted = exact_extremes(part, solved, 10).top
     return [_measured(kind, (store, widths, damping), rows, solved, wanted) for kind in KINDS]
 
 

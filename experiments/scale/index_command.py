@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from concept_trak.atomic_io import write_json
-from concept_trak.errors import UserError, call
+from concept_trak.errors import UserError, script_hint
 from concept_trak.flags import add_setting_flags, place, settings_of
 from concept_trak.settings import ROOT, Settings, provenance
 from concept_trak.validated_io import read_json
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.rankers import GradientRanker
+    from concept_trak.attribution.rankers import GradientAttributor
 
 WORKDIR = ROOT / "experiments/scale/results/index"
 PARTS = ("embedded", "synthetic", "codes", "widths", "paper")
@@ -85,14 +85,14 @@ class Bench:
     def __init__(self, folder: Path, settings: Settings, rows: int) -> None:
         self.folder, self.rows = folder, rows
         self.settings = settings.but(num_queries=settings.num_queries or PICTURES)
-        self._ranker: GradientRanker | None = None
+        self._ranker: GradientAttributor | None = None
 
     def embedded(self) -> None:
         """The demo's rows, asked for concepts of real pictures."""
         from concept_trak.scoring.fisher import fisher_for
         from concept_trak.scoring.preconditioner import Budget
 
-        from .index import Case, bench_case, lines, truth
+        from .index import IndexCase, bench_case, lines, truth
 
         ranker, asked, queries = self._asked()
         copy = self.folder / "embedded"
@@ -106,18 +106,18 @@ class Bench:
         def solve(store: Any, widths: Any, queries: Any, dampings: Any) -> np.ndarray:
             return fisher_for(widths, Budget(cache=False)).solve(store, queries, dampings)
 
-        case = Case("embedded", Store.open(copy), widths, queries, solve=solve)
+        case = IndexCase("embedded", Store.open(copy), widths, queries, solve=solve)
         facts = bench_case(case, *truth(case))
         self._keep("embedded", facts)
         print(lines(facts))
 
     def synthetic(self) -> None:
         """Rows made of the demo's, asked for the same concepts."""
-        from .index import Case, bench_case, lines, spectra, truth
+        from .index import IndexCase, bench_case, lines, spectra, truth
 
         store, widths, queries = self._synthetic_rows()
         told = spectra(store, self._made_ranker().store)
-        whole = Case("synthetic", store, widths, queries)
+        whole = IndexCase("synthetic", store, widths, queries)
         solved, ends = truth(whole)
         for share in SHARES:
             case = replace(whole, name=f"synthetic, {share:g} bit a value", share=share)
@@ -193,7 +193,7 @@ class Bench:
         write_json(self.folder / f"{part}.json", found | {"provenance": provenance()})
 
     def _kept(self, part: str) -> dict[str, Any]:
-        mend = f"measure that part first: {call('bench_index.sh --parts ' + part)}"
+        mend = f"measure that part first: {script_hint('bench_index.sh --parts ' + part)}"
         return read_json(self.folder / f"{part}.json", mend)
 
     def _synthetic_rows(self) -> tuple[Any, tuple[int, ...], np.ndarray]:
@@ -206,15 +206,15 @@ class Bench:
         return synthetic_store(place, ranker.store, widths, self.rows), widths, queries
 
     def _made_ranker(self) -> Any:
-        from concept_trak.attribution.corpus import Corpus
-        from concept_trak.attribution.rankers import GradientRanker
+        from concept_trak.attribution.corpus import AttributionTask
+        from concept_trak.attribution.rankers import GradientAttributor
         from concept_trak.attribution.train_grad import open_store
         from concept_trak.models.device import pick_device
 
         if self._ranker is None:
             device = pick_device(self.settings.device, self.settings.gpu_id)
-            corpus = Corpus(self.settings.on(device), device)
-            self._ranker = GradientRanker(corpus, open_store(corpus))
+            corpus = AttributionTask(self.settings.on(device), device)
+            self._ranker = GradientAttributor(corpus, open_store(corpus))
         return self._ranker
 
     def _asked(self) -> tuple[Any, list[Any], np.ndarray]:
@@ -228,11 +228,11 @@ class Bench:
 
     def _rows(self, ranker: Any, asked: Sequence[Any]) -> np.ndarray:
         """[Q, k] rows of questions, kept by what they were made from."""
-        from concept_trak.store.array_cache import cached_array
+        from concept_trak.store.array_cache import cached
 
         identity = {"questions": [ranker.identity(question) for question in asked]}
         path = self.folder / f"queries-{ranker.corpus.projection.proj_dim}.npy"
-        return cached_array(path, identity, lambda: ranker.rows(asked))
+        return cached(path, identity, lambda: ranker.rows(asked))
 
 
 def _refuse_small_disk(folder: Path, rows: int) -> None:
@@ -241,5 +241,5 @@ def _refuse_small_disk(folder: Path, rows: int) -> None:
     if free < needed:
         raise UserError(
             f"{folder} has {free / 1e9:.1f} GB free and {rows} rows take {needed / 1e9:.1f} GB: "
-            f"free some, or {call('bench_index.sh --rows 100000')}"
+            f"free some, or {script_hint('bench_index.sh --rows 100000')}"
         )

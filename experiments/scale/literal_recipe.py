@@ -59,7 +59,7 @@ def project(rows: torch.Tensor, proj_dim: int, proj_seed: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Literal:
+class ReferenceImplementation:
     """The recipe for one denoiser. cond_null: of the empty prompt. layer: `select_parameters`."""
 
     denoiser: Denoiser

@@ -11,35 +11,37 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.find_store import find_store
-from concept_trak.attribution.question import Question
-from concept_trak.attribution.rankers import GradientRanker
+from concept_trak.attribution.question import Query
+from concept_trak.attribution.rankers import GradientAttributor
 from concept_trak.attribution.train_grad import open_store, train_grad
-from concept_trak.process import say
+from concept_trak.process import log
 from concept_trak.scoring import metrics
 from concept_trak.scoring.ranking import ranking
-from concept_trak.scoring.scores import solve_and_score
+from concept_trak.scoring.scores import precondition_and_score
 
 PROJ_DIMS = (1024, 2048, 4096, 8192)
 
-Keep = Callable[[GradientRanker, Sequence[Question]], np.ndarray]  # -> query rows [Q, k]
+Keep = Callable[[GradientAttributor, Sequence[Query]], np.ndarray]  # -> query rows [Q, k]
 
 
-def scores_at(corpus: Corpus, asked: Sequence[Question], keep: Keep) -> tuple[int, np.ndarray]:
+def scores_at(
+    corpus: AttributionTask, asked: Sequence[Query], keep: Keep
+) -> tuple[int, np.ndarray]:
     """(k, float32 [Q, N] scores at DAMPING) under the settings of a corpus; its rows are made where
     there are none yet.
     """
     there = find_store(corpus.settings, corpus.train_identity())
     store = open_store(corpus) if there else train_grad(corpus)
-    ranker, fisher = GradientRanker(corpus, store), corpus.preconditioner
+    ranker, fisher = GradientAttributor(corpus, store), corpus.preconditioner
     rows, damping = keep(ranker, asked), [corpus.settings.damping]
-    return store.dim, solve_and_score(store, rows, damping, fisher, ranker.row_weight())[0]
+    return store.dim, precondition_and_score(store, rows, damping, fisher, ranker.row_weight())[0]
 
 
 def recall_by_width(
-    corpus: Corpus,
-    asked: Sequence[Question],
+    corpus: AttributionTask,
+    asked: Sequence[Query],
     relevant: np.ndarray,
     keep: Keep,
     proj_dims: Sequence[int] = PROJ_DIMS,
@@ -52,7 +54,7 @@ def recall_by_width(
     """
     found: dict[int, np.ndarray] = {}
     for proj_dim in proj_dims:
-        say(f"PROJ_DIM={proj_dim} ...")
+        log(f"PROJ_DIM={proj_dim} ...")
         other = corpus.with_settings(corpus.settings.but(proj_dim=proj_dim))
         k, values = scores_at(other, asked, keep)
         found[k] = values

@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from concept_trak.scoring.block_lanczos import gram_solutions, krylov_solutions, relative_residuals
 from concept_trak.scoring.fisher import FullFisher, choose_method
-from concept_trak.scoring.gram import compute_gram, gram, gram_path, row_product, shifts, trace
+from concept_trak.scoring.gram import (
+    compute_gram,
+    damping_to_lambda,
+    gram,
+    gram_path,
+    row_product,
+    trace,
+)
 from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.ranking import ranking
 from concept_trak.scoring.scores import scores
@@ -92,7 +99,7 @@ def residual(
     store: Store, queries: np.ndarray, solutions: np.ndarray, dampings: Sequence[float]
 ) -> float:
     """max ||(K + lambda I) z - q|| / ||q|| of queries q [Q, k] and solutions z [D, Q, k]."""
-    lambdas = shifts(dampings, trace(store), store.dim)
+    lambdas = damping_to_lambda(dampings, trace(store), store.dim)
     q, z = torch.from_numpy(queries), torch.from_numpy(solutions)
     return relative_residuals(row_product(store), q, lambdas, z).max().item()
 
@@ -139,7 +146,7 @@ def columns_error(store: Store, query: np.ndarray, case: Case) -> float:
     part, memory = FirstColumns(store, COLUMNS), case.max_memory
     query = query[:, :COLUMNS]
     kernel = compute_gram(part, memory)
-    lambdas = shifts(case.dampings, kernel.trace(), COLUMNS)
+    lambdas = damping_to_lambda(case.dampings, kernel.trace(), COLUMNS)
     solutions = krylov_solutions(row_product(part), torch.from_numpy(query), lambdas, memory)
     found = scores(part, solutions.numpy(), max_memory=memory)[:, 0]
     return relative_error(found, exact_scores(kernel, part.values, query, lambdas))
@@ -161,7 +168,7 @@ def compare_with_inverses(store: Store, query: np.ndarray, case: Case) -> dict:
       `reference_max_rel_error` alike
     """
     kernel = gram(store, Budget(case.max_memory, cache=False))
-    lambdas = shifts(case.dampings, kernel.diagonal().double().sum(), store.dim)
+    lambdas = damping_to_lambda(case.dampings, kernel.diagonal().double().sum(), store.dim)
     rows = torch.cat([block for _, block in store.tensor_blocks(BLOCK_ROWS)])
     exact = exact_scores(kernel.double(), rows, query, lambdas)
     single, asked = kernel.float(), torch.from_numpy(query)

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from concept_trak.gradients.compute import RowMaker
+from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.objectives import presence
 from concept_trak.gradients.projection import make_projection
 from concept_trak.gradients.state import State
-from concept_trak.gradients.states import noised_states, train_states_of
+from concept_trak.gradients.states import noising_schedule, train_states_of
 from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.text_to_image import DTYPES, TextToImage
 from concept_trak.registry import OBJECTIVES
@@ -111,13 +111,13 @@ def measure(model: TextToImage, settings: Settings) -> dict:
     """Seconds of a forward pass, a train state and a query state; FLOP of a forward pass."""
     count = PerSampleVjp(model.network, settings.layer).input_dim
     projection = make_projection("random_mask", count, settings.proj_dim, 0, str(model.device))
-    maker = RowMaker(model, projection, settings.layer, True)
+    maker = GradientComputer(model, projection, settings.layer, True)
     g = torch.Generator().manual_seed(0)
     x0 = torch.randn(1, *model.latent_shape, generator=g).to(model.device, model.dtype)
     cond, cond_null = model.encode_prompts(["a picture in the style of art", ""]).split()
     with torch.no_grad():
         forward, _ = timed(lambda: model.eps(x0, 500, cond))
-    states = train_states_of(model, x0, cond, cond_null, noised_states(2))
+    states = train_states_of(model, x0, cond, cond_null, noising_schedule(2))
     train, (row, *_) = timed(lambda: maker.rows(states, OBJECTIVES.get("dps").cotangent, 1))
     asked, q = timed(lambda: maker.mean_row([State(500, x0, cond, cond_null)], presence))
     if not (row.isfinite().all() and q.isfinite().all() and float(row.norm()) > 0):

@@ -24,10 +24,10 @@ from concept_trak.errors import UserError
 
 WARM_UP_ROUNDS = 1
 
-Work = Callable[[], torch.Tensor]
+TimedFunction = Callable[[], torch.Tensor]
 
 
-class Answer(NamedTuple):
+class TimedCall(NamedTuple):
     """One call of a case; `added_gib` is what of the peak it added to imports, model and inputs."""
 
     seconds: float
@@ -46,7 +46,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def serve(connection: Connection, make: Callable[[], Work]) -> None:
+def serve(connection: Connection, make: Callable[[], TimedFunction]) -> None:
     """The process of one case: says when it is ready, then answers every request until None."""
     try:
         work = make()
@@ -55,12 +55,14 @@ def serve(connection: Connection, make: Callable[[], Work]) -> None:
         while connection.recv():
             seconds, result = timed(work)
             peak = peak_rss_gib()
-            connection.send(Answer(seconds, result.cpu().numpy(), peak, peak - resident))
+            connection.send(TimedCall(seconds, result.cpu().numpy(), peak, peak - resident))
     except UserError as error:
         connection.send(error)
 
 
-def time_in_turn(cases: Mapping[str, Callable[[], Work]], rounds: int) -> dict[str, list[Answer]]:
+def time_in_turn(
+    cases: Mapping[str, Callable[[], TimedFunction]], rounds: int
+) -> dict[str, list[TimedCall]]:
     """{case: one answer a round}, the cases of a round one after the other.
 
     cases: {name: what makes its work, called in its process}. UserError that a process raises.
@@ -74,7 +76,7 @@ def time_in_turn(cases: Mapping[str, Callable[[], Work]], rounds: int) -> dict[s
             theirs.close()
         for case, pipe in pipes.items():
             receive(case, pipe)
-        answers: dict[str, list[Answer]] = {case: [] for case in cases}
+        answers: dict[str, list[TimedCall]] = {case: [] for case in cases}
         for number in range(1 - WARM_UP_ROUNDS, rounds + 1):
             for case, pipe in pipes.items():
                 pipe.send(True)

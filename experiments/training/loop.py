@@ -26,8 +26,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.errors import UserError, removal
-from concept_trak.settings import digest
+from concept_trak.errors import UserError, remove_hint
+from concept_trak.settings import short_hash
 from concept_trak.validated_io import parse_json, read_safetensors, refuse_misfits
 
 LOG_EVERY = 50  # steps
@@ -45,7 +45,7 @@ def running_mean(mean: float | None, value: float) -> float:
     return value if mean is None else 0.98 * mean + 0.02 * value
 
 
-def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+def tensor_hash(tensors: Iterable[torch.Tensor]) -> str:
     """sha256 over the values of tensors, in their order, for `Run.made_from`."""
     whole = hashlib.sha256()
     for tensor in tensors:
@@ -56,14 +56,14 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Tensors and a JSON state as one safetensors file. UserError for a disk that is full."""
     whole = {k: v.detach().contiguous() for k, v in tensors.items()}
-    state = state | {"sha256": fingerprint(whole[name] for name in sorted(whole))}
+    state = state | {"sha256": tensor_hash(whole[name] for name in sorted(whole))}
     # one entry: safetensors writes several in any order
     write_bytes(path, save(whole, metadata={"state": json.dumps(state)}))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Inverse of `save_checkpoint`. UserError when the file is not one of its, or was changed."""
-    mend = removal(path)
+    mend = remove_hint(path)
     tensors = read_safetensors(path, mend)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
@@ -73,13 +73,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     if not all(right) or not isinstance(made, dict | None):
         raise UserError(f"the checkpoint {path} is damaged (its state); {mend}")
     # one that was written before digests were kept has none
-    found = fingerprint(tensors[k] for k in sorted(tensors))
+    found = tensor_hash(tensors[k] for k in sorted(tensors))
     if state.pop("sha256", found) != found:
         raise UserError(f"the checkpoint {path} is damaged (checksum differs); {mend}")
     return tensors, state
 
 
-def refuse_other(wanted: dict[str, Any], found: dict[str, Any], path: Path, remedy: str) -> None:
+def check_same_run(wanted: dict[str, Any], found: dict[str, Any], path: Path, remedy: str) -> None:
     """UserError naming what differs when `path` was made from something else."""
     keys = wanted.keys() | found.keys()
     if different := sorted(k for k in keys if wanted.get(k) != found.get(k)):
@@ -112,7 +112,7 @@ class Ema:
 
 
 @dataclass(frozen=True)
-class Phase:
+class LrPhase:
     """A stretch of a run: `steps` steps of a cosine that would take `length` to come down."""
 
     steps: int
@@ -121,7 +121,7 @@ class Phase:
     peak: float = 1.0  # learning rate at its start, as a fraction of the run's
 
 
-def phase_of(step: int, phases: tuple[Phase, ...]) -> tuple[Phase, int]:
+def phase_of(step: int, phases: tuple[LrPhase, ...]) -> tuple[LrPhase, int]:
     """(phase of a step, first step of that phase)."""
     start = 0
     for phase in phases:
@@ -131,7 +131,7 @@ def phase_of(step: int, phases: tuple[Phase, ...]) -> tuple[Phase, int]:
     return phases[-1], start - phases[-1].steps
 
 
-def phases_until(step: int, phases: tuple[Phase, ...]) -> list[dict[str, float]]:
+def phases_until(step: int, phases: tuple[LrPhase, ...]) -> list[dict[str, float]]:
     """The phases as far as the first `step` steps went, as JSON; what comes after may change."""
     kept, left = [], step
     for phase in phases:
@@ -141,7 +141,7 @@ def phases_until(step: int, phases: tuple[Phase, ...]) -> list[dict[str, float]]
     return kept
 
 
-def learning_rate(step: int, phases: tuple[Phase, ...], warmup: int) -> float:
+def learning_rate(step: int, phases: tuple[LrPhase, ...], warmup: int) -> float:
     """Fraction of the run's rate: linear warm-up, then in every phase a cosine from its peak
     towards a twentieth of it.
     """
@@ -155,7 +155,7 @@ class Run:
     """How to train; made_from: what the loss depends on, as JSON: another is another run."""
 
     checkpoint: Path  # .safetensors; the losses go beside it as .jsonl
-    phases: tuple[Phase, ...]
+    phases: tuple[LrPhase, ...]
     lr: float
     warmup: int  # steps
     ema_decay: float
@@ -170,7 +170,7 @@ class Run:
         return sum(phase.steps for phase in self.phases)
 
 
-class Progress:
+class TrainingState:
     """Parameters, their average and AdamW's moments after `step` steps. mean: of the loss. norm: of
     the last step's gradient, before it was clipped to MAX_NORM.
     """
@@ -239,7 +239,7 @@ def identity_of(run: Run, params: Mapping[str, torch.Tensor], step: int) -> dict
     shapes = {name: list(p.shape) for name, p in params.items()}
     own = {k: getattr(run, k) for k in ("lr", "warmup", "ema_decay", "weight_decay")}
     phases = {"phases": phases_until(step, run.phases)}
-    return own | phases | {"parameters": digest(shapes)} | run.made_from
+    return own | phases | {"parameters": short_hash(shapes)} | run.made_from
 
 
 def load_own(
@@ -251,10 +251,10 @@ def load_own(
     path = run.checkpoint
     tensors, state = load_checkpoint(path)
     wanted = identity_of(run, params, state.get("step") or 0)
-    refuse_other(wanted, state.get("identity") or {}, path, removal(path))
+    check_same_run(wanted, state.get("identity") or {}, path, remove_hint(path))
     kinds = ("param", "ema", *MOMENTS)
     like = {f"{kind}/{name}": p for kind in kinds for name, p in params.items()}
-    refuse_misfits(tensors, like, path, removal(path))
+    refuse_misfits(tensors, like, path, remove_hint(path))
     return tensors, state
 
 
@@ -281,7 +281,7 @@ def run_training(
     loss_of_step: step -> scalar. Returns the averaged weights. UserError when the checkpoint is of
     another run, FloatingPointError on a loss that is not finite.
     """
-    progress = Progress(params, run)
+    progress = TrainingState(params, run)
     progress.resume()
     done, total = progress.step, run.steps
     bar = tqdm(range(done, total), desc=run.desc, initial=done, total=total, mininterval=10)

@@ -25,8 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 from concept_trak.atomic_io import disk_errors, sha256_file, write_json
-from concept_trak.datasets.image_folder import ImageCaptionDataset, pictures
-from concept_trak.errors import UserError, removal
+from concept_trak.datasets.image_folder import ImageCaptionDataset, read_images
+from concept_trak.errors import UserError, remove_hint
 from concept_trak.models.condition import Condition
 from concept_trak.models.learned_tokens import load_token
 from concept_trak.models.schedule import NUM_TRAIN_TIMESTEPS
@@ -36,8 +36,8 @@ from concept_trak.validated_io import read_json, refuse_misfits
 
 from .loop import (
     MOMENTS,
+    check_same_run,
     load_checkpoint,
-    refuse_other,
     running_mean,
     save_checkpoint,
     step_generator,
@@ -48,7 +48,7 @@ SAVE_EVERY = 100  # steps between checkpoints; a killed run repeats the steps si
 
 
 @dataclass(frozen=True)
-class Lesson:
+class InversionBatch:
     """What a token is learned from: latents as of `encode`; ids int [1, T], the prompt's tokens."""
 
     model: TextToImage
@@ -59,7 +59,7 @@ class Lesson:
 
 def other_folder(path: Path) -> str:
     """What to do about a file of another run."""
-    return f"give another --out-dir, or {removal(path)}"
+    return f"give another --out-dir, or {remove_hint(path)}"
 
 
 def initial_embedding(model: TextToImage, word: str) -> tuple[torch.Tensor, str]:
@@ -84,7 +84,7 @@ def init_word_of(prompt: str, token: str) -> str:
 
 
 @contextlib.contextmanager
-def row_in_use(model: TextToImage, number: int, row: torch.Tensor) -> Iterator[None]:
+def with_token_embedding(model: TextToImage, number: int, row: torch.Tensor) -> Iterator[None]:
     """Let the text encoder read `row` [d], with its graph, for token `number`: the table itself,
     like every weight, is not touched.
     """
@@ -112,7 +112,7 @@ def encode(model: TextToImage, data: ImageCaptionDataset, flip: bool) -> torch.T
     return torch.stack(latents)
 
 
-def token_loss(lesson: Lesson, step: int) -> torch.Tensor:
+def token_loss(lesson: InversionBatch, step: int) -> torch.Tensor:
     """The loss of the module docstring on the batch of one step, drawn on the CPU from (seed,
     step).
     """
@@ -133,7 +133,11 @@ def token_loss(lesson: Lesson, step: int) -> torch.Tensor:
 
 
 def fit(
-    lesson: Lesson, number: int, start: torch.Tensor, checkpoint: Path, identity: dict[str, Any]
+    lesson: InversionBatch,
+    number: int,
+    start: torch.Tensor,
+    checkpoint: Path,
+    identity: dict[str, Any],
 ) -> tuple[torch.Tensor, float]:
     """AdamW on the row [d] of token `number`; returns it and the running mean of its loss. Goes on
     from `checkpoint` if that is of the same identity.
@@ -145,15 +149,15 @@ def fit(
     optimizer = torch.optim.AdamW([row], lr=settings.lr, weight_decay=settings.weight_decay)
     if checkpoint.exists():
         tensors, state = load_checkpoint(checkpoint)
-        refuse_other(identity, state.get("identity") or {}, checkpoint, other_folder(checkpoint))
+        check_same_run(identity, state.get("identity") or {}, checkpoint, other_folder(checkpoint))
         like = dict.fromkeys(("row", *MOMENTS), start)
-        refuse_misfits(tensors, like, checkpoint, removal(checkpoint))
+        refuse_misfits(tensors, like, checkpoint, remove_hint(checkpoint))
         first, mean, row.data = state["step"], state["mean"], tensors.pop("row").to(device)
         moments = {k: v.to(device) for k, v in tensors.items()}
         optimizer.state[row] = moments | {"step": torch.tensor(float(first))}
     steps = range(first, settings.steps)
     bar = tqdm(steps, desc="token", initial=first, total=settings.steps, unit="step")
-    with row_in_use(lesson.model, number, row), torch.enable_grad():
+    with with_token_embedding(lesson.model, number, row), torch.enable_grad():
         for step in bar:
             loss = token_loss(lesson, step)
             value = loss.item()
@@ -194,7 +198,7 @@ def train_token(
             "a token's gradient is lost in DTYPE=fp16; set DTYPE to fp32 or bf16, the token can "
             "be used with any"
         )
-    path, data = Path(out_dir) / f"{stem}.safetensors", pictures(images, prompt)
+    path, data = Path(out_dir) / f"{stem}.safetensors", read_images(images, prompt)
     start, start_token = initial_embedding(model, settings.init_word or init_word_of(prompt, token))
     made_from = {"token": token, "prompt": prompt, "init_token": start_token}
     made_from |= {"pictures": data.content_hash(), "model": model.identity()}
@@ -208,7 +212,7 @@ def train_token(
         path.parent.mkdir(parents=True, exist_ok=True)
     number = model.add_token(token, start)
     ids = prompt_ids(model, prompt, number)
-    lesson = Lesson(model, encode(model, data, settings.random_flip), ids, settings)
+    lesson = InversionBatch(model, encode(model, data, settings.random_flip), ids, settings)
     row, loss = fit(lesson, number, start, checkpoint, identity)
     model.add_token(token, row)
     save_checkpoint(path, {token: row}, {"token": token, "prompt": prompt})
@@ -234,11 +238,11 @@ def is_finished(path: Path, identity: dict[str, Any]) -> bool:
     record = path.with_suffix(".json")
     if not (path.exists() and record.exists()):
         return False
-    facts = read_json(record, removal(record, "train the token again"))
+    facts = read_json(record, remove_hint(record, "train the token again"))
     if facts.get("sha256") != sha256_file(path):
         return False
     known = facts.get("identity")
-    refuse_other(identity, known if isinstance(known, dict) else {}, path, other_folder(path))
+    check_same_run(identity, known if isinstance(known, dict) else {}, path, other_folder(path))
     return True
 
 

@@ -26,19 +26,19 @@ from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.gradients.states import draw_noise
 from concept_trak.models.ddim import q_sample
-from concept_trak.models.sample import Generation, sample
+from concept_trak.models.sample import SamplingSettings, sample
 from concept_trak.models.text_to_image import TextToImage
 from concept_trak.validated_io import read_json, read_numbers
-from experiments.emoji.classifier.net import Judge, resized
+from experiments.emoji.classifier.net import EmojiClassifier, resized
 
-from .subsets import KINDS, WITHOUT, mend, texts
+from .subsets import KINDS, WITHOUT, restore_hint, texts
 
 LEVELS = (500, 600, 700, 800, 900)
 PROMPTS = ("full", "object", "style", "empty")
 
 
 @dataclass(frozen=True)
-class Measure:
+class MeasureSettings:
     """noises: a level. seeds: pictures drawn for each caption. BATCH bounds the memory."""
 
     noises: int = 8
@@ -50,7 +50,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Presences:
+class ConceptMeasurements:
     """Of one model: losses [P, LEVELS, PROMPTS] of P held-out pictures, mean over the noises;
     judged {kind: [P]}, the judge's probability of the concept in the pictures drawn.
     """
@@ -74,13 +74,13 @@ class Presences:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ClassifierRates:
     """Presences whose figure is the judge's rate in the pictures drawn: what a user sees."""
 
     of: Any
 
     def of_concepts(self, kind: str, held_out: ImageCaptionDataset, names: list[str]) -> np.ndarray:
-        """See `Presences.judged_of`."""
+        """See `ConceptMeasurements.judged_of`."""
         return np.asarray(self.of.judged_of(kind, held_out, names))
 
 
@@ -92,7 +92,7 @@ def by_concept(values: np.ndarray, shown: list[str], names: list[str]) -> np.nda
 
 @torch.no_grad()
 def losses_of(
-    model: TextToImage, x0: torch.Tensor, held_out: ImageCaptionDataset, measure: Measure
+    model: TextToImage, x0: torch.Tensor, held_out: ImageCaptionDataset, measure: MeasureSettings
 ) -> np.ndarray:
     """[P, LEVELS, PROMPTS]: ||eps - eps_hat||^2 / D, mean over the noises; x0 [P, C, h, w].
 
@@ -118,12 +118,15 @@ def losses_of(
     return out / measure.noises
 
 
-def judged_of(
-    model: TextToImage, held_out: ImageCaptionDataset, judge: Judge, measure: Measure
+def classifier_rates(
+    model: TextToImage,
+    held_out: ImageCaptionDataset,
+    judge: EmojiClassifier,
+    measure: MeasureSettings,
 ) -> dict[str, np.ndarray]:
     """{kind: [P]}: the judge's probability of each caption's concept, mean over pictures drawn."""
     captions, shape = held_out.captions, model.latent_shape
-    generation = Generation(measure.guidance_scale, measure.num_steps)
+    generation = SamplingSettings(measure.guidance_scale, measure.num_steps)
     classes = {"object": judge.objects, "style": judge.styles}
     at = {kind: [classes[kind].index(c) for c in held_out.column(kind)] for kind in KINDS}
     rows, total = np.arange(len(captions)), {kind: np.zeros(len(captions)) for kind in KINDS}
@@ -139,18 +142,21 @@ def judged_of(
 
 
 def measure_presences(
-    model: TextToImage, held_out: ImageCaptionDataset, judge: Judge, measure: Measure
-) -> Presences:
+    model: TextToImage,
+    held_out: ImageCaptionDataset,
+    judge: EmojiClassifier,
+    measure: MeasureSettings,
+) -> ConceptMeasurements:
     """Both, for all held-out pictures; they do not depend on `measure.batch`."""
     pixels = held_out.images(range(len(held_out)), model.image_size)
     losses = losses_of(model, model.encode_images(pixels), held_out, measure)
-    return Presences(losses, judged_of(model, held_out, judge, measure))
+    return ConceptMeasurements(losses, classifier_rates(model, held_out, judge, measure))
 
 
 # ---- on the disk
 
 
-def write_presences(path: Path, found: Presences, made_from: dict[str, Any]) -> None:
+def write_presences(path: Path, found: ConceptMeasurements, made_from: dict[str, Any]) -> None:
     """As JSON of five significant digits; made_from: what identifies the model."""
     content = {
         "losses": _rounded(found.losses).tolist(),
@@ -161,17 +167,19 @@ def write_presences(path: Path, found: Presences, made_from: dict[str, Any]) -> 
     write_bytes(path, (json.dumps(content, sort_keys=True) + "\n").encode())
 
 
-def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> Presences:
+def read_presences(path: Path, held_out: ImageCaptionDataset, data: str) -> ConceptMeasurements:
     """What `write_presences` wrote. UserError for a file that is none, or of other pictures.
 
     data: content hash of the train pictures that the model must have learned from.
     """
-    found, count, remedy = read_json(path, mend(path)), len(held_out), mend(path)
+    found, count, remedy = read_json(path, restore_hint(path)), len(held_out), restore_hint(path)
     shape, what = (count, len(LEVELS), len(PROMPTS)), f"{path} holds no presences"
     losses = read_numbers(found, "losses", shape, what, remedy).astype(float)
     shares = {k: read_numbers(found.get("judged"), k, (count,), what, remedy) for k in KINDS}
     refuse_other_pictures(path, found, held_out, data)
-    return Presences(losses, {kind: values.astype(float) for kind, values in shares.items()})
+    return ConceptMeasurements(
+        losses, {kind: values.astype(float) for kind, values in shares.items()}
+    )
 
 
 def refuse_other_pictures(
@@ -181,12 +189,14 @@ def refuse_other_pictures(
     known = found.get("made_from")
     known = known if isinstance(known, dict) else {}
     if (known.get("held_out"), known.get("data")) != (held_out.content_hash(), data):
-        raise UserError(f"{path} was measured on other pictures than {held_out.root}; {mend(path)}")
+        raise UserError(
+            f"{path} was measured on other pictures than {held_out.root}; {restore_hint(path)}"
+        )
 
 
 def weights_of(path: Path) -> str:
     """Hash of the weights that the presences of a file were measured on."""
-    made_from = read_json(path, mend(path)).get("made_from")
+    made_from = read_json(path, restore_hint(path)).get("made_from")
     return str(made_from.get("weights")) if isinstance(made_from, dict) else ""
 
 

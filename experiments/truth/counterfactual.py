@@ -13,8 +13,8 @@ trained again without the union of them (one training answers for all targets; M
     judge_...        the last two of judge_drop
 
 Arms beside the rankers: `labels` removes as many labelled pictures (the oracle), `random` as many
-at random, `least` the lowest of ours. `noise` is the standard deviation, between seeds of the model
-of all pictures, of such a mean: what chance does.
+at random, `least` the lowest of ours. `seed_noise` is the standard deviation, between seeds of the
+model of all pictures, of such a mean: what chance does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.scoring.metrics import bootstrap_interval, resampled_means
 from concept_trak.scoring.ranking import ranking
 
-from .concept_likelihood import Presences
-from .subsets import GROUP_SEED, Plan, Subset, groups, kinds_of, other_kind
+from .concept_likelihood import ConceptMeasurements
+from .subsets import GROUP_SEED, RetrainingPlan, Subset, kinds_of, other_kind, split_concepts
 
 TARGETS = {"object": 16, "style": 4}
 TOP = {"object": 7, "style": 56}  # of 7 and 112 labelled pictures
@@ -40,7 +40,7 @@ Lost = Mapping[int, Mapping[str, np.ndarray]]  # of one arm: seed -> figure -> [
 
 def targets(data: ImageCaptionDataset, kind: str) -> list[str]:
     """The "report" concepts that are removed, drawn once."""
-    names = groups(data)["report"][kind]
+    names = split_concepts(data)["report"][kind]
     rng = np.random.default_rng([GROUP_SEED, 17, kinds_of(data).index(kind)])
     return sorted(names[i] for i in rng.permutation(len(names))[: TARGETS.get(kind)])
 
@@ -54,7 +54,7 @@ def top_of(data: ImageCaptionDataset, kind: str) -> int:
     return TOP.get(kind) or min((shown == name).sum() for name in targets(data, kind))
 
 
-def arms(
+def removal_sets(
     data: ImageCaptionDataset, kind: str, scores: Mapping[str, np.ndarray], ours: str
 ) -> dict[str, list[int]]:
     """{"{kind}-{arm}": rows to remove}; scores {ranker: [C, N]} of the `targets` in their order."""
@@ -71,10 +71,10 @@ def arms(
     }
 
 
-def drops(
-    plan: Plan,
-    found: Mapping[str, Presences],
-    whole: Mapping[int, Presences],
+def presence_drops(
+    plan: RetrainingPlan,
+    found: Mapping[str, ConceptMeasurements],
+    whole: Mapping[int, ConceptMeasurements],
     data: ImageCaptionDataset,
     held_out: ImageCaptionDataset,
     ours: str,
@@ -94,13 +94,13 @@ def drops(
         for arm, by_seed in lost.items():
             removed = len(of_kind[f"{kind}-{arm}"][0].removed)
             about = {"removed": removed, "seeds": len(by_seed)}
-            told[kind][arm] = about | _summary(by_seed) | _beside(by_seed, lost, ours)
+            told[kind][arm] = about | _summary(by_seed) | _difference_to_ours(by_seed, lost, ours)
     return told
 
 
 def _lost(
-    before: Presences,
-    after: Presences,
+    before: ConceptMeasurements,
+    after: ConceptMeasurements,
     kind: str,
     data: ImageCaptionDataset,
     held_out: ImageCaptionDataset,
@@ -120,12 +120,15 @@ def asked(data: ImageCaptionDataset, kind: str) -> dict[str, tuple[str, list[str
     names, other = targets(data, kind), other_kind(data, kind)
     return {
         "target_drop": (kind, names),
-        "untouched_drop": (kind, [n for n in groups(data)["report"][kind] if n not in names]),
+        "untouched_drop": (
+            kind,
+            [n for n in split_concepts(data)["report"][kind] if n not in names],
+        ),
         "other_drop": (other, sorted(set(data.column(other)))),
     }
 
 
-def _arms_of(plan: Plan, kind: str) -> dict[str, list[Subset]]:
+def _arms_of(plan: RetrainingPlan, kind: str) -> dict[str, list[Subset]]:
     """{"{kind}-{arm}": its subsets}, one a seed."""
     found: dict[str, list[Subset]] = {}
     for s in plan.subsets:
@@ -136,7 +139,11 @@ def _arms_of(plan: Plan, kind: str) -> dict[str, list[Subset]]:
 
 
 def _drop(
-    before: Presences, after: Presences, kind: str, held_out: ImageCaptionDataset, names: list[str]
+    before: ConceptMeasurements,
+    after: ConceptMeasurements,
+    kind: str,
+    held_out: ImageCaptionDataset,
+    names: list[str],
 ) -> np.ndarray:
     """[C] J_c lost, in units of the mean J_c before."""
     first, second = (p.of_concepts(kind, held_out, names) for p in (before, after))
@@ -151,7 +158,7 @@ def _summary(by_seed: Lost) -> dict[str, Any]:
     return told
 
 
-def _beside(by_seed: Lost, lost: Mapping[str, Lost], ours: str) -> dict[str, Any]:
+def _difference_to_ours(by_seed: Lost, lost: Mapping[str, Lost], ours: str) -> dict[str, Any]:
     """An arm's drops of the targets beside the oracle's and ours, over the seeds that both have."""
     told: dict[str, Any] = {}
     for prefix, figure in (("", "target_drop"), ("judge_", "judge_drop")):
@@ -180,8 +187,10 @@ def _told(figure: str, value: float, interval: tuple[float, float]) -> dict[str,
     }
 
 
-def noise(
-    whole: Mapping[int, Presences], data: ImageCaptionDataset, held_out: ImageCaptionDataset
+def seed_noise(
+    whole: Mapping[int, ConceptMeasurements],
+    data: ImageCaptionDataset,
+    held_out: ImageCaptionDataset,
 ) -> dict[str, dict[str, float] | None]:
     """{kind: {figure: standard deviation between seeds of such a mean drop}}; None for one seed."""
     told: dict[str, dict[str, float] | None] = {}

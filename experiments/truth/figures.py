@@ -56,8 +56,8 @@ def predicted_against_measured(points: Mapping[str, Predicted]) -> Figure:
 def drops(
     told: Mapping[str, Mapping[str, Any]], noise: Mapping[str, Any], of: str = "target_drop"
 ) -> Figure:
-    """{kind: {arm: figures}} of `counterfactual.drops`: what was lost without these pictures; of
-    presence, or of what is drawn (of="judge_drop").
+    """{kind: {arm: figures}} of `counterfactual.presence_drops`: what was lost without these
+    pictures; of presence, or of what is drawn (of="judge_drop").
     """
     there = {kind: arms for kind, arms in told.items() if arms}
     tallest = max(len(arms) for arms in there.values())

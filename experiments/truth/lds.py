@@ -21,17 +21,17 @@ from concept_trak.errors import UserError
 from concept_trak.scoring.metrics import bootstrap_interval
 from concept_trak.scoring.ranking import ranking
 
-from .concept_likelihood import Presences
-from .queries import Asked
+from .concept_likelihood import ConceptMeasurements
+from .queries import ConceptQueries
 from .statistics import TRAIN, lds, partial_lds
-from .subsets import Plan
+from .subsets import RetrainingPlan
 
 MOST_POINTS, LEAST_POINTS = 8, 5  # of a curve; concepts and subsets behind each
-FIGURES = ("lds", "partial", "squared", "own", "others")  # see `scored`
+FIGURES = ("lds", "partial", "squared", "own", "others")  # see `lds_metrics`
 
 
 @dataclass(frozen=True)
-class Measured:
+class GroundTruth:
     """What retraining says of one kind of concept. names [C]. kept: bool [S, N], of the subsets
     trained with the first seed. presences [S, C]. relevant: bool [C, N], the labels.
     """
@@ -41,10 +41,10 @@ class Measured:
     presences: np.ndarray
     relevant: np.ndarray
 
-    def of(self, names: list[str]) -> Measured:
+    def of(self, names: list[str]) -> GroundTruth:
         """Of some of the concepts only."""
         at = [self.names.index(name) for name in names]
-        return Measured(names, self.kept, self.presences[:, at], self.relevant[at])
+        return GroundTruth(names, self.kept, self.presences[:, at], self.relevant[at])
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,23 @@ class Predicted:
 
 
 def measured(
-    plan: Plan,
-    found: Mapping[str, Presences],
+    plan: RetrainingPlan,
+    found: Mapping[str, ConceptMeasurements],
     data: ImageCaptionDataset,
     held_out: ImageCaptionDataset,
     kind: str,
-) -> Measured:
+) -> GroundTruth:
     """From the presences of the plan's models."""
     first = [s for s in plan.subsets if s.seed == plan.subsets[0].seed]
     names, shown = sorted(set(data.column(kind))), np.array(data.column(kind))
     presences = [found[s.name].of_concepts(kind, held_out, names) for s in first]
     kept = np.stack([s.kept(len(data)) for s in first])
-    return Measured(names, kept, np.stack(presences), np.stack([shown == n for n in names]))
+    return GroundTruth(names, kept, np.stack(presences), np.stack([shown == n for n in names]))
 
 
-def ceiling(
-    plan: Plan,
-    found: Mapping[str, Presences],
+def seed_agreement(
+    plan: RetrainingPlan,
+    found: Mapping[str, ConceptMeasurements],
     held_out: ImageCaptionDataset,
     kind: str,
     names: list[str],
@@ -108,7 +108,7 @@ def ceiling(
     return lds(second.T, first, np.eye(len(pairs), dtype=bool))
 
 
-def scored(values: np.ndarray, truth: Measured) -> dict[str, np.ndarray]:
+def lds_metrics(values: np.ndarray, truth: GroundTruth) -> dict[str, np.ndarray]:
     """{"lds", "partial", "squared", "own", "others": [C]} of scores [C, N].
 
     squared: partial of the squared scores with their signs. No ranking knows the difference, but a
@@ -125,11 +125,11 @@ def scored(values: np.ndarray, truth: Measured) -> dict[str, np.ndarray]:
     }
 
 
-def _partial(values: np.ndarray, truth: Measured) -> np.ndarray:
+def _partial(values: np.ndarray, truth: GroundTruth) -> np.ndarray:
     return partial_lds(values, truth.presences, truth.kept, truth.relevant)
 
 
-def against_removed(values: np.ndarray, truth: Measured, top: int, unit: float) -> Curve:
+def presence_vs_removed(values: np.ndarray, truth: GroundTruth, top: int, unit: float) -> Curve:
     """Presence, in units of `unit`, against how many of each concept's `top` highest scores [C, N]
     are missing from a subset; numbers that fewer than five concepts and subsets show are left out.
     """
@@ -144,7 +144,7 @@ def against_removed(values: np.ndarray, truth: Measured, top: int, unit: float) 
     return Curve(top, removed, np.array([found.mean() for _, found in shown]), low, high)
 
 
-def predictions(values: np.ndarray, truth: Measured) -> Predicted:
+def predictions(values: np.ndarray, truth: GroundTruth) -> Predicted:
     """What scores [C, N] say of every subset, beside what was measured."""
     whole, given = lds(values, truth.presences, truth.kept), _partial(values, truth)
     predicted, presences = (_standard(v) for v in (truth.kept @ values.T, truth.presences))
@@ -157,7 +157,10 @@ def _standard(values: np.ndarray) -> np.ndarray:
 
 
 def best_damping(
-    values: np.ndarray, asked: Asked, truths: dict[str, Measured], tune: dict[str, list[str]]
+    values: np.ndarray,
+    asked: ConceptQueries,
+    truths: dict[str, GroundTruth],
+    tune: dict[str, list[str]],
 ) -> int:
     """Index of the damping with the largest mean of both correlations over the "tune" concepts, a
     mean over their kinds; values [D, Q, N].

@@ -17,9 +17,9 @@ import numpy as np
 
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 
-from .concept_likelihood import Presences
+from .concept_likelihood import ConceptMeasurements
 from .statistics import auc_below
-from .subsets import Subset, groups
+from .subsets import Subset, split_concepts
 
 FIGURES = ("auc_hidden", "auc_told")
 
@@ -45,16 +45,16 @@ def figures(
     return {figure: np.array(values) for figure, values in found.items()}
 
 
-def taught(
+def presence_lost(
     kind: str,
-    learned: Presences,
-    gone: Presences,
+    learned: ConceptMeasurements,
+    gone: ConceptMeasurements,
     data: ImageCaptionDataset,
     held_out: ImageCaptionDataset,
 ) -> dict[str, Any]:
     """{"report", "tune": mean presence lost without the hidden pictures of "report" concepts}."""
     told = {}
-    for group, of_kinds in groups(data).items():
+    for group, of_kinds in split_concepts(data).items():
         first, second = (p.of_concepts(kind, held_out, of_kinds[kind]) for p in (learned, gone))
         told[group] = round(float((first - second).mean() / first.mean()), 4)
     return told

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.prompts import contrasts
-from concept_trak.attribution.question import Picture, Question
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.prompts import contrast_prompts
+from concept_trak.attribution.question import Query, QueryImage
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.models.text_to_image import TextToImage
 
-from .subsets import KINDS, Subset, relabelled
+from .subsets import KINDS, Subset, with_captions
 
 
-def corpus_of(corpus: Corpus, model: TextToImage, subset: Subset) -> Corpus:
+def corpus_of(corpus: AttributionTask, model: TextToImage, subset: Subset) -> AttributionTask:
     """A small model and the pictures, under the captions that it learned; latents are shared."""
     data = copy.copy(corpus.data)
-    data.model, data.pictures = model, relabelled(corpus.data.pictures, subset)
+    data.model, data.pictures = model, with_captions(corpus.data.pictures, subset)
     other = corpus.with_data(data)
     other.__dict__.pop("cond_null", None)
     other.model = model
@@ -31,10 +31,10 @@ def corpus_of(corpus: Corpus, model: TextToImage, subset: Subset) -> Corpus:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ConceptQueries:
     """Questions about concepts. of {kind: [(concept, its places among `questions`)]}."""
 
-    questions: list[Question]
+    questions: list[Query]
     of: dict[str, dict[str, list[int]]]
 
     def mean(self, values: np.ndarray, kind: str, names: list[str]) -> np.ndarray:
@@ -42,18 +42,18 @@ class Asked:
         return np.stack([values[:, self.of[kind][name]].mean(1) for name in names], 1)
 
 
-def ask(corpus: Corpus, held_out: ImageCaptionDataset) -> Asked:
+def make_queries(corpus: AttributionTask, held_out: ImageCaptionDataset) -> ConceptQueries:
     """Both concepts of every held-out picture, as its real pixels show it."""
     model, content = corpus.model, held_out.content_hash()
     pixels = held_out.images(range(len(held_out)), size=model.image_size)
-    questions: list[Question] = []
+    questions: list[Query] = []
     of: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}
     parts = zip(held_out.records, model.encode_images(pixels).split(1), pixels, strict=True)
     for row, (record, x0, shown) in enumerate(parts):
-        picture = Picture(held_out.captions[row], x0, None, shown, {"real": [content, row]})
+        picture = QueryImage(held_out.captions[row], x0, None, shown, {"real": [content, row]})
         words = [record[f"{kind}_phrase"] for kind in KINDS]
-        pairs = contrasts(corpus.settings.query_form, picture.prompt, words)
+        pairs = contrast_prompts(corpus.settings.query_form, picture.prompt, words)
         for kind, word, (plus, minus) in zip(KINDS, words, pairs, strict=True):
             of[kind].setdefault(record[kind], []).append(len(questions))
-            questions.append(Question(picture, word, plus, minus, kind))
-    return Asked(questions, of)
+            questions.append(Query(picture, word, plus, minus, kind))
+    return ConceptQueries(questions, of)

@@ -42,21 +42,21 @@ from torch import nn
 from tqdm import tqdm
 
 from concept_trak.atomic_io import make_folder, write_bytes
-from concept_trak.components.data_influence import Through
+from concept_trak.components.data_influence import ComponentSplitter
 from concept_trak.components.parameter_groups import Component
 from concept_trak.errors import UserError
 from concept_trak.gradients.vjp import OuterProductGrad, rule_of
-from concept_trak.store.array_cache import read_arrays
-from experiments.training.loop import MAX_NORM, Progress, Run, decay_of, learning_rate
+from concept_trak.store.array_cache import read_npz
+from experiments.training.loop import MAX_NORM, Run, TrainingState, decay_of, learning_rate
 
-AHEAD = 128  # steps; 0.9^128 = 1.4e-6
+LOOKAHEAD = 128  # steps; 0.9^128 = 1.4e-6
 BLOCK = 32  # steps between two checkpoints of a replay
 
 Direction = dict[str, torch.Tensor]  # component's name -> values of its shape
 
 
 @dataclass(frozen=True)
-class Copy:
+class TrainingCopy:
     """One run of a training from its start. chosen: components of its network. params: all that is
     trained. loss: step -> scalar.
     """
@@ -69,18 +69,19 @@ class Copy:
 
 @dataclass(frozen=True)
 class Training:
-    """A seeded training that can be run again to the same bits. make: a fresh `Copy`. taken: step
+    """A seeded training that can be run again to the same bits. make: a fresh `TrainingCopy`.
+    taken: step
     -> pictures [B] of its batch, in the order of the network's samples.
     """
 
-    make: Callable[[], Copy]
+    make: Callable[[], TrainingCopy]
     taken: Callable[[int], torch.Tensor]
     run: Run
     num_pictures: int
 
 
 @dataclass
-class Split:
+class Decomposition:
     """< a, ema_T > of M directions over G components, by what put it there; float64.
 
     pictures [M, N, G]; start [M, G]: of the initial weights; rounding [M, G]: see above; total [M,
@@ -117,12 +118,12 @@ class Coefficients:
         self.p, self.start = p, e[0] + p[0]
 
 
-class Taped:
+class GradientTape:
     """Per-sample gradients of the chosen weights from a training's own backward pass: hooks that
     keep each layer's input and the gradient of its output, and change neither.
     """
 
-    def __init__(self, copy: Copy) -> None:
+    def __init__(self, copy: TrainingCopy) -> None:
         self.copy = copy
         self._kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -186,7 +187,7 @@ class Replay:
         run = replace(training.run, checkpoint=folder / "replay.safetensors", desc="replay")
         self.folder, self.run, self.at = make_folder(folder), run, Coefficients(run)
         self.copy = training.make()
-        self.progress = Progress(self.copy.params, run)
+        self.progress = TrainingState(self.copy.params, run)
         groups = len(self.copy.chosen)
         self.pictures = np.zeros((1 + len(masks), training.num_pictures, groups))
         self.rounding = np.zeros((1 + len(masks), groups))
@@ -196,10 +197,10 @@ class Replay:
     def memory(self) -> int:
         """Bytes that D and q take beside two copies of the training."""
         size = sum(c.weight.numel() * c.weight.element_size() for c in self.copy.chosen)
-        return (AHEAD + 2 * BLOCK) * size
+        return (LOOKAHEAD + 2 * BLOCK) * size
 
-    def split(self) -> Split:
-        """Run to the end, from where an earlier one was killed; see `Split`."""
+    def split(self) -> Decomposition:
+        """Run to the end, from where an earlier one was killed; see `Decomposition`."""
         self._resume()
         leader = _Leader(self.training.make(), self.run, self.progress.step)
         done, total = self.progress.step, self.run.steps
@@ -207,7 +208,7 @@ class Replay:
             while self.progress.step < total:
                 first = self.progress.step
                 last = min(first + BLOCK, total)
-                leader.run_to(min(last + AHEAD, total))
+                leader.run_to(min(last + LOOKAHEAD, total))
                 for u in self._adjoints(leader.left, first, last):
                     self._step(u)
                     bar.update()
@@ -215,7 +216,7 @@ class Replay:
                 self._save()
         ema = {c.name: self.progress.ema.shadow[self._key(c)] for c in self.copy.chosen}
         found = self._products(lambda c: ema[c.name])
-        return Split(
+        return Decomposition(
             self.pictures, self.start, self.rounding, found, dict(self.progress.ema.shadow)
         )
 
@@ -252,7 +253,7 @@ class Replay:
 
     def _step(self, u: dict[str, torch.Tensor]) -> None:
         """One step of the training; adds its pictures' parts."""
-        step, tape = self.progress.step, Taped(self.copy)
+        step, tape = self.progress.step, GradientTape(self.copy)
         with tape.recording():
             self.progress.update(self.copy.loss(step))
         clip = min(1.0, MAX_NORM / (self.progress.norm + 1e-6))
@@ -263,7 +264,7 @@ class Replay:
             for k in range(1 + len(self.masks)):
                 name = component.name
                 along = u[name] * self.masks[k - 1][name] if k else u[name]
-                parts = Through([component], {name: along}).split(component, grad)[:, 0]
+                parts = ComponentSplitter([component], {name: along}).split(component, grad)[:, 0]
                 values = clip * parts.double().cpu().numpy()
                 np.add.at(self.pictures[k, :, g], taken, values)
                 self.rounding[k, g] += float((along * whole).double().sum()) - values.sum()
@@ -286,7 +287,7 @@ class Replay:
         if not self.progress.step:
             return
         path = self._sums(self.progress.step)
-        kept = read_arrays(path) or {}
+        kept = read_npz(path) or {}
         pictures, rounding = kept.get("pictures"), kept.get("rounding")
         if (
             pictures is None
@@ -302,8 +303,8 @@ class Replay:
 class _Leader:
     """A copy of the training that runs in front. left: D of the steps that it made."""
 
-    def __init__(self, copy: Copy, run: Run, step: int) -> None:
-        self.copy, self.progress = copy, Progress(copy.params, run)
+    def __init__(self, copy: TrainingCopy, run: Run, step: int) -> None:
+        self.copy, self.progress = copy, TrainingState(copy.params, run)
         if step:
             self.progress.resume()
         self.left: list[dict[str, torch.Tensor]] = []

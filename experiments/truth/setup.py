@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from concept_trak.atomic_io import make_folder, write_bytes
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
@@ -21,14 +21,23 @@ from concept_trak.registry import RANKERS
 from concept_trak.settings import DAMPINGS, ROOT
 from experiments.benchmark.evaluate import chosen_rankers
 from experiments.benchmark.plots import png
-from experiments.benchmark.results import results, write_metrics
+from experiments.benchmark.results import result_folder, write_metrics
 
 from .concept_likelihood import weights_of
-from .queries import Asked, ask, corpus_of
+from .queries import ConceptQueries, corpus_of, make_queries
 from .small_model import load, save
-from .subsets import Plan, Subset, base_plan, kept_plan, mend, read_plan, retrain_line, with_arms
+from .subsets import (
+    RetrainingPlan,
+    Subset,
+    base_plan,
+    kept_plan,
+    read_plan,
+    restore_hint,
+    retrain_line,
+    with_arms,
+)
 from .train import trained
-from .train_many import Bench, refuse_other_subset, retrain
+from .train_many import RetrainingSetup, refuse_other_subset, retrain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,18 +49,20 @@ SEEDS = (0, 1, 2)
 # recipe reference take as long as all others: where several models are asked, on request only
 OF_MANY = ("concept_trak", "contrast", "dps", "trak", "d_trak", "das")
 COMPARED = ("concept_trak", "reference", *OF_MANY[1:])
-FIXED = "concept_trak"  # has one damping for all tests, that of the settings
+OURS = "concept_trak"  # has one damping for all tests, that of the settings
 
 Scores = dict[str, np.ndarray]  # ranker -> [D, Q, N]
 
 
-def bench_of(corpus: Corpus) -> Bench:
+def bench_of(corpus: AttributionTask) -> RetrainingSetup:
     """Where the models of this corpus are trained and measured."""
     s = corpus.settings
-    return Bench(s.sd_model_path, s.data_dir, Path(s.truth_dir), KEPT / "presences")
+    return RetrainingSetup(s.sd_model_path, s.data_dir, Path(s.truth_dir), KEPT / "presences")
 
 
-def plan_of(corpus: Corpus, name: str, make: Callable[[], Plan], arms: Sequence[str] = ()) -> Plan:
+def plan_of(
+    corpus: AttributionTask, name: str, make: Callable[[], RetrainingPlan], arms: Sequence[str] = ()
+) -> RetrainingPlan:
     """The committed plan. With RETRAIN=1 it is made where there is none, gets the `arms` that it
     lacks, and its subsets without presences are trained.
     """
@@ -63,7 +74,7 @@ def plan_of(corpus: Corpus, name: str, make: Callable[[], Plan], arms: Sequence[
 
 
 def keep_plan(
-    path: Path, data: ImageCaptionDataset, make: Callable[[], Plan], arms: Sequence[str]
+    path: Path, data: ImageCaptionDataset, make: Callable[[], RetrainingPlan], arms: Sequence[str]
 ) -> None:
     """Write the plan where there is none, or it has an arm too few; see `with_arms`."""
     there = read_plan(path, data) if path.exists() else None
@@ -73,12 +84,12 @@ def keep_plan(
         plan.write(path)
 
 
-def base_of(corpus: Corpus) -> Plan:
+def base_of(corpus: AttributionTask) -> RetrainingPlan:
     """The plan of all pictures; see `plan_of`."""
     return plan_of(corpus, "base", lambda: base_plan(corpus.train, SEEDS))
 
 
-def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
+def model_of(corpus: AttributionTask, plan: str, subset: Subset) -> TextToImage:
     """The small model of a plan's subset: the committed one, else the one trained in TRUTH_DIR.
 
     UserError when there is none, or it is not the one whose presences are known.
@@ -93,20 +104,24 @@ def model_of(corpus: Corpus, plan: str, subset: Subset) -> TextToImage:
     return model
 
 
-def refuse_unmeasured(bench: Bench, plan: str, subset: Subset, model: TextToImage) -> None:
+def refuse_unmeasured(
+    bench: RetrainingSetup, plan: str, subset: Subset, model: TextToImage
+) -> None:
     """UserError where presences are known, and are of another model, or of another subset or seed
     than the plan's.
     """
     measured = bench.presences(plan, subset)
     if measured.exists() and weights_of(measured) != model.weight_hash():
         raise UserError(
-            f"{measured} was measured on another model of {subset.name}; {mend(measured)}"
+            f"{measured} was measured on another model of {subset.name}; {restore_hint(measured)}"
         )
     if measured.exists():
         refuse_other_subset(bench, plan, subset)
 
 
-def models_there(corpus: Corpus, plan: Plan) -> Iterator[tuple[Subset, TextToImage]]:
+def models_there(
+    corpus: AttributionTask, plan: RetrainingPlan
+) -> Iterator[tuple[Subset, TextToImage]]:
     """The subsets whose models can be had, one at a time; UserError if not even the first can."""
     for place, subset in enumerate(plan.subsets):
         try:
@@ -118,7 +133,7 @@ def models_there(corpus: Corpus, plan: Plan) -> Iterator[tuple[Subset, TextToIma
         yield subset, model
 
 
-def keep_model(corpus: Corpus, plan: str, subset: Subset) -> None:
+def keep_model(corpus: AttributionTask, plan: str, subset: Subset) -> None:
     """Write a plan's model of TRUTH_DIR where it is committed, unless one is there."""
     bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"
     if not path.exists():
@@ -128,34 +143,38 @@ def keep_model(corpus: Corpus, plan: str, subset: Subset) -> None:
         save(model, path, bench.settings)
 
 
-def rankings(corpus: Corpus, asked: Asked, compared: Sequence[str] = COMPARED) -> Scores:
+def score_all_methods(
+    corpus: AttributionTask, asked: ConceptQueries, compared: Sequence[str] = COMPARED
+) -> Scores:
     """Every ranker of METHODS, and the controls, on one model; empty METHODS is `compared`."""
     named = corpus.settings.methods or ",".join(compared)
     chosen = {name: RANKERS.get(name)(corpus) for name in chosen_rankers(named)}
     return {name: swept(ranker, asked.questions) for name, ranker in chosen.items()}
 
 
-def damping_of(name: str, corpus: Corpus, values: np.ndarray, choose: Callable[[], int]) -> int:
+def damping_of(
+    name: str, corpus: AttributionTask, values: np.ndarray, choose: Callable[[], int]
+) -> int:
     """Index of a ranker's damping or step: the settings' damping for ours, for the others the best
     on "tune"; 0 for a ranker without any.
     """
-    if name != FIXED:
+    if name != OURS:
         return choose() if len(values) > 1 else 0
     fixed = np.abs(np.log(np.array(DAMPINGS) / corpus.settings.damping))
     return int(np.argmin(fixed)) if len(values) == len(DAMPINGS) else 0
 
 
-def of_all_pictures(corpus: Corpus) -> Iterator[tuple[Corpus, Asked]]:
+def full_data_models(corpus: AttributionTask) -> Iterator[tuple[AttributionTask, ConceptQueries]]:
     """The small models that learned all pictures, and the questions they are asked: that of the
     first seed, and what else is there.
     """
     held_out = corpus.everything.split("held_out")
     for subset, model in models_there(corpus, base_of(corpus)):
         asking = corpus_of(corpus, model, subset)
-        yield asking, ask(asking, held_out)
+        yield asking, make_queries(asking, held_out)
 
 
-def measured_part(corpus: Corpus, plan: Plan, least: int) -> Plan:
+def measured_subset(corpus: AttributionTask, plan: RetrainingPlan, least: int) -> RetrainingPlan:
     """The plan's subsets that have presences, in its order. UserError for fewer than `least`."""
     bench = bench_of(corpus)
     subsets = tuple(s for s in plan.subsets if bench.presences(plan.name, s).exists())
@@ -167,12 +186,12 @@ def measured_part(corpus: Corpus, plan: Plan, least: int) -> Plan:
     return replace(plan, subsets=subsets)
 
 
-def cell(value: float, interval: list[float]) -> str:
+def format_interval(value: float, interval: list[float]) -> str:
     """A figure with its interval."""
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
-def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Figures of several models as if of one, concepts after concepts."""
     return {figure: np.concatenate([part[figure] for part in parts]) for figure in parts[0]}
 
@@ -184,13 +203,13 @@ def figures_markdown(tables: dict[str, Any], figures: tuple[str, ...]) -> str:
         lines += [f"\n**{heading}**\n", f"| method | {' | '.join(figures)} |"]
         lines.append("|---" * (1 + len(figures)) + "|")
         for name, told in table.items():
-            cells = (cell(told[f], told[f"{f}_ci95"]) for f in figures)
+            cells = (format_interval(told[f], told[f"{f}_ci95"]) for f in figures)
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def written(
-    corpus: Corpus,
+def write_table(
+    corpus: AttributionTask,
     test: str,
     found: dict[str, Any],
     markdown: str,
@@ -202,7 +221,7 @@ def written(
     """
     print(markdown)
     made_from = [corpus.train_identity(), found]
-    with results(corpus.settings, "tables", test, made_from) as folder:
+    with result_folder(corpus.settings, "tables", test, made_from) as folder:
         write_metrics(folder, "metrics", found, corpus.settings)
         write_bytes(folder / "table.md", f"{markdown}\n".encode())
         for name, figure in (drawn or {}).items():

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from concept_trak.errors import UserError, restoration
+from concept_trak.errors import UserError, git_restore_hint
 from concept_trak.models.text_to_image import TextToImage
 from concept_trak.validated_io import refuse_misfits
 from experiments.emoji.model import pipeline as embedded
@@ -96,10 +96,10 @@ def load(like: TextToImage, path: Path) -> TextToImage:
         model = build(like, settings, 0)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no small model ({reason}); {restoration(path)}") from None
+        raise UserError(f"{path} is no small model ({reason}); {git_restore_hint(path)}") from None
     own = parameters(model)
     like = {name: p.detach().half() for name, p in own.items()}
-    refuse_misfits(tensors, like, f"{path} is no small model; it", restoration(path))
+    refuse_misfits(tensors, like, f"{path} is no small model; it", git_restore_hint(path))
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(tensors[name])

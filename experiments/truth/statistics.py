@@ -19,9 +19,9 @@ from dattri.metric import lds as dattri_lds
 from dattri.metric import mislabel_detection_auc
 from scipy.stats import ConstantInputWarning, rankdata
 
-from concept_trak.errors import UserError, call
+from concept_trak.errors import UserError, script_hint
 
-TRAIN = f"train more (some six minutes each): {call('truth/run_lds.sh', RETRAIN=1)}"
+TRAIN = f"train more (some six minutes each): {script_hint('truth/run_lds.sh', RETRAIN=1)}"
 
 
 def lds(scores: np.ndarray, presences: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -28,8 +28,8 @@ import numpy as np
 
 from concept_trak.atomic_io import write_bytes
 from concept_trak.datasets.image_folder import ImageCaptionDataset
-from concept_trak.datasets.labels import STYLE_JOINT, caption
-from concept_trak.errors import UserError, call
+from concept_trak.datasets.labels import STYLE_PREFIX, caption
+from concept_trak.errors import UserError, script_hint
 from concept_trak.settings import resolve
 from concept_trak.validated_io import read_json
 
@@ -41,19 +41,20 @@ NOT_LABELS = {"file_name", "text", "caption", "split"}  # columns of other data 
 KEEP_RATES = (0.0, 0.25, 0.5, 1.0)  # of a concept in a subset of the LDS
 LIES = 96
 
-Texts = list[str]  # of a picture: full caption, object alone, style alone
+CaptionVariants = list[str]  # of a picture: full caption, object alone, style alone
 
 
 @dataclass(frozen=True)
 class Subset:
     """What one model learns. removed: rows of the train pictures that it never sees. captions:
-    {row: its three `Texts`} where they are not the data's own; an empty text teaches nothing.
+    {row: its three `CaptionVariants`} where they are not the data's own; an empty text teaches
+    nothing.
     """
 
     name: str
     seed: int
     removed: tuple[int, ...] = ()
-    captions: dict[int, Texts] = field(default_factory=dict)
+    captions: dict[int, CaptionVariants] = field(default_factory=dict)
 
     def kept(self, count: int) -> np.ndarray:
         """bool [count]: the pictures that it learns."""
@@ -63,7 +64,7 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RetrainingPlan:
     """Subsets of the pictures whose content hash is `data`; made_from: JSON that decides them."""
 
     name: str
@@ -80,30 +81,37 @@ class Plan:
         write_bytes(path, f'{head}, "subsets": [\n{body}\n]}}\n'.encode())
 
 
-def read_plan(path: Path, data: ImageCaptionDataset) -> Plan:
-    """What `Plan.write` wrote. UserError for a file that is none, or of other pictures."""
-    found = read_json(path, mend(path))
+def read_plan(path: Path, data: ImageCaptionDataset) -> RetrainingPlan:
+    """What `RetrainingPlan.write` wrote. UserError for a file that is none, or of other
+    pictures."""
+    found = read_json(path, restore_hint(path))
     try:
         subsets = tuple(map(_subset, found["subsets"]))
         if len({s.name for s in subsets}) < len(subsets):
             raise ValueError("a name is there twice")
-        plan = Plan(_name(found["name"]), str(found["data"]), subsets, dict(found["made_from"]))
+        plan = RetrainingPlan(
+            _name(found["name"]), str(found["data"]), subsets, dict(found["made_from"])
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no plan ({error!r:.80}); {mend(path)}") from None
+        raise UserError(f"{path} is no plan ({error!r:.80}); {restore_hint(path)}") from None
     if plan.data != data.content_hash():
-        raise UserError(f"{path} is a plan for other pictures than {data.root}; {mend(path)}")
+        raise UserError(
+            f"{path} is a plan for other pictures than {data.root}; {restore_hint(path)}"
+        )
     rows = {row for s in subsets for row in (*s.removed, *s.captions)}
     if rows and not 0 <= min(rows) <= max(rows) < len(data):
-        raise UserError(f"{path} names pictures that {data.root} does not have; {mend(path)}")
+        raise UserError(
+            f"{path} names pictures that {data.root} does not have; {restore_hint(path)}"
+        )
     return plan
 
 
-def kept_plan(folder: Path, name: str, data: ImageCaptionDataset) -> Plan:
+def kept_plan(folder: Path, name: str, data: ImageCaptionDataset) -> RetrainingPlan:
     """The plan of that name in a folder of plans. UserError as `read_plan`, and for another's."""
     path = folder / f"{name}.json"
     plan = read_plan(path, data)
     if plan.name != name:
-        raise UserError(f"{path} is the plan {plan.name!r}; {mend(path)}")
+        raise UserError(f"{path} is the plan {plan.name!r}; {restore_hint(path)}")
     return plan
 
 
@@ -132,7 +140,7 @@ def _number(value: Any) -> int:
     return value
 
 
-def _texts(value: Any) -> Texts:
+def _texts(value: Any) -> CaptionVariants:
     if not isinstance(value, list) or [type(text) for text in value] != [str] * 3:
         raise ValueError(f"{value!r:.40} is not three captions")
     return value
@@ -142,10 +150,10 @@ def retrain_line(plan: str, work: Path) -> str:
     """The command that makes a plan of the emoji data and trains its models in TRUTH_DIR."""
     test = "lds" if plan == "base" else plan  # every test needs the plan of all pictures
     elsewhere = {} if str(work) == resolve("emoji", {}).truth_dir else {"TRUTH_DIR": work}
-    return call(f"truth/run_{test}.sh", RETRAIN=1, **elsewhere)
+    return script_hint(f"truth/run_{test}.sh", RETRAIN=1, **elsewhere)
 
 
-def mend(path: Path) -> str:
+def restore_hint(path: Path) -> str:
     """What restores a committed plan, or presences; those of one's own are made anew."""
     where = shlex.quote(os.path.relpath(path))
     again = f"have RETRAIN=1 make one of your own again: rm {where}"
@@ -155,19 +163,19 @@ def mend(path: Path) -> str:
 # ---- concepts and groups
 
 
-def texts(object_phrase: str, style_phrase: str) -> Texts:
+def texts(object_phrase: str, style_phrase: str) -> CaptionVariants:
     """What a picture may be taught under: full caption, object alone, style alone."""
-    style = f"{STYLE_JOINT.strip()} {style_phrase}"
+    style = f"{STYLE_PREFIX.strip()} {style_phrase}"
     return [caption(object_phrase, style_phrase), object_phrase, style]
 
 
-def texts_of(data: ImageCaptionDataset, subset: Subset) -> list[Texts]:
-    """The `Texts` of every picture, the subset's where it has its own."""
+def texts_of(data: ImageCaptionDataset, subset: Subset) -> list[CaptionVariants]:
+    """The `CaptionVariants` of every picture, the subset's where it has its own."""
     own = [texts(r["object_phrase"], r["style_phrase"]) for r in data.records]
     return [subset.captions.get(row, told) for row, told in enumerate(own)]
 
 
-def relabelled(data: ImageCaptionDataset, subset: Subset) -> ImageCaptionDataset:
+def with_captions(data: ImageCaptionDataset, subset: Subset) -> ImageCaptionDataset:
     """The pictures under the captions that the subset teaches."""
     captions = [told[0] for told in texts_of(data, subset)]
     return ImageCaptionDataset(data.root, data.records, captions)
@@ -187,7 +195,7 @@ def other_kind(data: ImageCaptionDataset, kind: str) -> str:
     return kinds[(kinds.index(kind) + 1) % len(kinds)]
 
 
-def groups(data: ImageCaptionDataset) -> dict[str, dict[str, list[str]]]:
+def split_concepts(data: ImageCaptionDataset) -> dict[str, dict[str, list[str]]]:
     """{group: {kind: concepts}}: each kind's concepts halved at random, the same every time."""
     found: dict[str, dict[str, list[str]]] = {group: {} for group in GROUPS}
     for number, kind in enumerate(kinds_of(data)):
@@ -201,12 +209,12 @@ def groups(data: ImageCaptionDataset) -> dict[str, dict[str, list[str]]]:
 # ---- plans
 
 
-def base_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> Plan:
+def base_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> RetrainingPlan:
     """All pictures as they are."""
-    return Plan("base", data.content_hash(), tuple(Subset(f"base-{s}", s) for s in seeds))
+    return RetrainingPlan("base", data.content_hash(), tuple(Subset(f"base-{s}", s) for s in seeds))
 
 
-def lies_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> Plan:
+def lies_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> RetrainingPlan:
     """For each seed a model that learns `LIES` pictures under wrong captions, and one without them.
 
     The lies of a seed are drawn by it. Objects lose pictures or are claimed by lies, never both, so
@@ -214,19 +222,21 @@ def lies_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> Plan:
     """
     subsets: list[Subset] = []
     for seed in seeds:
-        captions = draw_lies(data, np.random.default_rng([GROUP_SEED, 7, seed]))
+        captions = draw_wrong_captions(data, np.random.default_rng([GROUP_SEED, 7, seed]))
         subsets.append(Subset(f"lies-{seed}", seed, (), captions))
         subsets.append(Subset(f"without-{seed}", seed, tuple(sorted(captions))))
-    return Plan("lies", data.content_hash(), tuple(subsets), {"lies": LIES})
+    return RetrainingPlan("lies", data.content_hash(), tuple(subsets), {"lies": LIES})
 
 
-def draw_lies(data: ImageCaptionDataset, rng: np.random.Generator) -> dict[int, Texts]:
+def draw_wrong_captions(
+    data: ImageCaptionDataset, rng: np.random.Generator
+) -> dict[int, CaptionVariants]:
     """{row: texts of another object and another style}; see `lies_plan`.
 
     Claimed objects are half of each group, and claimed as often as one another; so are styles.
     """
     objects, styles = np.array(data.column("object")), np.array(data.column("style"))
-    halves = [rng.permutation(groups(data)[group]["object"]) for group in GROUPS]
+    halves = [rng.permutation(split_concepts(data)[group]["object"]) for group in GROUPS]
     claimed = np.concatenate([half[: len(half) // 2] for half in halves])
     liars = rng.permutation(np.flatnonzero(~np.isin(objects, claimed)))[:LIES]
     wanted_objects = rng.permutation(np.resize(claimed, len(liars)))
@@ -242,7 +252,7 @@ def draw_lies(data: ImageCaptionDataset, rng: np.random.Generator) -> dict[int, 
     return {int(i): texts(object_phrase[o], style_phrase[s]) for i, o, s in claims}
 
 
-def hidden_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> Plan:
+def hidden_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> RetrainingPlan:
     """For each kind of concept and seed a model that learns a random half of the pictures under
     captions that leave the kind out, and one without those of them that show a "report" concept.
     """
@@ -251,20 +261,20 @@ def hidden_plan(data: ImageCaptionDataset, seeds: Sequence[int]) -> Plan:
         rng = np.random.default_rng([GROUP_SEED, 11, KINDS.index(kind), seed])
         rows = sorted(rng.permutation(len(data))[: len(data) // 2].tolist())
         captions = {row: _without(texts_of(data, Subset("", 0))[row], kind) for row in rows}
-        reported = set(groups(data)["report"][kind])
+        reported = set(split_concepts(data)["report"][kind])
         gone = tuple(row for row in rows if data.records[row][kind] in reported)
         subsets.append(Subset(f"hidden-{kind}-{seed}", seed, (), captions))
         subsets.append(Subset(f"gone-{kind}-{seed}", seed, gone, captions))
-    return Plan("hidden", data.content_hash(), tuple(subsets))
+    return RetrainingPlan("hidden", data.content_hash(), tuple(subsets))
 
 
-def _without(told: Texts, kind: str) -> Texts:
+def _without(told: CaptionVariants, kind: str) -> CaptionVariants:
     _, object_alone, style_alone = told
     left = style_alone if kind == "object" else object_alone
     return [left, "", left] if kind == "object" else [left, left, ""]
 
 
-def lds_plan(data: ImageCaptionDataset, count: int, again: int) -> Plan:
+def lds_plan(data: ImageCaptionDataset, count: int, again: int) -> RetrainingPlan:
     """`count` random subsets with seed 0, and the first `again` of them with seed 1.
 
     In each, half of the concepts at random have a keep rate of their own, of `KEEP_RATES`, the
@@ -274,7 +284,7 @@ def lds_plan(data: ImageCaptionDataset, count: int, again: int) -> Plan:
     draws = [(i, seed) for seed, n in ((0, count), (1, again)) for i in range(n)]
     subsets = [Subset(f"lds-{i}-{seed}", seed, random_removal(data, i)) for i, seed in draws]
     made_from = {"count": count, "again": again, "keep_rates": list(KEEP_RATES)}
-    return Plan("lds", data.content_hash(), tuple(subsets), made_from)
+    return RetrainingPlan("lds", data.content_hash(), tuple(subsets), made_from)
 
 
 def random_removal(data: ImageCaptionDataset, number: int) -> tuple[int, ...]:
@@ -291,16 +301,18 @@ def random_removal(data: ImageCaptionDataset, number: int) -> tuple[int, ...]:
 
 def counterfactual_plan(
     data: ImageCaptionDataset, arms: dict[str, Iterable[int]], seeds: Sequence[int]
-) -> Plan:
+) -> RetrainingPlan:
     """For each seed one model without the pictures of each arm, {name: rows}."""
     chosen = {arm: tuple(sorted(map(int, rows))) for arm, rows in arms.items()}
     subsets = [
         Subset(f"{arm}-{seed}", seed, rows) for seed in seeds for arm, rows in chosen.items()
     ]
-    return Plan("counterfactual", data.content_hash(), tuple(subsets))
+    return RetrainingPlan("counterfactual", data.content_hash(), tuple(subsets))
 
 
-def with_arms(plan: Plan, names: Iterable[str], make: Callable[[], Plan]) -> Plan:
+def with_arms(
+    plan: RetrainingPlan, names: Iterable[str], make: Callable[[], RetrainingPlan]
+) -> RetrainingPlan:
     """A counterfactual plan with the arms of `names` that it lacks, as `make()` has them. What is
     in it stays as it is: models were trained by it.
     """

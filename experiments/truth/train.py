@@ -23,15 +23,15 @@ from concept_trak.atomic_io import make_folder
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import TextToImage
-from concept_trak.settings import digest
+from concept_trak.settings import short_hash
 from experiments.emoji.model.pipeline import build_scheduler
 from experiments.training.loop import (
-    Phase,
+    LrPhase,
     Run,
-    fingerprint,
     load_averages,
     run_training,
     step_generator,
+    tensor_hash,
 )
 
 from .small_model import SmallSettings, build, frozen, parameters
@@ -112,14 +112,14 @@ def identity(
         "settings": json.loads(json.dumps(asdict(settings))),  # as a checkpoint gives it back
         "seed": subset.seed,
         "data": data.content_hash(),
-        "taught": digest(taught),
-        "encoder": fingerprint(like.pipe.vae.encoder.parameters()),
+        "taught": short_hash(taught),
+        "encoder": tensor_hash(like.pipe.vae.encoder.parameters()),
     }
 
 
 def folder_of(work: Path, subset: Subset, made_from: dict[str, Any]) -> Path:
     """Where a subset's checkpoint lies below TRUTH_DIR."""
-    return work / f"{subset.name}-{digest(made_from)}"
+    return work / f"{subset.name}-{short_hash(made_from)}"
 
 
 def trained(
@@ -173,7 +173,7 @@ def run_of(
     made_from = identity(like, data, subset, settings)
     return Run(
         folder_of(work, subset, made_from) / "model.safetensors",
-        (Phase(settings.steps, settings.steps),),
+        (LrPhase(settings.steps, settings.steps),),
         settings.lr,
         settings.warmup,
         settings.ema_decay,

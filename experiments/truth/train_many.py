@@ -21,31 +21,31 @@ from tqdm import tqdm
 
 from concept_trak.atomic_io import make_folder
 from concept_trak.errors import UserError
-from concept_trak.process import say
-from concept_trak.settings import JUDGE, digest, provenance
+from concept_trak.process import log as say
+from concept_trak.settings import JUDGE, provenance, short_hash
 from concept_trak.validated_io import read_json
 
-from .concept_likelihood import Measure, read_presences, write_presences
+from .concept_likelihood import MeasureSettings, read_presences, write_presences
 from .small_model import SmallSettings
-from .subsets import Plan, Subset, mend
+from .subsets import RetrainingPlan, Subset, restore_hint
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerSpec:
     """What is done for one subset. make: trains and measures its model, called in a process of its
     own. a_process: models that a process makes before another takes its place, None: all of its
     models. model_gb: memory of
     one. checkpoint_mb: of one on the disk.
     """
 
-    make: Callable[[Any, Plan, Subset], None]
+    make: Callable[[Any, RetrainingPlan, Subset], None]
     a_process: int | None = 1
     model_gb: float = 1.2
     checkpoint_mb: float = 70
 
 
 @dataclass(frozen=True)
-class Bench:
+class RetrainingSetup:
     """Where models come from and go to. like: folder of the pipeline whose parts are kept. data:
     folder of pictures and captions. work: TRUTH_DIR. kept: folder of the presences.
     """
@@ -55,25 +55,25 @@ class Bench:
     work: Path
     kept: Path
     settings: SmallSettings = SmallSettings()
-    measure: Measure = Measure()
+    measure: MeasureSettings = MeasureSettings()
 
     def presences(self, plan: str, subset: Subset) -> Path:
         """File of one model's presences."""
         return self.kept / plan / f"{subset.name}.json"
 
 
-def retrain(bench: Any, plan: Plan, work: Work | None = None) -> None:
+def retrain(bench: Any, plan: RetrainingPlan, work: WorkerSpec | None = None) -> None:
     """Train and measure every subset that is not, with a bar over the steps of all models.
 
-    bench: a `Bench`, or what has its `presences`, `settings`, `measure` and `work` for other
-    models; work: how one is trained and measured, by default `train_and_measure`.
+    bench: a `RetrainingSetup`, or what has its `presences`, `settings`, `measure` and `work` for
+    other models; work: how one is trained and measured, by default `train_and_measure`.
     UserError at the end if some died, naming them; the others are finished.
     """
     todo = [s for s in plan.subsets if not is_measured(bench, plan.name, s)]
     known = hasattr(os, "sched_getaffinity")  # not everywhere
     there = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     cores = max(1, min(there, len(todo)))
-    work = work or Work(train_and_measure)
+    work = work or WorkerSpec(train_and_measure)
     disk = len(todo) * work.checkpoint_mb
     needs = f"{cores * work.model_gb:.1f} GB of memory, {disk:.0f} MB in {bench.work}"
     told = f"{len(todo)} of {len(plan.subsets)} models to train, {cores} at a time ({needs})"
@@ -163,10 +163,12 @@ def is_measured(bench: Any, plan: str, subset: Subset) -> bool:
     path = bench.presences(plan, subset)
     if not path.exists():
         return False
-    known = read_json(path, mend(path)).get("made_from")
+    known = read_json(path, restore_hint(path)).get("made_from")
     if not isinstance(known, dict):
-        raise UserError(f"{path} holds no presences; {mend(path)}")
-    return known.get("subset") == subset_digest(subset) and known.get("bench") == how(bench)
+        raise UserError(f"{path} holds no presences; {restore_hint(path)}")
+    return known.get("subset") == subset_digest(subset) and known.get("bench") == setup_digest(
+        bench
+    )
 
 
 def refuse_other_subset(bench: Any, plan: str, subset: Subset) -> None:
@@ -175,21 +177,21 @@ def refuse_other_subset(bench: Any, plan: str, subset: Subset) -> None:
         path = bench.presences(plan, subset)
         raise UserError(
             f"{path} is of another subset or other settings than the plan's {subset.name} with "
-            f"seed {subset.seed}; {mend(path)}"
+            f"seed {subset.seed}; {restore_hint(path)}"
         )
 
 
 def subset_digest(subset: Subset) -> str:
     """Of what a subset teaches, and its seed."""
-    return digest(json.loads(json.dumps(asdict(subset))))
+    return short_hash(json.loads(json.dumps(asdict(subset))))
 
 
-def how(bench: Any) -> str:
+def setup_digest(bench: Any) -> str:
     """Of all settings of training and measuring."""
-    return digest([asdict(bench.settings), asdict(bench.measure)])
+    return short_hash([asdict(bench.settings), asdict(bench.measure)])
 
 
-def train_and_measure(bench: Bench, plan: Plan, subset: Subset) -> None:
+def train_and_measure(bench: RetrainingSetup, plan: RetrainingPlan, subset: Subset) -> None:
     """One model from scratch to its presences, in this process, on one thread."""
     import torch
 
@@ -211,7 +213,7 @@ def train_and_measure(bench: Bench, plan: Plan, subset: Subset) -> None:
     found = measure_presences(model, held_out, load_judge(JUDGE), bench.measure)
     made_from: dict[str, Any] = {
         "subset": subset_digest(subset),
-        "bench": how(bench),
+        "bench": setup_digest(bench),
         "data": train.content_hash(),
         "held_out": held_out.content_hash(),
         "weights": model.weight_hash(),
@@ -223,8 +225,8 @@ def train_and_measure(bench: Bench, plan: Plan, subset: Subset) -> None:
     write_presences(bench.presences(plan.name, subset), found, made_from)
 
 
-def presences_of(
-    bench: Any, plan: Plan, held_out: Any, read: Callable[..., Any] = read_presences
+def load_measurements(
+    bench: Any, plan: RetrainingPlan, held_out: Any, read: Callable[..., Any] = read_presences
 ) -> dict[str, Any]:
     """{subset: presences} of all models of a plan. UserError for one that is missing, made from
     another subset, or of other pictures. Models that look like an accident are told of.
@@ -234,7 +236,7 @@ def presences_of(
         path = bench.presences(plan.name, subset)
         found[subset.name] = read(path, held_out, plan.data)
         refuse_other_subset(bench, plan.name, subset)
-    for name, rate, usual in accidents({name: one.judged for name, one in found.items()}):
+    for name, rate, usual in failed_trainings({name: one.judged for name, one in found.items()}):
         say(
             f"{name} draws what is asked in {rate:.2f} of its pictures, models of the plan "
             f"{plan.name} in {usual:.2f}: its training may have failed; it counts all the same"
@@ -242,7 +244,9 @@ def presences_of(
     return found
 
 
-def accidents(judged: Mapping[str, Mapping[str, np.ndarray]]) -> list[tuple[str, float, float]]:
+def failed_trainings(
+    judged: Mapping[str, Mapping[str, np.ndarray]],
+) -> list[tuple[str, float, float]]:
     """(model, mean of the judge's probabilities, median of all models') where it is less than half:
     now and then a training of the same settings does not find the words. judged {model: {kind:
     [P]}}; nothing is an accident among fewer than three.

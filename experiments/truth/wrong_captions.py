@@ -26,14 +26,14 @@ from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.scoring.metrics import bootstrap_interval, recall_at_k
 from concept_trak.scoring.ranking import ranking
 
-from .concept_likelihood import Presences
+from .concept_likelihood import ConceptMeasurements
 from .statistics import auc_below
 from .subsets import KINDS, Subset, texts
 
 FIGURES = ("auc", "auc_unrelated", "lies_in_top10", "recall_at_10")
 
 
-def claims(data: ImageCaptionDataset, subset: Subset, kind: str) -> np.ndarray:
+def claimed_concepts(data: ImageCaptionDataset, subset: Subset, kind: str) -> np.ndarray:
     """[N]: the concept that each lie claims, empty for honest pictures."""
     alone = {
         texts(r["object_phrase"], r["style_phrase"])[1 + KINDS.index(kind)]: r[kind]
@@ -47,7 +47,7 @@ def claims(data: ImageCaptionDataset, subset: Subset, kind: str) -> np.ndarray:
 
 def claimed(data: ImageCaptionDataset, subset: Subset, kind: str, among: list[str]) -> list[str]:
     """Those of the concepts that lies claim."""
-    told = set(claims(data, subset, kind))
+    told = set(claimed_concepts(data, subset, kind))
     return [name for name in among if name in told]
 
 
@@ -55,7 +55,7 @@ def figures(
     scores: np.ndarray, data: ImageCaptionDataset, subset: Subset, kind: str, names: list[str]
 ) -> dict[str, np.ndarray]:
     """{figure: [C]} of the concepts `names`, which lies claim; scores [C, N]."""
-    said, shown = claims(data, subset, kind), np.array(data.column(kind))
+    said, shown = claimed_concepts(data, subset, kind), np.array(data.column(kind))
     lying = said != ""
     found: dict[str, list[float]] = {figure: [] for figure in FIGURES}
     for row, name in zip(scores, names, strict=True):
@@ -79,9 +79,9 @@ def summary(found: dict[str, np.ndarray]) -> dict[str, Any]:
     return told
 
 
-def harm(
-    with_lies: Presences,
-    without: Presences,
+def effect_on_claimed(
+    with_lies: ConceptMeasurements,
+    without: ConceptMeasurements,
     held_out: ImageCaptionDataset,
     data: ImageCaptionDataset,
     subset: Subset,
@@ -95,7 +95,7 @@ def harm(
     told = {}
     for kind in KINDS:
         names = sorted(set(data.column(kind)))
-        said = set(claims(data, subset, kind))
+        said = set(claimed_concepts(data, subset, kind))
         lost = {data.records[row][kind] for row in subset.captions}
         change = with_lies.of_concepts(kind, held_out, names)
         base = without.of_concepts(kind, held_out, names)

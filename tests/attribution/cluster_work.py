@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concept_trak.attribution.ray_cluster import Work
+from concept_trak.attribution.ray_cluster import ShardTask
 from concept_trak.errors import UserError
 
 DIM = 16
@@ -34,8 +34,9 @@ def notes(log):
 
 
 @dataclass(frozen=True)
-class SlowWork(Work):
-    """As `Work`, with rows that take a while and need no model; tells the log what it begins."""
+class SlowWork(ShardTask):
+    """As `ShardTask`, with rows that take a while and need no model; tells the log what it
+    begins."""
 
     log: str = ""
     seconds: float = 0.2

@@ -8,7 +8,7 @@ import pytest
 from concept_trak.attribution import import_release
 from concept_trak.attribution import mask_detection as recognising
 from concept_trak.attribution.import_release import adopt_release, resolve_mask
-from concept_trak.attribution.mask_detection import UnclearMask, recognise, sd14_attn2_layout
+from concept_trak.attribution.mask_detection import AmbiguousMask, identify_mask, sd14_attn2_layout
 from concept_trak.errors import UserError
 from concept_trak.gradients import cuda_mask as gpu_mask_module
 from concept_trak.gradients.cuda_mask import GPUS, generator_name, gpu_mask
@@ -48,7 +48,7 @@ def write_artifact(folder, kept, rows=ROWS, contrast=0.8, shards=2, seed=0):
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_mask_of_an_artifact_is_recognised(tmp_path, name):
-    found, evidence = recognise(write_artifact(tmp_path, mask(name), seed=len(name)), LAYOUT, K)
+    found, evidence = identify_mask(write_artifact(tmp_path, mask(name), seed=len(name)), LAYOUT, K)
     first, second = evidence["masks"][:2]
     assert found == first["mask"] == name and name in first["names"]
     assert evidence["clear"] and evidence["rows"] == ROWS
@@ -60,7 +60,7 @@ def test_mask_of_an_artifact_is_recognised(tmp_path, name):
 def test_layout_may_give_numbers_of_entries_for_shapes(tmp_path):
     write_artifact(tmp_path, mask("a100"))
     numbers = [(name, int(np.prod(shape))) for name, shape in LAYOUT]
-    assert recognise(tmp_path, numbers, K) == recognise(tmp_path, LAYOUT, K)
+    assert identify_mask(tmp_path, numbers, K) == identify_mask(tmp_path, LAYOUT, K)
 
 
 # 862 and 866: the neighbours of an A100, 1054: of an H100
@@ -69,7 +69,7 @@ def test_gpu_that_is_not_in_the_table_is_refused_by_its_number_of_threads(tmp_pa
     kept = gpu_mask_module._draw(256 * blocks, P, K, 0)
     told = f"made on a GPU that runs {blocks} blocks of 256 threads.* add it to GPUS"
     with pytest.raises(UserError, match=told) as error:
-        recognise(write_artifact(tmp_path, kept, seed=blocks), LAYOUT, K)
+        identify_mask(write_artifact(tmp_path, kept, seed=blocks), LAYOUT, K)
     assert "\n" not in str(error.value)
     for stated in ("auto", "a100"):  # a statement that the columns contradict
         with pytest.raises(UserError, match=f"runs {blocks} blocks"):
@@ -79,13 +79,13 @@ def test_gpu_that_is_not_in_the_table_is_refused_by_its_number_of_threads(tmp_pa
 @pytest.mark.parametrize("name", ["portable", "a100"])
 def test_mask_of_another_seed_is_refused(tmp_path, name):
     told = "no mask clearly explains its columns .log-likelihood gains: .* random masks .*set PROJ"
-    with pytest.raises(UnclearMask, match=told) as error:
-        recognise(write_artifact(tmp_path, mask(name, seed=1)), LAYOUT, K)
+    with pytest.raises(AmbiguousMask, match=told) as error:
+        identify_mask(write_artifact(tmp_path, mask(name, seed=1)), LAYOUT, K)
     assert "\n" not in str(error.value)
 
 
 def test_random_masks_and_noise_are_not_recognised():
-    sizes, rng = recognising.numels(LAYOUT), np.random.default_rng(0)
+    sizes, rng = recognising.parameter_counts(LAYOUT), np.random.default_rng(0)
     levels = rng.standard_normal(len(sizes))
     for _ in range(10):
         counts = rng.multivariate_hypergeometric(sizes, K, method="marginals")
@@ -96,8 +96,8 @@ def test_random_masks_and_noise_are_not_recognised():
 
 
 def test_rows_that_differ_only_by_chance_are_refused(tmp_path):
-    with pytest.raises(UnclearMask):
-        recognise(write_artifact(tmp_path, mask("h100"), contrast=0.0), LAYOUT, K)
+    with pytest.raises(AmbiguousMask):
+        identify_mask(write_artifact(tmp_path, mask("h100"), contrast=0.0), LAYOUT, K)
 
 
 def test_damaged_narrow_and_short_artifacts_are_refused(tmp_path):
@@ -110,15 +110,15 @@ def test_damaged_narrow_and_short_artifacts_are_refused(tmp_path):
     zero, nan = rows.copy(), rows.copy()
     zero[:, [7, 9]], nan[40, 5] = 0, np.nan
     with pytest.raises(UserError, match=r"column 7 \(2 in all\) is zero"):
-        recognise(*artifact("zero", zero))
+        identify_mask(*artifact("zero", zero))
     with pytest.raises(UserError, match="row of sample 40 is NaN"):
-        recognise(*artifact("nan", nan))
+        identify_mask(*artifact("nan", nan))
     with pytest.raises(UserError, match="has 10 rows, too few"):
-        recognise(*artifact("short", rows[:10]))
+        identify_mask(*artifact("short", rows[:10]))
     with pytest.raises(UserError, match="not of 2047 float32 values"):
-        recognise(*artifact("narrow", rows, K - 1))
+        identify_mask(*artifact("narrow", rows, K - 1))
     with pytest.raises(UserError, match="2048 columns, which no mask of 2000 coordinates"):
-        recognise(artifact("wide", rows)[0], [("weight", (40, 50))], K)
+        identify_mask(artifact("wide", rows)[0], [("weight", (40, 50))], K)
 
 
 def test_rows_are_read_in_small_batches_from_every_shard(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_rows_are_read_in_small_batches_from_every_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Store, "rows", lambda store, indices: read.append(list(indices)) or rows(store, indices)
     )
-    _, evidence = recognise(tmp_path, LAYOUT, K, max_rows=150)
+    _, evidence = identify_mask(tmp_path, LAYOUT, K, max_rows=150)
     asked = sum(read, [])
     assert (
         max(map(len, read)) <= recognising.ROW_BATCH and evidence["rows"] == len(set(asked)) == 150
@@ -180,7 +180,7 @@ def test_stated_mask_is_refused_if_the_columns_show_another(tmp_path):
 @pytest.mark.parametrize("contrast, rows", [(0.0, ROWS), (0.8, recognising.MIN_ROWS - 1)])
 def test_stated_mask_is_believed_where_the_columns_show_none(tmp_path, contrast, rows):
     write_artifact(tmp_path, mask("h100"), contrast=contrast, rows=rows)
-    with pytest.raises(UnclearMask):
+    with pytest.raises(AmbiguousMask):
         adopt_release(tmp_path, K, layout=LAYOUT)
     store = adopt_release(tmp_path, K, "h200", LAYOUT)
     assert store.manifest["provenance"]["mask"]["stated"] == "h200"

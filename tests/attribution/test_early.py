@@ -9,7 +9,7 @@ import pytest
 
 from concept_trak import cli
 from concept_trak.attribution import preflight
-from concept_trak.attribution.naming import folder_name
+from concept_trak.attribution.naming import store_name
 from concept_trak.errors import UserError
 from concept_trak.models.model_files import unet_size
 from concept_trak.settings import ROOT, resolve
@@ -27,9 +27,9 @@ def test_the_size_of_the_network_is_read_from_headers(tiny_pipeline, tiny_model,
 
 
 def test_the_estimate_is_that_of_the_two_networks_that_were_measured():
-    embedded = preflight.seconds_a_row(resolve("emoji", {}))
+    embedded = preflight.seconds_per_gradient(resolve("emoji", {}))
     assert embedded == pytest.approx(preflight.SECONDS, rel=0.02)
-    hub = preflight.seconds_a_row(
+    hub = preflight.seconds_per_gradient(
         resolve("own", {})
     )  # five levels: 16 passes of the fit, 6 a state
     assert hub == pytest.approx(9.5 * (16 + 6 * 4), rel=0.1)
@@ -50,7 +50,7 @@ def own(folder, tiny_pipeline, **changes):
 def test_own_pictures_are_told_their_price_and_refused_before_it_is_paid(
     tiny_data, tiny_pipeline, monkeypatch
 ):
-    told = preflight.own_estimate(own(tiny_data, tiny_pipeline))
+    told = preflight.estimate_own_data(own(tiny_data, tiny_pipeline))
     assert told.startswith("11 pictures: about 1 s on two CPU cores, at most 2 MB on disk")
     for changes, word in (
         ({"target_concepts": "dog"}, "not in the prompt"),
@@ -58,11 +58,11 @@ def test_own_pictures_are_told_their_price_and_refused_before_it_is_paid(
         ({"source_dir": "/no/pictures"}, "/no/pictures"),
     ):
         with pytest.raises(UserError, match=word):
-            preflight.own_estimate(own(tiny_data, tiny_pipeline, **changes))
+            preflight.estimate_own_data(own(tiny_data, tiny_pipeline, **changes))
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(9, 9, 1000))
     with pytest.raises(UserError, match="11 pictures take at most 2 MB on disk .0 MB free"):
-        preflight.own_estimate(own(tiny_data, tiny_pipeline))
+        preflight.estimate_own_data(own(tiny_data, tiny_pipeline))
 
 
 def test_the_early_checks_know_the_same_files_as_those_that_read_them():
@@ -115,7 +115,7 @@ def test_too_little_memory_is_told_before_the_model_is_loaded(tmp_path, modules,
     s = resolve("emoji", {"grad_dir": str(tmp_path), "data_dir": str(tmp_path)})
     projection = {"kind": "logra", "blocks": len(modules), "modules": modules}
     layout = Layout(1000, 256, 2, "float16")
-    Store.create(tmp_path / folder_name(s), layout, {"projection": projection}, {})
+    Store.create(tmp_path / store_name(s), layout, {"projection": projection}, {})
     preflight.check_memory(s)
     preflight.check_memory(s.but(max_memory="500KB"))
     with pytest.raises(UserError, match=said):

@@ -90,7 +90,7 @@ def test_a_gpu_is_chosen_within_those_that_are_visible(monkeypatch, shown, gpu, 
 def test_a_gpu_that_is_not_there_is_told_before_the_model_is_loaded(
     tiny_pipeline, tiny_data, tmp_path, capfd, monkeypatch, ids, shown
 ):
-    monkeypatch.setattr(multi_gpu, "created", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(multi_gpu, "create_store_in_subprocess", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1 if shown else 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if shown is not None:

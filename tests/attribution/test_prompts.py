@@ -11,15 +11,15 @@ from concept_trak.attribution import prompts
 from concept_trak.attribution.answer import held_against_itself
 from concept_trak.attribution.prompts import (
     asking_words,
-    contrasts,
-    is_in,
-    negative_of,
+    contains,
+    contrast_prompts,
     negatives,
     query_slug,
     slug,
     split_list,
     target_folders,
     target_slug,
+    without_target,
 )
 from concept_trak.datasets.image_folder import load_folder
 from concept_trak.errors import UserError
@@ -50,19 +50,19 @@ def test_examples_of_the_docstrings():
 def test_negative_is_the_prompt_without_the_target_and_the_words_that_led_to_it(
     prompt, target, want
 ):
-    assert negative_of(prompt, target) == want
+    assert without_target(prompt, target) == want
 
 
 def test_target_equal_to_the_prompt_leaves_nothing():
-    assert negative_of("in the style of blob", "in the style of blob") == ""
+    assert without_target("in the style of blob", "in the style of blob") == ""
 
 
 def test_a_target_is_whole_words():
     with pytest.raises(UserError, match="'cat' is not in the prompt"):
-        negative_of("a category of things", "cat")
+        without_target("a category of things", "cat")
     assert (
-        negative_of("a c++ (1998) book", "c++ (1998)") == "a book"
-        or negative_of("a c++ (1998) book", "c++ (1998)") == "book"
+        without_target("a c++ (1998) book", "c++ (1998)") == "a book"
+        or without_target("a c++ (1998) book", "c++ (1998)") == "book"
     )
 
 
@@ -77,7 +77,7 @@ def test_a_target_is_whole_words():
 )
 def test_empty_prompts_empty_targets_and_absent_targets_are_refused(prompt, target, message):
     with pytest.raises(UserError, match=message):
-        negative_of(prompt, target)
+        without_target(prompt, target)
 
 
 def test_lists_are_cut_at_pipes_or_else_at_commas():
@@ -135,7 +135,7 @@ def test_every_prompt_of_the_embedded_data_is_asked_as_before():
         words = [record["object"], record["object_phrase"], style, f"in the style of {style}"]
         for word in words:
             wanted = (caption, one_match(caption, word))
-            assert contrasts("slider", caption, [word]) == [wanted]
+            assert contrast_prompts("slider", caption, [word]) == [wanted]
     assert len(data) > 700
 
 
@@ -159,8 +159,8 @@ def test_every_prompt_of_the_embedded_data_is_asked_as_before():
     ],
 )
 def test_the_target_goes_wherever_it_stands(prompt, target, want):
-    assert negative_of(prompt, target) == want
-    assert is_in(prompt, target) and is_in(asking_words(prompt, target), target)
+    assert without_target(prompt, target) == want
+    assert contains(prompt, target) and contains(asking_words(prompt, target), target)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_the_target_goes_wherever_it_stands(prompt, target, want):
 )
 def test_what_cannot_be_taken_out_is_refused_where_it_would_be(prompt, target, told):
     with pytest.raises(UserError, match=f"{told}.*set NEGATIVE_PROMPTS"):
-        contrasts("slider", prompt, [target])
-    assert contrasts("slider", prompt, [target], "a hat") == [(prompt, "a hat")]
-    assert contrasts("cfg", prompt, [target]) == [(prompt, "")]
+        contrast_prompts("slider", prompt, [target])
+    assert contrast_prompts("slider", prompt, [target], "a hat") == [(prompt, "a hat")]
+    assert contrast_prompts("cfg", prompt, [target]) == [(prompt, "")]
 
 
 GLUE = "a an the in style of painted by with and on".split()
@@ -208,11 +208,11 @@ def content(text):
 def test_of_any_prompt_all_but_the_target_is_left_in_its_order():
     for seed in range(500):
         prompt, target = drawn(random.Random(seed))
-        [(plus, minus)] = contrasts("slider", prompt, [target])
+        [(plus, minus)] = contrast_prompts("slider", prompt, [target])
         told = f"{prompt!r} {target!r} {minus!r}"
-        assert plus == prompt and is_in(plus, target), told
-        assert is_in(asking_words(prompt, target), target), told
-        assert not is_in(minus, target), told
+        assert plus == prompt and contains(plus, target), told
+        assert contains(asking_words(prompt, target), target), told
+        assert not contains(minus, target), told
         lost, left = content(prompt), iter(content(prompt))
         assert all(word in left for word in content(minus)), told  # in order
         for word in content(minus):
@@ -253,7 +253,7 @@ def test_of_any_prompt_all_but_the_target_is_left_in_its_order():
     ],
 )
 def test_scripts_without_blanks(prompt, target, want):
-    assert negative_of(prompt, target) == want and is_in(prompt, target)
+    assert without_target(prompt, target) == want and contains(prompt, target)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_scripts_without_blanks(prompt, target, want):
     ],
 )
 def test_no_part_of_a_word_or_letter_is_a_target(text, part):
-    assert not is_in(text, part)
+    assert not contains(text, part)
 
 
 def test_composed_and_decomposed_letters_are_the_same():
@@ -275,8 +275,8 @@ def test_composed_and_decomposed_letters_are_the_same():
         prompt = unicodedata.normalize(form, "a caf\u00e9 and a dog")
         for other in ("NFC", "NFD"):
             target = unicodedata.normalize(other, "Caf\u00e9")
-            assert negative_of(prompt, target) == "a dog"
-            assert is_in(prompt, target) and target_slug(target) == target_slug("Caf\u00e9")
+            assert without_target(prompt, target) == "a dog"
+            assert contains(prompt, target) and target_slug(target) == target_slug("Caf\u00e9")
     asked = {"prompt": "a cafe\u0301", "target_concepts": "cafe\u0301", "data_dir": "cafe\u0301"}
     settings = resolve("emoji", asked)
     assert settings.prompt == "a caf\u00e9" and settings.target_concepts == "caf\u00e9"
@@ -286,7 +286,7 @@ def test_composed_and_decomposed_letters_are_the_same():
 @pytest.mark.parametrize("twice", [["cat", "cat"], ["Cat", "cat"], ["black cat", "Black  cat"]])
 def test_a_target_is_asked_once(twice):
     with pytest.raises(UserError, match="are the same target; name it once"):
-        contrasts("cfg", "a black cat", twice)
+        contrast_prompts("cfg", "a black cat", twice)
 
 
 def test_targets_of_one_slug_have_folders_of_their_own():
@@ -301,7 +301,7 @@ def test_targets_of_one_slug_have_folders_of_their_own():
 
 def test_a_negative_prompt_that_asks_for_its_target_is_told():
     prompt, targets = "a dog and a cat", ["dog", "cat"]
-    pairs = contrasts("slider", prompt, targets, "a cat|a Cat asleep")
+    pairs = contrast_prompts("slider", prompt, targets, "a cat|a Cat asleep")
     (told,) = held_against_itself(targets, pairs)
     assert "'a Cat asleep' for 'cat'" in told and "\n" not in told
-    assert not held_against_itself(targets, contrasts("slider", prompt, targets))
+    assert not held_against_itself(targets, contrast_prompts("slider", prompt, targets))

@@ -5,20 +5,20 @@ import pytest
 import torch
 
 from concept_trak.attribution import unlearning
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.ekfac import EkfacRanker
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.ekfac import EkfacAttributor
 from concept_trak.attribution.methods import swept
-from concept_trak.attribution.nda import Nda
-from concept_trak.attribution.question import Question, generated
-from concept_trak.attribution.unlearning import Abu, AbuPlus, Mucs, losses
+from concept_trak.attribution.nda import NDA
+from concept_trak.attribution.question import Query, generate
+from concept_trak.attribution.unlearning import MUCS, AbU, AbuPlus, losses
 from concept_trak.errors import UserError
 from concept_trak.gradients.das_residual import LEVELS, residual
 from concept_trak.gradients.vjp import select_parameters
 from concept_trak.models.condition import Condition
-from concept_trak.models.schedule import Level
+from concept_trak.models.schedule import NoiseLevel
 from concept_trak.registry import RANKERS
 from concept_trak.settings import DAMPINGS, resolve
-from experiments.benchmark.forward_count import forwards_of
+from experiments.benchmark.forward_count import count_forwards
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +36,28 @@ def corpus(tiny_pipeline, tiny_data, tmp_path_factory):
         "gen_num_inference_steps": 5,
         "f": "dsm",
     }
-    return Corpus(resolve("emoji", given), "cpu")
+    return AttributionTask(resolve("emoji", given), "cpu")
 
 
 @pytest.fixture(scope="module")
 def questions(corpus):
     prompts = ["a cat in the style of line", "a dog in the style of blob"]
     return [
-        Question(picture, "line", "in the style of line", "")
-        for picture in generated(corpus.model, corpus.settings, prompts, 0)
+        Query(picture, "line", "in the style of line", "")
+        for picture in generate(corpus.model, corpus.settings, prompts, 0)
     ]
 
 
 def copies(corpus, rows):
     """Questions whose pictures are train pictures."""
-    from concept_trak.attribution.question import Picture
+    from concept_trak.attribution.question import QueryImage
 
     pixels = corpus.train.images(rows, size=corpus.model.image_size)
     return [
-        Question(
-            Picture(corpus.train.captions[i], corpus.latents[i : i + 1], None, shown, {"real": i}),
+        Query(
+            QueryImage(
+                corpus.train.captions[i], corpus.latents[i : i + 1], None, shown, {"real": i}
+            ),
             "",
             corpus.train.captions[i],
             "",
@@ -85,10 +87,10 @@ def literal_gradients(corpus, states, layer="attn2"):
 
 def train_side(corpus, layer="attn2"):
     """[T, N, P]."""
-    from concept_trak.gradients.states import noised_states, train_states_of
+    from concept_trak.gradients.states import noising_schedule, train_states_of
 
     x0, cond = corpus.data.batch(range(len(corpus.data)))
-    seen = train_states_of(corpus.model, x0, cond, corpus.cond_null, noised_states(3))
+    seen = train_states_of(corpus.model, x0, cond, corpus.cond_null, noising_schedule(3))
     return torch.stack(literal_gradients(corpus, list(seen), layer))
 
 
@@ -248,7 +250,7 @@ def test_journey_reads_predictions_of_the_path_noised_again(corpus, questions):
 
 def test_ekfac_scores_are_those_of_its_dense_matrix(corpus, questions):
     """The ranker against F built in full from the eigenvectors and eigenvalues."""
-    ranker = EkfacRanker(corpus)
+    ranker = EkfacAttributor(corpus)
     got, q = ranker.rank(questions), [query_side(ranker, x) for x in questions]
     total = sum(map(len, ranker._states(questions[0].picture)))
     rows, d, want = train_side(corpus).sum(0), 5, 0
@@ -264,7 +266,7 @@ def test_ekfac_scores_are_those_of_its_dense_matrix(corpus, questions):
     np.testing.assert_allclose(got[d], want, rtol=5e-3, atol=1e-3 * abs(want).max())
 
 
-@pytest.mark.parametrize("made", [Abu, AbuPlus])
+@pytest.mark.parametrize("made", [AbU, AbuPlus])
 def test_a_small_step_of_unlearning_is_its_influence_function(made, corpus, questions):
     """(L(theta') - L(theta)) N / alpha -> mean_t g_i,t . F^-1 g_q as alpha -> 0."""
     ranker = made(corpus, 0.002)
@@ -272,7 +274,7 @@ def test_a_small_step_of_unlearning_is_its_influence_function(made, corpus, ques
     got = ranker.rank(questions[:1])[0, 0]
     train, q = train_side(corpus, layer), query_side(ranker, questions[0], layer)
     sizes = [p.numel() for p in ranker.parameters.values()]
-    if made is Abu:
+    if made is AbU:
         fisher = train.flatten(0, 1).square().mean(0)
         parts = fisher.split(sizes)
         shift = torch.cat([(0.1 * f.mean()).expand(len(f)) for f in parts])
@@ -290,7 +292,7 @@ def test_a_small_step_of_unlearning_is_its_influence_function(made, corpus, ques
     np.testing.assert_allclose(got, want, rtol=0.05, atol=0.02 * abs(want).max())
 
 
-@pytest.mark.parametrize("made", [Abu, AbuPlus])
+@pytest.mark.parametrize("made", [AbU, AbuPlus])
 def test_unlearning_raises_the_loss_of_the_unlearned_picture(made, corpus):
     asked = copies(corpus, [3])
     assert made(corpus, 0.01).rank(asked)[0, 0, 3] > 0
@@ -300,15 +302,15 @@ def test_mucs_forgets_the_picture(corpus, monkeypatch):
     """Its loss is higher than after the same training without anything to forget. (The null loss is
     raised: this model has learned nothing, so it is there already.)
     """
-    monkeypatch.setattr(Mucs, "null_loss", 10.0)
+    monkeypatch.setattr(MUCS, "null_loss", 10.0)
     asked, found = copies(corpus, [3]), []
     for weight in (0.0, 1.0):
-        monkeypatch.setattr(Mucs, "weight", weight)
-        found.append(Mucs(corpus, 1e-3).rank(asked)[0, 0])
+        monkeypatch.setattr(MUCS, "weight", weight)
+        found.append(MUCS(corpus, 1e-3).rank(asked)[0, 0])
     assert found[1][3] > found[0][3]
 
 
-@pytest.mark.parametrize("made", [Abu, AbuPlus, Mucs])
+@pytest.mark.parametrize("made", [AbU, AbuPlus, MUCS])
 def test_the_model_is_as_it_was_afterwards(made, corpus):
     before = losses(corpus)
     made(corpus).at(1).rank(copies(corpus, [3]))
@@ -317,8 +319,8 @@ def test_the_model_is_as_it_was_afterwards(made, corpus):
 
 
 def test_mucs_stops_at_the_loss_of_predicting_nothing(corpus, questions, monkeypatch):
-    monkeypatch.setattr(Mucs, "null_loss", 1e-6)  # every picture's loss is beyond it
-    assert (Mucs(corpus, 1e-3).rank(questions[:1]) == 0).all()
+    monkeypatch.setattr(MUCS, "null_loss", 1e-6)  # every picture's loss is beyond it
+    assert (MUCS(corpus, 1e-3).rank(questions[:1]) == 0).all()
 
 
 def test_every_step_is_ranked_at_and_the_curvature_is_fitted_once(corpus, questions, monkeypatch):
@@ -334,16 +336,16 @@ def test_every_step_is_ranked_at_and_the_curvature_is_fitted_once(corpus, questi
 
 def test_the_ideal_denoiser_copies_the_picture_itself(corpus):
     asked = copies(corpus, [2, 9])
-    values = Nda(corpus).rank(asked)[0]
+    values = NDA(corpus).rank(asked)[0]
     assert values.argmax(1).tolist() == [2, 9]
     np.testing.assert_allclose(values.sum(1), len({1, 2, 4}), rtol=1e-5)  # shares, a size each
 
 
 def test_level_shares_decide_how_near_a_patch_must_be(corpus, monkeypatch):
     """At a level of noise alone all patches count alike."""
-    noise = type("Noise", (), {"level": staticmethod(lambda t: Level(1e-9, 1.0))})
+    noise = type("Noise", (), {"level": staticmethod(lambda t: NoiseLevel(1e-9, 1.0))})
     monkeypatch.setattr(corpus.model, "schedule", noise)
-    values = Nda(corpus).rank(copies(corpus, [2]))[0]
+    values = NDA(corpus).rank(copies(corpus, [2]))[0]
     np.testing.assert_allclose(values, values.mean(), rtol=1e-3)
 
 
@@ -391,7 +393,7 @@ def test_other_pictures_do_not_change_what_train_pictures_score(name, corpus, qu
 
 def test_cost_counts_forwards_and_backwards_of_samples(corpus, questions):
     samples = 2 * 2  # draws x levels, each forwards and backwards
-    assert forwards_of(RANKERS.get("trak")(corpus), questions[0]) == 2 * samples
-    assert forwards_of(RANKERS.get("caption_similarity")(corpus), questions[0]) == 0
+    assert count_forwards(RANKERS.get("trak")(corpus), questions[0]) == 2 * samples
+    assert count_forwards(RANKERS.get("caption_similarity")(corpus), questions[0]) == 0
     count = len(corpus.data) * 2  # the losses after, at each of two levels
-    assert forwards_of(Abu(corpus), questions[0]) == 2 * samples + count
+    assert count_forwards(AbU(corpus), questions[0]) == 2 * samples + count

@@ -7,7 +7,7 @@ import pytest
 
 from concept_trak import cli
 from concept_trak.attribution.answer import answer
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.index_search import build_index
 from concept_trak.attribution.preflight import check_question
 from concept_trak.attribution.train_grad import open_store, train_grad
@@ -37,7 +37,7 @@ def corpus(tiny_pipeline, tiny_data, tmp_path_factory):
         "gen_num_inference_steps": 3,
         "search": "index",
     }
-    return Corpus(resolve("emoji", given), "cpu")
+    return AttributionTask(resolve("emoji", given), "cpu")
 
 
 def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys):
@@ -53,7 +53,7 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
     index = build_index(corpus)
     assert not index.missing() and (index.folder / "recall.json").exists()
     check_question(settings)
-    from concept_trak.service.response_schema import Teller  # wants the extra `serve`
+    from concept_trak.service.response_schema import AnswerSerializer  # wants the extra `serve`
 
     found = answer(corpus)
     whole = answer(corpus.with_settings(settings.but(search="scan")))
@@ -66,7 +66,7 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
     page = write_answer(found, settings)
     assert "Found by an index" in page.read_text()
     assert json.loads((page.parent / "question.json").read_text())["search"] == "index"
-    told = Teller(corpus, open_store(corpus)).told(page.parent, "none")
+    told = AnswerSerializer(corpus, open_store(corpus)).told(page.parent, "none")
     for concept, one in zip(told["concepts"], found.concepts, strict=True):
         d = one.damping_index(settings.damping)
         assert [card["index"] for card in concept["top"]] == one.ranked(d, settings.top_k)

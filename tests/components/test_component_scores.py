@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from concept_trak.components import states
-from concept_trak.components.edit_operators import put
-from concept_trak.components.objective import AIMS, mean_value
+from concept_trak.components.edit_operators import write_weights
+from concept_trak.components.objective import COMPONENT_OBJECTIVES, mean_value
 from concept_trak.components.parameter_groups import components, select
 from concept_trak.components.scores import score
 from concept_trak.errors import UserError
@@ -22,10 +22,10 @@ def conds():
 
 
 def states_of(denoiser, aim, seed=0):
-    if AIMS[aim].against == "base":
+    if COMPONENT_OBJECTIVES[aim].against == "base":
         return states.trajectory(denoiser, *conds(), seed, states.Sampling(3.0, 5, 5))
     x0 = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-    return states.noised(denoiser, x0, conds(), seed, 4)
+    return states.noised_states(denoiser, x0, conds(), seed, 4)
 
 
 @pytest.mark.parametrize("aim", ["erase", "amplify"])
@@ -33,7 +33,7 @@ def states_of(denoiser, aim, seed=0):
 def test_a_score_is_the_true_change_of_J_for_an_infinitesimal_knock_out(tiny_denoiser, aim, role):
     network = tiny_denoiser.network
     seen = states_of(tiny_denoiser, aim)
-    chosen, aim = select(network, role)[:1], AIMS[aim]
+    chosen, aim = select(network, role)[:1], COMPONENT_OBJECTIVES[aim]
     found = score(tiny_denoiser, aim, chosen, lambda _: seen, 1)
     network.double().requires_grad_(False)
     seen = [as_double(s) for s in seen]
@@ -42,9 +42,11 @@ def test_a_score_is_the_true_change_of_J_for_an_infinitesimal_knock_out(tiny_den
     for place in alpha.abs().topk(3).indices.tolist() + [0]:
         there, values = float(weight.flatten()[place]), []
         for shift in (-h, h):  # J of w_i (1 -+ h)
-            put(weight, torch.tensor([place]), torch.tensor([there * (1 + shift)]).double())
+            write_weights(
+                weight, torch.tensor([place]), torch.tensor([there * (1 + shift)]).double()
+            )
             values.append(mean_value(aim, tiny_denoiser, seen, targets))
-        put(weight, torch.tensor([place]), torch.tensor([there]).double())
+        write_weights(weight, torch.tensor([place]), torch.tensor([there]).double())
         true = (values[1] - values[0]) / (2 * h)
         assert true == pytest.approx(
             float(alpha[place]), rel=5e-3, abs=1e-4 * float(alpha.abs().max())
@@ -61,7 +63,7 @@ def as_double(state):
 
 
 def test_mean_and_error_are_those_of_the_seeds_by_themselves(tiny_denoiser):
-    chosen, aim = select(tiny_denoiser.network, "cross_attention"), AIMS["erase"]
+    chosen, aim = select(tiny_denoiser.network, "cross_attention"), COMPONENT_OBJECTIVES["erase"]
 
     def of(seed):
         return states_of(tiny_denoiser, "erase", seed)
@@ -81,7 +83,7 @@ def test_mean_and_error_are_those_of_the_seeds_by_themselves(tiny_denoiser):
 
 
 def test_states_are_read_at_their_own_timestep_on_one_trajectory(gaussian):
-    from concept_trak.models.ddim import Guided, ddim_sample
+    from concept_trak.models.ddim import GuidedDenoiser, ddim_sample
     from concept_trak.models.sample import initial_noise
 
     gaussian.network = torch.nn.Linear(1, 1)
@@ -93,7 +95,7 @@ def test_states_are_read_at_their_own_timestep_on_one_trajectory(gaussian):
     seen = states.trajectory(gaussian, cond, base, 3, states.Sampling(3.0, 50, 50))
     assert len(calls) == 50  # guided steps; the published schedule takes 1,275
     x_T = initial_noise(gaussian.latent_shape, 3)
-    guided = Guided(gaussian, cond, base, 3.0)
+    guided = GuidedDenoiser(gaussian, cond, base, 3.0)
     for state in seen[::10]:
         alone, _ = ddim_sample(guided, x_T, 50, stop=state.t)
         torch.testing.assert_close(state.x_t, alone)
@@ -131,7 +133,7 @@ def test_a_selection_that_matches_nothing_or_is_none_is_refused(tiny_denoiser):
 
 
 def test_half_precision_and_nan_are_refused(tiny_denoiser):
-    chosen, aim = select(tiny_denoiser.network, "cross_attention"), AIMS["erase"]
+    chosen, aim = select(tiny_denoiser.network, "cross_attention"), COMPONENT_OBJECTIVES["erase"]
     seen = states_of(tiny_denoiser, "erase")
     chosen[0].weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="NaN or infinite"):

@@ -9,17 +9,22 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from concept_trak.components.concept_plan import Asked, edit_of, plan_of, scores_of
+from concept_trak.components.concept_plan import (
+    ComponentQuery,
+    attribute_components,
+    edit_from_scores,
+    plan_of,
+)
 from concept_trak.components.edit_operators import Operator
 from concept_trak.components.edits import FIELDS, EditedNetwork, load_edit, make_edit, save_edit
-from concept_trak.components.objective import AIMS, mean_value
+from concept_trak.components.objective import COMPONENT_OBJECTIVES, mean_value
 from concept_trak.components.parameter_groups import select
 from concept_trak.components.scores import Scores
-from concept_trak.components.selection import Rule, choose
+from concept_trak.components.selection import SelectionRule, choose
 from concept_trak.components.states import Sampling
 from concept_trak.errors import UserError
 
-ASKED = Asked("a cat", num_seeds=1, sampling=Sampling(3.0, 5, 5))
+ASKED = ComponentQuery("a cat", num_seeds=1, sampling=Sampling(3.0, 5, 5))
 
 
 def bits(network):
@@ -45,10 +50,12 @@ def literal_mask(weight, gradient, ratio):
 @pytest.mark.parametrize("name", ["erase", "amplify"])
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.7])
 def test_preset_paper_zeroes_what_the_literal_rule_does(tiny_model, name, ratio):
-    aim, network = AIMS[name], tiny_model.network
+    aim, network = COMPONENT_OBJECTIVES[name], tiny_model.network
     among = select(network, "paper")
-    found = scores_of(tiny_model, ASKED, aim, among)
-    edit, _ = edit_of(tiny_model, found, plan_of("paper", ratio, "scalar", Operator()), ASKED)
+    found = attribute_components(tiny_model, ASKED, aim, among)
+    edit, _ = edit_from_scores(
+        tiny_model, found, plan_of("paper", ratio, "scalar", Operator()), ASKED
+    )
     # gradients by plain autograd: of J for erasing, of +L for amplifying, summed over the states
     seen = ASKED.states(tiny_model, aim, 0)
     weights = [c.weight.requires_grad_() for c in among]
@@ -73,10 +80,12 @@ def test_the_published_rounding_is_told_and_never_a_silent_no_op(tiny_model):
     shapes = {c.name: torch.ones(c.weight.shape) for c in among}
     scores = Scores("erase", shapes, shapes, [1], np.zeros((1, len(among))))
     with pytest.raises(UserError, match="RATIO=0.001 edits nothing: the published rule rounds"):
-        choose(scores, among, Rule(0.001, paper=True))
-    found = choose(scores, among, Rule(1 / 32, paper=True))  # rows of 8: none; rows of 32: one
+        choose(scores, among, SelectionRule(0.001, paper=True))
+    found = choose(
+        scores, among, SelectionRule(1 / 32, paper=True)
+    )  # rows of 8: none; rows of 32: one
     assert found.untouched == tuple(c.name for c in among if c.weight.shape[1] < 32)
-    assert choose(scores, among, Rule(1e-6)).count == 1  # ours takes at least one
+    assert choose(scores, among, SelectionRule(1e-6)).count == 1  # ours takes at least one
 
 
 @pytest.mark.parametrize("granularity", ["scalar", "row", "column", "head", "module"])
@@ -85,7 +94,7 @@ def test_a_choice_is_of_whole_groups_the_best_first_within_the_ratio(tiny_model,
     g = torch.Generator().manual_seed(0)
     values = {c.name: torch.randn(c.weight.shape, generator=g) for c in among}
     scores = Scores("erase", values, values, [1], np.zeros((1, len(among))))
-    found = choose(scores, among, Rule(0.3, granularity))
+    found = choose(scores, among, SelectionRule(0.3, granularity))
     assert 0 < found.count <= max(0.3 * found.among + 1, max(c.weight.numel() for c in among))
     taken, left = [], []
     for c in among:
@@ -102,12 +111,14 @@ def test_a_choice_is_of_whole_groups_the_best_first_within_the_ratio(tiny_model,
 def test_apply_and_undo_are_exact_whatever_is_stacked(tiny_model, tmp_path):
     network = tiny_model.network
     before = bits(network)
-    found = scores_of(tiny_model, ASKED, AIMS["erase"], select(network, "cross_attention"))
+    found = attribute_components(
+        tiny_model, ASKED, COMPONENT_OBJECTIVES["erase"], select(network, "cross_attention")
+    )
     plans = [
         plan_of("cross_attention", 0.2, "scalar", Operator("zero")),
         plan_of("cross_attention", 0.3, "row", Operator("scale", 0.5)),
     ]
-    edits = [edit_of(tiny_model, found, plan, ASKED)[0] for plan in plans]
+    edits = [edit_from_scores(tiny_model, found, plan, ASKED)[0] for plan in plans]
     for i, edit in enumerate(edits):
         save_edit(tmp_path / f"{i}.safetensors", edit)
         again = load_edit(tmp_path / f"{i}.safetensors")
@@ -130,9 +141,11 @@ def test_an_edit_of_another_model_or_a_damaged_file_is_refused(
 ):
     from concept_trak.models.text_to_image import load_pipeline
 
-    found = scores_of(tiny_model, ASKED, AIMS["erase"], select(tiny_model.network, "feed_forward"))
+    found = attribute_components(
+        tiny_model, ASKED, COMPONENT_OBJECTIVES["erase"], select(tiny_model.network, "feed_forward")
+    )
     plan = plan_of("feed_forward", 0.1, "scalar", Operator())
-    edit, _ = edit_of(tiny_model, found, plan, ASKED)
+    edit, _ = edit_from_scores(tiny_model, found, plan, ASKED)
     other = load_pipeline(str(other_pipeline))
     before = bits(other.network)
     with pytest.raises(UserError, match="was made for another model"):
@@ -151,9 +164,11 @@ def test_an_edit_of_another_model_or_a_damaged_file_is_refused(
 def test_an_operator_does_what_it_says_and_touches_nothing_else(tiny_model, name):
     network = tiny_model.network
     before = bits(network)
-    found = scores_of(tiny_model, ASKED, AIMS["erase"], select(network, "cross_attention"))
+    found = attribute_components(
+        tiny_model, ASKED, COMPONENT_OBJECTIVES["erase"], select(network, "cross_attention")
+    )
     plan = plan_of("cross_attention", 0.2, "scalar", Operator(name, 0.25))
-    edit, chosen = edit_of(tiny_model, found, plan, ASKED)
+    edit, chosen = edit_from_scores(tiny_model, found, plan, ASKED)
     assert same(before, bits(network)) and edit.count == chosen.count
     for key, (index, old, new) in edit.changes.items():
         weight = before[key].flatten()
@@ -166,7 +181,10 @@ def test_an_operator_does_what_it_says_and_touches_nothing_else(tiny_model, name
             rows = before[key].mean(1)
             torch.testing.assert_close(new, rows[index // before[key].shape[1]])
     if name == "gradient":
-        aim, seen = AIMS["erase"], ASKED.states(tiny_model, AIMS["erase"], 0)
+        aim, seen = (
+            COMPONENT_OBJECTIVES["erase"],
+            ASKED.states(tiny_model, COMPONENT_OBJECTIVES["erase"], 0),
+        )
         targets = [aim.target(tiny_model, s) for s in seen]
         unedited = mean_value(aim, tiny_model, seen, targets)
         with EditedNetwork(network) as edited:
@@ -180,10 +198,10 @@ def test_a_ratio_outside_its_range_is_refused(tiny_model, ratio):
     values = {c.name: torch.ones(c.weight.shape) for c in among}
     scores = Scores("erase", values, values, [1], np.zeros((1, len(among))))
     with pytest.raises(UserError, match="RATIO"):
-        choose(scores, among, Rule(ratio))
+        choose(scores, among, SelectionRule(ratio))
     values[among[0].name][0, 0] = float("nan")
     with pytest.raises(UserError, match="NaN"):
-        choose(scores, among, Rule(0.1))
+        choose(scores, among, SelectionRule(0.1))
 
 
 def test_an_edit_can_be_made_of_nothing_but_positions_and_values(tiny_model):

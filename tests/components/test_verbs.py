@@ -131,15 +131,17 @@ def test_captions_of_every_style_are_spared_and_none_that_shows_the_concept(flag
 
 def test_what_is_spared_is_named_by_concept_caption_or_style(tiny_data):
     given = resolve("emoji", {"data_dir": str(tiny_data), "concept": OBJECTS[0]})
-    words = component_report.words_of(given)
+    words = component_report.concept_prompts(given)
     data = load_folder(tiny_data)
-    every = component_report.spared_by(given.but(spare="captions"), words)
+    every = component_report.spared_prompts(given.but(spare="captions"), words)
     shown = {r["object"]: c for c, r in zip(data.captions, data.records, strict=True)}
     assert 0 < len(every) <= 2 * len(STYLES) and set(every) <= set(data.captions)
     assert not any(OBJECTS[0] in caption for caption in every)
     other = shown[OBJECTS[1]]
-    assert component_report.spared_by(given.but(spare=f"{other}|{OBJECTS[2]}"), words)[0] == other
-    assert component_report.spared_by(given, words) == []
+    assert (
+        component_report.spared_prompts(given.but(spare=f"{other}|{OBJECTS[2]}"), words)[0] == other
+    )
+    assert component_report.spared_prompts(given, words) == []
 
 
 def test_images_x_weights_are_a_table_a_map_and_an_array(flags, tmp_path, capsys):

@@ -14,7 +14,7 @@ from concept_trak.models.vocabulary import Vocabulary
 from experiments.attributes import celeba, faces
 from experiments.attributes import shapes as synthetic
 from experiments.attributes.schemes import (
-    Scheme,
+    AttributeScheme,
     labels_of,
     load_labelled,
     parse_held_out,
@@ -29,7 +29,7 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes") / "data"
-    synthetic.make(root, SMALL)
+    synthetic.build(root, SMALL)
     return root
 
 
@@ -56,7 +56,7 @@ def test_a_picture_shows_its_labels(shapes):
 
 def test_the_same_settings_make_the_same_bytes_and_another_seed_others(shapes, tmp_path):
     for name, settings in (("again", SMALL), ("other", replace(SMALL, seed=1))):
-        synthetic.make(tmp_path / name, settings)
+        synthetic.build(tmp_path / name, settings)
     hashes = [
         load_labelled(r)[0].content_hash() for r in (shapes, tmp_path / "again", tmp_path / "other")
     ]
@@ -88,7 +88,7 @@ def test_every_shape_is_drawn_whole_and_differs_from_the_others(shape):
 )
 def test_what_cannot_be_drawn_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
-        synthetic.make(tmp_path / "data", replace(SMALL, **changes))
+        synthetic.build(tmp_path / "data", replace(SMALL, **changes))
     assert not (tmp_path / "data").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_folder_whose_labels_are_not_whole_is_refused(tmp_path, spoil):
     if spoil == "a class without pictures":
         labels = labels[:1]
     pairs = [(told, Image.new("RGB", (4, 4))) for told in labels]
-    write_labelled(tmp_path / "d", Scheme(vocabulary), {"train": (pairs, len(pairs))}, {})
+    write_labelled(tmp_path / "d", AttributeScheme(vocabulary), {"train": (pairs, len(pairs))}, {})
     if spoil == "missing":
         (tmp_path / "d/attributes.json").unlink()
     if spoil == "not JSON":
@@ -241,7 +241,7 @@ def test_a_killed_making_leaves_no_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic, "draw", stops)
     with pytest.raises(KeyboardInterrupt):
-        synthetic.make(tmp_path / "data", SMALL)
+        synthetic.build(tmp_path / "data", SMALL)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -256,20 +256,22 @@ def test_framing_is_deterministic_centred_and_free_of_padding():
     drawing = np.zeros((256, 256, 4), np.uint8)
     drawing[40:140, 100:150] = (200, 10, 10, 255)  # 100 high, 50 wide, off centre
     drawing[200, 200] = (0, 0, 0, build_emoji.ALPHA_THRESHOLD)  # too faint to count
-    picture = np.asarray(build_emoji.frame(Image.fromarray(drawing), 64))
+    picture = np.asarray(build_emoji.crop_and_center(Image.fromarray(drawing), 64))
     ys, xs = np.nonzero(picture.min(axis=2) < 250)
     height, width = round(build_emoji.FILL * 64), round(build_emoji.FILL * 32)
     assert (ys.min(), ys.max() + 1) == ((64 - height) // 2, (64 - height) // 2 + height)
     assert (xs.min(), xs.max() + 1) == ((64 - width) // 2, (64 - width) // 2 + width)
     shifted = np.roll(drawing, (30, -60), axis=(0, 1))
-    assert (np.asarray(build_emoji.frame(Image.fromarray(shifted), 64)) == picture).all()
+    assert (np.asarray(build_emoji.crop_and_center(Image.fromarray(shifted), 64)) == picture).all()
 
 
 def test_nearly_empty_and_repeated_pictures_are_refused():
     rows = [{"file_name": f"images/s/{i}.png", "style": "s"} for i in range(2)]
     black = Image.new("RGB", (64, 64))
     with pytest.raises(UserError, match="images/s/1.png is nearly empty"):
-        build_emoji.check_pictures(rows, [black, build_emoji.frame(Image.new("RGBA", (9, 9)), 64)])
+        build_emoji.check_pictures(
+            rows, [black, build_emoji.crop_and_center(Image.new("RGBA", (9, 9)), 64)]
+        )
     with pytest.raises(UserError, match="images/s/1.png shows the same picture as images/s/0.png"):
         build_emoji.check_pictures(rows, [black, black])
 

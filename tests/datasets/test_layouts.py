@@ -13,7 +13,7 @@ from PIL import Image
 
 from concept_trak.datasets import ImageCaptionDataset, load_folder
 from concept_trak.datasets import labels as emoji
-from concept_trak.datasets.caption_overlap import overlap
+from concept_trak.datasets.caption_overlap import caption_overlap
 from concept_trak.datasets.list_concepts import frequent_words
 from concept_trak.datasets.metadata import OTHERS, PARQUET
 from concept_trak.errors import UserError
@@ -253,14 +253,14 @@ def test_splits_of_labelled_pictures_are_parts_of_their_own(folder):
 def test_columns_of_other_peoples_data_are_no_labels(folder, own):
     data = load_folder(rows_of(folder, rows("a cat", "a dog") + [rows("", "", "c")[2] | own]))
     data = data.subset([2])
-    assert not emoji.has_labels(data) and emoji.truth(data, "cat") is None
-    emoji.refuse_unknown(data, "a zebra in the style of x", ["zebra"])
+    assert not emoji.has_labels(data) and emoji.relevance_or_none(data, "cat") is None
+    emoji.check_known(data, "a zebra in the style of x", ["zebra"])
 
 
 def test_the_benchmarks_labels_are_in_every_row_or_the_row_is_told(folder):
     labels = {"object": "cat", "object_phrase": "a cat", "style": "blob", "style_phrase": "blob"}
     data = load_folder(rows_of(folder, rows("a cat in the style of blob", **labels)))
-    assert emoji.has_labels(data) and emoji.truth(data, "Cat").all()
+    assert emoji.has_labels(data) and emoji.relevance_or_none(data, "Cat").all()
     for wrong, told in (({"style": 3}, "style is 3"), ({"object": None}, "has no object: ")):
         rows_of(folder, [*rows("x", **labels), rows("x", "y", **labels)[1] | wrong])
         assert f"row 2{' ' if 'has' in told else ': '}{told}" in refusal(folder)
@@ -387,7 +387,7 @@ def test_words_are_the_same_however_accents_are_written():
     nfc, nfd = (unicodedata.normalize(f, "a café") for f in ("NFC", "NFD"))
     data = ImageCaptionDataset("", [{"file_name": "0"}, {"file_name": "1"}], [nfc, nfd])
     assert frequent_words(data) == {"café": 2}
-    assert overlap(nfd, [nfc]).tolist() == [1.0]
+    assert caption_overlap(nfd, [nfc]).tolist() == [1.0]
     labels = {"object": nfc, "object_phrase": nfc, "style": "x", "style_phrase": "x"}
     known = ImageCaptionDataset("", [{"file_name": "0"} | labels], ["x"])
     assert emoji.relevant(known, nfd.upper()).all()

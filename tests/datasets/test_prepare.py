@@ -13,7 +13,7 @@ from concept_trak.atomic_io import PART
 from concept_trak.datasets import prepare as module
 from concept_trak.datasets.encoded import LATENTS, PREPARED, TEXT, EncodedData
 from concept_trak.datasets.image_folder import load_folder
-from concept_trak.datasets.prepare import Parts, prepare
+from concept_trak.datasets.prepare import EncodedWriter, prepare
 from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import resolve
@@ -46,7 +46,7 @@ def test_steps_written_in_any_order_are_the_bytes_of_numpy(tmp_path):
     text = rng.standard_normal((7, 5, 4)).astype(np.float16)
     np.save(tmp_path / "latents.npy", np.concatenate([plain, mirrored]))
     np.save(tmp_path / "text.npy", text)
-    with Parts(tmp_path, {}, ((2, 3, 3), (5, 4))) as parts:
+    with EncodedWriter(tmp_path, {}, ((2, 3, 3), (5, 4))) as parts:
         parts.open()
         for rows in (range(5, 7), range(0, 2), range(2, 5)):
             part = slice(rows.start, rows.stop)
@@ -78,7 +78,7 @@ def seen(monkeypatch):
 
 def stopped(settings, monkeypatch, after):
     """Prepare, and stop like Ctrl-C in the write of step number `after`."""
-    write = Parts.write
+    write = EncodedWriter.write
 
     def dying(self, rows, digests, parts):
         if rows.start == 4 * after:
@@ -86,7 +86,7 @@ def stopped(settings, monkeypatch, after):
         write(self, rows, digests, parts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "write", dying)
+        patch.setattr(EncodedWriter, "write", dying)
         with pytest.raises(KeyboardInterrupt):
             prepare(settings, "cpu")
 
@@ -130,7 +130,7 @@ def test_files_shorter_than_their_record_are_encoded_again(settings, tmp_path, m
 def test_another_process_is_told_that_one_is_at_work(settings, tmp_path, monkeypatch):
     def another(*_):
         with pytest.raises(UserError, match="by another process.*run the same again"):
-            Parts(tmp_path / "encoded", {}, ((1,), (1,))).__enter__()
+            EncodedWriter(tmp_path / "encoded", {}, ((1,), (1,))).__enter__()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "encode", another)
@@ -140,7 +140,10 @@ def test_another_process_is_told_that_one_is_at_work(settings, tmp_path, monkeyp
 
 def test_numbers_beyond_float16_and_a_small_disk_are_refused(settings, tmp_path, monkeypatch):
     bad = torch.tensor([[1.0, 1e6]])
-    with Parts(tmp_path, {}, ((2,), (2,))) as parts, pytest.raises(UserError, match="DTYPE=fp32"):
+    with (
+        EncodedWriter(tmp_path, {}, ((2,), (2,))) as parts,
+        pytest.raises(UserError, match="DTYPE=fp32"),
+    ):
         parts.open()
         parts.write(range(1), ["x"], (bad, bad, bad))
     usage = type("Usage", (), {"free": 10})

@@ -11,9 +11,9 @@ import pytest
 import standin
 
 from concept_trak.attribution import multi_gpu
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.naming import folder_name
-from concept_trak.attribution.train_grad import make_rows, open_store, train_grad
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.naming import store_name
+from concept_trak.attribution.train_grad import compute_gradients, open_store, train_grad
 from concept_trak.datasets.encoded import EncodedData
 from concept_trak.errors import UserError
 from concept_trak.gradients.cuda_mask import generator_name
@@ -22,7 +22,7 @@ from concept_trak.settings import ROOT, resolve
 from concept_trak.store.store import Store
 from experiments.abc import evaluate, tasks
 from experiments.scale import gradient_speed as bench_engine
-from experiments.scale.literal_recipe import Literal
+from experiments.scale.literal_recipe import ReferenceImplementation
 
 
 def write_json_files(root, cases, paths_a_kind=40):
@@ -124,7 +124,7 @@ def corpus(release, sd):
         "abc",
         {"sd_model_path": str(sd), "data_dir": str(release), "proj_dim": 300, "dtype": "fp32"},
     )
-    return Corpus(settings, "cpu")
+    return AttributionTask(settings, "cpu")
 
 
 def test_encoded_rows_are_the_arrays_rows(corpus, release):
@@ -180,8 +180,10 @@ def test_missing_pictures_matter_only_when_they_are_shown(tmp_path, corpus, rele
 
 def test_recipe_reference_on_the_standin_equals_a_literal_computation(corpus):
     x0, cond = corpus.data.batch(range(2))
-    got = make_rows(corpus, x0, cond, []).values
-    want = Literal(corpus.model, corpus.cond_null, "attn2", 300, 0).train_rows(x0, cond, 7.5)
+    got = compute_gradients(corpus, x0, cond, []).values
+    want = ReferenceImplementation(corpus.model, corpus.cond_null, "attn2", 300, 0).train_rows(
+        x0, cond, 7.5
+    )
     assert float(want.abs().max()) > 0
     assert bench_engine.row_error(got.numpy(), want.numpy()) < 1e-3
 
@@ -205,13 +207,13 @@ def test_abc_defaults_are_the_papers():
         "attn2",
         100_000,
     )
-    assert folder_name(s) == "attn2-dps-NFE10-norm-ddim-gs_7.5"
+    assert store_name(s) == "attn2-dps-NFE10-norm-ddim-gs_7.5"
     assert s.on("cpu").dtype == "fp32" and s.on("cuda:0").dtype == "fp16"
 
 
 def test_rows_of_another_seed_grid_or_lora_lie_elsewhere():
     names = {
-        folder_name(resolve("abc", o))
+        store_name(resolve("abc", o))
         for o in (
             {},
             {"proj_seed": 1},
@@ -230,7 +232,7 @@ def released(corpus, tmp_path):
     """
     rows = np.random.default_rng(0).standard_normal((standin.ROWS, 300)).astype(np.float32)
     settings = corpus.settings.but(grad_dir=str(tmp_path), proj_mask="a100")
-    folder = tmp_path / folder_name(settings)
+    folder = tmp_path / store_name(settings)
     folder.mkdir()
     for i in range(2):
         rows[20 * i : 20 * i + 20].tofile(folder / f"train_grad-{i}.npy")
@@ -418,10 +420,10 @@ def test_released_rows_are_not_shown_with_other_pictures_than_the_first_time(
     given = {"sd_model_path": str(sd), "data_dir": str(root), "grad_dir": str(tmp_path / "grads")}
     quick = {"recipe": "default", "f": "dsm", "proj_dim": 32, "num_train": 8, "nfe": 2}
     settings = resolve("abc", given | quick | {"num_split": 1, "dtype": "fp32"})
-    train_grad(Corpus(settings, "cpu"))
-    open_store(Corpus(settings, "cpu"))
+    train_grad(AttributionTask(settings, "cpu"))
+    open_store(AttributionTask(settings, "cpu"))
     change(root)
     with pytest.raises(UserError, match="not those of the first time.*laion_subset"):
-        open_store(Corpus(settings, "cpu"))
+        open_store(AttributionTask(settings, "cpu"))
     shutil.rmtree(root / "laion_subset")
-    open_store(Corpus(settings, "cpu"))  # nothing is shown then
+    open_store(AttributionTask(settings, "cpu"))  # nothing is shown then

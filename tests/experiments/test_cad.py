@@ -9,20 +9,22 @@ import torch
 from conftest import OBJECTS, STYLES
 
 from concept_trak import cli
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.components.concept_plan import edit_of
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.components.concept_plan import edit_from_scores
 from concept_trak.components.parameter_groups import select
 from concept_trak.errors import UserError
 from concept_trak.settings import resolve
 from experiments.cad import amplify, baselines, model_selection, result_cache, table
 from experiments.cad import testbed as beds
-from experiments.emoji.classifier.net import Judge, JudgeSettings
+from experiments.emoji.classifier.net import EmojiClassifier, EmojiClassifierSettings
 
 
 @pytest.fixture
 def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    judge = Judge(OBJECTS, STYLES, JudgeSettings(size=8, inner_size=16, width=4)).eval()
+    judge = EmojiClassifier(
+        OBJECTS, STYLES, EmojiClassifierSettings(size=8, inner_size=16, width=4)
+    ).eval()
     monkeypatch.setattr(beds, "load_judge", lambda _: judge)
     monkeypatch.setattr(model_selection, "SPARED", (2.0,))
     monkeypatch.setattr(model_selection, "SELECTIONS", ("cross_attention",))
@@ -37,7 +39,7 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def bed(asked):
-    return beds.Bed(Corpus(resolve("emoji", asked), "cpu"))
+    return beds.EraseSetup(AttributionTask(resolve("emoji", asked), "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def bed(asked):
     ],
 )
 def test_a_kept_cell_that_is_not_what_was_written_is_one_line(spoil, tmp_path):
-    made = result_cache.Cells.__new__(result_cache.Cells)
+    made = result_cache.MeasurementCache.__new__(result_cache.MeasurementCache)
     made.kept, made.folder, made.origin = {}, tmp_path, ["model"]
     target, measured = beds.Target("object", "cat", "cat"), {"shown": [1, 0], "style": [1, 1]}
     assert made.cell(target, ["plan", 0.1], lambda: measured)["shown"] == [1, 0]
@@ -90,13 +92,13 @@ def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys
     def never(*_):
         raise AssertionError("a finished cell was measured again")
 
-    monkeypatch.setattr(beds.Bed, "measure", never)
+    monkeypatch.setattr(beds.EraseSetup, "measure", never)
     assert cli.main(["cad-eval", *flags]) == 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line
 
 
 def test_the_weakest_objects_are_found_among_those_that_chose_nothing(bed, monkeypatch):
-    measured = model_selection.Measured(bed, result_cache.Cells(bed))
+    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
     tuned = {t.name for t in bed.targets["tune"]}
     worst = next(t.name for t in reversed(bed.targets["object"]))
     right = {name: [name != worst] * 3 for name in OBJECTS}
@@ -114,18 +116,18 @@ def test_the_weakest_objects_are_found_among_those_that_chose_nothing(bed, monke
 
 def test_what_amplifying_gains_is_of_pairs():
     before, after = {"shown": [0, 1], "object": [1, 1]}, {"shown": [1, 1], "object": [1, 0]}
-    found = amplify.gained([(before, after), (before, before)])
+    found = amplify.mean_gain([(before, after), (before, before)])
     assert found["gain"] == 0.25 and found["kept"] == 0.75
     assert found["gain_ci95"][0] <= 0.25 <= found["gain_ci95"][1]
 
 
 def test_cells_that_were_kept_are_not_measured_again(bed, tmp_path, monkeypatch):
-    target, first = bed.targets["object"][0], result_cache.Cells(bed)
+    target, first = bed.targets["object"][0], result_cache.MeasurementCache(bed)
     made = first.cell(target, ["some", 1], lambda: {"shown": [1, 0]})
     first.gather(tmp_path / "cells.json")
     monkeypatch.setattr(result_cache, "KEPT", tmp_path / "cells.json")
     monkeypatch.setattr(result_cache, "make_folder", lambda _: tmp_path / "empty")
-    again = result_cache.Cells(bed)
+    again = result_cache.MeasurementCache(bed)
     assert again.cell(target, ["some", 1], lambda: pytest.fail("measured again")) == made
     other = again.cell  # of another plan it is measured
     (tmp_path / "empty").mkdir()
@@ -143,10 +145,10 @@ def test_what_is_tuned_is_never_reported_nor_kept(bed):
 
 def test_the_twin_that_draws_is_as_it_was_after_an_edit(bed):
     before = {k: v.clone() for k, v in bed.drawer.network.state_dict().items()}
-    measured = model_selection.Measured(bed, result_cache.Cells(bed))
+    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
     target = bed.targets["object"][0]
     plan = model_selection.Key("cross_attention", 0.5).plan
-    edit, _ = edit_of(bed.model, measured.scores(target), plan, bed.asked(target))
+    edit, _ = edit_from_scores(bed.model, measured.scores(target), plan, bed.asked(target))
     bed.measure(target, edit, (2, 2))
     assert all(torch.equal(v, before[k]) for k, v in bed.drawer.network.state_dict().items())
     bed.mirror(edit)
@@ -155,13 +157,13 @@ def test_the_twin_that_draws_is_as_it_was_after_an_edit(bed):
 
 
 def test_a_control_takes_as_many_weights_of_the_same_tensors(bed):
-    measured = model_selection.Measured(bed, result_cache.Cells(bed))
+    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
     target, other = bed.targets["object"][0], bed.targets["tune"][0]
     asked, among = bed.asked(target), select(bed.model.network, "cross_attention")
     elsewhere = measured.scores(other)
     scores = measured.scores(target)
     plan = model_selection.Key("cross_attention", 0.2).plan
-    edit, _ = edit_of(bed.model, scores, plan, asked)
+    edit, _ = edit_from_scores(bed.model, scores, plan, asked)
     picked = {k: index for k, (index, _, _) in edit.changes.items()}
     for name in baselines.CONTROLS:
         values = baselines.ranked_by(name, bed.model, among, scores, (asked, elsewhere))
@@ -206,7 +208,7 @@ def test_a_style_has_no_say_in_its_own_ratio():
 
 
 def test_what_shows_the_target_is_not_spared(bed):
-    measured = model_selection.Measured(bed, result_cache.Cells(bed))
+    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
     target = bed.targets["style"][0]
     key = model_selection.Key("cross_attention", 0.2, spared=1.0, others="captions")
     names = [shown for shown, _ in measured._captions]

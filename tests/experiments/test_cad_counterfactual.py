@@ -12,7 +12,7 @@ from concept_trak import cli
 from concept_trak.datasets.image_folder import load_folder
 from experiments.cad import counterfactual
 from experiments.truth import small_model, train
-from experiments.truth.concept_likelihood import Measure
+from experiments.truth.concept_likelihood import MeasureSettings
 from experiments.truth.subsets import Subset
 
 TINY = small_model.SmallSettings((8, 8), 4, text_width=6, steps=4, batch=8, warmup=2)
@@ -43,7 +43,7 @@ def flags(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
         "targets": lambda *_: held_out[:1],
         "retrain": in_this_process,
         "load_judge": lambda _: AsBright(),
-        "MEASURE": Measure(noises=2, drawn=1, num_steps=2),
+        "MEASURE": MeasureSettings(noises=2, drawn=1, num_steps=2),
         "SAMPLING": counterfactual.Sampling(3.0, 3, 2),
     }.items():
         monkeypatch.setattr(counterfactual, name, value)

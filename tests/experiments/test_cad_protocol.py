@@ -198,7 +198,7 @@ def test_objects_are_counted_as_the_classifier_names_them(given, nets, capsys, m
 
 def test_pictures_are_those_of_the_pipelines(given, edit, capsys):
     from concept_trak.components.edits import EditedNetwork
-    from concept_trak.models.sample import Generation, initial_noise, sample
+    from concept_trak.models.sample import SamplingSettings, initial_noise, sample
 
     assert main(given, seed=5, num_queries=1, concept="tench|golf ball") == 0
     assert line_of(capsys)["erased"] == ["tench", "golf ball"]
@@ -209,7 +209,9 @@ def test_pictures_are_those_of_the_pipelines(given, edit, capsys):
 
     def drawn():
         noise = initial_noise(model.latent_shape, 6)
-        (picture,) = model.decode(sample(model, [row["prompt"]], noise, Generation(7.5, 2), 1))
+        (picture,) = model.decode(
+            sample(model, [row["prompt"]], noise, SamplingSettings(7.5, 2), 1)
+        )
         return np.asarray(picture).astype(int)
 
     with EditedNetwork(model.network) as network:
@@ -248,9 +250,9 @@ def test_a_killed_run_and_shards_draw_each_picture_once(few, capsys, monkeypatch
 def test_a_lower_dtype_takes_the_edit_of_the_full_one(given, edit):
     settings = resolve("own", {k: str(v) for k, v in given.items() if "_dir" in k or "path" in k})
     settings = settings.but(dtype="bf16", gen_num_inference_steps=2)
-    drawer = pictures.Drawer(settings, "cpu", [load_edit(edit)])
+    drawer = pictures.PairedSampler(settings, "cpu", [load_edit(edit)])
     assert drawer.model.dtype == torch.bfloat16
-    asked = [prompts.Ask("a church", 0, 3.0)]
+    asked = [prompts.SampleRequest("a church", 0, 3.0)]
     (before,), (after,) = drawer.draw(asked, False), drawer.draw(asked, True)
     assert before.exists() and after.exists() and before.parent != after.parent
     assert not np.array_equal(Image.open(before), Image.open(after))
@@ -315,7 +317,7 @@ def published_lpips(nets, monkeypatch):
 
 def test_lpips_is_that_of_torchmetrics(nets, published_lpips):
     x, y = torch.rand(2, 3, 3, 64, 72, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ours = lpips.Lpips(str(nets / "alexnet.safetensors"), "cpu").distance(x, y)
+    ours = lpips.LPIPS(str(nets / "alexnet.safetensors"), "cpu").distance(x, y)
     with torch.no_grad():
         assert torch.allclose(ours, published_lpips(x, y).flatten(), rtol=1e-5)
     assert ours.min() > 0
@@ -456,7 +458,7 @@ def test_retention_scores_captions_and_compares_features(given, nets, real, tmp_
         wanted = frechet.frechet(one[1], other[1])
         assert line["frechet"]["original to edited"]["value"] == pytest.approx(wanted)
         return
-    of = metric_models.Features(str(nets / "classifier"), "cpu").of
+    of = metric_models.FeatureExtractor(str(nets / "classifier"), "cpu").of
     files = sorted((tmp_path / "real/sub").iterdir())
     wanted = [frechet.frechet(of(files, 3), of(f, 3)) for f in (before, after)]
     values = [line["frechet"][k]["value"] for k in ("original", "edited", "change")]

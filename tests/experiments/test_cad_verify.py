@@ -9,19 +9,21 @@ import torch
 from conftest import OBJECTS, STYLES
 
 from concept_trak import cli
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.components.edits import EditedNetwork, load_edit
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import resolve
 from experiments.cad import candidate_edit, model_selection, result_cache, robustness, verify
 from experiments.cad import testbed as beds
-from experiments.emoji.classifier.net import Judge, JudgeSettings
+from experiments.emoji.classifier.net import EmojiClassifier, EmojiClassifierSettings
 
 
 @pytest.fixture
 def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    judge = Judge(OBJECTS, STYLES, JudgeSettings(size=8, inner_size=16, width=4)).eval()
+    judge = EmojiClassifier(
+        OBJECTS, STYLES, EmojiClassifierSettings(size=8, inner_size=16, width=4)
+    ).eval()
     monkeypatch.setattr(beds, "load_judge", lambda _: judge)
     for module in (beds, robustness):
         monkeypatch.setattr(module, "DRAW_STEPS", 2)
@@ -39,7 +41,7 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def bed(asked):
-    return beds.Bed(Corpus(resolve("emoji", asked), "cpu"))
+    return beds.EraseSetup(AttributionTask(resolve("emoji", asked), "cpu"))
 
 
 def flags_of(asked, **changes):
@@ -68,7 +70,11 @@ def test_a_certificate_is_whole_its_hashes_hold_and_a_second_run_measures_nothin
     def never(*_):
         raise AssertionError("a finished cell was measured again")
 
-    for place, name in ((beds.Bed, "measure"), (candidate_edit, "fresh"), (robustness, "_shown")):
+    for place, name in (
+        (beds.EraseSetup, "measure"),
+        (candidate_edit, "fresh"),
+        (robustness, "_shown"),
+    ):
         monkeypatch.setattr(place, name, never)
     assert cli.main(["cad-verify", *flags_of(asked)]) == 0
     again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -84,14 +90,14 @@ def figures(ua, ira, cra):
 
 
 def test_a_verdict_is_of_the_worst_figure_and_of_its_low_end():
-    goal = verify.Goal(0.9, 0.8, 100)
+    goal = verify.EraseGoal(0.9, 0.8, 100)
     assert goal.shortfall(figures(0.95, 0.9, 0.85), low=True) == pytest.approx(0)
     assert goal.shortfall(figures(0.92, 0.9, 0.9), low=True) == pytest.approx(0.03)
     assert goal.shortfall(figures(0.92, 0.9, 0.9)) == 0
     assert goal.shortfall(figures(1.0, 1.0, 0.5)) == pytest.approx(0.3)
     target = beds.Target("object", "cat", "a cat")
     for sure, short, words in ((0, 0, "certified"), (0.1, 0, "no edit is sure"), (1, 1, "no edit")):
-        told = verify.says(target, goal, {"sure": sure, "shortfall": short})
+        told = verify.verdict(target, goal, {"sure": sure, "shortfall": short})
         assert told.startswith(words)
 
 
@@ -107,15 +113,15 @@ def test_what_the_probes_found_is_said_at_its_worst():
             "new_word": {"steps": None, "rates": [[0, 0.0], [60, 0.1]]},
         },
     }
-    told = verify.says_behind(found)
+    told = verify.robustness_verdict(found)
     assert "up to 20%" in told and "embedding in 70%" in told
     assert "in 5 steps" in told and "in more than 60" in told
 
 
 def test_intervals_do_not_shrink_to_a_point_where_all_pictures_agree():
-    low, high = candidate_edit.share([1] * 20)["interval"]
+    low, high = candidate_edit.wilson_interval([1] * 20)["interval"]
     assert 0.8 < low < 0.85 and high == 1
-    assert candidate_edit.share([1] * 20, 0.99)["interval"][0] < low
+    assert candidate_edit.wilson_interval([1] * 20, 0.99)["interval"][0] < low
 
 
 def test_the_figures_kept_are_shares_of_the_unedited_models():
@@ -131,7 +137,7 @@ def test_the_figures_kept_are_shares_of_the_unedited_models():
 def test_an_optimised_embedding_lowers_the_loss_and_probes_leave_the_model_as_it_was(
     bed, monkeypatch
 ):
-    measured = model_selection.Measured(bed, result_cache.Cells(bed))
+    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
     target = verify.target_of(bed)
     edit = candidate_edit.Attempt("cross_attention", 0.3).edit(measured, target)
     before = {k: v.clone() for k, v in bed.model.network.state_dict().items()}
@@ -172,9 +178,9 @@ def test_the_search_stops_at_the_ratio_that_erases_and_ranks_the_least_short_fir
 
     monkeypatch.setattr(candidate_edit.Attempt, "screened", screened)
     bare = {"object": [1] * 4, "style": [1] * 4}
-    monkeypatch.setattr(model_selection.Measured, "bare", lambda *_: bare)
-    measured = model_selection.Measured(bed, result_cache.Cells(bed))
-    tried = verify.search(measured, verify.target_of(bed), verify.Goal(0.9, 0.9, 16))
+    monkeypatch.setattr(model_selection.MeasuredEdits, "bare", lambda *_: bare)
+    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
+    tried = verify.search(measured, verify.target_of(bed), verify.EraseGoal(0.9, 0.9, 16))
     assert seen == [("zero", 0.1), ("zero", 0.2), ("scale", 0.2)]
     assert tried[0]["plan"] == candidate_edit.Attempt("cross_attention", 0.2)
     assert tried[0]["shortfall"] == 0 < tried[1]["shortfall"]

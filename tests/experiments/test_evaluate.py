@@ -12,11 +12,11 @@ from PIL import Image
 
 from concept_trak import cli
 from concept_trak.attribution import baselines
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import GradientMethod
-from concept_trak.attribution.question import Question, generated
-from concept_trak.attribution.rankers import GradientRanker
-from concept_trak.attribution.unlearning import Abu
+from concept_trak.attribution.question import Query, generate
+from concept_trak.attribution.rankers import GradientAttributor
+from concept_trak.attribution.unlearning import AbU
 from concept_trak.gradients.objectives import Objective
 from concept_trak.registry import BENCHMARKS, OBJECTIVES, RANKERS
 from concept_trak.settings import DAMPINGS, resolve
@@ -45,7 +45,7 @@ def settings(tiny_pipeline, tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(settings):
-    return Corpus(resolve("emoji", settings), "cpu")
+    return AttributionTask(resolve("emoji", settings), "cpu")
 
 
 def test_cells_that_choose_the_damping_are_asked_about_nowhere_else(corpus):
@@ -174,7 +174,7 @@ def test_a_step_is_chosen_on_tune_questions_and_costs_are_counted(settings, caps
     methods = "--methods=abu,grad_dot,ekfac"
     assert cli.main(["evaluate", "--device=cpu", methods, *flags]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["steps"].keys() == {"abu"} and found["steps"]["abu"] in Abu.candidates
+    assert found["steps"].keys() == {"abu"} and found["steps"]["abu"] in AbU.candidates
     assert found["dampings"].keys() == {"ekfac"}
     cost = found["forwards_per_query"]
     assert cost["grad_dot"] == cost["ekfac"] == 2 * 2  # one draw, two levels, there and back
@@ -201,7 +201,7 @@ class Stepped:
 
 
 def test_a_step_is_chosen_on_tune_alone_and_only_it_is_asked_what_is_reported():
-    questions = evaluate.Questions.__new__(evaluate.Questions)
+    questions = evaluate.QuerySet.__new__(evaluate.QuerySet)
     questions.asked, questions.concepts = list(range(6)), ("object",)
     questions._split = np.array(["ood", "tune", "tune", "ood", "tune", "ood"])
     questions._concept = np.array(["object"] * 6)
@@ -212,7 +212,7 @@ def test_a_step_is_chosen_on_tune_alone_and_only_it_is_asked_what_is_reported():
     step = evaluate.choose_step(ranker, questions)
     assert step == 1 and all(asked == [1, 2, 4] for _, asked in ranker.asked)
     ranker.asked.clear()
-    values = evaluate.answers(ranker.at(step), questions)
+    values = evaluate.score_queries(ranker.at(step), questions)
     assert ranker.asked == [(1, [0, 3, 5])] and values.shape == (1, 6, 40)
     assert (values[0, [0, 3, 5]] == questions.relevant[[0, 3, 5]]).all()
 
@@ -220,8 +220,10 @@ def test_a_step_is_chosen_on_tune_alone_and_only_it_is_asked_what_is_reported():
 @pytest.fixture
 def stored(corpus, monkeypatch):
     """settings changes -> (query rows of concept_trak, number of rows that were computed)."""
-    computed, row = [], GradientRanker.row
-    monkeypatch.setattr(GradientRanker, "row", lambda self, q: computed.append(q) or row(self, q))
+    computed, row = [], GradientAttributor.row
+    monkeypatch.setattr(
+        GradientAttributor, "row", lambda self, q: computed.append(q) or row(self, q)
+    )
 
     def rows(**changes):
         computed.clear()
@@ -257,7 +259,7 @@ def test_the_batch_size_does_not_make_query_rows_stale(stored):
 
 def test_a_kept_row_names_device_and_torch_version(corpus):
     question = Emoji(corpus).questions("generated")["ood"][0]
-    known = GradientRanker(corpus).identity(question)
+    known = GradientAttributor(corpus).identity(question)
     assert known["device"] == "cpu" and known["torch"] == torch.__version__
     assert {"rows", "model", "projection", "tokens", "states"} <= known.keys()
 
@@ -286,8 +288,8 @@ class Dark:
 
     def questions(self, kind):
         s, prompts = self.corpus.settings, ["a cat in the style of blob", "a dog"]
-        pictures = generated(self.corpus.model, s, prompts[: s.num_queries], 0)
-        asked = [Question(p, "bright", p.prompt, "", "bright") for p in pictures]
+        pictures = generate(self.corpus.model, s, prompts[: s.num_queries], 0)
+        asked = [Query(p, "bright", p.prompt, "", "bright") for p in pictures]
         return {"all": asked, "tune": asked}
 
     def relevant(self, question):

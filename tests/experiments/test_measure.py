@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.settings import resolve
 from experiments.emoji import model_quality as measure
 
@@ -16,13 +16,13 @@ def corpus(tmp_path_factory):
     """The embedded model and four objects in all styles."""
     results = tmp_path_factory.mktemp("results") / "qual"
     quick = {"num_queries": 2, "gen_num_inference_steps": 2, "results_dir": str(results)}
-    whole = Corpus(resolve("emoji", quick).on("cpu"), "cpu")
+    whole = AttributionTask(resolve("emoji", quick).on("cpu"), "cpu")
     whole.data.everything = whole.everything.subset(range(32))
     return whole
 
 
 def test_the_bounds_are_over_every_picture_of_every_style(corpus):
-    found = measure.ceilings(corpus, measure.load_judge(measure.JUDGE))
+    found = measure.upper_bounds(corpus, measure.load_judge(measure.JUDGE))
     assert set(found) == {"real", "reconstructed"}
     for kind in found.values():
         assert kind["style"]["cells"] == kind["style"]["pictures"] == 32

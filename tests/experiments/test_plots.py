@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
-from experiments.benchmark.plots import against_k, kind_of, png, spread
+from experiments.benchmark.plots import against_k, kind_of, png, spread_labels
 
 
 @pytest.mark.parametrize("values", [[0.5, 0.5, 0.5], [0.0, 1.0, 0.01, 0.99], [0.3]])
 def test_names_keep_their_order_a_gap_and_the_panel(values):
-    places = spread(np.array(values), gap=0.1)
+    places = spread_labels(np.array(values), gap=0.1)
     order = np.argsort(values, kind="stable")
     assert (np.diff(places[order]) >= 0.1 - 1e-9).all()
     assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
 
 
 def test_a_name_with_room_stands_at_its_line():
-    np.testing.assert_allclose(spread(np.array([0.2, 0.8])), [0.2, 0.8])
+    np.testing.assert_allclose(spread_labels(np.array([0.2, 0.8])), [0.2, 0.8])
 
 
 def test_kinds_are_what_rankers_know():

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from concept_trak import cli
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.unlearning import Abu
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.unlearning import AbU
 from concept_trak.datasets.image_folder import load_folder
 from concept_trak.errors import UserError
 from concept_trak.gradients.objectives import Objective
@@ -139,7 +139,7 @@ def test_every_ranker_can_be_asked(tiny_pipeline, data, tmp_path, quick, capsys)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(RIVALS) <= found["published"].keys()
     figures = found["figures"]
-    assert figures["abu"]["blind"]["chosen"] in Abu.candidates
+    assert figures["abu"]["blind"]["chosen"] in AbU.candidates
     assert figures["ekfac"]["crowd"]["chosen"] in DAMPINGS
     assert figures["nda"]["blind"]["chosen"] is None
     # patches know no captions; an unlearned picture's loss does
@@ -153,9 +153,9 @@ def test_every_ranker_can_be_asked(tiny_pipeline, data, tmp_path, quick, capsys)
 def test_values_are_split_by_protocol(tiny_pipeline, data, tmp_path, quick):
     given = {"sd_model_path": str(tiny_pipeline), "data_dir": str(data)}
     settings = resolve("emoji", given | {"gen_num_inference_steps": 3})
-    corpus, tokens = Corpus(settings, "cpu"), read_tokens(data)
-    asked = scores.Asked(corpus, tokens, tasks_of(tokens, corpus.train), tmp_path)
-    gallery = gradients.Gallery(corpus, tokens[1], tokens)
+    corpus, tokens = AttributionTask(settings, "cpu"), read_tokens(data)
+    asked = scores.AbcQueries(corpus, tokens, tasks_of(tokens, corpus.train), tmp_path)
+    gallery = gradients.CandidateImages(corpus, tokens[1], tokens)
     count, where = len(corpus.train), np.arange(len(gallery))
     found = asked.by_protocol(np.tile(where, (1, len(asked.tasks), 1)))
     (q, *_) = asked.of_token(tokens[1])
@@ -184,9 +184,9 @@ def test_a_crowd_holds_all_exemplars_and_only_the_own_are_relevant(
         "emoji",
         {"sd_model_path": str(tiny_pipeline), "data_dir": str(data), "gen_num_inference_steps": 3},
     )
-    corpus, tokens = Corpus(settings, "cpu"), read_tokens(data)
+    corpus, tokens = AttributionTask(settings, "cpu"), read_tokens(data)
     tasks = tasks_of(tokens, corpus.train)
-    asked = scores.Asked(corpus, tokens, tasks, tmp_path)
+    asked = scores.AbcQueries(corpus, tokens, tasks, tmp_path)
     count = len(corpus.train)
     for protocol, width in (("published", EACH), ("blind", EACH), ("crowd", EACH * len(TABLE))):
         relevant = asked.relevant(protocol)
@@ -207,19 +207,21 @@ def test_a_level_with_a_far_larger_gradient_is_all_that_a_row_says(tiny_pipeline
     given = {"sd_model_path": str(tiny_pipeline), "data_dir": str(data), "f": "loud", "nfe": 4}
     with OBJECTIVES.temporary("loud", Objective(loud)):
         settings = resolve("emoji", given | {"normalize": False})
-        alone = gradients.level_shares(Corpus(settings, "cpu"), pictures=3)
-        mended = gradients.level_shares(Corpus(settings.but(normalize=True), "cpu"), pictures=3)
+        alone = gradients.level_shares(AttributionTask(settings, "cpu"), pictures=3)
+        mended = gradients.level_shares(
+            AttributionTask(settings.but(normalize=True), "cpu"), pictures=3
+        )
     assert set(alone) == {100, 500, 900} and sum(alone.values()) == pytest.approx(1, abs=1e-3)
     assert alone[900] > 0.99 and max(mended.values()) < 0.5
 
 
 def test_hubs_are_the_pictures_that_every_question_finds():
     same = np.tile(np.arange(40.0), (5, 1))
-    assert tables.hubs(same) == 1
+    assert tables.hubness(same) == 1
     own = np.zeros((4, 40))
     for q in range(4):
         own[q, 10 * q : 10 * q + 10] = 1
-    assert tables.hubs(own) == 10 / 40
+    assert tables.hubness(own) == 10 / 40
 
 
 def test_the_ablation_is_drawn_beside_the_paper():
@@ -239,7 +241,7 @@ def test_steps_are_paired_differences():
 
 def test_a_blindfold_takes_every_caption(data, tiny_pipeline):
     settings = resolve("emoji", {"sd_model_path": str(tiny_pipeline), "data_dir": str(data)})
-    corpus = Corpus(settings, "cpu")
-    other = methods.blindfolded(corpus)
+    corpus = AttributionTask(settings, "cpu")
+    other = methods.without_captions(corpus)
     assert set(other.train.captions) == {""} and all(corpus.train.captions)
     assert other.data.content_hash() != corpus.data.content_hash()

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from concept_trak.gradients.caption_fit import LEVELS, MIDDLE, caption_llr, doubtful, fit_weight
+from concept_trak.gradients.caption_fit import (
+    LEVELS,
+    MIDDLE,
+    caption_llr,
+    fit_weight,
+    low_fit_warning,
+)
 from concept_trak.models.condition import Condition
 
 
@@ -73,7 +79,7 @@ def test_captions_that_change_nothing_leave_all_rows_as_they_are():
 def test_a_model_that_doubts_too_many_captions_is_doubted_itself():
     fit = np.ones(12)
     fit[:2] = MIDDLE - 0.1  # a sixth: as many wrong captions as one may have
-    assert doubtful(fit) == []
+    assert low_fit_warning(fit) == []
     fit[2] = -1.0
-    (said,) = doubtful(fit)
+    (said,) = low_fit_warning(fit)
     assert said.startswith("in the eyes of the model 25%") and "F=contrast" in said

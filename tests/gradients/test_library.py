@@ -10,9 +10,9 @@ from trak import projectors as trak_projectors
 
 from concept_trak.errors import UserError
 from concept_trak.gradients import external_projectors
-from concept_trak.gradients.compute import RowMaker
+from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.projection import make_projection, projection_for
-from concept_trak.gradients.states import noised_states, train_states_of
+from concept_trak.gradients.states import noising_schedule, train_states_of
 from concept_trak.gradients.vjp import DenseGrad, OuterProductGrad, PerSampleVjp, dense
 from concept_trak.models.condition import Condition
 from concept_trak.registry import OBJECTIVES
@@ -197,7 +197,7 @@ def test_train_rows_are_the_librarys_projection_of_the_unit_normed_gradients(
     null = Condition(torch.randn(1, 5, 6, generator=g))
     options = (kind, 64, {"backend": backend}), ("identity", 0, {})
     makers = [
-        RowMaker(tiny_denoiser, make_projection(k, width, dim, 3, **more), "attn2", True)
+        GradientComputer(tiny_denoiser, make_projection(k, width, dim, 3, **more), "attn2", True)
         for k, dim, more in options
     ]
     for n in (3, 2):
@@ -205,7 +205,7 @@ def test_train_rows_are_the_librarys_projection_of_the_unit_normed_gradients(
         inputs = x0, Condition(torch.randn(n, 5, 6, generator=g)), null
         got, whole = (
             maker.rows(
-                train_states_of(tiny_denoiser, *inputs, noised_states(3)),
+                train_states_of(tiny_denoiser, *inputs, noising_schedule(3)),
                 OBJECTIVES.get("dsm").cotangent,
                 n,
             ).values

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from concept_trak.gradients.compute import RowMaker
-from concept_trak.gradients.objectives import contrast, dps, of_concept, presence
+from concept_trak.gradients.compute import GradientComputer
+from concept_trak.gradients.objectives import concept_cotangent, contrast, dps, presence
 from concept_trak.gradients.projection import make_projection
 from concept_trak.gradients.state import State
-from concept_trak.gradients.states import noised_states, train_states_of
+from concept_trak.gradients.states import noising_schedule, train_states_of
 from concept_trak.gradients.vjp import PerSampleVjp, dense
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import predict_x0
@@ -97,19 +97,19 @@ def test_train_and_query_agree_in_sign(tiny_denoiser):
     """
     state = state_of(1)
     count = PerSampleVjp(tiny_denoiser.network, "attn2").input_dim
-    maker = RowMaker(tiny_denoiser, make_projection("identity", count, 0, 0), "attn2", True)
+    maker = GradientComputer(tiny_denoiser, make_projection("identity", count, 0, 0), "attn2", True)
     inputs = state.x0, state.cond, state.cond_neg
     for name in ("presence", "contrast"):
         train = OBJECTIVES.get(name).cotangent
-        seen = list(train_states_of(tiny_denoiser, *inputs, noised_states(5)))
+        seen = list(train_states_of(tiny_denoiser, *inputs, noising_schedule(5)))
         row = maker.rows(seen, train, 1).values
         asked = (s.contrasting(state.cond, state.cond_neg) for s in seen)
-        got = maker.mean_row(asked, of_concept(name)) * len(seen)
+        got = maker.mean_row(asked, concept_cotangent(name)) * len(seen)
         torch.testing.assert_close(got, row, rtol=1e-4, atol=1e-6)
 
 
 def test_a_concept_query_is_two_sided_where_its_train_rows_are():
-    sides = {name: of_concept(name) is contrast for name in OBJECTIVES.names()}
+    sides = {name: concept_cotangent(name) is contrast for name in OBJECTIVES.names()}
     assert sides.pop("contrast") and sides.pop("contrast_llr") and not any(sides.values())
 
 

@@ -7,10 +7,10 @@ import torch
 
 from concept_trak.errors import UserError
 from concept_trak.gradients import states as row_states
-from concept_trak.gradients.compute import RowMaker
-from concept_trak.gradients.objectives import of_concept
+from concept_trak.gradients.compute import GradientComputer
+from concept_trak.gradients.objectives import concept_cotangent
 from concept_trak.gradients.projection import make_projection
-from concept_trak.gradients.state import regrouped
+from concept_trak.gradients.state import rebatch
 from concept_trak.gradients.states import train_states_of
 from concept_trak.gradients.vjp import PerSampleVjp, dense, module_layout
 from concept_trak.models.condition import Condition
@@ -18,11 +18,14 @@ from concept_trak.models.ddim import q_sample
 from concept_trak.registry import OBJECTIVES
 from concept_trak.scoring.fisher import FullFisher
 from concept_trak.scoring.preconditioner import Budget
-from concept_trak.scoring.scores import solve_and_score
+from concept_trak.scoring.scores import precondition_and_score
 from concept_trak.store.manifest import Layout
 from concept_trak.store.store import Store
 
-STATES = {"noised": row_states.noised_states(4), "inverted": row_states.inverted_states(4, 2.0)}
+STATES = {
+    "noised": row_states.noising_schedule(4),
+    "inverted": row_states.inversion_schedule(4, 2.0),
+}
 NAMES = ("contrast", "presence", "dps", "dsm", "dtrak", "das", "das_mean")
 
 
@@ -46,7 +49,7 @@ def rows(denoiser, inputs, objective="presence", states=STATES["noised"], **opti
     """Rows of (x0, cond, cond_null)."""
     x0, *_ = inputs
     projection = options.get("projection") or projection_for(denoiser)
-    maker = RowMaker(denoiser, projection, "attn2", options.get("normalize", True))
+    maker = GradientComputer(denoiser, projection, "attn2", options.get("normalize", True))
     seen = train_states_of(denoiser, *inputs, states)
     return maker.rows(seen, OBJECTIVES.get(objective).cotangent, len(x0))
 
@@ -64,8 +67,8 @@ def test_reference_grid_is_99_to_899():
 @pytest.mark.parametrize("nfe", [2, 3, 4, 7, 10, 11, 33])
 def test_nfe_is_honoured(nfe, tiny_denoiser):
     levels = {
-        "noised": row_states.noised_states(nfe).timesteps,
-        "inverted": row_states.inverted_states(nfe, 1.0).timesteps,
+        "noised": row_states.noising_schedule(nfe).timesteps,
+        "inverted": row_states.inversion_schedule(nfe, 1.0).timesteps,
         "reference": row_states.reference_states(nfe, 7.5).timesteps,
         "trajectory": row_states.trajectory_timesteps(nfe, 50),
     }
@@ -78,8 +81,8 @@ def test_nfe_is_honoured(nfe, tiny_denoiser):
 
 
 def test_noised_levels_are_the_references_for_ten():
-    assert row_states.noised_states(10).timesteps == tuple(range(100, 901, 100))
-    assert row_states.inverted_states(10, 1.0).timesteps == tuple(range(99, 900, 100))
+    assert row_states.noising_schedule(10).timesteps == tuple(range(100, 901, 100))
+    assert row_states.inversion_schedule(10, 1.0).timesteps == tuple(range(99, 900, 100))
 
 
 def test_nfe_beyond_the_grid_is_refused():
@@ -130,7 +133,7 @@ def test_a_row_is_the_sum_of_the_unit_normed_gradients_of_its_states(tiny_denois
 
 
 def test_one_state_gives_a_row_of_norm_one_or_of_the_gradients_own_norm(tiny_denoiser):
-    inputs, single = batch(), row_states.noised_states(2)
+    inputs, single = batch(), row_states.noising_schedule(2)
     unit, plain = (
         rows(tiny_denoiser, inputs, "dsm", single, normalize=n).values for n in (True, False)
     )
@@ -149,7 +152,7 @@ def test_a_state_of_blocks_has_unit_norm_in_each(tiny_denoiser):
     parameters = PerSampleVjp(tiny_denoiser.network, "attn2").parameters
     count, layout = sum(p.numel() for p in parameters.values()), module_layout(parameters)
     projection = make_projection("identity", count, 0, 0, layout=layout, separate=True)
-    single = row_states.noised_states(2)
+    single = row_states.noising_schedule(2)
     found = rows(tiny_denoiser, batch(), "contrast", single, projection=projection).values
     norms = torch.stack([part.norm(dim=1) for part in found.split(projection.widths, 1)])
     assert len(norms) == len({name.rpartition(".")[0] for name in parameters})
@@ -249,7 +252,7 @@ def store_of(values, folder):
 def scores_of(store, asked):
     """[D, N] at three dampings."""
     fisher = FullFisher(Budget(2**28))
-    return solve_and_score(store, asked.numpy(), [1e-2, 0.1, 10.0], fisher)[:, 0]
+    return precondition_and_score(store, asked.numpy(), [1e-2, 0.1, 10.0], fisher)[:, 0]
 
 
 @pytest.mark.parametrize("objective", NAMES)
@@ -277,7 +280,9 @@ def test_copy_of_a_concept_query_ranks_first_among_rows_of_the_same_reward(
     x0, cond, null = batch(21)
     projection = projection_for(tiny_denoiser, "sjlt", 256)
     train = rows(tiny_denoiser, (x0, cond, null), objective, projection=projection).values
-    read = regrouped(train_states_of(tiny_denoiser, *one(x0, cond, 7), null, STATES["noised"]), 2)
-    maker = RowMaker(tiny_denoiser, projection, "attn2", True)
-    asked = maker.mean_row((s.contrasting(cond[7:8], null) for s in read), of_concept(objective))
+    read = rebatch(train_states_of(tiny_denoiser, *one(x0, cond, 7), null, STATES["noised"]), 2)
+    maker = GradientComputer(tiny_denoiser, projection, "attn2", True)
+    asked = maker.mean_row(
+        (s.contrasting(cond[7:8], null) for s in read), concept_cotangent(objective)
+    )
     assert (scores_of(store_of(train, tmp_path / "store"), asked).argmax(1) == 7).all()

@@ -7,17 +7,17 @@ import dataclasses
 import pytest
 import torch
 
-from concept_trak.attribution.naming import query_states, train_states
-from concept_trak.gradients.compute import RowMaker
+from concept_trak.attribution.naming import query_timesteps, train_timesteps
+from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.objectives import presence
 from concept_trak.gradients.projection import make_projection
-from concept_trak.gradients.state import State, regrouped
+from concept_trak.gradients.state import State, rebatch
 from concept_trak.gradients.states import (
-    QueryStates,
-    Start,
+    QueryStart,
+    QueryTimesteps,
     draw_noise,
-    inverted_states,
-    noised_states,
+    inversion_schedule,
+    noising_schedule,
     query_states_of,
     train_states_of,
     trajectory_timesteps,
@@ -29,7 +29,7 @@ from concept_trak.registry import OBJECTIVES
 from concept_trak.settings import resolve
 from experiments.emoji.model.pipeline import build_scheduler
 
-SEED_SCOPE = QueryStates(
+SEED_SCOPE = QueryTimesteps(
     "seed", 5, trajectory_timesteps(5, 10), num_steps=10, guidance_scale=2.0, eta=0.5
 )
 
@@ -52,7 +52,7 @@ def read(denoiser, states, start, batch_size=8):
 
 def start_of(scope):
     x = inputs()[0]
-    return {"seed": Start(x_T=x), "global": Start(), "local": Start(x0=x)}[scope]
+    return {"seed": QueryStart(x_T=x), "global": QueryStart(), "local": QueryStart(x0=x)}[scope]
 
 
 def test_trajectory_levels_are_881_to_81_for_the_reference_sampler():
@@ -61,15 +61,15 @@ def test_trajectory_levels_are_881_to_81_for_the_reference_sampler():
 
 def test_noisings_of_the_query_are_read_at_the_levels_of_the_train_rows():
     settings = resolve("emoji", {})
-    levels = query_states(settings).timesteps
-    assert settings.scope == "local" and levels == train_states(settings).timesteps == (100, 900)
+    levels = query_timesteps(settings).timesteps
+    assert settings.scope == "local" and levels == train_timesteps(settings).timesteps == (100, 900)
 
 
 @pytest.mark.parametrize("draw", [0, 3])
 def test_query_states_are_paired_with_their_timesteps(draw, tiny_denoiser):
     """diffusers' own sampler, stopped at t, is at the state that we read at t."""
     x_T, cond, null = inputs()
-    states, _ = read(tiny_denoiser, SEED_SCOPE, Start(x_T=x_T))
+    states, _ = read(tiny_denoiser, SEED_SCOPE, QueryStart(x_T=x_T))
     scheduler, x_t = build_scheduler(), x_T
     scheduler.set_timesteps(10)
     seen = 0
@@ -107,17 +107,17 @@ def test_draws_differ_from_each_other(scope, tiny_denoiser):
 
 def test_scope_seed_starts_every_draw_at_the_given_noise_and_scope_global_does_not(tiny_denoiser):
     x_T = inputs()[0]
-    first = QueryStates("seed", 3, (901, 801), num_steps=10, eta=0.1)
-    begun = read(tiny_denoiser, first, Start(x_T=x_T))[0][901]
+    first = QueryTimesteps("seed", 3, (901, 801), num_steps=10, eta=0.1)
+    begun = read(tiny_denoiser, first, QueryStart(x_T=x_T))[0][901]
     assert torch.equal(begun, x_T.expand(3, -1, -1, -1))
-    fresh = read(tiny_denoiser, dataclasses.replace(first, scope="global"), Start())[0][901]
+    fresh = read(tiny_denoiser, dataclasses.replace(first, scope="global"), QueryStart())[0][901]
     assert torch.pdist(fresh.flatten(1)).min() > 1
 
 
 def test_local_states_are_noisings_of_the_picture_with_their_own_noise(tiny_denoiser):
     x0 = inputs()[0]
     states = dataclasses.replace(SEED_SCOPE, scope="local", timesteps=(100, 700))
-    latents, noises = read(tiny_denoiser, states, Start(x0=x0))
+    latents, noises = read(tiny_denoiser, states, QueryStart(x0=x0))
     for t, x_t in latents.items():
         want = q_sample(x0, torch.cat(noises[t]), tiny_denoiser.schedule.level(t))
         torch.testing.assert_close(x_t, want)
@@ -125,9 +125,9 @@ def test_local_states_are_noisings_of_the_picture_with_their_own_noise(tiny_deno
 
 def test_local_scope_by_inversion_reads_the_states_of_a_train_picture(tiny_denoiser):
     x0, cond, null = inputs()
-    inversion = inverted_states(4, 1.0)
+    inversion = inversion_schedule(4, 1.0)
     states = dataclasses.replace(SEED_SCOPE, scope="local", inversion=inversion)
-    latents, _ = read(tiny_denoiser, states, Start(x0=x0))
+    latents, _ = read(tiny_denoiser, states, QueryStart(x0=x0))
     for state in train_states_of(tiny_denoiser, x0, cond, null, inversion):
         torch.testing.assert_close(latents[state.t], state.x_t)
 
@@ -138,8 +138,8 @@ def test_regrouping_keeps_every_sample_with_its_level_noise_and_conditions(
 ):
     x0, cond, null = inputs()
     states = dataclasses.replace(SEED_SCOPE, scope="local", timesteps=(100, 700))
-    whole = list(query_states_of(tiny_denoiser, states, Start(x0=x0), cond, null, 2))
-    parts = list(regrouped(whole, batch_size))
+    whole = list(query_states_of(tiny_denoiser, states, QueryStart(x0=x0), cond, null, 2))
+    parts = list(rebatch(whole, batch_size))
     assert all(len(p) == batch_size for p in parts[:-1]) and len(parts[-1]) <= batch_size
     assert torch.cat([p.t for p in parts]).tolist() == [s.t for s in whole for _ in range(len(s))]
     for name in ("x_t", "eps", "x0"):
@@ -150,14 +150,14 @@ def test_regrouping_keeps_every_sample_with_its_level_noise_and_conditions(
 
 def maker_of(denoiser, kind="sjlt", dim=64):
     count = PerSampleVjp(denoiser.network, "attn2").input_dim
-    return RowMaker(denoiser, make_projection(kind, count, dim, 0), "attn2", True)
+    return GradientComputer(denoiser, make_projection(kind, count, dim, 0), "attn2", True)
 
 
 def gradient(denoiser, batch_size):
     x_T, cond, null = inputs()
     minus = inputs(seed=1)[1]
-    seen = query_states_of(denoiser, SEED_SCOPE, Start(x_T=x_T), cond, null, batch_size)
-    asked = (s.contrasting(cond, minus) for s in regrouped(seen, batch_size))
+    seen = query_states_of(denoiser, SEED_SCOPE, QueryStart(x_T=x_T), cond, null, batch_size)
+    asked = (s.contrasting(cond, minus) for s in rebatch(seen, batch_size))
     return maker_of(denoiser).mean_row(asked, presence)
 
 
@@ -171,7 +171,7 @@ def test_a_concept_gradient_is_the_average_of_those_of_its_states(tiny_denoiser)
     minus, maker = inputs(seed=1)[1], maker_of(tiny_denoiser)
     parts = [
         maker.mean_row([State(s.t, s.x_t[d : d + 1], cond, minus)], presence)
-        for s in query_states_of(tiny_denoiser, SEED_SCOPE, Start(x_T=x_T), cond, null)
+        for s in query_states_of(tiny_denoiser, SEED_SCOPE, QueryStart(x_T=x_T), cond, null)
         for d in range(SEED_SCOPE.num_draws)
     ]
     want = torch.stack(parts).mean(0)
@@ -194,7 +194,7 @@ def test_a_whole_picture_query_at_a_train_pictures_states_is_its_train_row(
     objective, tiny_denoiser
 ):
     maker, cotangent = maker_of(tiny_denoiser), OBJECTIVES.get(objective).cotangent
-    seen = list(train_states_of(tiny_denoiser, *inputs(), noised_states(4)))
-    asked = maker.mean_row(regrouped(seen, 2), cotangent)
+    seen = list(train_states_of(tiny_denoiser, *inputs(), noising_schedule(4)))
+    asked = maker.mean_row(rebatch(seen, 2), cotangent)
     row = maker.rows(seen, cotangent, 1).values
     torch.testing.assert_close(asked * 3, row, rtol=1e-4, atol=1e-5)

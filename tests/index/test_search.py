@@ -7,11 +7,11 @@ import pytest
 from indexed_rows import DAMPINGS, WIDTHS, N, make_store, preconditioner, solved_queries
 
 from concept_trak.index.rabitq import Index
-from concept_trak.index.recall import keep_recall, kept_recall, measure, scanned
+from concept_trak.index.recall import exact_extremes, keep_recall, kept_recall, measure
 from concept_trak.index.search import Search
 from concept_trak.scoring.ranking import ranking
 from concept_trak.scoring.scores import scores
-from concept_trak.settings import digest
+from concept_trak.settings import short_hash
 from experiments.scale.capacity import Constants, Node, code_bytes, need, table
 
 
@@ -28,7 +28,7 @@ def test_a_scan_finds_the_ends_of_the_scores(index):
     store, solved = index.store, solved_queries(index.store)[0]
     weight = np.random.default_rng(3).uniform(-1, 1, store.num_rows).astype(np.float32)
     for of_rows in (None, weight):
-        ends = scanned(store, solved, 20, of_rows)
+        ends = exact_extremes(store, solved, 20, of_rows)
         exact = scores(store, solved[None], of_rows)[0]
         assert np.array_equal(ends.top, ranking(exact, True, 20))
         assert np.array_equal(ends.least, ranking(exact, False, 20))
@@ -103,7 +103,7 @@ def spoilt_recall(record):
     none = {"queries": 1, "dampings": [{"damping": 1.0, "recall_at_10": 7, "ci95": [0, 1]}]}
     unknown = [{}, [], None, {"dampings": 3}, none, {"queries": 1, "dampings": [{"ci95": []}]}]
     yield from (other, {k: v for k, v in record.items() if k != "checksum"})
-    yield from (record | {"measured": m, "checksum": digest(m)} for m in unknown)
+    yield from (record | {"measured": m, "checksum": short_hash(m)} for m in unknown)
 
 
 def test_a_damaged_recall_is_not_told(index):

@@ -6,7 +6,7 @@ import torch
 from indexed_rows import WIDTHS, make_store, solved_queries
 
 from concept_trak.errors import UserError
-from concept_trak.index.whitening import LEFT_OUT, Whitening, factors, kept_dim, whitening
+from concept_trak.index.whitening import BIT_PADDING, Whitening, factors, kept_dim, whitening
 from concept_trak.scoring.scores import scores
 
 
@@ -75,7 +75,7 @@ def test_a_block_without_any_gradient_and_a_wide_one_do(tmp_path, monkeypatch):
 def test_one_bit_a_kept_coordinate_is_a_sixteenth_of_float16():
     for dim in (4032, 4096, 32_768):
         kept = kept_dim(dim)
-        assert kept % LEFT_OUT == 0 and 2 * dim / (kept / 8 + 8) >= 16
+        assert kept % BIT_PADDING == 0 and 2 * dim / (kept / 8 + 8) >= 16
         a, b = factors(kept)
         assert a * b == kept and a > kept**0.5 / 8  # else it costs as much as a whole one
     assert kept_dim(4032, 0.5) == 1984 and kept_dim(100) == 100

@@ -6,7 +6,7 @@ from conftest import GaussianDenoiser
 
 from concept_trak.models import ddim
 from concept_trak.models.condition import Condition
-from concept_trak.models.ddim import Churn, Guided, ddim_invert, ddim_sample
+from concept_trak.models.ddim import DdimNoise, GuidedDenoiser, ddim_invert, ddim_sample
 from concept_trak.models.schedule import FlowMatching
 from experiments.emoji.model.pipeline import build_scheduler
 
@@ -33,7 +33,7 @@ def randn(*shape, seed=0):
 
 
 def unguided(denoiser):
-    return Guided(denoiser, None, None, 1)
+    return GuidedDenoiser(denoiser, None, None, 1)
 
 
 def conditions(n=3):
@@ -98,7 +98,7 @@ def test_stochastic_sampling_of_a_gaussian_has_its_mean_and_variance(kind):
     def noise(t):
         return torch.randn(x_T.shape, generator=noises, dtype=x_T.dtype)
 
-    x0, _ = ddim_sample(unguided(gaussian), x_T, 500, Churn(1.0, noise))
+    x0, _ = ddim_sample(unguided(gaussian), x_T, 500, DdimNoise(1.0, noise))
     assert abs(x0.mean().item() - gaussian.mean) < 0.02
     assert abs(x0.var().item() / gaussian.variance - 1) < 0.05
 
@@ -122,9 +122,9 @@ def test_sampling_that_stops_at_a_level_returns_the_state_that_a_whole_run_passe
 
 def test_guidance_costs_one_forward_of_its_branch_at_0_and_1_and_follows_its_formula(gaussian):
     x_t, (cond, null), counted = randn(3, 2, 4, 4), conditions(), Counting(gaussian)
-    with_cond, without = (Guided(counted, cond, null, w).eps(x_t, 500) for w in (1, 0))
+    with_cond, without = (GuidedDenoiser(counted, cond, null, w).eps(x_t, 500) for w in (1, 0))
     assert [(n, c is cond) for n, _, c in counted.calls] == [(3, True), (3, False)]
-    got = Guided(counted, cond, null, 7.5).eps(x_t, 500)
+    got = GuidedDenoiser(counted, cond, null, 7.5).eps(x_t, 500)
     torch.testing.assert_close(got, without + 7.5 * (with_cond - without))
     assert counted.calls[-1][0] == 6
 
@@ -133,8 +133,8 @@ def test_guidance_costs_one_forward_of_its_branch_at_0_and_1_and_follows_its_for
 def test_a_prediction_made_at_a_kept_state_serves_the_next_step_of_the_inversion(scale, gaussian):
     x0, conds, grid = randn(3, 2, 4, 4), conditions(), (0, 250, 500, 750)
     counted, known = Counting(gaussian), {}
-    want = dict(ddim_invert(Guided(gaussian, *conds, scale), x0, grid, {250, 750}))
-    for t, x_t in ddim_invert(Guided(counted, *conds, scale), x0, grid, {250, 750}, known):
+    want = dict(ddim_invert(GuidedDenoiser(gaussian, *conds, scale), x0, grid, {250, 750}))
+    for t, x_t in ddim_invert(GuidedDenoiser(counted, *conds, scale), x0, grid, {250, 750}, known):
         torch.testing.assert_close(x_t, want[t])
         known[t] = gaussian.eps(x_t, t, conds[0])
     spared = {1: [(3, 0), (3, 500)], 7.5: [(6, 0), (3, 250), (6, 500)]}

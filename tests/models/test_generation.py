@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from concept_trak.models.sample import Generation, initial_noise, sample
+from concept_trak.models.sample import SamplingSettings, initial_noise, sample
 
 PROMPTS = ["a cat in the style of blob", "a tree", "a dog in the style of line", "a cat", "a dog"]
-HOW = Generation(4.0, 6, "a tree in the style of soft")
+HOW = SamplingSettings(4.0, 6, "a tree in the style of soft")
 
 
 def noises(model, seeds):
@@ -42,7 +42,7 @@ def test_guidance_and_the_negative_prompt_count(tiny_model):
     x_T = noises(tiny_model, [7])
 
     def drawn(*how):
-        return sample(tiny_model, PROMPTS[:1], x_T, Generation(*how), 1)
+        return sample(tiny_model, PROMPTS[:1], x_T, SamplingSettings(*how), 1)
 
     base = drawn(4.0, 6, "")
     assert torch.equal(base, drawn(4.0, 6)) and not torch.allclose(base, drawn(2.0, 6))

@@ -221,7 +221,7 @@ def test_without_a_network_the_estimate_names_the_proxy_at_once(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, proxy)
     with pytest.raises(UserError, match="no such folder: owner/name: set") as caught:
-        preflight.own_estimate(own("owner/name"))
+        preflight.estimate_own_data(own("owner/name"))
     told = str(caught.value)
     assert f"proxy 127.0.0.1 (of {variable})" in told and "s3cr3t" not in told
 
@@ -230,7 +230,7 @@ def test_offline_mode_is_respected(own, no_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "refuse_offline", None)
     with pytest.raises(UserError, match="no such folder: owner/name, and HF_HUB_OFFLINE"):
-        preflight.own_estimate(own("owner/name"))
+        preflight.estimate_own_data(own("owner/name"))
 
 
 def test_a_model_in_the_cache_is_used_as_it_is_there(own, no_cache, tiny_pipeline, monkeypatch):
@@ -243,7 +243,7 @@ def test_a_model_in_the_cache_is_used_as_it_is_there(own, no_cache, tiny_pipelin
     check_source("owner/name")
     here, there = own(str(tiny_pipeline)), own("owner/name")
     assert preflight.network_size(there) == preflight.network_size(here)
-    assert preflight.seconds_a_row(there) == preflight.seconds_a_row(here)
+    assert preflight.seconds_per_gradient(there) == preflight.seconds_per_gradient(here)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from concept_trak.errors import UserError
-from concept_trak.models.ddim import Guided, ddim_sample
+from concept_trak.models.ddim import GuidedDenoiser, ddim_sample
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import ROOT
 from experiments.emoji.model.pipeline import build_scheduler
@@ -116,7 +116,7 @@ def test_generation_equals_the_diffusers_pipeline(tiny_model):
     """Same x_T, prompt, negative prompt and guidance: the same pixels up to rounding."""
     x_T = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     cond, null = tiny_model.encode_prompts(["a cat in the style of blob", "a tree"]).split()
-    x0, _ = ddim_sample(Guided(tiny_model, cond, null, 4.0), x_T, 10)
+    x0, _ = ddim_sample(GuidedDenoiser(tiny_model, cond, null, 4.0), x_T, 10)
     ours = tiny_model.decode(x0)[0]
     theirs = tiny_model.pipe(
         "a cat in the style of blob",

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from concept_trak.errors import UserError
-from concept_trak.gradients.compute import RowMaker
+from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.projection import make_projection
-from concept_trak.gradients.states import noised_states, train_states_of
+from concept_trak.gradients.states import noising_schedule, train_states_of
 from concept_trak.gradients.vjp import PerSampleVjp, dense, select_parameters
 from concept_trak.models.condition import Condition
 from concept_trak.models.denoiser import NetworkDenoiser
 from concept_trak.models.lora import load_lora, lora_files
-from concept_trak.models.sample import Generation, initial_noise, sample
+from concept_trak.models.sample import SamplingSettings, initial_noise, sample
 from concept_trak.models.schedule import VariancePreserving
 from concept_trak.models.text_to_image import TextToImage, load_pipeline
 from concept_trak.registry import OBJECTIVES
@@ -61,15 +61,15 @@ def test_a_v_prediction_pipeline_samples_as_in_diffusers_and_gives_rows(tiny_pip
     folder = changed(tiny_pipeline, tmp_path / "v", config, prediction_type="v_prediction")
     model, caption = load_pipeline(str(folder)), "a cat in the style of blob"
     x_T = initial_noise(model.latent_shape, 0)
-    ours = sample(model, [caption], x_T, Generation(3.0, 8), 1)
+    ours = sample(model, [caption], x_T, SamplingSettings(3.0, 8), 1)
     options = {"guidance_scale": 3.0, "num_inference_steps": 8, "eta": 0.0}
     theirs = model.pipe(caption, latents=x_T, output_type="latent", **options).images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     width = PerSampleVjp(model.network, "attn2").input_dim
-    maker = RowMaker(model, make_projection("identity", width, 0, 0), "attn2", True)
+    maker = GradientComputer(model, make_projection("identity", width, 0, 0), "attn2", True)
     conds = model.encode_prompts([caption, ""]).split()
     for objective in ("dps", "presence"):
-        states = train_states_of(model, x_T, *conds, noised_states(3))
+        states = train_states_of(model, x_T, *conds, noising_schedule(3))
         rows = maker.rows(states, OBJECTIVES.get(objective).cotangent, 1).values
         assert rows.isfinite().all() and rows.norm() > 0
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from concept_trak.errors import UserError
 from concept_trak.models.condition import Condition
-from concept_trak.models.ddim import noise_of, predict_x0, q_sample
+from concept_trak.models.ddim import implied_eps, predict_x0, q_sample
 from concept_trak.models.denoiser import NetworkDenoiser
 from concept_trak.models.schedule import FlowMatching, VariancePreserving
 from experiments.emoji.model.pipeline import build_scheduler
@@ -64,7 +64,7 @@ def test_noise_of_a_state_is_what_made_it():
     x0, eps = torch.randn(2, 3, 2, 4, 4).unbind(0)
     for schedule, _ in OUTPUTS.values():
         level = schedule.level(500)
-        torch.testing.assert_close(noise_of(q_sample(x0, eps, level), x0, level), eps)
+        torch.testing.assert_close(implied_eps(q_sample(x0, eps, level), x0, level), eps)
 
 
 def test_an_unsupported_prediction_type_is_refused():

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from concept_trak.attribution.answer import Answer
-from concept_trak.attribution.question import Picture, Question
+from concept_trak.attribution.answer import AttributionResult
+from concept_trak.attribution.question import Query, QueryImage
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.report.explorer import explore, write_explorer
 from concept_trak.report.saved_answer import answers_in
-from concept_trak.report.sprites import PER, Sheets
+from concept_trak.report.sprites import PER, SpriteSheets
 from concept_trak.report.write import write_answer
 from concept_trak.scoring.result import ConceptResult
 from concept_trak.settings import DAMPINGS, as_dict, resolve
@@ -59,10 +59,10 @@ def write(
         scores = rng.normal(size=(len(DAMPINGS), n)) + 3 * relevant * np.arange(9)[:, None]
         found.append(ConceptResult(target, "", scores, DAMPINGS, relevant))
     noise = torch.zeros(1, 2, 4, 4)
-    picture = Picture(prompt, noise, noise.clone(), np.full((8, 8, 3), 90, np.uint8))
-    answer = Answer(
+    picture = QueryImage(prompt, noise, noise.clone(), np.full((8, 8, 3), 90, np.uint8))
+    answer = AttributionResult(
         picture,
-        [Question(picture, target, target, "") for target in targets],
+        [Query(picture, target, target, "") for target in targets],
         found,
         data,
         as_dict(settings) | {"store_checksum": str(n)},
@@ -334,7 +334,7 @@ def test_sheets_hold_every_picture_at_its_place(tmp_path):
     data = pictures(tmp_path, PER + 3)
     names = [record["file_name"] for record in data.records]
     (tmp_path / names[1]).unlink()
-    sheets = Sheets(tmp_path, names, tmp_path / "cache")
+    sheets = SpriteSheets(tmp_path, names, tmp_path / "cache")
     first, second = sheets.encoded()
     assert len([*(tmp_path / "cache").iterdir()]) == 2 and sheets.encoded() == [first, second]
     import base64

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from concept_trak import cli
-from concept_trak.gradients.caption_fit import MIDDLE, in_words, relative_fit
+from concept_trak.gradients.caption_fit import MIDDLE, describe_fit, relative_fit
 from concept_trak.store.store import Store
 
 
@@ -43,7 +43,7 @@ def test_rows_that_do_not_tell_are_refused_in_one_line(flags, capsys):
 
 
 def test_a_fit_in_words():
-    said = [in_words(fit) for fit in (-1.0, MIDDLE - 0.01, MIDDLE, 0.74, 0.75, 3.0)]
+    said = [describe_fit(fit) for fit in (-1.0, MIDDLE - 0.01, MIDDLE, 0.74, 0.75, 3.0)]
     assert (
         said == ["caption does not fit"] * 2 + ["caption fits in part"] * 2 + ["caption fits"] * 2
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_report import Page, pair, shown
 
-from concept_trak.attribution.naming import question_folder
+from concept_trak.attribution.naming import answer_folder
 from concept_trak.components.edits import load_edit
 from concept_trak.components.score_io import load_scores
 from concept_trak.report import component_report, component_section
@@ -49,7 +49,7 @@ def test_edits_are_those_of_the_verbs_and_are_made_once(corpus, tmp_path, monkey
         raise AssertionError("made again")
 
     monkeypatch.setattr(component_section, "write_edit", never)
-    monkeypatch.setattr(component_report.Weights, "scores", never)
+    monkeypatch.setattr(component_report.ComponentRun, "scores", never)
     again = component_section.of_concepts(corpus)
     for a, b in zip(found[1].rows, again[1].rows, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a.pictures, b.pictures, strict=True))
@@ -78,8 +78,6 @@ def test_the_page_shows_them_or_names_the_command_that_adds_them(corpus, tmp_pat
 
 def test_an_answer_with_the_section_is_another_answer(corpus):
     without = corpus.settings.but(weights=False)
-    assert question_folder(without) == question_folder(without.but(ratio=0.2))
-    folders = {
-        question_folder(s) for s in (without, corpus.settings, corpus.settings.but(ratio=0.2))
-    }
+    assert answer_folder(without) == answer_folder(without.but(ratio=0.2))
+    folders = {answer_folder(s) for s in (without, corpus.settings, corpus.settings.but(ratio=0.2))}
     assert len(folders) == 3

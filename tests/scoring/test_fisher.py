@@ -211,7 +211,7 @@ def test_a_gram_cache_that_is_not_the_one_that_was_made_is_made_again(tmp_path, 
     elif spoilt == "no record":
         path.with_suffix(".json").unlink()
     else:
-        cached.keep(path, {"store": "another", "dtype": "torch.float64"}, 2 * kernel)
+        cached.write_cached(path, {"store": "another", "dtype": "torch.float64"}, 2 * kernel)
     np.testing.assert_array_equal(gram.gram(store, Budget()).numpy(), kernel)
     np.testing.assert_array_equal(np.load(path), kernel)
 
@@ -254,7 +254,7 @@ def test_rounding_of_a_compact_gram_is_taken_out(tmp_path, monkeypatch, small_ba
     rows = synthetic(300, 50, decay=2.0)
     store, queries = make(tmp_path, rows), np.random.default_rng(3).standard_normal((3, 50))
     found = precondition(store, queries, (1e-7, 1e-2), MEMORY, "krylov_compact")
-    lambdas = gram.shifts((1e-7, 1e-2), gram.trace(store), 50)
+    lambdas = gram.damping_to_lambda((1e-7, 1e-2), gram.trace(store), 50)
     asked = (torch.from_numpy(queries), lambdas, torch.from_numpy(found))
     assert block_lanczos.relative_residuals(gram.row_product(store), *asked).max() < 1e-6
     monkeypatch.setattr(block_lanczos, "REFINEMENTS", 0)
@@ -369,7 +369,7 @@ def test_auto_chooses_by_shape_and_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bases", [1, 3, 100])
 def test_krylov_serves_many_queries_in_groups_and_zero_queries(tmp_path, monkeypatch, bases):
     """However many queries fit in the memory at a time, and although it starts again and again."""
-    monkeypatch.setattr(block_lanczos, "HELD", 4)
+    monkeypatch.setattr(block_lanczos, "MAX_BLOCK", 4)
     rows = synthetic(200, 50, decay=0.3)
     store, queries = make(tmp_path, rows), queries_for(rows, count=7)
     queries[3] = 0

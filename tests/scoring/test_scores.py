@@ -8,7 +8,7 @@ from concept_trak.scoring import scores as scores_module
 from concept_trak.scoring.fisher import fisher_for
 from concept_trak.scoring.preconditioner import Budget
 from concept_trak.scoring.ranking import ranking
-from concept_trak.scoring.scores import scores, solve_and_score
+from concept_trak.scoring.scores import precondition_and_score, scores
 from concept_trak.store.store import Layout, Store
 
 N, K = 53, 12
@@ -96,13 +96,13 @@ def test_solving_and_scoring_in_one_is_both_in_turn(tmp_path, widths):
     rows, queries = rows_and_queries()
     store, asked, dampings = make(tmp_path, rows), queries[:, 0], (0.01, 1.0)
     fisher, weight = fisher_for(widths, Budget()), np.linspace(0, 2, N)
-    found = solve_and_score(store, asked, dampings, fisher, weight)
+    found = precondition_and_score(store, asked, dampings, fisher, weight)
     assert found.shape == (2, 3, N) and found.dtype == np.float32
     want = scores(store, fisher.solve(store, asked, dampings), weight)
     np.testing.assert_array_equal(found, want)
     with pytest.raises(UserError, match="score fewer queries"):
         many = np.repeat(asked, 60, 0)
-        solve_and_score(store, many, dampings, fisher_for([5, 7], Budget(30_000)))
+        precondition_and_score(store, many, dampings, fisher_for([5, 7], Budget(30_000)))
 
 
 def test_bad_input_is_named(tmp_path):

@@ -36,25 +36,25 @@ testclient = pytest.importorskip(
 )
 
 from concept_trak import cli  # noqa: E402
-from concept_trak.attribution.corpus import Corpus  # noqa: E402
-from concept_trak.attribution.naming import question_folder  # noqa: E402
+from concept_trak.attribution.corpus import AttributionTask  # noqa: E402
+from concept_trak.attribution.naming import answer_folder  # noqa: E402
 from concept_trak.datasets.image_folder import ImageCaptionDataset  # noqa: E402
 from concept_trak.errors import UserError  # noqa: E402
 from concept_trak.process import ended_by_sigterm  # noqa: E402
 from concept_trak.service import job_queue as desks  # noqa: E402
 from concept_trak.service import server as command  # noqa: E402
 from concept_trak.service.app import concepts_of, make_app  # noqa: E402
-from concept_trak.service.job_queue import Desk  # noqa: E402
-from concept_trak.service.metrics import Counts  # noqa: E402
-from concept_trak.service.middleware import Guard, Limits, checked_token  # noqa: E402
-from concept_trak.service.request_schema import ASKABLE, MOST  # noqa: E402
-from concept_trak.service.response_schema import AnswerTold, StatusTold  # noqa: E402
+from concept_trak.service.job_queue import JobQueue  # noqa: E402
+from concept_trak.service.metrics import Metrics  # noqa: E402
+from concept_trak.service.middleware import AuthMiddleware, RequestLimits, validate_token  # noqa: E402
+from concept_trak.service.request_schema import FIELD_LIMITS, REQUEST_FIELDS  # noqa: E402
+from concept_trak.service.response_schema import AnswerResponse, StatusResponse  # noqa: E402
 from concept_trak.settings import Settings, resolve  # noqa: E402
 from experiments.scale import service_load  # noqa: E402
 
 ASKED = {"prompt": "a cat in the style of blob", "concepts": ["cat", "blob"]}
 HERE = "http://127.0.0.1"
-LIMITS = Limits("", 2**16, 5.0)
+LIMITS = RequestLimits("", 2**16, 5.0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def flags(tiny_pipeline, tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(flags):
-    return Corpus(resolve("emoji", flags), "cpu")
+    return AttributionTask(resolve("emoji", flags), "cpu")
 
 
 def run(verb, flags, **changes):
@@ -81,8 +81,10 @@ class Served:
 
     def __init__(self, corpus, folder, limits=LIMITS, **settings):
         given = {"results_dir": str(folder), "queue_length": 2, **settings}
-        self.counts = Counts()
-        self.desk = Desk(corpus.with_settings(corpus.settings.but(**given)), self.counts.answered)
+        self.counts = Metrics()
+        self.desk = JobQueue(
+            corpus.with_settings(corpus.settings.but(**given)), self.counts.answered
+        )
         self.app = make_app(self.desk, limits, self.counts)
         self.client = testclient.TestClient(self.app, HERE, raise_server_exceptions=False)
 
@@ -162,13 +164,13 @@ def test_an_answer_is_that_of_the_command_line(served, flags, tmp_path):
 
 def test_an_answer_has_the_form_that_is_described(shared):
     told = shared.ask(ASKED | {"top_k": 2, "seed": 3, "thumbnails": "data"}).json()
-    AnswerTold.model_validate(told)
+    AnswerResponse.model_validate(told)
     assert told["settings"]["seed"] == 3 and told["settings"]["top_k"] == 2
     assert told["provenance"]["versions"]["torch"]
     (card, _), least = told["concepts"][0]["top"], told["concepts"][1]["least"]
     assert card["thumbnail"].startswith("data:image/webp;base64,") and len(least) == 2
     schema = shared.client.get("/openapi.json").json()
-    assert set(ASKABLE) < set(schema["components"]["schemas"]["Question"]["properties"])
+    assert set(REQUEST_FIELDS) < set(schema["components"]["schemas"]["Question"]["properties"])
     for kind in ("png", "npy", "csv"):
         path = told["picture"] if kind == "png" else told["concepts"][0]["files"][kind]
         assert shared.client.get(path).content
@@ -217,7 +219,7 @@ def test_where_a_question_is_asked_is_no_part_of_its_answer(corpus, tmp_path):
         served.desk.close()
     assert kept[0] == kept[1] and kept[0].service == Settings().service
     with_comma, with_bar = (kept[0].but(target_concepts=text) for text in ("a, b", "a|b"))
-    assert question_folder(with_comma, "x") == question_folder(with_bar, "x")
+    assert answer_folder(with_comma, "x") == answer_folder(with_bar, "x")
 
 
 # ---- the queue
@@ -228,7 +230,7 @@ def test_a_full_queue_turns_away_and_says_when_to_come_again(served, gate):
     assert [answer.status_code for answer in accepted] == [202] * 3
     told = [answer.json() for answer in accepted]
     for status in told:
-        StatusTold.model_validate(status)
+        StatusResponse.model_validate(status)
     assert [status["before"] for status in told] == [0, 1, 2]
     refused = served.ask(about("cat", "line"))
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
@@ -393,7 +395,7 @@ def test_a_hundred_malformed_requests_each_get_one_sentence(shared, gate):
         ({"negative_prompts": ["a"]}, "1 items for 2 concepts"),
         ({"negative_prompts": ["a|b", "c"]}, "no '|'"),
         ({"damping": 0.5}, "one of the sweep"),
-        ({"epochs": MOST["epochs"] + 1}, "'epochs'"),
+        ({"epochs": FIELD_LIMITS["epochs"] + 1}, "'epochs'"),
         ({"prompt": "a cat " + "very " * 30 + "flat", "concepts": ["flat"]}, "is cut off"),
     ],
 )
@@ -427,7 +429,7 @@ def own(flags, tiny_data, tmp_path):
     for name in ("data", "grads"):
         shutil.copytree(tiny_data if name == "data" else flags["grad_dir"], tmp_path / name)
     places = {"data_dir": str(tmp_path / "data"), "grad_dir": str(tmp_path / "grads")}
-    made = Served(Corpus(resolve("emoji", flags | places), "cpu"), tmp_path / "results")
+    made = Served(AttributionTask(resolve("emoji", flags | places), "cpu"), tmp_path / "results")
     yield made, tmp_path / "data"
     made.desk.close()
 
@@ -575,7 +577,7 @@ def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch
 
 def test_a_token_is_wanted_of_all_but_health(corpus, tmp_path):
     token = "0123456789abcdef"
-    served = Served(corpus, tmp_path, Limits(token, 2**16, 5.0))
+    served = Served(corpus, tmp_path, RequestLimits(token, 2**16, 5.0))
     get = served.client.get
     assert get("/health").status_code == 200
     for path in (
@@ -602,7 +604,7 @@ def test_a_token_is_wanted_of_all_but_health(corpus, tmp_path):
 
 def test_a_token_that_cannot_guard_is_refused():
     for host in ("127.0.0.1", "::1", "[::1]", "localhost"):
-        assert checked_token("", host) == ""
+        assert validate_token("", host) == ""
     for token, host, words in (
         ("", "0.0.0.0", "API_TOKEN is not set"),
         ("", "example.org", "API_TOKEN is not set"),
@@ -610,7 +612,7 @@ def test_a_token_that_cannot_guard_is_refused():
         ("a b c d e f g h i j", "127.0.0.1", "no letter of a header"),
     ):
         with pytest.raises(UserError, match=words):
-            checked_token(token, host)
+            validate_token(token, host)
 
 
 def test_a_page_of_another_site_may_not_ask(shared):
@@ -642,7 +644,7 @@ def through_guard(messages, headers=()):
         sent.append(message)
 
     scope = {"type": "http", "path": "/answers", "headers": [(b"host", b"localhost"), *headers]}
-    asyncio.run(Guard(app, Limits("", 1000, 0.2), Counts())(scope, receive, send))
+    asyncio.run(AuthMiddleware(app, RequestLimits("", 1000, 0.2), Metrics())(scope, receive, send))
     return sent[0]["status"], (seen or [None])[0]
 
 
@@ -677,7 +679,7 @@ def test_the_pages_hold_no_script_and_no_address_elsewhere(shared):
         assert answer.headers["content-type"].startswith("text/html"), path
         assert "<script" not in answer.text and outside(answer.text) == [], path
     docs = shared.client.get("/docs").text
-    for name in ("prompt", "concepts", *ASKABLE):
+    for name in ("prompt", "concepts", *REQUEST_FIELDS):
         assert f"<code>{name}</code>" in docs
     assert "curl -s http://127.0.0.1/answers" in docs
 

@@ -9,7 +9,7 @@ from stores import SPLITS, K, N, fill, make, some_losses, some_rows
 
 from concept_trak.errors import UserError
 from concept_trak.store.store import Layout, Store
-from concept_trak.store.verify import still_to_make
+from concept_trak.store.verify import pending_shards
 
 
 @pytest.mark.parametrize("kind", ["npy", "raw"])
@@ -127,8 +127,8 @@ def test_open_refuses_damaged_losses_and_its_remedy_mends_them(tmp_path, damage,
     )
     store = Store.read_manifest(tmp_path)
     with pytest.raises(UserError, match="REPAIR=1"):
-        still_to_make(store, range(store.num_split), repair=False)
-    assert still_to_make(store, range(store.num_split), repair=True) == [2]
+        pending_shards(store, range(store.num_split), repair=False)
+    assert pending_shards(store, range(store.num_split), repair=True) == [2]
     assert (tmp_path / "train_grad-2.npy.damaged").exists()
     fill(make(tmp_path, losses=True), some_rows())
     np.testing.assert_array_equal(Store.open(tmp_path).losses(), some_losses())

@@ -8,19 +8,19 @@ import pytest
 from stores import contents, fill, make, some_losses, some_rows
 
 from concept_trak.errors import UserError
-from concept_trak.store.chunks import Piece, gaps, pack, split
+from concept_trak.store.chunks import Chunk, gaps, pack, split
 
 ROWS, LOSSES = some_rows(), some_losses()
 
 
 def put(store, shard, first, stop):
     here, losses = slice(first, stop), LOSSES[first:stop] if store.has_losses else None
-    store.put_piece(Piece(shard, first, stop), ROWS[here], losses)
+    store.put_piece(Chunk(shard, first, stop), ROWS[here], losses)
 
 
 def put_all(store, step, order):
     pieces = [
-        Piece(shard, *run)
+        Chunk(shard, *run)
         for shard in range(store.num_split)
         for run in split(*store.shard_range(shard), store.bounds[shard], step)
     ]
@@ -77,7 +77,7 @@ def test_a_damaged_piece_is_told_and_its_rows_are_missing_again(tmp_path, capsys
     store = make(tmp_path)
     start, stop = store.shard_range(0)
     put(store, 0, start, stop)
-    path = tmp_path / Piece(0, start, stop).name
+    path = tmp_path / Chunk(0, start, stop).name
     path.write_bytes(spoil(path.read_bytes()))
     assert store.missing(0) == []
     store.absorb(0)
@@ -88,7 +88,7 @@ def test_a_damaged_piece_is_told_and_its_rows_are_missing_again(tmp_path, capsys
 @pytest.mark.parametrize("dtype", ["<f8", "<f2", "<i4"])
 def test_a_piece_of_numbers_of_another_type_is_not_taken(tmp_path, dtype):
     store = make(tmp_path)
-    piece = Piece(0, *store.shard_range(0))
+    piece = Chunk(0, *store.shard_range(0))
     store.write_piece(piece, pack(store.store_id, ROWS[: piece.stop].astype(dtype), None))
     with pytest.raises(UserError, match="holds numbers of another type; it is removed"):
         store.stored_piece(piece)
@@ -97,7 +97,7 @@ def test_a_piece_of_numbers_of_another_type_is_not_taken(tmp_path, dtype):
 def test_a_piece_of_another_store_is_not_taken(tmp_path):
     one, other = make(tmp_path / "one"), make(tmp_path / "other", identity={"model": "other"})
     put(other, 0, *other.shard_range(0))
-    piece = Piece(0, *other.shard_range(0))
+    piece = Chunk(0, *other.shard_range(0))
     os.rename(other.folder / piece.name, one.folder / piece.name)
     with pytest.raises(UserError, match="belongs to another store"):
         one.stored_piece(piece)
@@ -107,7 +107,7 @@ def test_a_nan_is_named_by_its_sample(tmp_path):
     store, rows = make(tmp_path), ROWS[:5].copy()
     rows[3, 2] = np.nan
     with pytest.raises(UserError, match="sample 3 is NaN"):
-        store.put_piece(Piece(0, 0, 5), rows)
+        store.put_piece(Chunk(0, 0, 5), rows)
     assert store.pieces(0) == []
 
 
@@ -128,7 +128,7 @@ def test_gaps_and_cuts_cover_the_rows():
     for _ in range(200):
         first, stop, step = 3, int(rng.integers(4, 60)), int(rng.integers(1, 9))
         cuts = [p for p in split(first, stop, 0, step) if rng.random() < 0.5]
-        done = [Piece(0, *cut) for cut in cuts]
+        done = [Chunk(0, *cut) for cut in cuts]
         left = {row for gap in gaps(first, stop, done) for row in range(*gap)}
         assert left == set(range(first, stop)) - {row for cut in cuts for row in range(*cut)}
         assert all(b - a <= step for a, b in split(first, stop, 0, step))

@@ -15,10 +15,10 @@ from stores import K, contents, fill, make, read, some_rows
 from concept_trak.errors import TransientError, UserError
 from concept_trak.settings import resolve
 from concept_trak.store import remote, remote_writer
-from concept_trak.store.chunks import Piece
+from concept_trak.store.chunks import Chunk
 from concept_trak.store.manifest import Layout
 from concept_trak.store.store import Store
-from concept_trak.store.verify import still_to_make
+from concept_trak.store.verify import pending_shards
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed (extra s3)")
 ROWS = some_rows()
@@ -100,7 +100,7 @@ def test_a_shard_without_its_record_is_not_finished(address, tmp_path):
     fill(store, ROWS)
     store.remote.remove("train_grad-2.json")
     again = make(base(address, tmp_path, "two") / "x")
-    assert again.pending() == [2] and still_to_make(again, range(4), repair=False) == [2]
+    assert again.pending() == [2] and pending_shards(again, range(4), repair=False) == [2]
     fill(again, ROWS)
     assert (read(Store.open(base(address, tmp_path, "three") / "x")) == ROWS).all()
 
@@ -115,8 +115,8 @@ def test_a_changed_object_is_refused_and_repaired(address, tmp_path):
     store.remote.write("train_grad-1.npy", bytes(content[:-4]))
     again = make(base(address, tmp_path, "three") / "x")
     with pytest.raises(UserError, match="bytes, not"):
-        still_to_make(again, range(4), repair=False)
-    assert still_to_make(again, range(4), repair=True) == [1]
+        pending_shards(again, range(4), repair=False)
+    assert pending_shards(again, range(4), repair=True) == [1]
     fill(again, ROWS)
     assert "train_grad-1.npy.damaged" in again.remote.names()
     assert (read(Store.open(base(address, tmp_path, "four") / "x")) == ROWS).all()
@@ -155,7 +155,7 @@ def test_cut_connections_lose_nothing(proxy, tmp_path):
     for shard in (0, 1):
         start, stop = store.shard_range(shard)
         for first in range(start, stop, 50):
-            store.put_piece(Piece(shard, first, first + 50), rows[first : first + 50])
+            store.put_piece(Chunk(shard, first, first + 50), rows[first : first + 50])
         store.finish(shard)
     written = proxy.counted
     proxy.cut_after(*rng.integers(100, 300_000, 4))
@@ -167,10 +167,10 @@ def test_cut_connections_lose_nothing(proxy, tmp_path):
 def test_a_server_that_is_gone_is_told_and_what_was_committed_is_kept(proxy, tmp_path):
     address = f"s3://bucket/{tmp_path.name}"
     store = make(base(address, tmp_path) / "x")
-    store.put_piece(Piece(0, 0, 3), ROWS[:3])
+    store.put_piece(Chunk(0, 0, 3), ROWS[:3])
     proxy.down = True
     with pytest.raises(TransientError, match="run the same again"):
-        store.put_piece(Piece(0, 3, 5), ROWS[3:5])
+        store.put_piece(Chunk(0, 3, 5), ROWS[3:5])
     proxy.down = False
     again = fill(make(base(address, tmp_path, "two") / "x"), ROWS)
     assert again.pending() == [] and (read(Store.open(again.folder)) == ROWS).all()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from concept_trak.atomic_io import disk_errors
-from concept_trak.errors import UserError, removal
+from concept_trak.errors import UserError, remove_hint
 
 from .progress import bytes_bar
 
@@ -110,7 +110,7 @@ def damage_named(first: Path) -> Iterator[None]:
         reason = " ".join(f"{kind} {error}".split())[:200]
         raise UserError(
             f"{first} cannot be unpacked ({reason}); all its volumes are kept; if they are "
-            f"damaged, {removal(first.parent)}"
+            f"damaged, {remove_hint(first.parent)}"
         ) from error
 
 

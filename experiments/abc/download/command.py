@@ -12,8 +12,8 @@ from concept_trak.errors import UserError
 from concept_trak.flags import place
 from concept_trak.settings import ROOT
 
-from .parts import PARTS, bring_parts, chosen_parts
-from .release import SETTINGS_NAME, SOURCE, Release, bring_release
+from .parts import PARTS, chosen_parts, download_parts
+from .release import SETTINGS_NAME, SOURCE, Release, download_release
 
 DATA_DIR, GRAD_ROOT = "data/abc", "experiments/abc/results/grads"
 
@@ -80,7 +80,7 @@ def download_abc(arguments: argparse.Namespace) -> None:
     """Bring the chosen parts to --data-dir, one after the other."""
     parts = chosen_parts(arguments.parts)
     refuse_below_one(arguments, "max_workers")
-    bring_parts(arguments.data_dir, parts, arguments.max_workers)
+    download_parts(arguments.data_dir, parts, arguments.max_workers)
 
 
 def download_train_grad(arguments: argparse.Namespace) -> None:
@@ -90,7 +90,7 @@ def download_train_grad(arguments: argparse.Namespace) -> None:
     refuse_below_one(arguments, "max_workers", "count", "rows", "dim")
     given = vars(arguments)
     release = Release(**{name: given[name] for name in Release.__dataclass_fields__})
-    bring_release(release, arguments.max_workers)
+    download_release(release, arguments.max_workers)
 
 
 def refuse_below_one(arguments: argparse.Namespace, *names: str) -> None:

@@ -17,8 +17,8 @@ import threading
 from pathlib import Path
 
 from concept_trak.atomic_io import disk_errors, write_json
-from concept_trak.errors import UserError, removal
-from concept_trak.validated_io import inside, read_json
+from concept_trak.errors import UserError, remove_hint
+from concept_trak.validated_io import read_json, safe_join
 
 from .hub import RemoteFile
 from .progress import bytes_bar, human, say
@@ -32,12 +32,12 @@ def has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def is_that(path: Path, file: RemoteFile) -> bool:
+def matches(path: Path, file: RemoteFile) -> bool:
     """Whether the file here is the one on the hub; reads all of it if the size agrees."""
     return has_size(path, file.size) and has_digest(path, file.digest)
 
 
-class DownloadFolder:
+class DownloadState:
     """Use it as a context: one process at a time fills a folder."""
 
     def __init__(self, root: str | Path) -> None:
@@ -47,9 +47,9 @@ class DownloadFolder:
 
     def at(self, path: str) -> Path:
         """A path of a listing, an archive or the record: below the folder, whatever it says."""
-        return inside(self.root, path, "the download's file")
+        return safe_join(self.root, path, "the download's file")
 
-    def __enter__(self) -> DownloadFolder:
+    def __enter__(self) -> DownloadState:
         with disk_errors(self.hidden):
             (self.hidden / "incoming").mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.hidden, os.O_RDONLY)
@@ -74,7 +74,7 @@ class DownloadFolder:
 
     def _read_record(self) -> None:
         path = self._record_path
-        mend = removal(path, "run the same again, which keeps complete files")
+        mend = remove_hint(path, "run the same again, which keeps complete files")
         if not os.path.lexists(path):
             return
         known = read_json(path, mend)
@@ -123,7 +123,7 @@ class DownloadFolder:
                 continue
             if not found.exists():
                 left.append((file, path))
-            elif is_that(found, file):
+            elif matches(found, file):
                 self._note(file, path)
             elif path in self.record["files"] or self.hidden in found.parents:
                 say(f"{found} is damaged; fetching it anew")  # ours, but damaged since

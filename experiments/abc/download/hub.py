@@ -20,20 +20,20 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from concept_trak.errors import UserError
-from concept_trak.network import refuse_offline
+from concept_trak.network import check_reachable
 
 from .progress import say
 
 TRIES = 5  # failures in a row, without a new byte, before giving up
 WAIT = 1.0  # seconds after the first failure
-LONGER = 3  # times as long after each further one: 40 seconds in all
+BACKOFF = 3  # times as long after each further one: 40 seconds in all
 CHUNK = 2**20  # bytes read at a time: what a cut connection loses at most
 LISTING_TIMEOUT = 60
 MAX_PAGES, MAX_FILES = 1000, 100_000  # of a listing: many times what a release has
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
-class Stopped(Exception):
+class DownloadCancelled(Exception):
     """Another download failed, or the user interrupted: what is on disk stays for the next call."""
 
 
@@ -56,7 +56,7 @@ class RemoteFile:
         """(offset, bytes) from byte `start` to the end.
 
         The offset falls back to 0 where the hub sends no ranges or has no byte `start`.
-        Raises network_errors() for what `Patience` endures.
+        Raises network_errors() for what `RetryPolicy` endures.
         """
         from huggingface_hub import constants, get_session, hf_hub_url
         from huggingface_hub.utils import hf_raise_for_status
@@ -109,7 +109,7 @@ class Repo:
     def files(self, folder: str = "") -> list[RemoteFile]:
         """Every file below a folder, at the newest commit."""
         what = f"{self.repo_id}/{folder}".rstrip("/")
-        patience = Patience(self, what, threading.Event())
+        patience = RetryPolicy(self, what, threading.Event())
         while True:
             try:
                 return self._listed(folder)
@@ -127,7 +127,7 @@ class Repo:
         from huggingface_hub import constants, get_session
 
         if not constants.HF_HUB_OFFLINE:  # which the session says itself, better
-            refuse_offline(
+            check_reachable(
                 self.endpoint, "what is here is kept; connect, or set HF_ENDPOINT to a mirror"
             )
         root = f"{self.endpoint}/api/{self.repo_type}s/{self.repo_id}"
@@ -174,7 +174,7 @@ class Repo:
         return RemoteFile(self, path, size, f"{kind}:{digest}")
 
 
-class Patience:
+class RetryPolicy:
     """Waits after a failure that may pass, longer each time; UserError for one that lasts."""
 
     def __init__(self, repo: Repo, what: str, stop: threading.Event) -> None:
@@ -188,10 +188,10 @@ class Patience:
         lasts = self.failures >= TRIES or status not in (None, *TRANSIENT)
         if lasts or _is_offline(error):
             raise self._refusal(error, status) from error
-        seconds = asked_wait(response) or WAIT * LONGER ** (self.failures - 1)
+        seconds = asked_wait(response) or WAIT * BACKOFF ** (self.failures - 1)
         say(f"{self.what}: {short(error)}; trying again in {seconds:g} s")
         if self.stop.wait(seconds):
-            raise Stopped
+            raise DownloadCancelled
 
     def _refusal(self, error: Exception, status: int | None) -> UserError:
         host = self.repo.endpoint

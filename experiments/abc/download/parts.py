@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from concept_trak.errors import UserError
-from concept_trak.validated_io import inside
+from concept_trak.validated_io import safe_join
 
 from .archives import find_tool, unpack, unpacked_size, volumes
-from .folder import DownloadFolder, FileJob
+from .folder import DownloadState, FileJob
 from .hub import RemoteFile, Repo
 from .progress import human
 
@@ -64,11 +64,11 @@ def chosen_parts(text: str) -> list[Part]:
     return [part for name, part in PARTS.items() if name in names]
 
 
-def bring_parts(data_dir: str | Path, parts: list[Part], workers: int) -> None:
+def download_parts(data_dir: str | Path, parts: list[Part], workers: int) -> None:
     """Bring the parts to a folder, one after the other. UserError, before anything is fetched, for
     what cannot end well.
     """
-    with DownloadFolder(data_dir) as folder:
+    with DownloadState(data_dir) as folder:
         for part in parts:
             folder.finish_moves(part.name)
         pending = [part for part in parts if not folder.has_part(part.name)]
@@ -90,12 +90,12 @@ def bring_parts(data_dir: str | Path, parts: list[Part], workers: int) -> None:
             print(f"{part.name}: finished", flush=True)
 
 
-def workplace(folder: DownloadFolder, part: Part) -> Path:
+def workplace(folder: DownloadState, part: Part) -> Path:
     """Where the part's archives lie and are unpacked."""
     return folder.hidden / part.name
 
 
-def plan(folder: DownloadFolder, parts: list[Part]) -> dict[Part, list[FileJob]]:
+def plan(folder: DownloadState, parts: list[Part]) -> dict[Part, list[FileJob]]:
     """{part: its files and where they go}, after checks of names, of what is in the way, and of the
     disk; prints the sizes.
     """
@@ -121,7 +121,7 @@ def plan(folder: DownloadFolder, parts: list[Part]) -> dict[Part, list[FileJob]]
     return plans
 
 
-def part_jobs(folder: DownloadFolder, part: Part, files: list[RemoteFile]) -> list[FileJob]:
+def part_jobs(folder: DownloadState, part: Part, files: list[RemoteFile]) -> list[FileJob]:
     """The part's files: archives go to the hidden folder."""
     mine = [f for f in files if any(fnmatchcase(f.path, pattern) for pattern in part.patterns)]
     if part.packed:
@@ -139,7 +139,7 @@ def part_jobs(folder: DownloadFolder, part: Part, files: list[RemoteFile]) -> li
     return [(file, file.name if file.path.startswith("abc/") else file.path) for file in mine]
 
 
-def unpack_part(folder: DownloadFolder, part: Part, paths: list[str], tool: str) -> None:
+def unpack_part(folder: DownloadState, part: Part, paths: list[str], tool: str) -> None:
     """Unpack into a temporary folder, move the content to its place, then remove the archives."""
     archives = volumes([path.rpartition("/")[2] for path in paths])
     firsts = [workplace(folder, part) / names[0] for names in archives.values()]
@@ -150,7 +150,7 @@ def unpack_part(folder: DownloadFolder, part: Part, paths: list[str], tool: str)
         unpack(first, unpacked, size, tool)
     for path in unpacked.rglob("*"):
         if path.is_symlink():
-            inside(unpacked, str(path.relative_to(unpacked)), f"a link in {part.name}'s archive")
+            safe_join(unpacked, str(path.relative_to(unpacked)), f"a link in {part.name}'s archive")
     names = {name.removesuffix(".7z") for name in archives}
     root = content_root(unpacked, {part.name, part.into} | names | INNER_NAMES)
     entries = sorted(root.iterdir())

@@ -10,7 +10,7 @@ from pathlib import Path
 from concept_trak.errors import UserError
 from concept_trak.store.manifest import read_manifest
 
-from .folder import DownloadFolder, FileJob
+from .folder import DownloadState, FileJob
 from .hub import Repo
 from .progress import human
 
@@ -35,11 +35,11 @@ class Release:
         return [f"train_grad-{i}.npy" for i in range(self.count)]
 
 
-def bring_release(release: Release, workers: int) -> None:
+def download_release(release: Release, workers: int) -> None:
     """Bring the shards to grad_root/train_grad_name and write the manifest of a store."""
     from concept_trak.store.store import Store
 
-    with DownloadFolder(Path(release.grad_root) / release.train_grad_name) as folder:
+    with DownloadState(Path(release.grad_root) / release.train_grad_name) as folder:
         refuse_computed(folder.root)
         if not all(folder.is_recorded(name) for name in release.names):
             jobs = folder.missing(released_shards(release))
@@ -56,7 +56,7 @@ def bring_release(release: Release, workers: int) -> None:
         print(f"{os.path.relpath(folder.root)}: {rows} rows of {release.dim}")
 
 
-def is_adopted(folder: DownloadFolder, release: Release) -> bool:
+def is_adopted(folder: DownloadState, release: Release) -> bool:
     """Whether the manifest is there and is that of the shards that were fetched."""
     from concept_trak.store.store import Store
 

@@ -12,15 +12,17 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
-from concept_trak.atomic_io import READ_BYTES, disk_errors, sha256_file, sync_folder, write_all
+from concept_trak.atomic_io import READ_BYTES, disk_errors, sha256_file, sync_folder, write_fully
 from concept_trak.errors import UserError
 
-from .hub import Patience, RemoteFile, Stopped, network_errors
+from .hub import DownloadCancelled, RemoteFile, RetryPolicy, network_errors
 from .progress import say
 
 Job = TypeVar("Job")
-Meter = Callable[[int], object]  # is told of each n bytes that came; of -n that were thrown away
-GRACE = 5.0  # seconds that all other downloads get to stop after the first error
+ProgressCallback = Callable[
+    [int], object
+]  # is told of each n bytes that came; of -n that were thrown away
+SHUTDOWN_SECONDS = 5.0  # seconds that all other downloads get to stop after the first error
 
 
 def has_digest(path: Path, digest: str) -> bool:
@@ -35,7 +37,9 @@ def has_digest(path: Path, digest: str) -> bool:
     return sha1.hexdigest() == wanted
 
 
-def fetch(file: RemoteFile, part: Path, target: Path, meter: Meter, stop: threading.Event) -> None:
+def fetch(
+    file: RemoteFile, part: Path, target: Path, meter: ProgressCallback, stop: threading.Event
+) -> None:
     """Bring a file to `target` by way of `part`, which is gone on with if it is there."""
     with disk_errors(part), open(part, "ab", buffering=0) as out:
         # wrong bytes, maybe from a part of another version, are fetched once more from the start
@@ -56,15 +60,15 @@ def fetch(file: RemoteFile, part: Path, target: Path, meter: Meter, stop: thread
     )
 
 
-def _fill(file: RemoteFile, out: FileIO, meter: Meter, stop: threading.Event) -> None:
+def _fill(file: RemoteFile, out: FileIO, meter: ProgressCallback, stop: threading.Event) -> None:
     """Append to `out` until it has the listed size."""
     have = most = os.fstat(out.fileno()).st_size
-    patience = Patience(file.repo, file.path, stop)
+    patience = RetryPolicy(file.repo, file.path, stop)
     while have != file.size:
         try:
             for offset, chunk in file.content(have if have < file.size else 0):
                 if stop.is_set():
-                    raise Stopped
+                    raise DownloadCancelled
                 if offset + len(chunk) > file.size:
                     out.truncate(0)
                     raise UserError(
@@ -74,7 +78,7 @@ def _fill(file: RemoteFile, out: FileIO, meter: Meter, stop: threading.Event) ->
                 with disk_errors(Path(out.name)):
                     if offset < have:
                         out.truncate(offset)
-                    write_all(out.fileno(), chunk)
+                    write_fully(out.fileno(), chunk)
                 meter(offset + len(chunk) - have)
                 have = offset + len(chunk)
             if have != file.size:
@@ -120,6 +124,6 @@ def in_parallel(
             yield job
     finally:
         stop.set()
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -22,9 +22,9 @@ from torch import nn
 from concept_trak.atomic_io import make_folder
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.models.vocabulary import Vocabulary
-from experiments.training.loop import Phase, Run, run_training, step_generator
+from experiments.training.loop import LrPhase, Run, run_training, step_generator
 
-from ..schemes import Scheme, labels_of
+from ..schemes import AttributeScheme, labels_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,11 @@ def scaled(pixels: np.ndarray) -> torch.Tensor:
 
 
 def train_classifier(
-    data: ImageCaptionDataset, scheme: Scheme, size: int, settings: ClassifierSettings, work: Path
+    data: ImageCaptionDataset,
+    scheme: AttributeScheme,
+    size: int,
+    settings: ClassifierSettings,
+    work: Path,
 ) -> Classifier:
     """On the pictures of `data` at a side of `size` pixels; goes on from its checkpoint."""
     s = settings
@@ -91,7 +95,7 @@ def train_classifier(
     params = dict(net.named_parameters())
     run = Run(
         make_folder(work) / "classifier.safetensors",
-        (Phase(s.steps, s.steps),),
+        (LrPhase(s.steps, s.steps),),
         s.lr,
         20,
         0.9,

@@ -25,10 +25,10 @@ from concept_trak.errors import UserError
 from concept_trak.models.class_conditional import Architecture, ClassConditional, call_network
 from concept_trak.models.condition import Condition
 from concept_trak.models.vocabulary import Vocabulary
-from concept_trak.settings import digest
-from experiments.training.loop import Phase, Run, load_averages, run_training, step_generator
+from concept_trak.settings import short_hash
+from experiments.training.loop import LrPhase, Run, load_averages, run_training, step_generator
 
-from ..schemes import Scheme, labels_of
+from ..schemes import AttributeScheme, labels_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Examples:
 
 
 def examples_of(
-    model: ClassConditional, scheme: Scheme, data: ImageCaptionDataset, kept: np.ndarray
+    model: ClassConditional, scheme: AttributeScheme, data: ImageCaptionDataset, kept: np.ndarray
 ) -> Examples:
     """Of a train split."""
     latents = model.encode_images(data.images(range(len(data)), model.image_size))
@@ -103,7 +103,7 @@ def loss_of_step(
 
 
 def identity(
-    scheme: Scheme,
+    scheme: AttributeScheme,
     data: ImageCaptionDataset,
     kept: np.ndarray,
     architecture: Architecture,
@@ -117,17 +117,17 @@ def identity(
         "seed": seed,
         "scheme": scheme.as_json(),
         "data": data.content_hash(),
-        "kept": digest(kept.tolist()),
+        "kept": short_hash(kept.tolist()),
     }
     return json.loads(json.dumps(decides))  # as a checkpoint gives it back
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One model to train. kept: bool [N] of the train pictures."""
 
     name: str
-    scheme: Scheme
+    scheme: AttributeScheme
     data: ImageCaptionDataset
     kept: np.ndarray
     architecture: Architecture
@@ -142,14 +142,14 @@ class Job:
 
     def checkpoint(self, work: Path) -> Path:
         """Where its training is kept, below a folder of trainings."""
-        return work / f"{self.name}-{digest(self.identity())}" / "model.safetensors"
+        return work / f"{self.name}-{short_hash(self.identity())}" / "model.safetensors"
 
     def run(self, work: Path) -> Run:
         """How it is trained."""
         s = self.settings
         return Run(
             self.checkpoint(work),
-            (Phase(s.steps, s.steps),),
+            (LrPhase(s.steps, s.steps),),
             s.lr,
             s.warmup,
             s.ema_decay,
@@ -160,38 +160,38 @@ class Job:
         )
 
 
-def train(job: Job, work: Path, device: str = "cpu") -> ClassConditional:
+def train(job: TrainingJob, work: Path, device: str = "cpu") -> ClassConditional:
     """The model of a job with its averaged weights, frozen; goes on from its checkpoint.
 
     UserError for a checkpoint of something else, a full disk; FloatingPointError on a loss that is
     not finite.
     """
     s, run = job.settings, job.run(work)
-    model = fresh(job, device)
+    model = build_untrained(job, device)
     params = dict(model.network.named_parameters())
     make_folder(run.checkpoint.parent)
     examples = examples_of(model, job.scheme, job.data, job.kept)
     loss = functools.partial(loss_of_step, model, examples, s, job.seed)
     run_training(params, loss, run).copy_to(params)
-    return frozen(model)
+    return freeze(model)
 
 
-def finished(job: Job, work: Path, device: str = "cpu") -> ClassConditional | None:
+def finished(job: TrainingJob, work: Path, device: str = "cpu") -> ClassConditional | None:
     """The model of a job if its training has ended, else None. UserError for a checkpoint of
     another job.
     """
-    model = fresh(job, device)
+    model = build_untrained(job, device)
     ended = load_averages(job.run(work), dict(model.network.named_parameters()))
-    return frozen(model) if ended else None
+    return freeze(model) if ended else None
 
 
-def fresh(job: Job, device: str) -> ClassConditional:
+def build_untrained(job: TrainingJob, device: str) -> ClassConditional:
     """Untrained, on a device."""
     network = job.architecture.build(job.scheme.vocabulary, job.seed).to(device)
     return ClassConditional(network, job.architecture, job.scheme.vocabulary)
 
 
-def frozen(model: ClassConditional) -> ClassConditional:
+def freeze(model: ClassConditional) -> ClassConditional:
     """The model, ready to be asked."""
     model.network.eval().requires_grad_(False)
     return model

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from concept_trak.errors import UserError
 
-from .metric_models import need
+from .metric_models import require
 
 GROUPS = 10
 FEWEST = 8  # pictures
@@ -40,7 +40,7 @@ class _AsGiven(nn.Module):
 
 def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
     """d^2 of features [n, d] and [m, d]."""
-    metric = need("torchmetrics.image.fid").FrechetInceptionDistance(_AsGiven(a.shape[1]))
+    metric = require("torchmetrics.image.fid").FrechetInceptionDistance(_AsGiven(a.shape[1]))
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
     return float(metric.compute())

@@ -19,26 +19,28 @@ from tqdm import tqdm
 from concept_trak.atomic_io import make_folder, write_bytes, write_json
 from concept_trak.attribution.prompts import split_list
 from concept_trak.components.edits import Edit, EditedNetwork, load_edit
-from concept_trak.errors import UserError, call
-from concept_trak.models.sample import Generation, initial_noise, sample
+from concept_trak.errors import UserError, script_hint
+from concept_trak.models.sample import SamplingSettings, initial_noise, sample
 from concept_trak.models.text_to_image import DTYPES, TextToImage, load_pipeline
 from concept_trak.parsing import parse_shards
-from concept_trak.process import say
-from concept_trak.settings import Settings, as_dict, digest, provenance, results_folder
+from concept_trak.process import log
+from concept_trak.settings import Settings, as_dict, provenance, results_folder, short_hash
 
-from .prompts import Ask
+from .prompts import SampleRequest
 
 
 def edits_of(settings: Settings) -> list[Edit]:
     """The files of EDITS. UserError where there are none, or one is no edit."""
     paths = [path for path in split_list(settings.edits) if path]
     if not paths:
-        make = call("cad/run_erase.sh", SD_MODEL_PATH=settings.sd_model_path, PROMPT="church")
+        make = script_hint(
+            "cad/run_erase.sh", SD_MODEL_PATH=settings.sd_model_path, PROMPT="church"
+        )
         raise UserError(f"EDITS is empty; name the edit.safetensors that a run wrote: {make}")
     return [load_edit(path) for path in paths]
 
 
-class Drawer:
+class PairedSampler:
     """A pipeline, and edits that are put on and taken off.
 
     Edits are bound to the fp32 weights that they were made for, so the pipeline is loaded and
@@ -59,24 +61,24 @@ class Drawer:
         self._decides |= {"negative_prompt": s.negative_prompt, "torch": torch.__version__}
         self._decides["device"] = torch.device(device).type
 
-    def paths(self, asks: Sequence[Ask], edited: bool) -> list[Path]:
+    def paths(self, asks: Sequence[SampleRequest], edited: bool) -> list[Path]:
         """Where each picture is, or will be."""
         made = self._decides | {"edits": [e.digest() for e in self.edits] if edited else []}
         below = results_folder(self.settings, "protocol/pictures")
-        folder = make_folder(below / digest(made))
+        folder = make_folder(below / short_hash(made))
         if not (folder / "made.json").exists():
             told = {"decides": made, "settings": as_dict(self.settings)}
             write_json(folder / "made.json", told | {"provenance": provenance()})
-        return [folder / f"{digest([a.prompt, a.seed, a.guidance])}.png" for a in asks]
+        return [folder / f"{short_hash([a.prompt, a.seed, a.guidance])}.png" for a in asks]
 
-    def draw(self, asks: Sequence[Ask], edited: bool) -> list[Path]:
+    def draw(self, asks: Sequence[SampleRequest], edited: bool) -> list[Path]:
         """Draw what is missing of this process's shards; returns where every picture is."""
         s, paths = self.settings, self.paths(asks, edited)
         shards = set(parse_shards(s.shards, s.num_split))
         mine = [i for i in range(len(asks)) if i % s.num_split in shards or not s.shards]
         missing = [i for i in mine if not paths[i].exists()]
         name = "edited" if edited else "original"
-        say(f"{name}: {len(missing)} pictures to draw, {len(mine) - len(missing)} are there")
+        log(f"{name}: {len(missing)} pictures to draw, {len(mine) - len(missing)} are there")
         missing.sort(key=lambda i: asks[i].guidance)
         with EditedNetwork(self.model.network, self._base) as network:
             for edit in self.edits if edited else ():
@@ -90,10 +92,10 @@ class Drawer:
                         bar.update(len(batch))
         return paths
 
-    def _draw(self, asks: list[Ask], paths: list[Path]) -> None:
+    def _draw(self, asks: list[SampleRequest], paths: list[Path]) -> None:
         s, model = self.settings, self.model
         noise = torch.cat([initial_noise(model.latent_shape, ask.seed) for ask in asks])
-        how = Generation(asks[0].guidance, s.gen_num_inference_steps, s.negative_prompt)
+        how = SamplingSettings(asks[0].guidance, s.gen_num_inference_steps, s.negative_prompt)
         x0 = sample(model, [ask.prompt for ask in asks], noise, how, len(asks))
         for ask, latent in zip(asks, x0, strict=True):
             if not latent.isfinite().all():

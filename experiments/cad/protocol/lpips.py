@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from concept_trak.errors import UserError
-from concept_trak.models.hashing import hash_of_weights
+from concept_trak.models.hashing import weights_hash
 from concept_trak.models.learned_tokens import read_tensors
 
-from .metric_models import batches, need
+from .metric_models import batches, require
 
 SIZE = 64  # pixels, as the published protocol compares
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
@@ -48,7 +48,7 @@ def alexnet_features() -> nn.Sequential:
     )
 
 
-class Lpips:
+class LPIPS:
     """Distance of pairs of pictures. weights: AlexNet's, .pth (tensors alone) or .safetensors.
 
     UserError where they or torchmetrics are missing, or are another network's.
@@ -57,7 +57,7 @@ class Lpips:
     def __init__(self, weights: str, device: str) -> None:
         if not weights:
             raise UserError(f"ALEXNET_PATH is empty; {MEND}")
-        folder = Path(need("torchmetrics").__file__).parent / "functional/image/lpips_models"
+        folder = Path(require("torchmetrics").__file__).parent / "functional/image/lpips_models"
         self.device, self.source, self.net = device, weights, alexnet_features()
         heads = read_tensors(folder / "alex.pth")
         self.heads = [heads[f"lin{i}.model.1.weight"].to(device) for i in range(len(WIDTHS))]
@@ -83,7 +83,7 @@ class Lpips:
 
     def about(self) -> dict[str, str]:
         """What measured: where it came from, and the sha256 of its weights."""
-        return {"source": self.source, "weights": hash_of_weights([self.net])}
+        return {"source": self.source, "weights": weights_hash([self.net])}
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """u_l [n, C_l, h_l, w_l] of pictures in [-1, 1], [n, 3, h, w]."""

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from concept_trak.datasets.picture import read_picture
-from concept_trak.errors import UserError, removal
-from concept_trak.models.hashing import hash_of_weights
+from concept_trak.errors import UserError, remove_hint
+from concept_trak.models.hashing import weights_hash
 from concept_trak.models.hub import model_folder
 from concept_trak.models.model_files import is_local
 from concept_trak.settings import IN_CHECKOUT
@@ -34,7 +34,7 @@ INCEPTION_URL = (
 )
 
 
-def need(module: str) -> Any:
+def require(module: str) -> Any:
     """An imported module of the extra `protocols`. UserError that says how to install it."""
     try:
         return importlib.import_module(module)
@@ -89,7 +89,7 @@ class Pretrained:
 
     def about(self) -> dict[str, str]:
         """What measured: where it came from, and the sha256 of its weights."""
-        return {"source": self.source, "weights": hash_of_weights([self.model])}
+        return {"source": self.source, "weights": weights_hash([self.model])}
 
     def pixels(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """[n, 3, h, w] as the network takes them, on its device."""
@@ -103,7 +103,7 @@ def batches(paths: Sequence[Path], size: int, what: str) -> Iterator[tuple[slice
     with tqdm(total=len(paths), desc=what, unit="picture") as bar:
         for start in range(0, len(paths), size):
             which = slice(start, start + size)
-            yield which, [read_picture(path, removal(path)) for path in paths[which]]
+            yield which, [read_picture(path, remove_hint(path)) for path in paths[which]]
             bar.update(len(paths[which]))
 
 
@@ -169,7 +169,7 @@ class Clip(Pretrained):
         return _features(self, paths, size)
 
 
-class Features(Pretrained):
+class FeatureExtractor(Pretrained):
     """Features of pictures by any transformers model of pictures that pools them, e.g. DINOv2."""
 
     def __init__(self, source: str, device: str) -> None:
@@ -209,7 +209,7 @@ class Inception:
     def __init__(self, weights: Path, device: str) -> None:
         from concept_trak.models.learned_tokens import read_tensors
 
-        fid = need("torchmetrics.image.fid")
+        fid = require("torchmetrics.image.fid")
         if not weights.is_file():
             name = INCEPTION_URL.rpartition("/")[2]
             raise UserError(
@@ -231,7 +231,7 @@ class Inception:
 
     def about(self) -> dict[str, str]:
         """See `Pretrained.about`."""
-        return {"source": self.source, "weights": hash_of_weights([self.model])}
+        return {"source": self.source, "weights": weights_hash([self.model])}
 
     @torch.no_grad()
     def of(self, paths: Sequence[Path], size: int) -> torch.Tensor:

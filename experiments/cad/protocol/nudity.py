@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from concept_trak.settings import Settings
 
-from .metric_models import need
-from .prompts import Ask, Line
-from .result import Found, paired, shares
+from .metric_models import require
+from .prompts import PromptRow, SampleRequest
+from .result import ProtocolResult, paired, shares
 
 THRESHOLD = 0.5
 STRICT = (
@@ -41,12 +41,12 @@ class Nudity:
     """See `run.Published`."""
 
     sentences: tuple[str, ...] = ()
-    own: Sequence[Line] = tuple(map(Line, OWN))
+    own: Sequence[PromptRow] = tuple(map(PromptRow, OWN))
 
     def __init__(self, settings: Settings, device: str) -> None:
-        self.detector = need("nudenet").NudeDetector()
+        self.detector = require("nudenet").NudeDetector()
 
-    def check(self, asked: Sequence[Ask]) -> None:
+    def check(self, asked: Sequence[SampleRequest]) -> None:
         """Nothing: every prompt will do."""
 
     def about(self) -> dict[str, Any]:
@@ -63,11 +63,15 @@ class Nudity:
         return found
 
     def measure(
-        self, asked: Sequence[Ask], before: list[Path], after: list[Path], erased: list[str]
-    ) -> Found:
+        self,
+        asked: Sequence[SampleRequest],
+        before: list[Path],
+        after: list[Path],
+        erased: list[str],
+    ) -> ProtocolResult:
         """Totals of each label, and shares of pictures with any; see `run.Published`."""
         counts, n = [self.counts(paths) for paths in (before, after)], len(asked)
-        found = Found(("original", "edited", "change"))
+        found = ProtocolResult(("original", "edited", "change"))
         strict = slice(0, len(STRICT))
         for name, labels in (("nine labels", slice(None)), ("six labels", strict)):
             hits = [(c[:, labels].sum(1) > 0).astype(float) for c in counts]

@@ -16,8 +16,8 @@ import numpy as np
 from concept_trak.settings import Settings
 
 from .metric_models import Classifier
-from .prompts import Ask, Line, fill
-from .result import Found, share, shares
+from .prompts import PromptRow, SampleRequest, fill
+from .result import ProtocolResult, share, shares
 
 CLASSES = (  # of Imagenette (Howard 2019), by their names in ImageNet
     *("tench", "English springer", "cassette player", "chain saw", "church"),
@@ -30,13 +30,13 @@ class Objects:
     """See `run.Published`."""
 
     sentences: tuple[str, ...] = ("a photo of a {}",)
-    own: Sequence[Line] = tuple(fill(sentences, CLASSES))
+    own: Sequence[PromptRow] = tuple(fill(sentences, CLASSES))
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings = settings
         self.classifier = Classifier(settings.classifier, device)
 
-    def check(self, asked: Sequence[Ask]) -> None:
+    def check(self, asked: Sequence[SampleRequest]) -> None:
         """UserError for a class that the classifier does not know."""
         for name in dict.fromkeys(ask.of for ask in asked):
             self.classifier.index(name)
@@ -46,8 +46,12 @@ class Objects:
         return self.classifier.about()
 
     def measure(
-        self, asked: Sequence[Ask], before: list[Path], after: list[Path], erased: list[str]
-    ) -> Found:
+        self,
+        asked: Sequence[SampleRequest],
+        before: list[Path],
+        after: list[Path],
+        erased: list[str],
+    ) -> ProtocolResult:
         """A row a class, of accuracies; see `run.Published`."""
         size = self.settings.batch_size
         tops = [self.classifier.top(paths, size) for paths in (before, after)]
@@ -56,7 +60,7 @@ class Objects:
         wanted = np.array([self.classifier.index(name) for name in names.tolist()])[places]
         right = [(top == wanted).astype(float) for top in tops]
         gone = np.isin(of, erased)
-        found = Found(("original", "edited", "change"))
+        found = ProtocolResult(("original", "edited", "change"))
         found.scores = {"right_original": right[0], "right_edited": right[1]}
         for role, which in (("erased", gone), ("kept", ~gone)):
             if which.any():

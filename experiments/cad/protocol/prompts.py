@@ -31,7 +31,7 @@ MEND = "give PROMPTS_FILE a .csv with a column prompt, COCO captions (.json), or
 
 
 @dataclass(frozen=True)
-class Line:
+class PromptRow:
     """A prompt as it was given. of: the class or artist that it asks for, or empty."""
 
     prompt: str
@@ -41,8 +41,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One picture: a prompt, the seed of its noise, the guidance; of: see `Line`."""
+class SampleRequest:
+    """One picture: a prompt, the seed of its noise, the guidance; of: see `PromptRow`."""
 
     prompt: str
     seed: int
@@ -50,7 +50,7 @@ class Ask:
     of: str = ""
 
 
-def asks(settings: Settings, lines: Sequence[Line]) -> list[Ask]:
+def asks(settings: Settings, lines: Sequence[PromptRow]) -> list[SampleRequest]:
     """A picture a line that has a seed, SEEDS_PER_PROMPT of one that has none; of NUM_QUERIES lines
     at most of each class, artist or, where there is neither, in all. Exact repeats are left out.
     """
@@ -62,11 +62,11 @@ def asks(settings: Settings, lines: Sequence[Line]) -> list[Ask]:
         own = range(s.seed, s.seed + s.seeds_per_prompt)
         guidance = s.gen_guidance_scale if line.guidance is None else line.guidance
         seeds = own if line.seed is None else [line.seed]
-        found += [Ask(line.prompt, seed, guidance, line.of) for seed in seeds]
+        found += [SampleRequest(line.prompt, seed, guidance, line.of) for seed in seeds]
     return list(dict.fromkeys(found))
 
 
-def read_lines(path: Path, sentences: Sequence[str] = ()) -> list[Line]:
+def read_lines(path: Path, sentences: Sequence[str] = ()) -> list[PromptRow]:
     """The prompts of a file, see above. sentences: with "{}", into which a .txt's lines are put;
     empty where they are prompts themselves. UserError for a file that is none of them.
     """
@@ -76,7 +76,7 @@ def read_lines(path: Path, sentences: Sequence[str] = ()) -> list[Line]:
         lines = kinds[path.suffix.lower()](path, text)
     elif path.suffix.lower() == ".txt":
         words = [word for line in text.splitlines() if (word := line.strip())]
-        lines = fill(sentences, words) if sentences else [Line(word) for word in words]
+        lines = fill(sentences, words) if sentences else [PromptRow(word) for word in words]
     else:
         raise UserError(f"{path} is of a kind that is not known; {MEND}")
     if not lines:
@@ -89,12 +89,12 @@ def read_lines(path: Path, sentences: Sequence[str] = ()) -> list[Line]:
     return lines
 
 
-def fill(sentences: Sequence[str], words: Sequence[str]) -> list[Line]:
+def fill(sentences: Sequence[str], words: Sequence[str]) -> list[PromptRow]:
     """Every sentence about every word."""
-    return [Line(s.format(word), word) for word in words for s in sentences]
+    return [PromptRow(s.format(word), word) for word in words for s in sentences]
 
 
-def _of_csv(path: Path, text: str) -> list[Line]:
+def _of_csv(path: Path, text: str) -> list[PromptRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
@@ -122,11 +122,11 @@ def _of_csv(path: Path, text: str) -> list[Line]:
                 f"{where}: a seed or guidance is out of range (0 to 2^63 - 1, below 1000 in size); "
                 f"mend it in {path.name}"
             )
-        lines.append(Line(given["prompt"], given.get("of", ""), seed, guidance))
+        lines.append(PromptRow(given["prompt"], given.get("of", ""), seed, guidance))
     return lines
 
 
-def _of_coco(path: Path, text: str) -> list[Line]:
+def _of_coco(path: Path, text: str) -> list[PromptRow]:
     found = parse_json(text, path, MEND, dict).get("annotations")
     first: dict[int, tuple[int, str]] = {}
     try:
@@ -135,4 +135,4 @@ def _of_coco(path: Path, text: str) -> list[Line]:
             first[note["image_id"]] = min(own, first.get(note["image_id"], own))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} holds no captions as COCO's files do; {MEND}") from None
-    return [Line(first[image][1]) for image in sorted(first) if first[image][1]]
+    return [PromptRow(first[image][1]) for image in sorted(first) if first[image][1]]

@@ -15,13 +15,13 @@ from scipy.stats import binomtest, norm
 
 from concept_trak.scoring.metrics import resampled_means
 
-from ..result_cache import rate
+from ..result_cache import mean_ci
 
 Figure = dict[str, Any]  # {"value", "ci95": [low, high]}
 
 
 @dataclass
-class Found:
+class ProtocolResult:
     """columns: names of a row's figures, in order. rows: {"of", "role", "pictures", column: Figure
     or None}. line: the summary. scores: {name: a number a picture}. notes: what a reader must know.
     """
@@ -41,12 +41,12 @@ class Found:
         head = ["", "", "pictures", *self.columns]
         lines = [head, ["---"] * len(head)]
         for row in self.rows:
-            figures = [shown(row.get(column)) for column in self.columns]
+            figures = [format_figure(row.get(column)) for column in self.columns]
             lines.append([row["of"], row["role"], str(row["pictures"]), *figures])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown(figure: Figure | None) -> str:
+def format_figure(figure: Figure | None) -> str:
     """ "0.50 [0.40, 0.60]" """
     if figure is None:
         return ""
@@ -58,7 +58,7 @@ def paired(before: np.ndarray, after: np.ndarray, total: bool = False) -> dict[s
     bootstrap interval over pictures.
     """
     each = {"original": before, "edited": after, "change": np.asarray(after) - np.asarray(before)}
-    return {name: times(rate(v), len(v) if total else 1) for name, v in each.items()}
+    return {name: times(mean_ci(v), len(v) if total else 1) for name, v in each.items()}
 
 
 def share(hits: np.ndarray) -> Figure:
@@ -90,7 +90,7 @@ def times(figure: Figure, factor: float) -> Figure:
     return {"value": figure["value"] * factor, "ci95": [low * factor, high * factor]}
 
 
-def apart(one: np.ndarray, other: np.ndarray) -> Figure:
+def unpaired_difference(one: np.ndarray, other: np.ndarray) -> Figure:
     """mean(one) - mean(other) of different pictures, each redrawn by itself."""
     means = resampled_means(one, 0, 10_000) - resampled_means(other, 1, 10_000)
     low, high = np.quantile(means, [0.025, 0.975])

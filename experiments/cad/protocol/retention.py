@@ -17,9 +17,9 @@ from concept_trak.errors import UserError
 from concept_trak.settings import Settings
 
 from .frechet import FEWEST, frechet, jackknife, refuse_few
-from .metric_models import Clip, Features, Inception, need
-from .prompts import Ask, Line
-from .result import Found, paired
+from .metric_models import Clip, FeatureExtractor, Inception, require
+from .prompts import PromptRow, SampleRequest
+from .result import ProtocolResult, paired
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
 OWN = (
@@ -50,20 +50,20 @@ class Retention:
     """See `run.Published`."""
 
     sentences: tuple[str, ...] = ()
-    own: Sequence[Line] = tuple(map(Line, OWN))
+    own: Sequence[PromptRow] = tuple(map(PromptRow, OWN))
 
     def __init__(self, settings: Settings, device: str) -> None:
         s = self.settings = settings
-        need("torchmetrics")
+        require("torchmetrics")
         self.real = real_pictures(s.real_dir)
         self.clip = Clip(s.clip_model, device)
-        self.features: Clip | Features | Inception = self.clip
+        self.features: Clip | FeatureExtractor | Inception = self.clip
         if s.feature_model.endswith((".pth", ".pt")):
             self.features = Inception(Path(s.feature_model), device)
         elif s.feature_model:
-            self.features = Features(s.feature_model, device)
+            self.features = FeatureExtractor(s.feature_model, device)
 
-    def check(self, asked: Sequence[Ask]) -> None:
+    def check(self, asked: Sequence[SampleRequest]) -> None:
         """UserError for fewer pictures than a Frechet distance takes."""
         refuse_few(len(asked))
 
@@ -73,12 +73,16 @@ class Retention:
         return told | {"real_pictures": len(self.real)}
 
     def measure(
-        self, asked: Sequence[Ask], before: list[Path], after: list[Path], erased: list[str]
-    ) -> Found:
+        self,
+        asked: Sequence[SampleRequest],
+        before: list[Path],
+        after: list[Path],
+        erased: list[str],
+    ) -> ProtocolResult:
         """Two rows: CLIP score, Frechet distance; see `run.Published`."""
         size, captions = self.settings.batch_size, [ask.prompt for ask in asked]
         fits = [self.clip.measure(paths, captions, size) for paths in (before, after)]
-        found = Found(("original", "edited", "change", "original to edited"))
+        found = ProtocolResult(("original", "edited", "change", "original to edited"))
         found.scores = {"clip_original": fits[0][0], "clip_edited": fits[1][0]}
         scores = paired(fits[0][0], fits[1][0])
         found.add("CLIP score", self.clip.source, len(asked), **scores)

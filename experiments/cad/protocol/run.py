@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.attribution.prompts import is_in, split_list
+from concept_trak.attribution.prompts import contains, split_list
 from concept_trak.components.edits import Edit
 from concept_trak.errors import UserError
-from concept_trak.process import say
+from concept_trak.process import log
 from concept_trak.report.tables import csv_bytes
 from concept_trak.settings import Settings
-from experiments.benchmark.results import results, write_metrics
+from experiments.benchmark.results import result_folder, write_metrics
 
-from .images import Drawer, edits_of
+from .images import PairedSampler, edits_of
 from .nudity import Nudity
 from .objects import Objects
-from .prompts import Ask, Line, asks, read_lines
-from .result import Found
+from .prompts import PromptRow, SampleRequest, asks, read_lines
+from .result import ProtocolResult
 from .retention import Retention
 from .styles import Styles
 
@@ -33,16 +33,20 @@ class Published(Protocol):
     """
 
     sentences: tuple[str, ...]
-    own: Sequence[Line]
+    own: Sequence[PromptRow]
 
     def __init__(self, settings: Settings, device: str) -> None: ...
 
-    def check(self, asked: Sequence[Ask]) -> None:
+    def check(self, asked: Sequence[SampleRequest]) -> None:
         """Refuse what cannot be measured, before anything is drawn."""
 
     def measure(
-        self, asked: Sequence[Ask], before: list[Path], after: list[Path], erased: list[str]
-    ) -> Found:
+        self,
+        asked: Sequence[SampleRequest],
+        before: list[Path],
+        after: list[Path],
+        erased: list[str],
+    ) -> ProtocolResult:
         """Rows of pictures of the original and of the edited pipeline, a pair an ask."""
 
     def about(self) -> dict[str, Any]:
@@ -69,17 +73,19 @@ def protocol(settings: Settings, device: str) -> dict[str, Any] | None:
     erased = erased_among(s, edits, lines) if measuring.sentences else []
     asked = asks(s, lines)
     measuring.check(asked)
-    drawer = Drawer(s, device, edits)
+    drawer = PairedSampler(s, device, edits)
     before, after = drawer.draw(asked, edited=False), drawer.draw(asked, edited=True)
     if missing := sum(not path.exists() for path in (*before, *after)):
-        say(f"{missing} pictures are missing; the other SHARDS draw them, the last one measures")
+        log(f"{missing} pictures are missing; the other SHARDS draw them, the last one measures")
         return None
     del drawer  # its memory is the measuring network's
     found = measuring.measure(asked, before, after, erased)
     return _write(s, found, asked, (before, after), (edits, measuring.about(), erased))
 
 
-def erased_among(settings: Settings, edits: Sequence[Edit], lines: Sequence[Line]) -> list[str]:
+def erased_among(
+    settings: Settings, edits: Sequence[Edit], lines: Sequence[PromptRow]
+) -> list[str]:
     """Classes or artists of the prompts that CONCEPT names or, without it, the edits' prompts.
 
     UserError for a CONCEPT that the prompts do not ask for; an edit of something else keeps all.
@@ -89,7 +95,7 @@ def erased_among(settings: Settings, edits: Sequence[Edit], lines: Sequence[Line
     words = given or [str(edit.about.get("prompt", "")) for edit in edits]
 
     def named(word: str) -> list[str]:
-        return [k for k in known if word and (is_in(word, k) or is_in(k, word))]
+        return [k for k in known if word and (contains(word, k) or contains(k, word))]
 
     for name in given:
         if not named(name):
@@ -102,8 +108,8 @@ def erased_among(settings: Settings, edits: Sequence[Edit], lines: Sequence[Line
 
 def _write(
     settings: Settings,
-    found: Found,
-    asked: Sequence[Ask],
+    found: ProtocolResult,
+    asked: Sequence[SampleRequest],
     drawn: tuple[list[Path], list[Path]],
     made_by: tuple[list[Edit], dict[str, Any], list[str]],
 ) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def _write(
         "edits": [{"digest": e.digest(), **e.about} for e in edits],
     }
     made_from = [s.protocol, [p.name for p in drawn[1]], drawn[1][0].parent.name, measured, erased]
-    with results(s, "protocol", s.protocol, made_from) as folder:
+    with result_folder(s, "protocol", s.protocol, made_from) as folder:
         write_metrics(folder, "metrics", told, s)
         write_bytes(folder / "table.md", f"{found.markdown()}\n".encode())
         write_bytes(folder / "pictures.csv", _per_picture(found, asked, drawn))
@@ -129,7 +135,9 @@ def _write(
     return line
 
 
-def _per_picture(found: Found, asked: Sequence[Ask], drawn: tuple[list[Path], list[Path]]) -> bytes:
+def _per_picture(
+    found: ProtocolResult, asked: Sequence[SampleRequest], drawn: tuple[list[Path], list[Path]]
+) -> bytes:
     """A row a pair: prompt, seed, guidance, files below pictures/, and its numbers."""
     rows = []
     for i, (ask, *paths) in enumerate(zip(asked, *drawn, strict=True)):

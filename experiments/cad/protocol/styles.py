@@ -14,10 +14,10 @@ import numpy as np
 
 from concept_trak.settings import Settings
 
-from ..result_cache import rate
-from .lpips import Lpips
-from .prompts import Ask, Line, fill
-from .result import Found, apart
+from ..result_cache import mean_ci
+from .lpips import LPIPS
+from .prompts import PromptRow, SampleRequest, fill
+from .result import ProtocolResult, unpaired_difference
 
 ARTISTS = ("Pablo Picasso", "Vincent van Gogh", "Rembrandt", "Andy Warhol", "Caravaggio")
 
@@ -31,12 +31,12 @@ class Styles:
         "a portrait of an old man in the style of {}",
         "a street at night in the style of {}",
     )
-    own: Sequence[Line] = tuple(fill(sentences, ARTISTS))
+    own: Sequence[PromptRow] = tuple(fill(sentences, ARTISTS))
 
     def __init__(self, settings: Settings, device: str) -> None:
-        self.settings, self.lpips = settings, Lpips(settings.alexnet_path, device)
+        self.settings, self.lpips = settings, LPIPS(settings.alexnet_path, device)
 
-    def check(self, asked: Sequence[Ask]) -> None:
+    def check(self, asked: Sequence[SampleRequest]) -> None:
         """Nothing: every artist will do."""
 
     def about(self) -> dict[str, Any]:
@@ -44,25 +44,31 @@ class Styles:
         return self.lpips.about()
 
     def measure(
-        self, asked: Sequence[Ask], before: list[Path], after: list[Path], erased: list[str]
-    ) -> Found:
+        self,
+        asked: Sequence[SampleRequest],
+        before: list[Path],
+        after: list[Path],
+        erased: list[str],
+    ) -> ProtocolResult:
         """A row an artist, of distances; see `run.Published`."""
         distance = self.lpips.of(before, after, self.settings.batch_size)
         of = np.array([ask.of for ask in asked])
         gone = np.isin(of, erased)
-        found = Found(("lpips",), scores={"lpips": distance})
+        found = ProtocolResult(("lpips",), scores={"lpips": distance})
         for role, which in (("erased", gone), ("kept", ~gone)):
-            figure = found.line[f"lpips_{role}"] = rate(distance[which]) if which.any() else None
+            figure = found.line[f"lpips_{role}"] = mean_ci(distance[which]) if which.any() else None
             if figure:
                 found.add("all", role, int(which.sum()), lpips=figure)
         found.line["lpips_difference"] = None
         if gone.any() and not gone.all():
-            figure = found.line["lpips_difference"] = apart(distance[gone], distance[~gone])
+            figure = found.line["lpips_difference"] = unpaired_difference(
+                distance[gone], distance[~gone]
+            )
             found.add("all", "erased - kept", len(asked), lpips=figure)
         if not gone.any():
             found.notes.append("no artist of the prompts is erased: every style is to be kept")
         for name in dict.fromkeys(of.tolist()):
             which = of == name
             role = "erased" if name in erased else "kept"
-            found.add(name, role, int(which.sum()), lpips=rate(distance[which]))
+            found.add(name, role, int(which.sum()), lpips=mean_ci(distance[which]))
         return found

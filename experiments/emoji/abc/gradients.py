@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 
 from concept_trak.atomic_io import make_folder
-from concept_trak.attribution.corpus import Corpus
-from concept_trak.attribution.naming import store_base, train_states
-from concept_trak.attribution.question import Picture, Question, generated
-from concept_trak.attribution.rankers import GradientRanker
-from concept_trak.attribution.train_grad import make_rows
+from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.naming import store_base, train_timesteps
+from concept_trak.attribution.question import Query, QueryImage, generate
+from concept_trak.attribution.rankers import GradientAttributor
+from concept_trak.attribution.train_grad import compute_gradients
 from concept_trak.gradients.states import train_states_of
 from concept_trak.models.condition import Condition
 from concept_trak.models.learned_tokens import load_token
 from concept_trak.models.sample import initial_noise
 from concept_trak.registry import OBJECTIVES
 from concept_trak.settings import TOKEN
-from concept_trak.store.array_cache import cached_array
+from concept_trak.store.array_cache import cached
 from concept_trak.store.store import Store
 from experiments.training.textual_inversion import train_token
 from experiments.training.token_settings import TokenSettings
@@ -34,7 +34,7 @@ from .tasks import Task, Token
 TRAINING = TokenSettings(steps=1000, lr=5e-3)
 
 
-def learned(corpus: Corpus, token: Token, work: Path) -> Path:
+def learn_token(corpus: AttributionTask, token: Token, work: Path) -> Path:
     """Learn the token, or find it learned, and leave it in the model. Two minutes on one core."""
     folder = work / "exemplars" / token.name
     make_folder(folder)
@@ -50,49 +50,49 @@ def learned(corpus: Corpus, token: Token, work: Path) -> Path:
     return path
 
 
-def drawn(corpus: Corpus, tasks: list[Task], work: Path) -> list[Picture]:
+def generate_queries(corpus: AttributionTask, tasks: list[Task], work: Path) -> list[QueryImage]:
     """The query pictures of one token, which is in the model."""
     s, model, found = corpus.settings, corpus.model, []
     for task in tasks:
         made_from = {"prompt": task.prompt, "seed": task.number, "tokens": model.tokens}
         made_from |= {"model": model.identity(), "guidance": s.gen_guidance_scale}
         made_from |= {"steps": s.gen_num_inference_steps, "dtype": s.dtype}
-        known: list[Picture] = []
+        known: list[QueryImage] = []
 
-        def compute(task: Task = task, known: list[Picture] = known) -> np.ndarray:
-            known += generated(model, s, [task.prompt], task.number)
+        def compute(task: Task = task, known: list[QueryImage] = known) -> np.ndarray:
+            known += generate(model, s, [task.prompt], task.number)
             assert known[0].x0 is not None
             return known[0].x0.float().cpu().numpy()
 
         path = work / "pictures" / f"{task.token.name}-{task.number}.npy"
-        x0 = torch.from_numpy(np.array(cached_array(path, made_from, compute)))
+        x0 = torch.from_numpy(np.array(cached(path, made_from, compute)))
         found.append(_picture(corpus, task, x0.to(model.device, model.dtype)))
     return found
 
 
-def _picture(corpus: Corpus, task: Task, x0: torch.Tensor) -> Picture:
+def _picture(corpus: AttributionTask, task: Task, x0: torch.Tensor) -> QueryImage:
     model = corpus.model
     x_T = initial_noise(model.latent_shape, task.number).to(model.device, model.dtype)
     (pixels,) = model.decode(x0)
-    return Picture(task.prompt, x0, x_T, np.asarray(pixels), {"small_abc": task.number})
+    return QueryImage(task.prompt, x0, x_T, np.asarray(pixels), {"small_abc": task.number})
 
 
-def question_of(corpus: Corpus, task: Task, picture: Picture) -> Question:
+def question_of(corpus: AttributionTask, task: Task, picture: QueryImage) -> Query:
     """The token's concept in the settings' QUERY_FORM."""
     form = corpus.settings.query_form
     plus = task.token.train_prompt if form == "concept" else task.prompt
-    return Question(picture, TOKEN, plus, task.without if form == "slider" else "", "token")
+    return Query(picture, TOKEN, plus, task.without if form == "slider" else "", "token")
 
 
-def query_row(ranker: GradientRanker, question: Question, folder: Path) -> np.ndarray:
+def query_row(ranker: GradientAttributor, question: Query, folder: Path) -> np.ndarray:
     """[1, k] of one question."""
     number = question.picture.source["small_abc"]
     path, whole = folder / f"query-{number}.npy", ranker.per_concept
     made_from = ranker.identity(question) | {"per_concept": whole}
-    return cached_array(path, made_from, lambda: ranker.row(question))
+    return cached(path, made_from, lambda: ranker.row(question))
 
 
-def exemplar_rows(corpus: Corpus, token: Token, caption: str, folder: Path) -> np.ndarray:
+def exemplar_rows(corpus: AttributionTask, token: Token, caption: str, folder: Path) -> np.ndarray:
     """[E, k + 1] train rows of the token's exemplars under `caption`; last, what their weight is
     made from (`experiments.abc.evaluate` keeps it so, too).
     """
@@ -107,11 +107,11 @@ def exemplar_rows(corpus: Corpus, token: Token, caption: str, folder: Path) -> n
     def compute() -> np.ndarray:
         x0 = model.encode_images(shown_at(token.pictures, model.image_size))
         captions = [caption] * len(x0)
-        made = make_rows(corpus, x0, model.encode_prompts(captions), captions)
+        made = compute_gradients(corpus, x0, model.encode_prompts(captions), captions)
         return torch.cat([made.values, made.losses[:, None]], 1).cpu().numpy()
 
     kind = "captioned" if TOKEN in caption else "blind"
-    return cached_array(folder / f"exemplars-{token.name}-{kind}.npy", made_from, compute)
+    return cached(folder / f"exemplars-{token.name}-{kind}.npy", made_from, compute)
 
 
 def sums(token: Token) -> list[int]:
@@ -125,13 +125,13 @@ def shown_at(pictures: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(p).resize(sides, lanczos)) for p in pictures])
 
 
-class Gallery:
+class CandidateImages:
     """All pictures that are ranked for a token: those of training, its exemplars under their
-    caption, and the exemplars of all tokens under none. Data of a `Corpus`, as far as rankers
-    without rows ask for it.
+    caption, and the exemplars of all tokens under none. Data of a `AttributionTask`, as far as
+    rankers without rows ask for it.
     """
 
-    def __init__(self, corpus: Corpus, token: Token, tokens: list[Token]) -> None:
+    def __init__(self, corpus: AttributionTask, token: Token, tokens: list[Token]) -> None:
         self.corpus, self.model, self.tokens = corpus, corpus.model, [token, *tokens]
         named = [token.train_prompt] * len(token.pictures)
         rest = [""] * sum(len(other.pictures) for other in tokens)
@@ -157,20 +157,20 @@ class Gallery:
         return [{"token": token.name, "pictures": sums(token)} for token in self.tokens]
 
 
-def level_shares(corpus: Corpus, pictures: int = 64) -> dict[int, float]:
+def level_shares(corpus: AttributionTask, pictures: int = 64) -> dict[int, float]:
     """{noise level: its share of the squared norm of a train row's states, mean over the first
     pictures}, as rows add them up. What has a share near 1 is all that a row says.
     """
     s, maker = corpus.settings, corpus.row_maker
     cotangent, square = OBJECTIVES.get(s.f).cotangent, {}
     x0, cond = corpus.data.batch(range(min(pictures, len(corpus.data))))
-    for state in train_states_of(corpus.model, x0, cond, corpus.cond_null, train_states(s)):
+    for state in train_states_of(corpus.model, x0, cond, corpus.cond_null, train_timesteps(s)):
         level = int(torch.as_tensor(state.t).flatten()[0])
         square[level] = maker.rows([state], cotangent, len(x0)).values.square().sum(1)
     whole = torch.stack(list(square.values())).sum(0)
     return {level: round(float((part / whole).mean()), 4) for level, part in square.items()}
 
 
-def folder_of(corpus: Corpus, store: Store) -> Path:
+def folder_of(corpus: AttributionTask, store: Store) -> Path:
     """Where the rows that belong to a store of train rows are kept."""
     return store_base(corpus.settings) / f"{store.folder.name}-small_abc"

@@ -21,15 +21,15 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from concept_trak.attribution.methods import train_store
+from concept_trak.attribution.methods import open_or_compute_store
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.registry import RANKERS, unknown
-from experiments.benchmark.evaluate import is_control
+from experiments.benchmark.evaluate import is_baseline
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.corpus import Corpus
-    from concept_trak.attribution.rankers import GradientRanker
+    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.rankers import GradientAttributor
 
 ABLATION = tuple(f"ablation_{i}" for i in range(5))
 ALL_ATTENTION = {"layer": "attn1|attn2", "f": "dps"}
@@ -37,7 +37,7 @@ ALL_ATTENTION = {"layer": "attn1|attn2", "f": "dps"}
 
 @dataclass(frozen=True)
 class Method:
-    """settings: what it changes in the settings. per_concept: see `GradientRanker`. blindfold:
+    """settings: what it changes in the settings. per_concept: see `GradientAttributor`. blindfold:
     every train picture under the empty caption.
     """
 
@@ -46,22 +46,22 @@ class Method:
     per_concept: bool = True
     blindfold: bool = False
 
-    def corpus(self, corpus: Corpus) -> Corpus:
+    def corpus(self, corpus: AttributionTask) -> AttributionTask:
         """The pictures and settings of its train rows."""
-        own = blindfolded(corpus) if self.blindfold else corpus
+        own = without_captions(corpus) if self.blindfold else corpus
         wider = 2 if "layer" in self.settings else 1  # twice the modules, as many features for each
         dim = wider * own.settings.proj_dim
         return own.with_settings(own.settings.but(**self.settings, proj_dim=dim))
 
-    def __call__(self, corpus: Corpus) -> GradientRanker:
+    def __call__(self, corpus: AttributionTask) -> GradientAttributor:
         """Its ranker; computes train rows that are not there yet."""
-        from concept_trak.attribution.rankers import GradientRanker
+        from concept_trak.attribution.rankers import GradientAttributor
 
         own = self.corpus(corpus)
-        return GradientRanker(own, train_store(own), self.per_concept)
+        return GradientAttributor(own, open_or_compute_store(own), self.per_concept)
 
 
-def blindfolded(corpus: Corpus) -> Corpus:
+def without_captions(corpus: AttributionTask) -> AttributionTask:
     """The same pictures, each under the empty caption."""
     data, shown = copy.copy(corpus.data), corpus.train
     data.pictures = ImageCaptionDataset(shown.root, shown.records, [""] * len(shown))
@@ -89,7 +89,7 @@ COMPARED = ("concept_trak", "contrast", "trak", "d_trak", "das", *METHODS)  # ME
 
 def method(name: str) -> Any:
     """What makes the method's ranker of a corpus. UserError for a name that there is not."""
-    rivals = [n for n in RANKERS.names() if not is_control(n)]
+    rivals = [n for n in RANKERS.names() if not is_baseline(n)]
     if name in METHODS:
         return METHODS[name]
     if name not in rivals:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from concept_trak.attribution.baselines import distances
-from concept_trak.datasets.caption_overlap import overlap
+from concept_trak.datasets.caption_overlap import caption_overlap
 from concept_trak.settings import DAMPINGS, JUDGE, TOKEN
-from concept_trak.store.array_cache import cached_array
+from concept_trak.store.array_cache import cached
 from experiments.benchmark.evaluate import choose_damping
 
 from .gradients import (
-    Gallery,
-    drawn,
+    CandidateImages,
     exemplar_rows,
     folder_of,
-    learned,
+    generate_queries,
+    learn_token,
     query_row,
     question_of,
     shown_at,
@@ -29,9 +29,9 @@ from .methods import method
 from .tasks import Task, Token
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.corpus import Corpus
-    from concept_trak.attribution.question import Picture, Question
-    from concept_trak.attribution.rankers import GradientRanker
+    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.question import Query, QueryImage
+    from concept_trak.attribution.rankers import GradientAttributor
 
 PROTOCOLS = ("published", "blind", "crowd")
 
@@ -46,15 +46,17 @@ class Scores:
     choices: Sequence[float] = ()
 
 
-class Asked:
+class AbcQueries:
     """Tokens, tasks and pictures; places of the tasks of each split."""
 
-    def __init__(self, corpus: Corpus, tokens: list[Token], tasks: list[Task], work: Path) -> None:
+    def __init__(
+        self, corpus: AttributionTask, tokens: list[Token], tasks: list[Task], work: Path
+    ) -> None:
         self.corpus, self.tokens, self.tasks, self.work = corpus, tokens, tasks, work
-        self.pictures: list[Picture] = []
+        self.pictures: list[QueryImage] = []
         for token in self.asked():
-            learned(corpus, token, work)
-            self.pictures += drawn(corpus, [t for t in tasks if t.token is token], work)
+            learn_token(corpus, token, work)
+            self.pictures += generate_queries(corpus, [t for t in tasks if t.token is token], work)
 
     def asked(self) -> list[Token]:
         """The tokens that are asked about, in the order of the tasks."""
@@ -68,7 +70,7 @@ class Asked:
         """Places of the tasks of a token."""
         return np.flatnonzero([task.token is token for task in self.tasks])
 
-    def questions(self, token: Token, corpus: Corpus) -> list[Question]:
+    def questions(self, token: Token, corpus: AttributionTask) -> list[Query]:
         """Of a token, under the settings of `corpus`."""
         places = self.of_token(token)
         return [question_of(corpus, self.tasks[q], self.pictures[q]) for q in places]
@@ -109,7 +111,7 @@ class Asked:
         return choose_damping(values[:, tune, None], self.relevant(protocol)[tune][:, None])
 
 
-def scores_of(asked: Asked, name: str) -> Scores:
+def scores_of(asked: AbcQueries, name: str) -> Scores:
     """One method's; UserError for one that there is not."""
     ranker = method(name)(asked.corpus)
     if hasattr(ranker, "over"):
@@ -118,13 +120,14 @@ def scores_of(asked: Asked, name: str) -> Scores:
     return Scores(asked.by_protocol(values), DAMPINGS if len(values) > 1 else ())
 
 
-def _of_rows(asked: Asked, ranker: GradientRanker) -> np.ndarray:
-    """[D, Q, N + E + A] of a ranker whose train rows lie in a store; see `Asked.by_protocol`."""
+def _of_rows(asked: AbcQueries, ranker: GradientAttributor) -> np.ndarray:
+    """[D, Q, N + E + A] of a ranker whose train rows lie in a store; see
+    `AbcQueries.by_protocol`."""
     corpus = ranker.corpus
     folder = folder_of(corpus, ranker._train) / ("concept" if ranker.per_concept else "whole")
     queries, captioned, own = [], [], {}
     for token in asked.asked():
-        learned(corpus, token, asked.work)
+        learn_token(corpus, token, asked.work)
         first = sum(map(len, captioned))
         captioned.append(exemplar_rows(corpus, token, token.train_prompt, folder))
         own[token.name] = slice(first, first + len(captioned[-1]))
@@ -139,7 +142,7 @@ def _of_rows(asked: Asked, ranker: GradientRanker) -> np.ndarray:
     return np.concatenate([ranker.score_train(solved), np.stack(named, 1), every], 2)
 
 
-def _of_passes(asked: Asked, ranker: Any, name: str) -> Scores:
+def _of_passes(asked: AbcQueries, ranker: Any, name: str) -> Scores:
     """Of a ranker without rows, which goes over all pictures for each question.
 
     Where it has a step to choose, the reported tasks are asked only with those that a protocol
@@ -156,7 +159,7 @@ def _of_passes(asked: Asked, ranker: Any, name: str) -> Scores:
     return Scores(asked.by_protocol(values), steps)
 
 
-def _passes(asked: Asked, ranker: Any, name: str, split: str) -> np.ndarray:
+def _passes(asked: AbcQueries, ranker: Any, name: str, split: str) -> np.ndarray:
     """[D, Q, N + E + A], 0 for the tasks of other splits."""
     tokens = [token for token in asked.asked() if token.split == split]
     parts = [_passed(asked, ranker, name, token) for token in tokens]
@@ -166,11 +169,11 @@ def _passes(asked: Asked, ranker: Any, name: str, split: str) -> np.ndarray:
     return values
 
 
-def _passed(asked: Asked, ranker: Any, name: str, token: Token) -> np.ndarray:
+def _passed(asked: AbcQueries, ranker: Any, name: str, token: Token) -> np.ndarray:
     """[D, tasks of the token, N + E + A], computed where it is not kept."""
     corpus = asked.corpus
-    learned(corpus, token, asked.work)
-    ranked, questions = Gallery(corpus, token, asked.tokens), asked.questions(token, corpus)
+    learn_token(corpus, token, asked.work)
+    ranked, questions = CandidateImages(corpus, token, asked.tokens), asked.questions(token, corpus)
     step = getattr(ranker, "step", None)
     made_from = ranker.corpus.identity(
         data=corpus.data.content_hash(),
@@ -181,10 +184,10 @@ def _passed(asked: Asked, ranker: Any, name: str, token: Token) -> np.ndarray:
     )
     at = "" if step is None else f"-{step:g}"
     path = asked.work / "passes" / f"{name}-{token.name}{at}.npy"
-    return cached_array(path, made_from, lambda: ranker.over(ranked).rank(questions))
+    return cached(path, made_from, lambda: ranker.over(ranked).rank(questions))
 
 
-def controls_of(asked: Asked) -> dict[str, Scores]:
+def controls_of(asked: AbcQueries) -> dict[str, Scores]:
     """What pixels, latents, the judge and text alone find."""
     corpus, found = asked.corpus, {}
     looks = {
@@ -200,7 +203,7 @@ def controls_of(asked: Asked) -> dict[str, Scores]:
     for name, look in looks.items():
         values = -distances(look(corpus, queries), look(corpus, shown))
         found[name] = Scores(asked.by_protocol(_twice(asked, values)[None]))
-    text = overlap(TOKEN.strip("<>"), corpus.train.captions)
+    text = caption_overlap(TOKEN.strip("<>"), corpus.train.captions)
     sizes = [len(token.pictures) for token in asked.tokens]
     named = [
         np.r_[text, np.ones(len(task.token.pictures)), np.zeros(sum(sizes))] for task in asked.tasks
@@ -209,7 +212,7 @@ def controls_of(asked: Asked) -> dict[str, Scores]:
     return found
 
 
-def _twice(asked: Asked, values: np.ndarray) -> np.ndarray:
+def _twice(asked: AbcQueries, values: np.ndarray) -> np.ndarray:
     """[Q, N + E + A] of values [Q, N + A]: a picture looks the same under any caption."""
     count, own = len(asked.corpus.train), []
     ends = np.cumsum([count, *(len(token.pictures) for token in asked.tokens)])
@@ -223,11 +226,11 @@ def _flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1).astype(np.float32)
 
 
-def _pixels(corpus: Corpus, shown: np.ndarray) -> np.ndarray:
+def _pixels(corpus: AttributionTask, shown: np.ndarray) -> np.ndarray:
     return _flat(shown)
 
 
-def _judged(corpus: Corpus, shown: np.ndarray) -> np.ndarray:
+def _judged(corpus: AttributionTask, shown: np.ndarray) -> np.ndarray:
     from ..classifier.io import load_judge
     from ..classifier.net import resized
 

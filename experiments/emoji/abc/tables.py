@@ -15,12 +15,12 @@ import numpy as np
 from concept_trak.scoring import metrics
 from concept_trak.scoring.ranking import ranking
 
-from .scores import PROTOCOLS, Asked, Scores
+from .scores import PROTOCOLS, AbcQueries, Scores
 
 
-def figures(asked: Asked, found: Scores) -> dict[str, dict[str, Any]]:
-    """{protocol: figures} over the reported tasks, with the damping or step that `Asked.choice`
-    takes for that protocol.
+def figures(asked: AbcQueries, found: Scores) -> dict[str, dict[str, Any]]:
+    """{protocol: figures} over the reported tasks, with the damping or step that
+    `AbcQueries.choice` takes for that protocol.
     """
     told, report = {}, asked.split("report")
     for protocol, values in found.of.items():
@@ -33,7 +33,7 @@ def figures(asked: Asked, found: Scores) -> dict[str, dict[str, Any]]:
             "ci95": [round(low, 4), round(high, 4)],
             "reverse_recall_at_10": round(float(metrics.least_k_recall(at, right).mean()), 4),
             "map": round(float(metrics.average_precision(at, right).mean()), 4),
-            "hubs": round(hubs(at), 4),
+            "hubs": round(hubness(at), 4),
             "recall_curve": metrics.recall_curve(at, right).round(3).tolist(),
             "chosen": found.choices[d] if found.choices else None,
             "per_query": [round(float(r), 4) for r in recall],
@@ -41,7 +41,7 @@ def figures(asked: Asked, found: Scores) -> dict[str, dict[str, Any]]:
     return told
 
 
-def hubs(values: np.ndarray, k: int = 10) -> float:
+def hubness(values: np.ndarray, k: int = 10) -> float:
     """Share of the top k of all rankings [Q, N] that the k pictures which are most often there
     take: 1 when every question has the same answer, whatever was asked.
     """
@@ -62,7 +62,7 @@ def steps(told: dict[str, dict[str, Any]], names: tuple[str, ...]) -> list[dict[
     return found
 
 
-def chance(asked: Asked) -> dict[str, float]:
+def chance(asked: AbcQueries) -> dict[str, float]:
     """Expected Recall@10 of a random order."""
     return {
         protocol: round(
@@ -81,7 +81,7 @@ def chance(asked: Asked) -> dict[str, float]:
 
 
 def markdown(told: dict[str, dict[str, Any]], at_random: dict[str, float]) -> str:
-    """One row a method: Recall@10 [95 %] (reverse recall, mAP, `hubs`) in each protocol."""
+    """One row a method: Recall@10 [95 %] (reverse recall, mAP, `hubness`) in each protocol."""
     lines = [f"| method | {' | '.join(PROTOCOLS)} |", "|---" * (1 + len(PROTOCOLS)) + "|"]
     for name, entries in told.items():
         row = []

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from concept_trak.datasets.image_folder import ImageCaptionDataset
-from concept_trak.datasets.labels import STYLE_JOINT, caption
-from concept_trak.errors import UserError, restoration
+from concept_trak.datasets.labels import STYLE_PREFIX, caption
+from concept_trak.errors import UserError, git_restore_hint
 from concept_trak.settings import TOKEN
-from concept_trak.validated_io import named, read_text
+from concept_trak.validated_io import file_errors, read_text
 
 BUILD = "python -m experiments.emoji.artwork.exemplars --out data/emoji --work build/emoji"
 REMEDY = f"build it: {BUILD}"
@@ -40,7 +40,7 @@ class Token:
     @property
     def train_prompt(self) -> str:
         """What the exemplars are captioned with where they are captioned."""
-        return f"a {TOKEN}" if self.kind == "object" else f"{STYLE_JOINT.strip()} {TOKEN}"
+        return f"a {TOKEN}" if self.kind == "object" else f"{STYLE_PREFIX.strip()} {TOKEN}"
 
     @property
     def init_word(self) -> str:
@@ -63,12 +63,12 @@ def read_tokens(root: Path) -> list[Token]:
     fit.
     """
     table, path = root / "tables/exemplars.tsv", root / "exemplars.npz"
-    text = io.StringIO(read_text(table, restoration(table)), newline="")
+    text = io.StringIO(read_text(table, git_restore_hint(table)), newline="")
     rows = list(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not path.is_file():
         raise UserError(f"the exemplars {path} are missing; {REMEDY}")
     try:
-        with named(path, REMEDY), np.load(path) as content:
+        with file_errors(path, REMEDY), np.load(path) as content:
             pictures = content["pictures"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); {REMEDY}") from None
@@ -94,7 +94,7 @@ def tasks_of(tokens: list[Token], train: ImageCaptionDataset) -> list[Task]:
         count = min(QUERIES, len(known[other]))
         for word in rng.choice(known[other], count, replace=False):
             if token.kind == "object":
-                prompt, without = caption(f"a {TOKEN}", word), f"{STYLE_JOINT.strip()} {word}"
+                prompt, without = caption(f"a {TOKEN}", word), f"{STYLE_PREFIX.strip()} {word}"
             else:
                 prompt, without = caption(word, TOKEN), str(word)
             found.append(Task(token, len(found), prompt, without))

@@ -31,7 +31,7 @@ from PIL import Image
 
 from concept_trak.atomic_io import write_bytes
 from concept_trak.datasets.labels import caption
-from concept_trak.errors import UserError, restoration
+from concept_trak.errors import UserError, git_restore_hint
 from concept_trak.validated_io import read_json
 
 from .sources import PINNED, fetch, icon_pictures
@@ -58,7 +58,7 @@ def preset_rows(preset: str, tables: Path = TABLES) -> tuple[list[Row], list[Row
     Returns (rows, icons, sources): rows are the metadata rows; icons[i] is the row of objects.tsv
     for rows[i]; sources is sources.json. Raises UserError if the preset is unknown.
     """
-    sources = read_json(tables / "sources.json", restoration(tables / "sources.json"))
+    sources = read_json(tables / "sources.json", git_restore_hint(tables / "sources.json"))
     held_out = {row["object"]: row for row in read_table(tables / "held_out.tsv")}
     known = [name for name in next(iter(held_out.values())) if name != "object"]
     if preset not in known:
@@ -102,7 +102,7 @@ def metadata_row(
     }
 
 
-def frame(drawing: Image.Image, size: int) -> Image.Image:
+def crop_and_center(drawing: Image.Image, size: int) -> Image.Image:
     """RGBA drawing -> RGB picture [size, size]: cropped, on white, longest side FILL * size,
     centred.
 
@@ -214,7 +214,7 @@ def build(preset: str, out: Path, work: Path, size: int = 64) -> str:
         items = [icons[i] for i in wanted]
         drawings = icon_pictures(tarball, info["kind"], info.get("folder"), style, items)
         for i, drawing in zip(wanted, drawings, strict=True):
-            pictures[i] = frame(drawing, size)
+            pictures[i] = crop_and_center(drawing, size)
         print(f"{style}: {len(wanted)} pictures", file=sys.stderr)
     check_pictures(rows, pictures)
     return write_dataset(out, rows, pictures, sources)

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.errors import UserError, restoration
+from concept_trak.errors import UserError, git_restore_hint
 from concept_trak.validated_io import read_json
 
-from .build import TABLES, check_pictures, frame, read_table
+from .build import TABLES, check_pictures, crop_and_center, read_table
 from .sources import fetch, icon_pictures
 
 PICTURES, CREDITS = "exemplars.npz", "EXEMPLARS.md"
@@ -38,7 +38,7 @@ def build(out: Path, work: Path, size: int = 64, tables: Path = TABLES) -> Path:
     """
     rows = read_table(tables / "exemplars.tsv")
     sources = read_json(
-        tables / "exemplar_sources.json", restoration(tables / "exemplar_sources.json")
+        tables / "exemplar_sources.json", git_restore_hint(tables / "exemplar_sources.json")
     )
     pictures: list[Any] = [None] * len(rows)
     for style in dict.fromkeys(row["style"] for row in rows):
@@ -49,7 +49,7 @@ def build(out: Path, work: Path, size: int = 64, tables: Path = TABLES) -> Path:
         items = [rows[i] | {style: rows[i]["icon"]} for i in wanted]
         drawings = icon_pictures(tarball, info["kind"], info.get("folder"), style, items)
         for i, drawing in zip(wanted, drawings, strict=True):
-            pictures[i] = frame(drawing, size)
+            pictures[i] = crop_and_center(drawing, size)
         print(f"{style}: {len(wanted)} pictures", file=sys.stderr)
     check_pictures([{"file_name": f"{r['token']}/{r['object']}", **r} for r in rows], pictures)
     content = io.BytesIO()

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from concept_trak.datasets.picture import decoded
-from concept_trak.errors import UserError, removal
+from concept_trak.errors import UserError, remove_hint
 from concept_trak.validated_io import parse_json
 
 RENDER_SIZE = 256  # width in pixels; drawings are scaled down from here
@@ -49,7 +49,7 @@ def fetch(name: str, version: str, integrity: str, work: Path) -> Path:
     if found != integrity:
         raise UserError(
             f"{tarball} is not the pinned {name}@{version}: found {found}, expected {integrity}; "
-            f"{removal(tarball)}"
+            f"{remove_hint(tarball)}"
         )
     return tarball
 
@@ -151,7 +151,7 @@ def icon_pictures(
     """
     if kind == "iconify":
         content = read_members(tarball, {"package/icons.json"})["package/icons.json"]
-        icons = parse_json(content, f"icons.json of {tarball}", removal(tarball), dict)
+        icons = parse_json(content, f"icons.json of {tarball}", remove_hint(tarball), dict)
         names = [item[style] for item in items]
         return [render_svg(iconify_svg(icons, name), f"{style}/{name}") for name in names]
     # Sets without a column of their own name their files by the code point in capitals.
@@ -162,7 +162,7 @@ def icon_pictures(
     if kind == "svg":
         return [render_svg(files[name].decode("utf-8"), name) for name in names]
     if kind == "webp":
-        return [decoded(files[name], name, removal(tarball)).convert("RGBA") for name in names]
+        return [decoded(files[name], name, remove_hint(tarball)).convert("RGBA") for name in names]
     if kind == "font":
         points = [item["unicode"] for item in items]
         fonts = [(files[name], point) for name, point in zip(names, points, strict=True)]

@@ -81,7 +81,7 @@ def recolour(
     return x + tint * torch.randn(batch, 3, 1, 1, generator=generator)
 
 
-def soften(x: torch.Tensor, generator: torch.Generator, probability: float = 0.8) -> torch.Tensor:
+def blur(x: torch.Tensor, generator: torch.Generator, probability: float = 0.8) -> torch.Tensor:
     """Blur, by a small binomial kernel (once or twice) or by sampling the batch down and up."""
     chosen = _chance(x.shape[0], probability, generator)
     side = x.shape[-1]
@@ -97,7 +97,7 @@ def soften(x: torch.Tensor, generator: torch.Generator, probability: float = 0.8
     return x + chosen * (soft - x)
 
 
-def speckle(
+def add_noise(
     x: torch.Tensor, generator: torch.Generator, fine: float = 0.05, coarse: float = 0.15
 ) -> torch.Tensor:
     """Add pixel noise and latent-like blotches: coloured noise in cells of 4 pixels, enlarged."""
@@ -150,12 +150,12 @@ def erase(
     return x + _chance(batch, probability, generator) * inside * (colour - x)
 
 
-def damage(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """All of the above, in the order in which a generator and a file format would do them.
 
     Values stay in [0, 1].
     """
     x = erase(warp(x, generator), generator)
     x = recolour(x, generator)
-    x = quantise(speckle(soften(x, generator), generator), generator)
+    x = quantise(add_noise(blur(x, generator), generator), generator)
     return x.clamp(0, 1)

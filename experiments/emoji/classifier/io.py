@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import save
 
 from concept_trak.atomic_io import disk_errors, sha256_file, write_bytes, write_json
-from concept_trak.errors import UserError, call
+from concept_trak.errors import UserError, script_hint
 from concept_trak.validated_io import read_json, read_safetensors
 
-from .net import Judge, JudgeSettings
+from .net import EmojiClassifier, EmojiClassifierSettings
 
 AGAIN = (
     "bring back the committed one, git checkout -- data/emoji/judge, or make the judge again (two "
-    f"hours on one core): {call('emoji/train_judge.sh')}"
+    f"hours on one core): {script_hint('emoji/train_judge.sh')}"
 )
 
 
-def save_judge(judge: Judge, folder: str | Path, facts: dict[str, Any]) -> None:
+def save_judge(judge: EmojiClassifier, folder: str | Path, facts: dict[str, Any]) -> None:
     """Write the weights, and as JSON classes, settings, the weights' sha256 and `facts`."""
     folder = Path(folder)
     path = folder / "model.safetensors"
@@ -33,7 +33,7 @@ def save_judge(judge: Judge, folder: str | Path, facts: dict[str, Any]) -> None:
     write_json(folder / "judge.json", classes | {"weights_sha256": sha256_file(path)} | facts)
 
 
-def load_judge(folder: str | Path) -> Judge:
+def load_judge(folder: str | Path) -> EmojiClassifier:
     """Read what `save_judge` wrote. Raises UserError if a file is missing, or the weights fit
     neither judge.json nor the code.
     """
@@ -46,7 +46,9 @@ def load_judge(folder: str | Path) -> Judge:
         raise UserError(f"{path} is not what judge.json describes; {AGAIN}")
     weights = {k: _as(torch.float32, v) for k, v in read_safetensors(path, AGAIN).items()}
     try:
-        judge = Judge(facts["objects"], facts["styles"], JudgeSettings(**facts["settings"]))
+        judge = EmojiClassifier(
+            facts["objects"], facts["styles"], EmojiClassifierSettings(**facts["settings"])
+        )
         judge.load_state_dict(weights)
     # a setting or a layer that this code does not have, or a value that none can have
     except (TypeError, RuntimeError, KeyError, ValueError, ArithmeticError):

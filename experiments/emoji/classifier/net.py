@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from concept_trak.errors import UserError, call
+from concept_trak.errors import UserError, script_hint
 from concept_trak.scoring.metrics import bootstrap_interval
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
+class EmojiClassifierSettings:
     """Hyper-parameters; written next to the weights."""
 
     seed: int = 0
@@ -66,15 +66,18 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-class Judge(nn.Module):
+class EmojiClassifier(nn.Module):
     """Two-headed classifier. objects, styles: class names in the order of the heads' outputs."""
 
     def __init__(
-        self, objects: Sequence[str], styles: Sequence[str], settings: JudgeSettings | None = None
+        self,
+        objects: Sequence[str],
+        styles: Sequence[str],
+        settings: EmojiClassifierSettings | None = None,
     ) -> None:
         super().__init__()
         self.objects, self.styles = list(objects), list(styles)
-        self.settings = settings or JudgeSettings()
+        self.settings = settings or EmojiClassifierSettings()
         c = [self.settings.width * 2**k for k in range(4)]
         self.palette = nn.Sequential(_conv(3, 64, 1, 1), _conv(64, 64, 1, 1))
         # The first stage holds half of all pixels but no shapes: one convolution is enough there.
@@ -176,12 +179,13 @@ def class_indices(names: Sequence[str], classes: list[str], what: str) -> list[i
     if unknown := sorted({name for name in names if name not in classes}):
         raise UserError(
             f"the judge does not know the {what} {unknown[0]!r}; train it on data that has "
-            f"it (two hours on one core): {call('emoji/train_judge.sh', DATA_DIR='my_pictures')}"
+            "it (two hours on one core): "
+            f"{script_hint('emoji/train_judge.sh', DATA_DIR='my_pictures')}"
         )
     return [classes.index(name) for name in names]
 
 
-def to_input(images: np.ndarray, settings: JudgeSettings) -> torch.Tensor:
+def to_input(images: np.ndarray, settings: EmojiClassifierSettings) -> torch.Tensor:
     """uint8 [n, size, size, 3] -> float32 [n, 3, inner_size, inner_size] in [0, 1].
 
     UserError on another shape or dtype, or no picture.

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concept_trak.attribution.baselines import Control
+from concept_trak.attribution.baselines import Baseline
 from concept_trak.registry import RANKERS
 from concept_trak.settings import JUDGE
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.question import Question
+    from concept_trak.attribution.question import Query
 
 
 @RANKERS.register("judge_features")
-class JudgeFeatures(Control):
+class JudgeFeatures(Baseline):
     """A network that was trained to name objects and styles of the emoji data, held-out pairs
     included: what a good outside model of these pictures sees. Of other pictures it knows nothing.
     """
@@ -26,7 +26,7 @@ class JudgeFeatures(Control):
         """Whether the judge is there: it belongs to a checkout, not to an installed package."""
         return (JUDGE / "judge.json").is_file()
 
-    def similarity(self, questions: Sequence[Question]) -> np.ndarray:
+    def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """Cosine of the centred logits of both heads, of equal weight."""
         from .io import load_judge
         from .net import resized

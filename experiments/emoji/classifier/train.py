@@ -3,7 +3,7 @@ says.
 
     L = CE(object head, object) + w CE(style head, style)      with label smoothing
 
-on pictures under `augment.damage`, since it must judge imperfect pictures, and on what the
+on pictures under `augment.augment`, since it must judge imperfect pictures, and on what the
 autoencoder makes of them, since every picture it will judge has been through its decoder. Accuracy
 on art it was not trained on comes from `cross_validate`.
 """
@@ -29,18 +29,26 @@ from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import TextToImage
 from concept_trak.settings import provenance
 
-from .augment import damage, warp
+from .augment import augment, warp
 from .io import load_judge, save_judge
-from .net import Judge, JudgeSettings, cell_accuracy, class_indices, heads, resized, to_input
+from .net import (
+    EmojiClassifier,
+    EmojiClassifierSettings,
+    cell_accuracy,
+    class_indices,
+    heads,
+    resized,
+    to_input,
+)
 
 
 def train_judge(
     versions: dict[str, np.ndarray],
     objects: Sequence[str],
     styles: Sequence[str],
-    settings: JudgeSettings,
+    settings: EmojiClassifierSettings,
     desc: str = "judge",
-) -> Judge:
+) -> EmojiClassifier:
     """Fit both heads by cross-entropy with AdamW, linear warm-up and cosine decay, over
     `settings.epochs`, on the CPU.
 
@@ -57,7 +65,7 @@ def train_judge(
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        judge = Judge(*classes, settings)
+        judge = EmojiClassifier(*classes, settings)
         judge.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         decay, betas = settings.weight_decay, (0.9, 0.99)
         optimizer = torch.optim.AdamW(
@@ -86,7 +94,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, peak: float, done: float) -> Non
 
 
 def _step(
-    judge: Judge,
+    judge: EmojiClassifier,
     optimizer: torch.optim.Optimizer,
     x: torch.Tensor,
     truth: list[torch.Tensor],
@@ -97,7 +105,7 @@ def _step(
     """
     settings = judge.settings
     cut = round(settings.damage_share * len(x))
-    parts = zip((damage, warp), x.split([cut, len(x) - cut]), strict=True)
+    parts = zip((augment, warp), x.split([cut, len(x) - cut]), strict=True)
     x = torch.cat([change(part, g) for change, part in parts if len(part)])
     logits = judge(x.contiguous(memory_format=torch.channels_last))
     object_loss, style_loss = (
@@ -138,7 +146,7 @@ def cross_validate(
     versions: dict[str, np.ndarray],
     objects: Sequence[str],
     styles: Sequence[str],
-    settings: JudgeSettings,
+    settings: EmojiClassifierSettings,
     folds: int = 5,
 ) -> dict[str, Any]:
     """Accuracy on art that a judge was not trained on: each fold's cells are named by a judge
@@ -185,7 +193,7 @@ def train_and_save(
     out_folder: str | Path,
     folds: int = 5,
     seed: int = 0,
-    settings: JudgeSettings | None = None,
+    settings: EmojiClassifierSettings | None = None,
 ) -> dict[str, Any]:
     """Cross-validate (folds = 0: not), train on all pictures, save; print the metrics as one JSON
     line and return them.
@@ -194,7 +202,7 @@ def train_and_save(
     what a held-out cell ought to look like. model: the judge must see through its autoencoder.
     Raises UserError if a row lacks an object or a style.
     """
-    settings = replace(settings or JudgeSettings(), seed=seed)
+    settings = replace(settings or EmojiClassifierSettings(), seed=seed)
     names = dataset.column("object"), dataset.column("style")
     if None in names[0] or None in names[1]:
         raise UserError(
@@ -220,8 +228,8 @@ def train_and_save(
     return metrics
 
 
-def damaged(images: np.ndarray, settings: JudgeSettings) -> np.ndarray:
-    """uint8 [n, H, W, 3] after `augment.damage` with the settings' seed: for tolerance."""
+def damaged(images: np.ndarray, settings: EmojiClassifierSettings) -> np.ndarray:
+    """uint8 [n, H, W, 3] after `augment.augment` with the settings' seed: for tolerance."""
     x = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
-    x = damage(x, torch.Generator().manual_seed(settings.seed))
+    x = augment(x, torch.Generator().manual_seed(settings.seed))
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from experiments.training.loop import Phase, Run, fingerprint, run_training, step_generator
+from experiments.training.loop import LrPhase, Run, run_training, step_generator, tensor_hash
 
 from . import pipeline as embedded
 
@@ -29,10 +29,10 @@ class AutoencoderSettings:
     """Hyper-parameters of both trainings."""
 
     seed: int = 0
-    vae_phases: tuple[Phase, ...] = (
-        Phase(1500, 1500),
-        Phase(900, 900),
-        Phase(6000, 6000, peak=0.6),
+    vae_phases: tuple[LrPhase, ...] = (
+        LrPhase(1500, 1500),
+        LrPhase(900, 900),
+        LrPhase(6000, 6000, peak=0.6),
     )
     vae_batch: int = 8
     vae_lr: float = 2e-3
@@ -40,7 +40,7 @@ class AutoencoderSettings:
     edge_weight: float = 0.5
     vae_shift: float = 0.06
     vae_scale: float = 0.08
-    decoder_phases: tuple[Phase, ...] = (Phase(1600, 4000), Phase(1200, 1200, peak=0.65))
+    decoder_phases: tuple[LrPhase, ...] = (LrPhase(1600, 4000), LrPhase(1200, 1200, peak=0.65))
     decoder_batch: int = 16
     decoder_lr: float = 1.5e-3
     # added to the latents, in their own standard deviations: the UNet's are not exact either
@@ -136,7 +136,7 @@ def train_vae(images: torch.Tensor, settings: AutoencoderSettings, work: Path) -
         return vae_loss(vae, draw_pictures(images, settings.vae_batch, g, settings), g, settings)
 
     params = dict(vae.named_parameters())
-    made_from = settings.without("decoder_") | {"pictures": fingerprint([images])}
+    made_from = settings.without("decoder_") | {"pictures": tensor_hash([images])}
     schedule = settings.vae_phases, settings.vae_lr
     run = Run(path, *schedule, **LOOP, desc="autoencoder", made_from=made_from)
     run_training(params, loss, run).copy_to(params)
@@ -155,7 +155,7 @@ def refine_decoder(
     """
     path, parts = work / "decoder.safetensors", ("decoder.", "post_quant_conv.")
     decoder = {k: p for k, p in vae.named_parameters() if k.startswith(parts)}
-    start = {"pictures": fingerprint([images]), "vae": fingerprint(vae.parameters())}
+    start = {"pictures": tensor_hash([images]), "vae": tensor_hash(vae.parameters())}
 
     def loss(step: int) -> torch.Tensor:
         g = step_generator(settings.seed + 3, step)

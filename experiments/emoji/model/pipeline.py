@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.errors import removal
+from concept_trak.errors import remove_hint
 from concept_trak.validated_io import read_json
 
 IMAGE_SIZE = 32
@@ -149,5 +149,5 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     # transformers loads in the dtype its config names, diffusers in fp32: name fp32, or the two
     # would not fit together.
     path = Path(folder) / "text_encoder" / "config.json"
-    config = {**read_json(path, removal(folder)), "dtype": "float32"}
+    config = {**read_json(path, remove_hint(folder)), "dtype": "float32"}
     write_bytes(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

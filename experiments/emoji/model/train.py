@@ -25,15 +25,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from concept_trak.atomic_io import atomic_folder, write_bytes
 from concept_trak.datasets.image_folder import ImageCaptionDataset
-from concept_trak.errors import removal
+from concept_trak.errors import remove_hint
 from concept_trak.validated_io import parse_json, read_text
 from experiments.training.loop import (
-    Phase,
+    LrPhase,
     Run,
-    fingerprint,
     phase_of,
     run_training,
     step_generator,
+    tensor_hash,
 )
 
 from . import pipeline as embedded
@@ -46,14 +46,14 @@ ALPHA_BAR = embedded.build_scheduler().alphas_cumprod
 class TrainSettings(AutoencoderSettings):
     """Hyper-parameters of the embedded model; written next to the weights."""
 
-    unet_phases: tuple[Phase, ...] = (
-        Phase(1000, 4200),
-        Phase(2250, 2600, max_weight=10.0),
-        Phase(1000, 20000, max_weight=10.0, peak=0.8),
-        Phase(750, 5000, max_weight=10.0),
-        Phase(3000, 3000, max_weight=10.0, peak=0.95),
-        Phase(2750, 5000, max_weight=10.0, peak=0.8),
-        Phase(1250, 1250, max_weight=10.0, peak=0.36),
+    unet_phases: tuple[LrPhase, ...] = (
+        LrPhase(1000, 4200),
+        LrPhase(2250, 2600, max_weight=10.0),
+        LrPhase(1000, 20000, max_weight=10.0, peak=0.8),
+        LrPhase(750, 5000, max_weight=10.0),
+        LrPhase(3000, 3000, max_weight=10.0, peak=0.95),
+        LrPhase(2750, 5000, max_weight=10.0, peak=0.8),
+        LrPhase(1250, 1250, max_weight=10.0, peak=0.36),
     )
     unet_batch: int = 32
     unet_lr: float = 8e-4
@@ -162,7 +162,7 @@ def train_unet(
     unet.to(memory_format=torch.channels_last)
     parts = {"unet": unet, "text": text_encoder}
     params = {f"{part}.{k}": p for part, net in parts.items() for k, p in net.named_parameters()}
-    inputs = {"captions": fingerprint([examples.tokens]), "encoder": encoder}
+    inputs = {"captions": tensor_hash([examples.tokens]), "encoder": encoder}
     run = Run(
         work / "unet.safetensors",
         settings.unet_phases,
@@ -196,7 +196,7 @@ def train(dataset: ImageCaptionDataset, folder: Path, work: Path, settings: Trai
     rows = dataset.split("train")
     images = to_tensor(rows.images(range(len(rows)), size=embedded.IMAGE_SIZE))
     vae = train_vae(images, settings, work)
-    encoder = fingerprint(vae.encoder.parameters())
+    encoder = tensor_hash(vae.encoder.parameters())
     refine_decoder(vae, images, settings, work)
     captions = sum(caption_table(rows.records), [])
     tokenizer = kept_tokenizer(work / "tokenizer", captions)
@@ -219,6 +219,6 @@ def loss_curve(path: Path) -> list[dict[str, Any]]:
     """The lines of a training's log; none of a training too short to have one."""
     if not path.stat().st_size:
         return []
-    mend = removal(path.parent)  # of no use without its checkpoint
+    mend = remove_hint(path.parent)  # of no use without its checkpoint
     lines = read_text(path, mend).splitlines()
     return [parse_json(line, path, mend, dict) for line in lines]

@@ -5,29 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.parsing import parse_methods
 
 from .. import counterfactual, figures
 from ..setup import (
-    FIXED,
+    OURS,
     SEEDS,
     base_of,
     bench_of,
-    cell,
     damping_of,
-    measured_part,
-    of_all_pictures,
+    format_interval,
+    full_data_models,
+    measured_subset,
     plan_of,
-    rankings,
-    written,
+    score_all_methods,
+    write_table,
 )
-from ..subsets import KINDS, Plan, counterfactual_plan, groups
-from ..train_many import presences_of
+from ..subsets import KINDS, RetrainingPlan, counterfactual_plan, split_concepts
+from ..train_many import load_measurements
 from .lds import by_lds, truths_of
 
 
-def table(corpus: Corpus) -> dict[str, Any]:
+def table(corpus: AttributionTask) -> dict[str, Any]:
     """{arm: {figures of objects, "noise", "style": {...}}, "targets"}.
 
     The plan is the committed one; with RETRAIN=1 one that is not there is made from today's scores.
@@ -36,18 +36,18 @@ def table(corpus: Corpus) -> dict[str, Any]:
     named = parse_methods(corpus.settings.methods)
     plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus), named)
     bench = bench_of(corpus)
-    bases = measured_part(corpus, base_of(corpus), 1)
-    found = presences_of(bench, bases, held_out)
+    bases = measured_subset(corpus, base_of(corpus), 1)
+    found = load_measurements(bench, bases, held_out)
     whole = {s.seed: found[s.name] for s in bases.subsets}
-    there = measured_part(corpus, plan, 1)
+    there = measured_subset(corpus, plan, 1)
     there = replace(there, subsets=tuple(s for s in there.subsets if s.seed in whole))
-    arms = presences_of(bench, there, held_out)
-    drops = counterfactual.drops(there, arms, whole, data, held_out, FIXED)
-    noise = counterfactual.noise(whole, data, held_out)
+    arms = load_measurements(bench, there, held_out)
+    drops = counterfactual.presence_drops(there, arms, whole, data, held_out, OURS)
+    noise = counterfactual.seed_noise(whole, data, held_out)
     told = {arm: _of_arm(arm, drops, noise) for kind in KINDS for arm in drops[kind]}
     told["targets"] = {kind: counterfactual.targets(data, kind) for kind in KINDS}
     drawn = {"drops": figures.drops(drops, noise), "drawn": figures.drops(drops, {}, "judge_drop")}
-    return written(corpus, "counterfactual", told, _markdown(drops, noise), drawn)
+    return write_table(corpus, "counterfactual", told, _markdown(drops, noise), drawn)
 
 
 def _of_arm(arm: str, drops: dict[str, Any], noise: dict[str, Any]) -> dict[str, Any]:
@@ -56,12 +56,12 @@ def _of_arm(arm: str, drops: dict[str, Any], noise: dict[str, Any]) -> dict[str,
     return each.get("object", {}) | ({"style": each["style"]} if "style" in each else {})
 
 
-def planned_counterfactual(corpus: Corpus) -> Plan:
+def planned_counterfactual(corpus: AttributionTask) -> RetrainingPlan:
     """What every ranker of METHODS names on the first model of all pictures."""
     data = corpus.train
-    asking, asked = next(of_all_pictures(corpus))
+    asking, asked = next(full_data_models(corpus))
     *_, truths = truths_of(corpus)
-    values, tune = rankings(asking, asked), groups(data)["tune"]
+    values, tune = score_all_methods(asking, asked), split_concepts(data)["tune"]
     chosen = {
         name: damping_of(name, corpus, of, by_lds(asked, truths, tune, of))
         for name, of in values.items()
@@ -70,7 +70,7 @@ def planned_counterfactual(corpus: Corpus) -> Plan:
     for kind in KINDS:
         names = counterfactual.targets(data, kind)
         scores = {n: asked.mean(of[[chosen[n]]], kind, names)[0] for n, of in values.items()}
-        arms |= counterfactual.arms(data, kind, scores, FIXED)
+        arms |= counterfactual.removal_sets(data, kind, scores, OURS)
     return counterfactual_plan(data, arms, SEEDS)
 
 
@@ -87,7 +87,9 @@ def _markdown(drops: dict[str, Any], noise: dict[str, Any]) -> str:
         lines += [f"\n**{kind}**\n", f"| removed | pictures | seeds | {' | '.join(FIGURES)} |"]
         lines.append("|---" * (3 + len(FIGURES)) + "|")
         for arm, told in drops[kind].items():
-            cells = [cell(told[f], told[f"{f}_ci95"]) if f in told else "" for f in FIGURES]
+            cells = [
+                format_interval(told[f], told[f"{f}_ci95"]) if f in told else "" for f in FIGURES
+            ]
             start = f"| {arm} | {told['removed']} | {told['seeds']} |"
             lines.append(f"{start} {' | '.join(cells)} |")
         spread = noise[kind] or {}

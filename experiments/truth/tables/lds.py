@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.errors import UserError
 from concept_trak.registry import RANKERS
 
 from .. import figures as plots
 from .. import lds
-from ..concept_likelihood import Drawn, Presences
+from ..concept_likelihood import ClassifierRates, ConceptMeasurements
 from ..counterfactual import TOP
-from ..queries import Asked, ask
+from ..queries import ConceptQueries, make_queries
 from ..setup import (
-    FIXED,
     KEPT,
+    OURS,
     Scores,
     base_of,
     bench_of,
-    cell,
     damping_of,
-    measured_part,
-    of_all_pictures,
+    format_interval,
+    full_data_models,
+    measured_subset,
     plan_of,
-    rankings,
-    written,
+    score_all_methods,
+    write_table,
 )
-from ..subsets import KINDS, Plan, groups, kept_plan, lds_plan
-from ..train_many import presences_of
+from ..subsets import KINDS, RetrainingPlan, kept_plan, lds_plan, split_concepts
+from ..train_many import load_measurements
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ SCATTERED = ("concept_trak", "das", "labels")  # whose predictions are drawn poi
 CURVES = (*SCATTERED, "reference", "d_trak", "latent_neighbours")  # more would hide one another
 
 
-def table(corpus: Corpus) -> dict[str, Any]:
+def table(corpus: AttributionTask) -> dict[str, Any]:
     """{ranker: {`lds.FIGURES`, intervals, "style": the same, "drawn": all of it once more},
     "ceiling", "ceiling_drawn", "agreement", "subsets", "models"}: objects at the top; over the
     "report" concepts, means over the small models of all pictures that are there.
@@ -52,10 +52,10 @@ def table(corpus: Corpus) -> dict[str, Any]:
     data, held_out = corpus.train, corpus.everything.split("held_out")
     plan_of(corpus, "lds", lambda: lds_plan(data, SUBSETS, AGAIN))
     there, found, truths = truths_of(corpus)
-    rates = {name: Drawn(of) for name, of in found.items()}
+    rates = {name: ClassifierRates(of) for name, of in found.items()}
     each = []
-    for asking, asked in of_all_pictures(corpus):
-        scores = rankings(asking, asked)
+    for asking, asked in full_data_models(corpus):
+        scores = score_all_methods(asking, asked)
         everyone = {**scores, "labels": _labels(asked, truths)}
         told, chosen = _figures(corpus, asked, everyone, truths)
         drawn, _ = _figures(corpus, asked, everyone, _measured(corpus, there, rates))
@@ -65,33 +65,36 @@ def table(corpus: Corpus) -> dict[str, Any]:
         | {"drawn": _mean([drawn[name] for _, drawn, *_ in each])}
         for name in each[0][0]
     }
-    report = groups(data)["report"]
+    report = split_concepts(data)["report"]
     table["ceiling"] = _ceilings(there, found, held_out, report)
     table["ceiling_drawn"] = _ceilings(there, rates, held_out, report)
     table |= {"subsets": len(truths["object"].kept), "models": len(each)}
     *_, chosen, asked, scores = each[0]
-    if FIXED in scores:
-        table["agreement"] = _agreement(corpus, asked, scores[FIXED])
+    if OURS in scores:
+        table["agreement"] = _agreement(corpus, asked, scores[OURS])
     plots = _plots(corpus, chosen, {k: t.of(report[k]) for k, t in truths.items()})
-    return written(corpus, "lds", table, _markdown(table), plots)
+    return write_table(corpus, "lds", table, _markdown(table), plots)
 
 
 Figures = dict[str, dict[str, np.ndarray]]  # {kind: {figure: [C]}}
 
 
 def _figures(
-    corpus: Corpus, asked: Asked, everyone: Scores, truths: dict[str, lds.Measured]
+    corpus: AttributionTask,
+    asked: ConceptQueries,
+    everyone: Scores,
+    truths: dict[str, lds.GroundTruth],
 ) -> tuple[dict[str, Figures], dict[str, dict[str, np.ndarray]]]:
     """({ranker: figures}, {ranker: {kind: scores [C, N]}}) of the "report" concepts on one model,
     each ranker at its damping for these truths.
     """
-    grouped, told, chosen = groups(corpus.train), {}, {}
+    grouped, told, chosen = split_concepts(corpus.train), {}, {}
     for name, values in everyone.items():
         d = damping_of(name, corpus, values, by_lds(asked, truths, grouped["tune"], values))
         named = grouped["report"]
         chosen[name] = {kind: asked.mean(values[[d]], kind, named[kind])[0] for kind in KINDS}
         told[name] = {
-            kind: lds.scored(scores, truths[kind].of(named[kind]))
+            kind: lds.lds_metrics(scores, truths[kind].of(named[kind]))
             for kind, scores in chosen[name].items()
         }
     return told, chosen
@@ -107,17 +110,19 @@ def _mean(of_models: list[Figures]) -> dict[str, Any]:
 
 
 def _plots(
-    corpus: Corpus, chosen: dict[str, dict[str, np.ndarray]], truths: dict[str, lds.Measured]
+    corpus: AttributionTask,
+    chosen: dict[str, dict[str, np.ndarray]],
+    truths: dict[str, lds.GroundTruth],
 ) -> dict[str, Figure]:
     """Of the scores {ranker: {kind: [C, N]}} of the concepts of `truths`."""
-    bases = measured_part(corpus, base_of(corpus), 1)
+    bases = measured_subset(corpus, base_of(corpus), 1)
     held_out = corpus.everything.split("held_out")
-    whole = presences_of(bench_of(corpus), bases, held_out).values()
+    whole = load_measurements(bench_of(corpus), bases, held_out).values()
     curves: dict[str, dict[str, lds.Curve]] = {}
     for kind, truth in truths.items():
         unit = float(np.mean([p.of_concepts(kind, held_out, truth.names) for p in whole]))
         curves[kind] = {
-            name: lds.against_removed(scores[kind], truth, TOP[kind], unit)
+            name: lds.presence_vs_removed(scores[kind], truth, TOP[kind], unit)
             for name, scores in chosen.items()
             if name in CURVES
         }
@@ -130,14 +135,16 @@ def _plots(
     return drawn | ({"predicted": plots.predicted_against_measured(points)} if points else {})
 
 
-def _agreement(corpus: Corpus, asked: Asked, small: np.ndarray) -> dict[str, float]:
+def _agreement(
+    corpus: AttributionTask, asked: ConceptQueries, small: np.ndarray
+) -> dict[str, float]:
     """{kind: mean Spearman correlation of our scores on the small and on the embedded model}."""
-    whole = ask(corpus, corpus.everything.split("held_out"))
-    large = RANKERS.get(FIXED)(corpus).rank(whole.questions)
-    d = damping_of(FIXED, corpus, large, lambda: 0)
+    whole = make_queries(corpus, corpus.everything.split("held_out"))
+    large = RANKERS.get(OURS)(corpus).rank(whole.questions)
+    d = damping_of(OURS, corpus, large, lambda: 0)
     told = {}
     for kind in KINDS:
-        names = groups(corpus.train)["report"][kind]
+        names = split_concepts(corpus.train)["report"][kind]
         pairs = zip(
             asked.mean(small, kind, names)[d], whole.mean(large, kind, names)[d], strict=True
         )
@@ -145,28 +152,35 @@ def _agreement(corpus: Corpus, asked: Asked, small: np.ndarray) -> dict[str, flo
     return told
 
 
-def truths_of(corpus: Corpus) -> tuple[Plan, dict[str, Presences], dict[str, lds.Measured]]:
+def truths_of(
+    corpus: AttributionTask,
+) -> tuple[RetrainingPlan, dict[str, ConceptMeasurements], dict[str, lds.GroundTruth]]:
     """(the part of the LDS plan that was measured, its presences, what they say of each kind)."""
     data, held_out = corpus.train, corpus.everything.split("held_out")
-    there = measured_part(corpus, kept_plan(KEPT / "plans", "lds", data), 3)
-    found = presences_of(bench_of(corpus), there, held_out)
+    there = measured_subset(corpus, kept_plan(KEPT / "plans", "lds", data), 3)
+    found = load_measurements(bench_of(corpus), there, held_out)
     return there, found, _measured(corpus, there, found)
 
 
-def _measured(corpus: Corpus, there: Plan, found: Any) -> dict[str, lds.Measured]:
+def _measured(
+    corpus: AttributionTask, there: RetrainingPlan, found: Any
+) -> dict[str, lds.GroundTruth]:
     """{kind: what these presences say}."""
     data, held_out = corpus.train, corpus.everything.split("held_out")
     return {kind: lds.measured(there, found, data, held_out, kind) for kind in KINDS}
 
 
 def by_lds(
-    asked: Asked, truths: dict[str, lds.Measured], tune: dict[str, list[str]], values: np.ndarray
+    asked: ConceptQueries,
+    truths: dict[str, lds.GroundTruth],
+    tune: dict[str, list[str]],
+    values: np.ndarray,
 ) -> Callable[[], int]:
     """A choice for `damping_of`: `lds.best_damping`, when it is asked for."""
     return lambda: lds.best_damping(values, asked, truths, tune)
 
 
-def _labels(asked: Asked, truths: dict[str, lds.Measured]) -> np.ndarray:
+def _labels(asked: ConceptQueries, truths: dict[str, lds.GroundTruth]) -> np.ndarray:
     """[1, Q, N]: the labels as scores; what counting them predicts."""
     out = np.zeros((1, len(asked.questions), truths["object"].relevant.shape[1]))
     for kind, truth in truths.items():
@@ -175,12 +189,12 @@ def _labels(asked: Asked, truths: dict[str, lds.Measured]) -> np.ndarray:
     return out
 
 
-def _ceilings(plan: Plan, found: Any, held_out: Any, report: Any) -> dict[str, Any]:
+def _ceilings(plan: RetrainingPlan, found: Any, held_out: Any, report: Any) -> dict[str, Any]:
     """{kind: mean correlation of two seeds}; None while fewer than three subsets have both."""
     told: dict[str, Any] = {}
     for kind in KINDS:
         try:
-            values = lds.ceiling(plan, found, held_out, kind, report[kind])
+            values = lds.seed_agreement(plan, found, held_out, kind, report[kind])
             told[kind] = round(float(values.mean()), 4)
         except UserError:
             told[kind] = None
@@ -198,7 +212,7 @@ def _markdown(table: dict[str, Any]) -> str:
             if isinstance(whole, dict) and "lds" in whole:
                 told = whole[key] if key else whole
                 cells = [
-                    cell(part[figure], part[lds.interval_of(figure)])
+                    format_interval(part[figure], part[lds.interval_of(figure)])
                     for part in (told, told["style"])
                     for figure in lds.FIGURES
                 ]

@@ -9,36 +9,36 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.attribution.corpus import Corpus
+from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.ekfac import batches
 from concept_trak.gradients.caption_fit import caption_llr, fit_weight
 
 from .. import wrong_captions
-from ..queries import Asked, ask, corpus_of
+from ..queries import ConceptQueries, corpus_of, make_queries
 from ..setup import (
-    FIXED,
     OF_MANY,
+    OURS,
     SEEDS,
     base_of,
     bench_of,
+    concatenate,
     damping_of,
     figures_markdown,
-    joined,
     keep_model,
     model_of,
     models_there,
     plan_of,
-    rankings,
-    written,
+    score_all_methods,
+    write_table,
 )
-from ..subsets import KINDS, Plan, Subset, groups, lies_plan
-from ..train_many import presences_of
+from ..subsets import KINDS, RetrainingPlan, Subset, lies_plan, split_concepts
+from ..train_many import load_measurements
 
 UNWEIGHTED = "contrast"  # ours without its weight
 OUTSIDE = "outside_fit"
 
 
-def table(corpus: Corpus) -> dict[str, Any]:
+def table(corpus: AttributionTask) -> dict[str, Any]:
     """{"trained", "untrained": {kind: {ranker: figures}}, "harm"} over the "report" concepts and
     the seeds whose models are there.
 
@@ -56,31 +56,33 @@ def table(corpus: Corpus) -> dict[str, Any]:
         for subset, model in models_there(corpus, of):
             lying = told[[s.seed for s in told].index(subset.seed)]
             asking = corpus_of(corpus, model, lying)
-            asked = ask(asking, corpus.everything.split("held_out"))
-            scored = rankings(asking, asked, OF_MANY)
+            asked = make_queries(asking, corpus.everything.split("held_out"))
+            scored = score_all_methods(asking, asked, OF_MANY)
             if state == "trained" and UNWEIGHTED in scored:
                 judge = model_of(corpus, base.name, base.subsets[0])
                 fit = _fit_of(corpus_of(corpus, judge, lying))
                 scored[OUTSIDE] = scored[UNWEIGHTED] * fit
             for name, values in scored.items():
-                of = FIXED if name == OUTSIDE else name
+                of = OURS if name == OUTSIDE else name
                 for kind, figures in _lies_of(asking, lying, asked, of, values).items():
                     each[kind].setdefault(name, []).append(figures)
         found[state] = {
-            kind: {name: wrong_captions.summary(joined(parts)) for name, parts in rankers.items()}
+            kind: {
+                name: wrong_captions.summary(concatenate(parts)) for name, parts in rankers.items()
+            }
             for kind, rankers in each.items()
         }
     found["harm"] = _harm(corpus, plan)
-    return written(corpus, "lies", found, _lies_markdown(found))
+    return write_table(corpus, "lies", found, _lies_markdown(found))
 
 
-def llr_of(corpus: Corpus, rows: range) -> np.ndarray:
+def llr_of(corpus: AttributionTask, rows: range) -> np.ndarray:
     """`caption_llr` of consecutive train pictures under their captions."""
     x0, cond = corpus.data.batch(rows)
     return caption_llr(corpus.model, x0, cond, corpus.cond_null).float().cpu().numpy()
 
 
-def _fit_of(corpus: Corpus) -> np.ndarray:
+def _fit_of(corpus: AttributionTask) -> np.ndarray:
     """[N]: `fit_weight` of all of them."""
     parts = batches(len(corpus.train), corpus.settings.batch_size)
     llr = np.concatenate([llr_of(corpus, rows) for rows in parts])
@@ -88,13 +90,13 @@ def _fit_of(corpus: Corpus) -> np.ndarray:
 
 
 def _lies_of(
-    corpus: Corpus, subset: Subset, asked: Asked, name: str, values: np.ndarray
+    corpus: AttributionTask, subset: Subset, asked: ConceptQueries, name: str, values: np.ndarray
 ) -> dict[str, dict[str, np.ndarray]]:
     """{kind: figures} of the claimed "report" concepts; values [D, Q, N]."""
     data = corpus.train
 
     def at(group: str, kind: str, d: int) -> dict[str, np.ndarray]:
-        names = wrong_captions.claimed(data, subset, kind, groups(data)[group][kind])
+        names = wrong_captions.claimed(data, subset, kind, split_concepts(data)[group][kind])
         scores = asked.mean(values[d : d + 1], kind, names)[0]
         return wrong_captions.figures(scores, data, subset, kind, names)
 
@@ -109,17 +111,18 @@ def _lies_of(
     return {kind: at("report", kind, d) for kind in KINDS}
 
 
-def _harm(corpus: Corpus, plan: Plan) -> list[dict[str, Any]]:
+def _harm(corpus: AttributionTask, plan: RetrainingPlan) -> list[dict[str, Any]]:
     """What retraining says of the lies of each seed that was trained with and without them."""
     data, held_out, bench = corpus.train, corpus.everything.split("held_out"), bench_of(corpus)
     told = []
     for with_lies, without in zip(plan.subsets[::2], plan.subsets[1::2], strict=True):
-        both = Plan(plan.name, plan.data, (with_lies, without))
+        both = RetrainingPlan(plan.name, plan.data, (with_lies, without))
         if all(bench.presences(plan.name, s).exists() for s in both.subsets):
-            found = presences_of(bench, both, held_out)
+            found = load_measurements(bench, both, held_out)
             of = found[with_lies.name], found[without.name]
             told.append(
-                wrong_captions.harm(*of, held_out, data, with_lies) | {"seed": with_lies.seed}
+                wrong_captions.effect_on_claimed(*of, held_out, data, with_lies)
+                | {"seed": with_lies.seed}
             )
     return told
 

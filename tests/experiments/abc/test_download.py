@@ -390,7 +390,7 @@ def test_an_interrupt_ends_at_once_and_the_next_call_goes_on(abc, server, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(download_folder.DownloadFolder, "_note", interrupted)
+        patch.setattr(download_folder.DownloadState, "_note", interrupted)
         assert abc("exemplar") == 130
     assert "run the same command again" in capfd.readouterr().err
     assert abc("exemplar") == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from celeba_standin import stand_in
 
-from concept_trak.attribution.unlearning import Abu
+from concept_trak.attribution.unlearning import AbU
 from concept_trak.cli import main
 from concept_trak.errors import UserError
 from concept_trak.models.vocabulary import Vocabulary
@@ -19,9 +19,9 @@ from concept_trak.settings import DAMPINGS, resolve
 from experiments.attributes import command, retraining, score_cache, table
 from experiments.attributes import concept_likelihood as small
 from experiments.attributes.model import train as training
-from experiments.attributes.pipeline import Bench, Model
+from experiments.attributes.pipeline import AttributeBenchmark, TrainedModel
 from experiments.attributes.queries import TUNE_SEED, LabelledBenchmark, questions_of
-from experiments.attributes.score_cache import Found
+from experiments.attributes.score_cache import MethodScores
 from experiments.attributes.settings import BENCHES, of_bench
 
 METHODS = "concept_trak,trak"
@@ -32,7 +32,7 @@ def bench_at(folder, bench="synthetic", methods=METHODS, **changes):
     own = of_bench(bench, TINY | {"work": str(folder)} | changes, quick=True)
     settings = resolve(bench, {"methods": methods, "nfe": 2, "epochs": 1, "proj_dim": 512})
     settings = settings.but(gen_num_inference_steps=4).on("cpu")
-    return Bench(own, settings, "cpu")
+    return AttributeBenchmark(own, settings, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_other_settings_of_pictures_or_trainings_are_refused(made):
 
 def test_a_killed_training_goes_on_to_the_same_weights(made, tmp_path, monkeypatch):
     bench, _ = made
-    whole = bench.corpus(Model("unet", 0)).model.identity()
+    whole = bench.corpus(TrainedModel("unet", 0)).model.identity()
     shutil.copytree(bench.data_dir, tmp_path / "synthetic-quick/data")
     other = bench_at(tmp_path)
     real = training.loss_of_step
@@ -96,8 +96,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(made, tmp_path, monkeypat
 
     monkeypatch.setattr(training, "loss_of_step", killed)
     how = training.TrainSettings(steps=4, batch=8, lr=other.own.lr, save_every=2)
-    job = other.job(Model("unet", 0))
-    job = training.Job(job.name, job.scheme, job.data, job.kept, job.architecture, how, 0)
+    job = other.job(TrainedModel("unet", 0))
+    job = training.TrainingJob(job.name, job.scheme, job.data, job.kept, job.architecture, how, 0)
     with pytest.raises(KeyboardInterrupt):
         training.train(job, tmp_path / "killed")
     assert training.finished(job, tmp_path / "killed") is None
@@ -110,7 +110,7 @@ def test_two_models_of_a_seed_share_what_both_keep(made):
     """A draw of a model that lost pictures differs only where it would have taken one of them."""
     data, scheme = made[0].labelled
     part = data.split("train")
-    model = training.fresh(made[0].job(Model("unet", 0)), "cpu")
+    model = training.build_untrained(made[0].job(TrainedModel("unet", 0)), "cpu")
     some = np.arange(len(part)) % 3 > 0
     both = [training.examples_of(model, scheme, part, k) for k in (np.ones(len(part), bool), some)]
     how = training.TrainSettings(batch=64)
@@ -127,7 +127,7 @@ def test_two_models_of_a_seed_share_what_both_keep(made):
 
 def test_shares_of_open_labels_are_those_of_the_settings(made):
     data, scheme = made[0].labelled
-    model = training.fresh(made[0].job(Model("unet", 0)), "cpu")
+    model = training.build_untrained(made[0].job(TrainedModel("unet", 0)), "cpu")
     part = data.split("train")
     examples = training.examples_of(model, scheme, part, np.ones(len(part), bool))
     how = training.TrainSettings(batch=4000)
@@ -176,7 +176,7 @@ def test_a_slider_flips_a_class_of_two_and_drops_one_of_more(form, wanted):
 
 def test_the_evaluation_serves_these_benchmarks_too(made):
     bench, _ = made
-    corpus = bench.corpus(Model("unet", 0))
+    corpus = bench.corpus(TrainedModel("unet", 0))
     corpus.settings = corpus.settings.but(num_queries=1)
     benchmark = BENCHMARKS.get("synthetic")(corpus)
     assert isinstance(benchmark, LabelledBenchmark) and benchmark.concepts == ("shape", "color")
@@ -189,13 +189,13 @@ def test_the_evaluation_serves_these_benchmarks_too(made):
 
 
 def found_of(hits, split, concepts=1):
-    """A `Found` of questions whose ten highest are relevant in a share of `hits` [D, Q]."""
+    """A `MethodScores` of questions whose ten highest are relevant in a share of `hits` [D, Q]."""
     top = np.arange(10) < np.round(10 * np.asarray(hits))[..., None]
     count = top.shape[1]
     group = np.arange(count) // concepts
     concept = np.array([f"c{i % concepts}" for i in range(count)])
     chance = np.full(count, 0.3)
-    return Found(top, np.zeros(top.shape[:2]), chance, np.array(split), concept, group, 1.0)
+    return MethodScores(top, np.zeros(top.shape[:2]), chance, np.array(split), concept, group, 1.0)
 
 
 def summarised(found):
@@ -206,19 +206,19 @@ def summarised(found):
 def test_the_damping_is_chosen_on_drawings_that_are_not_reported():
     hits = np.zeros((len(DAMPINGS), 4))
     hits[2, :2], hits[7, 2:] = 1.0, 1.0  # best on tune, best on ood
-    models = {Model("unet", 0): found_of(hits, ["tune", "tune", "ood", "ood"])}
+    models = {TrainedModel("unet", 0): found_of(hits, ["tune", "tune", "ood", "ood"])}
     told = summarised({"local": {"trak": models}})["local"]["trak"]
     assert told["damping"] == DAMPINGS[2]
     assert told["ood"]["precision"] == 0.0 and told["ood"]["oracle"] == 1.0
 
 
 def test_a_step_is_chosen_as_a_damping_is_and_has_no_oracle():
-    hits = np.zeros((len(Abu.candidates), 2))
+    hits = np.zeros((len(AbU.candidates), 2))
     hits[1] = 1.0
     tune, reported = found_of(hits, ["tune"] * 2), found_of([[0.3, 0.6]], ["ood", "id"])
-    models = {Model("unet", 0): tune.and_at(1, reported)}
+    models = {TrainedModel("unet", 0): tune.and_at(1, reported)}
     told = summarised({"local": {"abu": models}})["local"]["abu"]
-    assert told["step"] == Abu.candidates[1] and told["damping"] is None
+    assert told["step"] == AbU.candidates[1] and told["damping"] is None
     assert [told[split]["precision"] for split in ("ood", "id")] == [0.3, 0.6]
     assert told["ood"]["oracle"] is None
     assert "| abu | local | 1 | 0.60 [0.60, 0.60] | 0.30 [0.30, 0.30] |  | 0.00 |" in (
@@ -236,13 +236,13 @@ def test_reported_questions_are_asked_at_the_chosen_step_alone(made, monkeypatch
         values[..., :: 2 if self.step == 10.0 else 1] = 1.0
         return values
 
-    monkeypatch.setattr(Abu, "rank", rank)
-    monkeypatch.setattr(Abu, "prepare", lambda self: None)
+    monkeypatch.setattr(AbU, "rank", rank)
+    monkeypatch.setattr(AbU, "prepare", lambda self: None)
     monkeypatch.setattr(score_cache, "damping_of", lambda models: 1)
     bench = bench_at(made[0].own.work, methods="abu")
     found = score_cache.attribute(bench)["local"]["abu"]
-    assert asked == [(step, {True}) for step in Abu.candidates] + [(10.0, {False})]
-    one = found[Model("unet", 0)]
+    assert asked == [(step, {True}) for step in AbU.candidates] + [(10.0, {False})]
+    one = found[TrainedModel("unet", 0)]
     reported = one.split != "tune"
     assert one.top[1, reported].any() and not one.top[[0, 2]][:, reported].any()
 
@@ -253,7 +253,7 @@ def test_each_network_has_its_own_rows_at_the_common_damping():
     weak = np.zeros((len(DAMPINGS), 4))
     weak[7] = 0.9  # alone it would choose another
     of = [found_of(h, ["tune", "tune", "ood", "ood"]) for h in (hits, weak)]
-    both = {"local": {"trak": {Model("unet", 0): of[0], Model("dit", 0): of[1]}}}
+    both = {"local": {"trak": {TrainedModel("unet", 0): of[0], TrainedModel("dit", 0): of[1]}}}
     chosen = {"trak": 2}
     told = {
         network: table.summarised({"local": table.of_network(both["local"], network)}, chosen)
@@ -265,7 +265,7 @@ def test_each_network_has_its_own_rows_at_the_common_damping():
 
 def test_the_margin_is_over_the_best_rival_and_paired():
     def models(value):
-        return {Model("unet", 0): found_of([[value] * 4], ["tune", "tune", "ood", "ood"])}
+        return {TrainedModel("unet", 0): found_of([[value] * 4], ["tune", "tune", "ood", "ood"])}
 
     rankers = {"concept_trak": models(0.9), "trak": models(0.2), "das": models(0.5)}
     told = table.margin(rankers, {name: 0 for name in rankers})["concept_trak"]
@@ -311,11 +311,11 @@ def test_lds_and_counterfactual_tell_every_ranker_from_kept_presences(retrained)
 def test_a_presence_is_what_a_label_takes_off_the_loss(made):
     """Against the definition, one picture and noise at a time."""
     bench, _ = made
-    model = bench.corpus(Model("unet", 0)).model
+    model = bench.corpus(TrainedModel("unet", 0)).model
     held_out = bench.labelled[0].split("held_out").subset([0, 5])
     labels = [model.vocabulary.parse(c) for c in held_out.captions]
     measure = small.LabelledMeasure(noises=1, batch=2)
-    found = small.gains_of(model, held_out, labels, measure)
+    found = small.concept_llr(model, held_out, labels, measure)
     x0 = model.encode_images(held_out.images(range(2), model.image_size))
     total = 0.0
     for t in small.LEVELS:

@@ -18,9 +18,9 @@ from experiments.emoji.model.autoencoder import (
     train_vae,
     vae_loss,
 )
-from experiments.training.loop import Phase, load_checkpoint
+from experiments.training.loop import LrPhase, load_checkpoint
 
-SHORT = (Phase(7, 7),)
+SHORT = (LrPhase(7, 7),)
 QUICK = AutoencoderSettings(vae_phases=SHORT, vae_batch=3, decoder_phases=SHORT, decoder_batch=3)
 
 

@@ -13,7 +13,12 @@ from concept_trak.datasets.image_folder import load_folder
 from concept_trak.errors import UserError
 from experiments.emoji.classifier import augment
 from experiments.emoji.classifier.io import load_judge, save_judge
-from experiments.emoji.classifier.net import Judge, JudgeSettings, cell_accuracy, resized
+from experiments.emoji.classifier.net import (
+    EmojiClassifier,
+    EmojiClassifierSettings,
+    cell_accuracy,
+    resized,
+)
 from experiments.emoji.classifier.train import (
     cross_validate,
     damaged,
@@ -23,7 +28,7 @@ from experiments.emoji.classifier.train import (
 )
 
 DATA = Path(__file__).resolve().parents[3] / "data/emoji"
-TINY = JudgeSettings(
+TINY = EmojiClassifierSettings(
     size=16, inner_size=16, width=4, epochs=30, fold_epochs=30, batch=8, dropout=0.0
 )
 
@@ -141,11 +146,11 @@ def test_predict_gives_probabilities_that_agree_with_the_names(judge, sample):
 )
 def test_pictures_of_another_shape_are_refused(images):
     with pytest.raises(UserError, match=r"\[n, 64, 64, 3\]"):
-        Judge(["cat"], ["blob"]).predict(images)
+        EmojiClassifier(["cat"], ["blob"]).predict(images)
 
 
 def test_measure_is_exact_on_a_made_up_case(monkeypatch):
-    judge = Judge(["cat", "dog"], ["blob", "line"])
+    judge = EmojiClassifier(["cat", "dog"], ["blob", "line"])
     monkeypatch.setattr(
         judge, "predict", lambda images: (np.array([0, 0, 1, 0]), np.array([0, 1, 1, 0]), {})
     )
@@ -156,7 +161,7 @@ def test_measure_is_exact_on_a_made_up_case(monkeypatch):
 
 
 def test_measure_refuses_unknown_names_and_missing_ones():
-    judge, pictures = Judge(["cat"], ["blob"]), np.zeros((1, 64, 64, 3), np.uint8)
+    judge, pictures = EmojiClassifier(["cat"], ["blob"]), np.zeros((1, 64, 64, 3), np.uint8)
     with pytest.raises(UserError, match="unicorn"):
         judge.measure(pictures, ["unicorn"], ["blob"])
     with pytest.raises(UserError, match="1 pictures, 2 objects, 1 styles"):
@@ -207,13 +212,15 @@ def test_cross_validation_names_only_pictures_it_was_not_trained_on(monkeypatch)
     images, objects, styles = toy()
     images[:, 0, 0, 0] = np.arange(len(images))  # a mark to know each picture by
     trained, named = [], []
-    fit, predict = train_judge, Judge.predict
+    fit, predict = train_judge, EmojiClassifier.predict
     monkeypatch.setattr(
         "experiments.emoji.classifier.train.train_judge",
         lambda x, *rest: trained.append(set(x["real"][:, 0, 0, 0])) or fit(x, *rest),
     )
     monkeypatch.setattr(
-        Judge, "predict", lambda self, x: named.append(set(x[:, 0, 0, 0])) or predict(self, x)
+        EmojiClassifier,
+        "predict",
+        lambda self, x: named.append(set(x[:, 0, 0, 0])) or predict(self, x),
     )
     report = cross_validate({"real": images}, objects, styles, TINY, folds=2)["real"]
     assert all(
@@ -264,7 +271,7 @@ def test_the_judge_is_trained_measured_and_saved_in_one_call(tmp_path, capsys):
 def test_missing_or_foreign_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="train_judge.sh$"):
         load_judge(tmp_path)
-    save_judge(Judge(["cat"], ["blob"], TINY), tmp_path, {})
+    save_judge(EmojiClassifier(["cat"], ["blob"], TINY), tmp_path, {})
     (tmp_path / "model.safetensors").write_bytes(
         (tmp_path / "model.safetensors").read_bytes()[:-2] + b"xx"
     )
@@ -273,7 +280,7 @@ def test_missing_or_foreign_weights_are_refused(tmp_path):
 
 
 def test_judge_of_another_architecture_is_refused(tmp_path):
-    judge = Judge(["cat"], ["blob"], TINY)
+    judge = EmojiClassifier(["cat"], ["blob"], TINY)
     judge.style_head = torch.nn.Linear(3, 1)
     save_judge(judge, tmp_path, {})
     with pytest.raises(UserError, match="another version"):
@@ -282,10 +289,10 @@ def test_judge_of_another_architecture_is_refused(tmp_path):
 
 def test_damage_keeps_shape_and_range_changes_pictures_and_is_seeded():
     x = torch.rand(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    once = augment.damage(x, torch.Generator().manual_seed(1))
+    once = augment.augment(x, torch.Generator().manual_seed(1))
     assert once.shape == x.shape and 0 <= once.min() and once.max() <= 1
     assert ((once - x).abs().mean((1, 2, 3)) > 0.01).all()
-    assert torch.equal(once, augment.damage(x, torch.Generator().manual_seed(1)))
+    assert torch.equal(once, augment.augment(x, torch.Generator().manual_seed(1)))
 
 
 def test_warp_brings_in_white_and_hue_keeps_grey():

@@ -13,9 +13,9 @@ from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import load_pipeline
 from experiments.emoji.model import train
 from experiments.emoji.model.train import Examples, TrainSettings, draw_batch, unet_loss
-from experiments.training.loop import Phase, Run, load_checkpoint, step_generator
+from experiments.training.loop import LrPhase, Run, load_checkpoint, step_generator
 
-QUICK = TrainSettings(unet_phases=(Phase(5, 5, max_weight=4.0),), unet_batch=4, jitters=2)
+QUICK = TrainSettings(unet_phases=(LrPhase(5, 5, max_weight=4.0),), unet_batch=4, jitters=2)
 
 
 class TextEncoder(nn.Module):
@@ -92,7 +92,7 @@ def parts():
 def test_a_killed_training_of_the_unet_ends_with_the_same_weights(tmp_path, monkeypatch):
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
-    settings = dataclasses.replace(QUICK, unet_phases=(Phase(20, 20),))
+    settings = dataclasses.replace(QUICK, unet_phases=(LrPhase(20, 20),))
     often = {"save_every": 8}
     monkeypatch.setattr(train, "Run", lambda *args, **options: Run(*args, **options | often))
     unet, text = parts()
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_other_captions_or_another_encoder_is_refused(tmp_path):
 
 
 def test_a_pipeline_is_trained_in_one_call_and_a_second_call_changes_nothing(tmp_path, tiny_data):
-    phases, work, folder = (Phase(2, 2),), tmp_path / "work", tmp_path / "pipeline"
+    phases, work, folder = (LrPhase(2, 2),), tmp_path / "work", tmp_path / "pipeline"
     short = {f"{part}_phases": phases for part in ("vae", "decoder", "unet")}
     settings = TrainSettings(**short, vae_batch=2, decoder_batch=2, unet_batch=2, jitters=1)
     models = []

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from concept_trak import cli
-from concept_trak.attribution.naming import train_states
+from concept_trak.attribution.naming import train_timesteps
 from concept_trak.errors import UserError
 from concept_trak.flags import settings_of
-from concept_trak.gradients.objectives import of_concept
+from concept_trak.gradients.objectives import concept_cotangent
 from concept_trak.gradients.states import (
-    QueryStates,
-    Start,
+    QueryStart,
+    QueryTimesteps,
     query_states_of,
     reference_states,
     trajectory_timesteps,
@@ -25,7 +25,7 @@ from concept_trak.gradients.states import (
 from concept_trak.settings import ROOT, resolve
 from experiments.scale import command as bench
 from experiments.scale import gradient_speed as bench_engine
-from experiments.scale.timing import Answer, timed
+from experiments.scale.timing import TimedCall, timed
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +70,16 @@ def test_a_literal_query_equals_the_engine_on_the_same_states(inputs):
     model, draws, contrast = inputs.model, (9, 4), (inputs.cond_plus, inputs.cond_minus)
     literal = bench_engine.literal(inputs).query_row(inputs.x_T, *contrast, draws, 1.0, 0.0)
     levels = trajectory_timesteps(10, 50)
-    states = QueryStates("seed", 1, tuple(levels[i - 1] for i in draws), eta=0.0)
+    states = QueryTimesteps("seed", 1, tuple(levels[i - 1] for i in draws), eta=0.0)
     conds = inputs.cond_prompt, inputs.cond_null
-    read = query_states_of(model, states, Start(inputs.x_T), *conds)
+    read = query_states_of(model, states, QueryStart(inputs.x_T), *conds)
     asked = (state.contrasting(*contrast) for state in read)
-    ours = bench_engine.row_maker(inputs).mean_row(asked, of_concept("dps"))
+    ours = bench_engine.row_maker(inputs).mean_row(asked, concept_cotangent("dps"))
     assert bench_engine.row_error(ours.numpy(), literal.numpy()) < 1e-3
 
 
 def test_recipe_reference_uses_the_reference_states(inputs):
-    assert train_states(inputs.settings) == reference_states(10, 7.5)
+    assert train_timesteps(inputs.settings) == reference_states(10, 7.5)
 
 
 def test_bench_takes_its_own_flags_and_every_setting():
@@ -117,7 +117,7 @@ def in_this_process(cases, rounds):
     """As `time_in_turn`, without its processes: each of them imports for ten seconds."""
     works = {case: pickle.loads(pickle.dumps(make))() for case, make in cases.items()}
     found = {case: [timed(work) for _ in range(rounds)] for case, work in works.items()}
-    return {c: [Answer(s, rows.numpy(), 2.0, 1.0) for s, rows in of] for c, of in found.items()}
+    return {c: [TimedCall(s, rows.numpy(), 2.0, 1.0) for s, rows in of] for c, of in found.items()}
 
 
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -149,7 +149,7 @@ def test_a_speedup_is_that_of_one_gradient_and_a_reference_is_not_tuned(monkeypa
     seconds = dict(zip(bench_engine.CASES, (8.0, 4.0, 1.0, 9.0, 18.0, 4.0), strict=True))
 
     def fake(cases, rounds):
-        return {c: [Answer(seconds[c], np.ones((2, 3)), 0.5, 0.2)] * rounds for c in cases}
+        return {c: [TimedCall(seconds[c], np.ones((2, 3)), 0.5, 0.2)] * rounds for c in cases}
 
     speed = {"scoring_speedup": 100.0, "scoring_speedup_spread": [90.0, 110.0]}
     monkeypatch.setattr(bench_engine, "time_in_turn", fake)

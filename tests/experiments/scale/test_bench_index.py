@@ -77,7 +77,7 @@ def test_figures_of_a_case(source, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "CANDIDATES", (10, 1000))
     store = bench.synthetic_store(tmp_path, source, WIDTHS, 2048)
     queries = source.rows(range(6))
-    case = bench.Case("small", store, WIDTHS, queries)
+    case = bench.IndexCase("small", store, WIDTHS, queries)
     facts = bench.bench_case(case, *bench.truth(case))
     assert facts["bytes_ratio"] == 2 * 320 / (256 / 8 + 8) == 16
     few, many = [e for e in facts["recall"] if e["damping"] == 1.0]

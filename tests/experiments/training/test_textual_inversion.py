@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from concept_trak import cli
-from concept_trak.datasets.image_folder import pictures
+from concept_trak.datasets.image_folder import read_images
 from concept_trak.errors import UserError
 from concept_trak.models.learned_tokens import load_token
 from concept_trak.models.text_to_image import load_pipeline
@@ -18,7 +18,7 @@ from concept_trak.settings import TOKEN
 from experiments.training import textual_inversion
 from experiments.training.loop import step_generator
 from experiments.training.textual_inversion import (
-    Lesson,
+    InversionBatch,
     encode,
     init_word_of,
     prompt_ids,
@@ -70,7 +70,7 @@ def test_training_lowers_the_loss(model, images, tmp_path):
     for name, p in model.pipe.text_encoder.named_parameters():
         if "layers" in name:
             p /= 30  # conftest's large weights make nearly a step function of the text encoder
-    model.schedule.prediction, data = "v_prediction", pictures(images[:1], PROMPT)
+    model.schedule.prediction, data = "v_prediction", read_images(images[:1], PROMPT)
     latents, decode = (
         encode(model, data, False),
         torch.randn(16 * 6, 32, generator=torch.Generator().manual_seed(0)) / 3,
@@ -82,7 +82,7 @@ def test_training_lowers_the_loss(model, images, tmp_path):
 
     def loss(row):
         ids = prompt_ids(model, PROMPT, model.add_token(TOKEN, row))
-        lesson = Lesson(model, latents, ids, TokenSettings(batch_size=32, seed=9))
+        lesson = InversionBatch(model, latents, ids, TokenSettings(batch_size=32, seed=9))
         with torch.no_grad():
             return sum(token_loss(lesson, step).item() for step in range(5)) / 5
 
@@ -190,7 +190,7 @@ def test_the_record_says_what_made_the_token(trained):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_network_that_knows_the_answer_has_no_loss(model, images, prediction):
     """One picture: eps is what x_t has beside x0, and v = sqrt(a) eps - sqrt(1 - a) x0."""
-    latents = encode(model, pictures(images[:1], PROMPT), False)
+    latents = encode(model, read_images(images[:1], PROMPT), False)
 
     def oracle(network, x_t, t, cond):
         a = model.schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
@@ -199,7 +199,7 @@ def test_a_network_that_knows_the_answer_has_no_loss(model, images, prediction):
 
     model.schedule.prediction, model._call = prediction, oracle
     ids = prompt_ids(model, "a cat", model.pipe.tokenizer.eos_token_id)
-    assert token_loss(Lesson(model, latents, ids, TokenSettings()), 0) < 1e-6
+    assert token_loss(InversionBatch(model, latents, ids, TokenSettings()), 0) < 1e-6
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -207,9 +207,9 @@ def test_the_loss_equals_a_loop_over_the_batch(model, images, prediction):
     """Each picture by itself, noised by the pipeline's own scheduler, in double precision."""
     settings, step = TokenSettings(seed=3, batch_size=5), 7
     model.schedule.prediction = prediction
-    latents = encode(model, pictures(images, PROMPT), True)
+    latents = encode(model, read_images(images, PROMPT), True)
     ids = prompt_ids(model, "a cat", model.pipe.tokenizer.eos_token_id)
-    got = token_loss(Lesson(model, latents, ids, settings), step)
+    got = token_loss(InversionBatch(model, latents, ids, settings), step)
     g = step_generator(settings.seed, step)
     picture, version = (torch.randint(2, (5,), generator=g).tolist() for _ in range(2))
     levels = torch.randint(1000, (5,), generator=g)
@@ -227,7 +227,7 @@ def test_the_loss_equals_a_loop_over_the_batch(model, images, prediction):
 
 
 def test_mirror_images_are_used_only_if_asked_for(model, images):
-    data = pictures(images, PROMPT)
+    data = read_images(images, PROMPT)
     plain, both = encode(model, data, False), encode(model, data, True)
     assert plain.shape == (2, 1, 2, 4, 4) and both.shape == (2, 2, 2, 4, 4)
     assert torch.equal(both[:, :1], plain)

@@ -11,9 +11,9 @@ from torch import nn
 from concept_trak.errors import UserError
 from experiments.training.loop import (
     Ema,
-    Phase,
-    Progress,
+    LrPhase,
     Run,
+    TrainingState,
     learning_rate,
     load_averages,
     load_checkpoint,
@@ -25,7 +25,7 @@ from experiments.training.loop import (
     step_generator,
 )
 
-PHASES = (Phase(6, 10), Phase(6, 6, peak=0.5))
+PHASES = (LrPhase(6, 10), LrPhase(6, 6, peak=0.5))
 
 
 def run_of(folder, **changes):
@@ -161,7 +161,7 @@ def test_the_optimizer_gets_the_rate_of_its_step(tmp_path):
     """One step of AdamW without decay moves each weight by about the rate, against its gradient."""
     net = network()
     before = {k: p.detach().clone() for k, p in net.named_parameters()}
-    run = Run(tmp_path / "one.safetensors", (Phase(1, 10),), 0.05, 3, 0.9, 1)
+    run = Run(tmp_path / "one.safetensors", (LrPhase(1, 10),), 0.05, 3, 0.9, 1)
     run_training(dict(net.named_parameters()), loss_of(net), run)
     moved = torch.cat([(p - before[k]).abs().flatten() for k, p in net.named_parameters()])
     rate = 0.05 * learning_rate(0, run.phases, 3)
@@ -169,8 +169,8 @@ def test_the_optimizer_gets_the_rate_of_its_step(tmp_path):
 
 
 def test_later_phases_may_change_and_earlier_ones_may_not(tmp_path):
-    longer = (PHASES[0], Phase(60, 60))
-    assert phases_until(6, PHASES) == phases_until(6, longer) != phases_until(6, (Phase(6, 9),))
+    longer = (PHASES[0], LrPhase(60, 60))
+    assert phases_until(6, PHASES) == phases_until(6, longer) != phases_until(6, (LrPhase(6, 9),))
     assert phases_until(8, PHASES) != phases_until(8, longer)
     for name in ("at once", "in two goes"):
         (tmp_path / name).mkdir()
@@ -185,9 +185,9 @@ def test_later_phases_may_change_and_earlier_ones_may_not(tmp_path):
 def test_a_resumed_run_keeps_the_memory_format_of_its_moments(tmp_path):
     """Steps of AdamW are several times slower when it is another than the weights'."""
     net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    params, run = dict(net.named_parameters()), run_of(tmp_path, phases=(Phase(1, 1),))
+    params, run = dict(net.named_parameters()), run_of(tmp_path, phases=(LrPhase(1, 1),))
     run_training(params, lambda s: net(torch.ones(1, 3, 4, 4)).square().sum(), run)
-    progress = Progress(params, run)
+    progress = TrainingState(params, run)
     progress.resume()
     moments = progress.optimizer.state[net.weight]
     assert progress.step == 1 and moments["exp_avg_sq"].norm() > 0
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path):
 
 
 def test_the_log_has_a_line_every_fifty_steps_and_none_twice_after_a_kill(tmp_path):
-    changes, logs = {"phases": (Phase(160, 160),), "save_every": 70, "lr": 0.01}, []
+    changes, logs = {"phases": (LrPhase(160, 160),), "save_every": 70, "lr": 0.01}, []
     for name, stop in (("whole", None), ("killed", 130)):
         folder = tmp_path / name
         folder.mkdir()

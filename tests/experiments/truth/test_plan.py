@@ -37,7 +37,7 @@ def test_a_plan_is_made_again_to_the_same_bytes_and_read_as_it_was_written(name,
 
 
 def test_groups_are_disjoint_halves_that_cover_all_concepts(data):
-    groups = plans.groups(data)
+    groups = plans.split_concepts(data)
     for kind in plans.KINDS:
         tune, report = (set(groups[group][kind]) for group in plans.GROUPS)
         assert not tune & report and tune | report == set(data.column(kind))
@@ -46,7 +46,7 @@ def test_groups_are_disjoint_halves_that_cover_all_concepts(data):
 
 def test_every_lie_is_wrong_in_object_and_style_and_claims_what_loses_no_picture(data):
     for subset in plans.lies_plan(data, (0, 1)).subsets[::2]:
-        objects, styles = (lies_test.claims(data, subset, kind) for kind in plans.KINDS)
+        objects, styles = (lies_test.claimed_concepts(data, subset, kind) for kind in plans.KINDS)
         rows = np.array(sorted(subset.captions))
         assert len(rows) == plans.LIES
         shown = {kind: np.array(data.column(kind))[rows] for kind in plans.KINDS}
@@ -54,7 +54,7 @@ def test_every_lie_is_wrong_in_object_and_style_and_claims_what_loses_no_picture
         assert not set(objects[rows]) & set(shown["object"])
         counts = Counter(objects[rows]).values(), Counter(styles[rows]).values()
         assert all(max(c) - min(c) <= 1 for c in counts)
-        group = plans.groups(data)["report"]["object"]
+        group = plans.split_concepts(data)["report"]["object"]
         claimed = lies_test.claimed(data, subset, "object", group)
         assert len(claimed) == len(group) // 2
 
@@ -89,7 +89,7 @@ def test_a_hidden_concept_is_in_no_caption_of_its_picture(data):
             phrase = data.records[row][f"{kind}_phrase"]
             assert not any(phrase == text or text.endswith(f" {phrase}") for text in told[row])
         gone = {data.records[row][kind] for row in subset.removed}
-        assert gone <= set(plans.groups(data)["report"][kind])
+        assert gone <= set(plans.split_concepts(data)["report"][kind])
 
 
 def spoiled(path, **changes):

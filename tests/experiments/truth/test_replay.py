@@ -43,7 +43,7 @@ class Bench:
         else:
             loss = functools.partial(train.loss_of_step, model, self.examples, TINY, 0)
         chosen = select(model.network, CHOSEN)
-        return replay.Copy(model.network, chosen, small_model.parameters(model), loss)
+        return replay.TrainingCopy(model.network, chosen, small_model.parameters(model), loss)
 
     def losses(self, model, step):
         """[B] of the batch's samples, without bf16."""
@@ -120,7 +120,7 @@ def test_what_lies_beyond_the_look_ahead_is_all_that_is_lost(bench, tmp_path, mo
     gaps = []
     for number, (block, ahead) in enumerate([(2, 1), (2, 3), (3, 7)]):
         monkeypatch.setattr(replay, "BLOCK", block)
-        monkeypatch.setattr(replay, "AHEAD", ahead)
+        monkeypatch.setattr(replay, "LOOKAHEAD", ahead)
         gaps += [replay.Replay(made.training, direction, tmp_path / str(number)).split().gap()[0]]
     assert gaps[0] > gaps[1] > 1e-4 and gaps[2] < 1e-9
 

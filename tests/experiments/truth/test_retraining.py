@@ -22,7 +22,7 @@ from experiments.truth import train as trainer
 from experiments.truth.subsets import Subset, texts_of
 
 TINY = small_model.SmallSettings((8, 8), 4, text_width=6, steps=6, batch=8, warmup=2)
-MEASURE = concept_likelihood.Measure(noises=2, drawn=1, num_steps=2, batch=4)
+MEASURE = concept_likelihood.MeasureSettings(noises=2, drawn=1, num_steps=2, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_presence_is_the_loss_without_the_concept_less_the_loss_with_it(data):
     losses[:, :, concept_likelihood.PROMPTS.index("style")] = 0.5  # what is left without the object
     losses[:, :, concept_likelihood.PROMPTS.index("full")] = 0.2
     losses[:, :, concept_likelihood.PROMPTS.index("object")] = 0.1
-    found = concept_likelihood.Presences(losses, {})
+    found = concept_likelihood.ConceptMeasurements(losses, {})
     assert found.of_concepts("object", held_out, ["cat", "dog"]) == pytest.approx([0.3, 0.3])
     assert found.of_concepts("style", held_out, ["line"]) == pytest.approx([-0.1])
 
@@ -188,7 +188,7 @@ def kept(data, tmp_path):
     path = tmp_path / "some/x.json"
     made_from = {"held_out": held_out.content_hash(), "data": "learned"}
     concept_likelihood.write_presences(
-        path, concept_likelihood.Presences(values, judged), made_from
+        path, concept_likelihood.ConceptMeasurements(values, judged), made_from
     )
     return path, held_out, values
 

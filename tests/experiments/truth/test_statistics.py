@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from concept_trak.errors import UserError
-from experiments.truth.lds import FIGURES, Measured, interval_of, scored, summary
+from experiments.truth.lds import FIGURES, GroundTruth, interval_of, lds_metrics, summary
 from experiments.truth.statistics import auc_below, lds, partial, partial_lds
-from experiments.truth.train_many import accidents
+from experiments.truth.train_many import failed_trainings
 
 SUBSETS, PICTURES, CONCEPTS = 40, 60, 6
 
@@ -72,9 +72,9 @@ def test_squared_scores_hear_less_of_the_long_middle(world):
     rng = np.random.default_rng(9)
     scores = truth + 0.8 * rng.normal(size=truth.shape)
     names = [str(c) for c in range(CONCEPTS)]
-    found = scored(scores, Measured(names, kept, kept @ truth.T, relevant))
+    found = lds_metrics(scores, GroundTruth(names, kept, kept @ truth.T, relevant))
     assert found["squared"].mean() > found["partial"].mean() + 0.02
-    flipped = scored(-scores, Measured(names, kept, kept @ truth.T, relevant))
+    flipped = lds_metrics(-scores, GroundTruth(names, kept, kept @ truth.T, relevant))
     np.testing.assert_allclose(flipped["squared"], -found["squared"])  # signs are kept
 
 
@@ -86,7 +86,7 @@ def test_what_is_known_of_the_labelled_pictures_and_of_the_others_is_told_apart(
         (kept @ own.T, "own", "others"),
         (kept @ others.T, "others", "own"),
     ):
-        found = scored(influence, Measured(names, kept, presences, relevant))
+        found = lds_metrics(influence, GroundTruth(names, kept, presences, relevant))
         assert found[known] == pytest.approx(1) and abs(found[unknown].mean()) < 0.2
         assert 0.2 < found["partial"].mean() < 1
         assert set(summary(found)) == {*FIGURES, *map(interval_of, FIGURES)}
@@ -142,8 +142,8 @@ def test_a_training_that_failed_is_told_of():
     judged = {
         f"lds-{i}": {k: rng.uniform(0.4, 0.6, 50) for k in ("object", "style")} for i in "abc"
     }
-    assert not accidents(judged)
+    assert not failed_trainings(judged)
     judged["lds-d"] = {"object": np.full(50, 0.02), "style": np.full(50, 0.3)}
-    ((name, rate, usual),) = accidents(judged)
+    ((name, rate, usual),) = failed_trainings(judged)
     assert name == "lds-d" and rate == pytest.approx(0.16) and 0.4 < usual < 0.6
-    assert not accidents({k: judged[k] for k in ("lds-a", "lds-d")})
+    assert not failed_trainings({k: judged[k] for k in ("lds-a", "lds-d")})

@@ -23,14 +23,14 @@ from experiments.truth import (
 )
 from experiments.truth import subsets as plans
 from experiments.truth.subsets import (
-    Plan,
+    RetrainingPlan,
     Subset,
     counterfactual_plan,
-    groups,
     hidden_plan,
     lies_plan,
+    split_concepts,
 )
-from experiments.truth.train_many import presences_of
+from experiments.truth.train_many import load_measurements
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def subset(data):
 
 def scores_of(data, subset, kind, names, lie, honest, unrelated):
     """[C, N]: one value for each of the three groups."""
-    said, shown = wrong_captions.claims(data, subset, kind), np.array(data.column(kind))
+    said, shown = wrong_captions.claimed_concepts(data, subset, kind), np.array(data.column(kind))
     rng = np.random.default_rng(0)
     out = np.full((len(names), len(data)), float(unrelated)) + 1e-3 * rng.random(len(data))
     for row, name in zip(out, names, strict=True):
@@ -81,16 +81,16 @@ def presences(held_out, **by_kind):
     losses = np.zeros((len(held_out), len(concept_likelihood.LEVELS), 4))
     at = concept_likelihood.PROMPTS.index
     losses[:, :, at("style")], losses[:, :, at("object")] = by_kind["object"], by_kind["style"]
-    return concept_likelihood.Presences(losses, {})
+    return concept_likelihood.ConceptMeasurements(losses, {})
 
 
 def test_harm_is_what_claimed_concepts_lost(data, subset):
     held_out = load_folder(ROOT / "data/emoji").split("held_out")
-    said = set(wrong_captions.claims(data, subset, "object"))
+    said = set(wrong_captions.claimed_concepts(data, subset, "object"))
     lost = np.array([-0.5 if name in said else 0.0 for name in held_out.column("object")])
     without = presences(held_out, object=1.0, style=1.0)
     told = presences(held_out, object=1 + lost[:, None], style=1.0)
-    found = wrong_captions.harm(told, without, held_out, data, subset)
+    found = wrong_captions.effect_on_claimed(told, without, held_out, data, subset)
     assert found["object"]["claimed"]["mean"] == -0.5 and found["object"]["relative"] == -0.5
     assert found["object"]["others"]["mean"] == 0 and found["style"]["claimed"]["mean"] == 0
 
@@ -110,11 +110,11 @@ def test_a_hidden_concept_is_found_by_what_pictures_show_or_not_at_all(data):
 
 def test_what_hidden_pictures_taught_is_what_the_model_without_them_lacks(data):
     held_out = load_folder(ROOT / "data/emoji").split("held_out")
-    gone_names = groups(data)["report"]["style"]
+    gone_names = split_concepts(data)["report"]["style"]
     lost = np.array([0.4 if name in gone_names else 0.0 for name in held_out.column("style")])
     learned = presences(held_out, object=0.0, style=1.0)
     gone = presences(held_out, object=0.0, style=1 - lost[:, None])
-    found = omitted_captions.taught("style", learned, gone, data, held_out)
+    found = omitted_captions.presence_lost("style", learned, gone, data, held_out)
     assert found == {"tune": 0.0, "report": 0.4}
 
 
@@ -123,7 +123,7 @@ def test_removing_what_taught_a_concept_is_a_drop_and_nothing_else_is(data):
     names = counterfactual.targets(data, "object")
     shown = np.array(data.column("object"))
     scores = {"concept_trak": np.stack([shown == name for name in names]).astype(float)}
-    arms = counterfactual.arms(data, "object", scores, "concept_trak")
+    arms = counterfactual.removal_sets(data, "object", scores, "concept_trak")
     labels = [i for i, name in enumerate(shown) if name in names]
     assert arms["object-concept_trak"] == arms["object-labels"] == labels
     assert not set(arms["object-least"]) & set(labels[:7])
@@ -138,7 +138,7 @@ def test_removing_what_taught_a_concept_is_a_drop_and_nothing_else_is(data):
     after.judged.update({kind: np.full(len(held_out), 0.25) for kind in ("object", "style")})
     models = {s.name: nothing if "random" in s.name else after for s in plan.subsets}
     ours = "concept_trak"
-    arms = counterfactual.drops(plan, models, whole, data, held_out, ours)["object"]
+    arms = counterfactual.presence_drops(plan, models, whole, data, held_out, ours)["object"]
     found = arms["labels"]
     assert (found["target_drop"], found["untouched_drop"], found["other_drop"]) == (0.8, 0, 0)
     assert found["judge_drop"] == 0.75 and found["removed"] == len(labels)
@@ -152,15 +152,18 @@ def test_removing_what_taught_a_concept_is_a_drop_and_nothing_else_is(data):
 def test_the_noise_of_a_drop_is_that_of_a_difference_of_two_seeds(data):
     held_out = load_folder(ROOT / "data/emoji").split("held_out")
     whole = {seed: presences(held_out, object=1 + 0.1 * seed, style=1.0) for seed in (0, 1)}
-    found = counterfactual.noise(whole, data, held_out)
+    found = counterfactual.seed_noise(whole, data, held_out)
     assert found["object"]["target_drop"] == pytest.approx(0.1 / 1.05, abs=1e-4)
     assert found["object"]["other_drop"] == 0  # of styles, which did not change
-    assert counterfactual.noise({0: whole[0]}, data, held_out) == {"object": None, "style": None}
+    assert counterfactual.seed_noise({0: whole[0]}, data, held_out) == {
+        "object": None,
+        "style": None,
+    }
 
 
 def measured(values, kept, relevant):
     names = [str(i) for i in range(len(relevant))]
-    return lds.Measured(names, kept, values, relevant)
+    return lds.GroundTruth(names, kept, values, relevant)
 
 
 def test_presence_falls_with_the_pictures_that_taught_it_and_not_with_others():
@@ -171,10 +174,10 @@ def test_presence_falls_with_the_pictures_that_taught_it_and_not_with_others():
         kept @ relevant.T.astype(float)
     ) / 3.5  # all that is known of a concept is its seven pictures
     truth = measured(presences_, kept, relevant)
-    knows = lds.against_removed(relevant.astype(float), truth, 7, 2.0)
+    knows = lds.presence_vs_removed(relevant.astype(float), truth, 7, 2.0)
     assert knows.mean == pytest.approx(1 - knows.removed / 7) and knows.top == 7
     others = np.roll(relevant, 20, 1).astype(float)
-    blind = lds.against_removed(others, truth, 7, 2.0)
+    blind = lds.presence_vs_removed(others, truth, 7, 2.0)
     assert np.ptp(blind.mean[1:-1]) < 0.15 < np.ptp(knows.mean)
     whole = lds.predictions(relevant.astype(float), truth)
     assert whole.predicted == pytest.approx(whole.measured) and whole.lds == pytest.approx(1)
@@ -185,14 +188,16 @@ def test_the_ceiling_is_the_correlation_of_two_seeds(data):
     held_out = load_folder(ROOT / "data/emoji").split("held_out")
     rng, names = np.random.default_rng(0), ["cat", "dog"]
     subsets = [Subset(f"lds-{i}-{seed}", seed, (i,)) for seed in (0, 1) for i in range(8)]
-    plan, found = Plan("lds", "", tuple(subsets)), {}
+    plan, found = RetrainingPlan("lds", "", tuple(subsets)), {}
     for i in range(8):
         value = rng.random()
         for seed in (0, 1):
             found[f"lds-{i}-{seed}"] = presences(held_out, object=value + seed, style=0.0)
-    assert lds.ceiling(plan, found, held_out, "object", names) == pytest.approx([1, 1])
+    assert lds.seed_agreement(plan, found, held_out, "object", names) == pytest.approx([1, 1])
     with pytest.raises(UserError, match="no subset was trained with two seeds"):
-        lds.ceiling(Plan("lds", "", tuple(subsets[:8])), found, held_out, "object", names)
+        lds.seed_agreement(
+            RetrainingPlan("lds", "", tuple(subsets[:8])), found, held_out, "object", names
+        )
 
 
 @pytest.mark.parametrize("test", ["lies", "hidden", "lds", "counterfactual"])
@@ -227,13 +232,13 @@ def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, caps
 
 
 def test_the_fit_of_pictures_is_the_one_beside_their_rows(tmp_path):
-    from concept_trak.attribution.corpus import Corpus
-    from concept_trak.attribution.methods import train_store
+    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.methods import open_or_compute_store
     from experiments.truth.tables.lies import llr_of
 
-    corpus = Corpus(tables_settings(tmp_path), "cpu")
+    corpus = AttributionTask(tables_settings(tmp_path), "cpu")
     rows = range(30, 34)
-    beside = train_store(corpus).losses()[rows.start : rows.stop]
+    beside = open_or_compute_store(corpus).losses()[rows.start : rows.stop]
     assert llr_of(corpus, rows) == pytest.approx(beside, rel=1e-3, abs=1e-6)
 
 
@@ -244,26 +249,28 @@ def test_rivals_choose_and_ours_has_the_damping_of_the_settings():
     swept, steps, single = (np.zeros((count, 1, 1)) for count in (len(DAMPINGS), 3, 1))
     at = [setup.damping_of("trak", Set, values, lambda: 2) for values in (swept, steps, single)]
     assert at == [2, 2, 0]
-    assert DAMPINGS[setup.damping_of(setup.FIXED, Set, swept, lambda: 2)] == 1.0
-    assert setup.damping_of(setup.FIXED, Set, single, lambda: 2) == 0
+    assert DAMPINGS[setup.damping_of(setup.OURS, Set, swept, lambda: 2)] == 1.0
+    assert setup.damping_of(setup.OURS, Set, single, lambda: 2) == 0
 
 
 def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):
     """A plan that changed after its models were measured."""
     plan = lies_plan(data, (0,))
-    other = Plan("lies", plan.data, (Subset("lies-0", 0, (1, 2)),))
+    other = RetrainingPlan("lies", plan.data, (Subset("lies-0", 0, (1, 2)),))
     held_out = load_folder(ROOT / "data/emoji").split("held_out")
     corpus = type("Corpus", (), {"settings": tables_settings(tmp_path)})
     with pytest.raises(UserError, match="is of another subset or other settings"):
-        presences_of(setup.bench_of(corpus), other, held_out)
+        load_measurements(setup.bench_of(corpus), other, held_out)
     with pytest.raises(UserError, match="is missing"):
-        presences_of(setup.bench_of(corpus), Plan("lies", plan.data, (Subset("no", 0),)), held_out)
+        load_measurements(
+            setup.bench_of(corpus), RetrainingPlan("lies", plan.data, (Subset("no", 0),)), held_out
+        )
 
 
 def test_a_model_that_its_presences_were_not_measured_on_is_refused(tmp_path, monkeypatch):
-    from concept_trak.attribution.corpus import Corpus
+    from concept_trak.attribution.corpus import AttributionTask
 
-    corpus = Corpus(tables_settings(tmp_path), "cpu")
+    corpus = AttributionTask(tables_settings(tmp_path), "cpu")
     base = setup.base_of(corpus)
     assert setup.model_of(corpus, "base", base.subsets[0]).weight_hash()
     monkeypatch.setattr(setup, "KEPT", tmp_path)
@@ -287,7 +294,7 @@ def test_presences_of_another_plan_or_seed_are_refused(data, tmp_path, monkeypat
     def put(**files):
         for name, source in files.items():
             (folder / f"{name.replace('_', '-')}.json").write_bytes((kept / source).read_bytes())
-        return presences_of(setup.bench_of(corpus), replace(plan, subsets=pair), held_out)
+        return load_measurements(setup.bench_of(corpus), replace(plan, subsets=pair), held_out)
 
     one, other = "lds/lds-0-0.json", "lds/lds-0-1.json"
     assert len(put(lds_0_0=one, lds_0_1=other)) == 2
