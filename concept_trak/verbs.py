@@ -18,7 +18,7 @@ from .settings import COMPONENT_FIELDS, ROOT, Settings
 
 def run_attribute(settings: Settings, device: str) -> None:
     """Answer PROMPT; prints where the report is."""
-    from .attribution.corpus import AttributionTask
+    from .attribution.task import AttributionTask
     from .report.write import attribute
 
     print(f"report: {os.path.relpath(attribute(AttributionTask(settings, device)))}")
@@ -56,7 +56,7 @@ def run_serve(settings: Settings, device: str) -> None:
 
 def run_suspects(settings: Settings, device: str) -> None:
     """List the training pictures whose caption does not fit; prints where the list is."""
-    from .attribution.corpus import AttributionTask
+    from .attribution.task import AttributionTask
     from .report.caption_mismatch import rank_mismatched_captions
 
     print(
@@ -66,7 +66,7 @@ def run_suspects(settings: Settings, device: str) -> None:
 
 def run_train_grad(settings: Settings, device: str) -> None:
     """Fill the store; prints its state."""
-    from .attribution.corpus import AttributionTask
+    from .attribution.task import AttributionTask
     from .attribution.train_grad import train_grad
 
     store = train_grad(AttributionTask(settings, device))
@@ -77,8 +77,8 @@ def run_train_grad(settings: Settings, device: str) -> None:
 
 def run_build_index(settings: Settings, device: str) -> None:
     """Make or update the index of the rows; prints where it is."""
-    from .attribution.corpus import AttributionTask
     from .attribution.index_search import build_index
+    from .attribution.task import AttributionTask
 
     print(f"index: {os.path.relpath(build_index(AttributionTask(settings, device)).folder)}")
 
@@ -92,7 +92,7 @@ def run_prepare(settings: Settings, device: str) -> None:
 
 def run_export(folder: str, kind: str, settings: Settings, device: str) -> None:
     """Export the finished store; prints where to."""
-    from .attribution.corpus import AttributionTask
+    from .attribution.task import AttributionTask
     from .attribution.train_grad import open_store
     from .store.export import export
 

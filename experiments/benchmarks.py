@@ -11,8 +11,8 @@ from concept_trak.registry import BENCHMARKS
 from concept_trak.settings import ROOT
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.corpus import AttributionTask
     from concept_trak.attribution.question import Query, QueryImage
+    from concept_trak.attribution.task import AttributionTask
 
 CELL_SEED = 0  # draws which seen cells are asked about
 
@@ -31,21 +31,21 @@ class Emoji:
     splits: ClassVar[tuple[str, ...]] = ("ood", "id")
     settings: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, corpus: AttributionTask) -> None:
-        self.corpus = corpus
+    def __init__(self, task: AttributionTask) -> None:
+        self.task = task
         self._relevant: dict[str, np.ndarray] = {}
 
     @cached_property
     def cells(self) -> dict[str, list[int]]:
         """{split: rows of the whole data}; seen cells are drawn with a fixed seed, disjointly."""
-        records = self.corpus.everything.records
+        records = self.task.everything.records
         held_out, seen = (
             [i for i, r in enumerate(records) if r.get("split") == split]
             for split in ("held_out", "train")
         )
         shuffle = np.random.default_rng(CELL_SEED)
         ood, seen = shuffle.permutation(held_out).tolist(), shuffle.permutation(seen).tolist()
-        n = self.corpus.settings.num_queries or len(ood)
+        n = self.task.settings.num_queries or len(ood)
         tune = seen[len(ood) : len(ood) + max(8, n // 3)]
         return {"ood": ood[:n], "id": seen[:n], "tune": tune}
 
@@ -62,14 +62,14 @@ class Emoji:
         from concept_trak.datasets.labels import relevant
 
         if question.words not in self._relevant:
-            self._relevant[question.words] = relevant(self.corpus.train, question.words)
+            self._relevant[question.words] = relevant(self.task.train, question.words)
         return self._relevant[question.words]
 
     def _of_cell(self, row: int, picture: QueryImage) -> list[Query]:
         from concept_trak.attribution.prompts import contrast_prompts
         from concept_trak.attribution.question import Query
 
-        record, form = self.corpus.everything.records[row], self.corpus.settings.query_form
+        record, form = self.task.everything.records[row], self.task.settings.query_form
         words = [record[f"{concept}_phrase"] for concept in self.concepts]
         return [
             Query(picture, word, plus, minus, concept)
@@ -86,15 +86,15 @@ class Emoji:
     def _generated(self) -> list[QueryImage]:
         from concept_trak.attribution.question import generate
 
-        corpus = self.corpus
-        captions = [corpus.everything.captions[row] for row in self._rows]
-        return generate(corpus.model, corpus.settings, captions, corpus.settings.seed)
+        task = self.task
+        captions = [task.everything.captions[row] for row in self._rows]
+        return generate(task.model, task.settings, captions, task.settings.seed)
 
     @cached_property
     def _real(self) -> list[QueryImage]:
         from concept_trak.attribution.question import QueryImage
 
-        data, model = self.corpus.everything, self.corpus.model
+        data, model = self.task.everything, self.task.model
         pixels = data.images(self._rows, size=model.image_size)
         latents, content = model.encode_images(pixels).split(1), data.content_hash()
         return [
@@ -131,10 +131,10 @@ def labelled(bench: str, home: str, network: str = "unet") -> type:
             "truth_dir": str(folder / "retrainings"),
         }
 
-        def __new__(cls, corpus: AttributionTask) -> Any:
+        def __new__(cls, task: AttributionTask) -> Any:
             from experiments.attributes.queries import LabelledBenchmark
 
-            return LabelledBenchmark(corpus)
+            return LabelledBenchmark(task)
 
     return Labelled
 

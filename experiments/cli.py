@@ -13,7 +13,7 @@ from concept_trak.verbs import MODEL, PLACE, ROWS, Verb, add_settings_verb
 
 def run_evaluate(settings: Settings, device: str, benchmark: str = "emoji") -> None:
     """Evaluate every method on a benchmark."""
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
 
     from .benchmark.evaluate import evaluate
 
@@ -39,7 +39,7 @@ def run_train_model(settings: Settings, device: str) -> None:
 
 def run_judge_model(settings: Settings, device: str) -> None:
     """Measure the embedded model by its judge."""
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
 
     from .emoji.model_quality import measure_model
 

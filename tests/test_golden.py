@@ -19,7 +19,7 @@ import torch
 
 from concept_trak import cli
 from concept_trak.attribution.answer import answer
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.report.write import attribute
 from concept_trak.scoring.ranking import ranking
 from concept_trak.settings import PRESETS, ROOT, as_dict, resolve
@@ -111,11 +111,11 @@ def test_defaults_variables_and_scripts_are_those_of_before():
 
 def test_scores_rankings_and_files_of_a_prompt_are_those_of_before(tmp_path, one_thread):
     """The committed store is accepted; the ranking is exact where rounding is the same."""
-    corpus = AttributionTask(
+    task = AttributionTask(
         resolve("emoji", {"results_dir": str(tmp_path), "render_leastk": True}), "cpu"
     )
-    corpus.settings = corpus.settings.but(grad_dir=str(tmp_path / "none"))
-    base = attribute(corpus).parent
+    task.settings = task.settings.but(grad_dir=str(tmp_path / "none"))
+    base = attribute(task).parent
     expected, arrays = known(), np.load(GOLDEN / "arrays.npz")
     added = {f"{folder}/scores.{kind}" for folder in expected["folders"] for kind in ("csv", "npy")}
     assert set(files_below(base)) == {*expected["files"], *added}
@@ -128,7 +128,7 @@ def test_scores_rankings_and_files_of_a_prompt_are_those_of_before(tmp_path, one
         if tolerance() < 1e-3:
             before = expected["metrics"][folder]
             assert {k: record[k] for k in before} == before
-    found = np.stack([concept.scores for concept in answer(corpus).concepts], 1)
+    found = np.stack([concept.scores for concept in answer(task).concepts], 1)
     scale = np.abs(arrays["scores"]).max(-1, keepdims=True)
     assert (np.abs(found - arrays["scores"]) / scale).max() <= 100 * tolerance()
     if tolerance() < 1e-3:
@@ -140,10 +140,10 @@ def rewrite(folder):
     torch.set_num_threads(1)
     rows = {recipe: rows_of(recipe, folder) for recipe in ("reference", "default")}
     results = folder / "results"
-    corpus = AttributionTask(
+    task = AttributionTask(
         resolve("emoji", {"results_dir": str(results), "render_leastk": True}), "cpu"
     )
-    base = attribute(corpus).parent
+    base = attribute(task).parent
     folders = sorted(p.parent.name for p in base.rglob("concept_grad.npy"))
     records = {name: json.loads((base / name / "metrics.json").read_text()) for name in folders}
     apart = ("settings", "provenance")
@@ -163,7 +163,7 @@ def rewrite(folder):
     grads = [np.load(base / name / "concept_grad.npy")[:, ::EVERY] for name in folders]
     arrays = {f"rows_{recipe}": x[:, ::EVERY] for recipe, (_, _, x) in rows.items()}
     arrays |= {"concept": np.concatenate(grads)}
-    scores = np.stack([concept.scores for concept in answer(corpus).concepts], 1)
+    scores = np.stack([concept.scores for concept in answer(task).concepts], 1)
     np.savez_compressed(GOLDEN / "arrays.npz", scores=scores, **arrays)
 
 

@@ -59,7 +59,7 @@ FIELDS = {*names(), "concepts", "thumbnails"}  # of a question, most of them are
 SENT = re.compile(r"\b(?:GET|POST) /\w+$")
 # Texts that end in another refusal's, or to which their one caller adds the line.
 PASSED_ON = {
-    ("attribution/corpus.py", "{told}"),
+    ("attribution/task.py", "{told}"),
     ("attribution/launch.py", "{last_line(log)}"),
     ("models/tokens.py", "{error}"),
     ("report/weights_section.py", "{error}"),
@@ -106,7 +106,7 @@ REFUSALS = {
     "no edit": lambda folder: load_edit(folder / "edit.safetensors"),
     "no faces": lambda folder: read_list(folder, ("Smiling",)),
     "no labelled pictures": lambda folder: bench(folder).labelled,
-    "no labelled model": lambda folder: bench(folder).corpus(TrainedModel("unet", 0)),
+    "no labelled model": lambda folder: bench(folder).task(TrainedModel("unet", 0)),
 }
 
 

@@ -26,12 +26,12 @@ from ..scoring.result import ConceptResult
 from ..settings import DAMPINGS, as_dict, provenance, short_hash
 from ..store.store import Store
 from . import prompts
-from .corpus import AttributionTask
+from .attributors import GradientAttributor
 from .index_search import search_index
 from .naming import store_name
 from .preflight import check_targets
 from .question import Query, QueryImage, generate
-from .rankers import GradientAttributor
+from .task import AttributionTask
 from .train_grad import open_store
 
 DEFAULT_METHOD = "concept_trak"  # the method of the settings themselves, which every answer has
@@ -63,7 +63,7 @@ class AttributionResult:
 
 
 def answer(
-    corpus: AttributionTask,
+    task: AttributionTask,
     keep: Callable[[GradientAttributor, list[Query]], np.ndarray] | None = None,
     draw: Callable[[AttributionTask], QueryImage] | None = None,
     store: Store | None = None,
@@ -75,32 +75,32 @@ def answer(
 
     UserError for words that do not fit, before anything is computed.
     """
-    s = corpus.settings
-    targets, contrasts, warnings = resolve_targets(corpus)
+    s = task.settings
+    targets, contrasts, warnings = resolve_targets(task)
     _warn(warnings)
-    store = store or open_store(corpus, verify=s.search == "scan")
-    s = corpus.settings  # now those of the rows
-    memory = corpus.preconditioner.budget.max_memory  # too little for it is told by now
+    store = store or open_store(task, verify=s.search == "scan")
+    s = task.settings  # now those of the rows
+    memory = task.preconditioner.budget.max_memory  # too little for it is told by now
     if s.search == "scan":
         refuse_scores(len(DAMPINGS) * len(targets), store.num_rows, memory)
-    fit = caption_fits(corpus, store)
+    fit = caption_fits(task, store)
     doubts = [] if fit is None else low_fit_warning(fit)
     _warn(doubts)
-    picture = (draw or generate_query_image)(corpus)
+    picture = (draw or generate_query_image)(task)
     asked = zip(targets, contrasts, strict=True)
     questions = [Query(picture, target, plus, minus) for target, (plus, minus) in asked]
     for question in questions:
         log(f"{question.words!r}: {question.plus!r} against {question.minus!r}")
-    concepts = _results(GradientAttributor(corpus, store, keep=keep), store, questions)
+    concepts = _results(GradientAttributor(task, store, keep=keep), store, questions)
     recorded = as_dict(s) | {
         "store": store_name(s),
         "store_checksum": store.checksum,
         "settings_hash": short_hash(as_dict(s)),
     }
-    made, seen = provenance(), _unseen(corpus, s.prompt)
-    told = picture, questions, concepts, corpus.train
+    made, seen = provenance(), _unseen(task, s.prompt)
+    told = picture, questions, concepts, task.train
     return AttributionResult(
-        *told, recorded, made, seen, warnings + doubts, fit, _others(corpus, questions)
+        *told, recorded, made, seen, warnings + doubts, fit, _others(task, questions)
     )
 
 
@@ -113,9 +113,9 @@ def _results(
     ranker: GradientAttributor, store: Store, questions: list[Query]
 ) -> Sequence[ConceptResult]:
     """Of each question, by a scan or by an index."""
-    if ranker.corpus.settings.search == "index":
+    if ranker.task.settings.search == "index":
         return search_index(ranker, store, questions)
-    values, train = ranker.rank(questions), ranker.corpus.train
+    values, train = ranker.rank(questions), ranker.task.train
     return [
         ConceptResult(
             q.words, q.minus, values[:, i], DAMPINGS, labels.relevance_or_none(train, q.words)
@@ -124,14 +124,14 @@ def _results(
     ]
 
 
-def resolve_targets(corpus: AttributionTask) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+def resolve_targets(task: AttributionTask) -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """(targets, (c+, c-) of each, what a reader must know of them, a sentence each) of PROMPT and
     TARGET_CONCEPTS. UserError for words that do not fit.
     """
-    targets, contrasts = check_targets(corpus.settings, corpus.everything)
-    warnings = _truncation_warnings(corpus, targets, [text for pair in contrasts for text in pair])
+    targets, contrasts = check_targets(task.settings, task.everything)
+    warnings = _truncation_warnings(task, targets, [text for pair in contrasts for text in pair])
     warnings += held_against_itself(targets, contrasts)
-    return targets, contrasts, warnings + _tokenizer_warnings(corpus, targets)
+    return targets, contrasts, warnings + _tokenizer_warnings(task, targets)
 
 
 def held_against_itself(targets: list[str], contrasts: list[tuple[str, str]]) -> list[str]:
@@ -144,13 +144,13 @@ def held_against_itself(targets: list[str], contrasts: list[tuple[str, str]]) ->
     ]
 
 
-def _others(corpus: AttributionTask, questions: list[Query]) -> dict[str, np.ndarray]:
+def _others(task: AttributionTask, questions: list[Query]) -> dict[str, np.ndarray]:
     """Scores by the other methods of METHODS; makes their train rows where there are none yet."""
     found = {}
-    for name in parse_methods(corpus.settings.methods):
+    for name in parse_methods(task.settings.methods):
         if name != DEFAULT_METHOD:
             log(f"ranking by {name} ...")
-            values = RANKERS.get(name)(corpus).rank(questions)
+            values = RANKERS.get(name)(task).rank(questions)
             if len(values) not in (1, len(DAMPINGS)):  # a sweep of its own, e.g. of steps
                 middle = len(values) // 2
                 log(f"{name} has {len(values)} settings of its own; the middle one is taken")
@@ -159,31 +159,31 @@ def _others(corpus: AttributionTask, questions: list[Query]) -> dict[str, np.nda
     return found
 
 
-def generate_query_image(corpus: AttributionTask, known: torch.Tensor | None = None) -> QueryImage:
+def generate_query_image(task: AttributionTask, known: torch.Tensor | None = None) -> QueryImage:
     """The picture of PROMPT. known: its latents [1, C, h, w], if they were kept."""
-    s = corpus.settings
-    (picture,) = generate(corpus.model, s, [s.prompt], s.seed, known)
+    s = task.settings
+    (picture,) = generate(task.model, s, [s.prompt], s.seed, known)
     return picture
 
 
-def caption_fits(corpus: AttributionTask, store: Store) -> np.ndarray | None:
+def caption_fits(task: AttributionTask, store: Store) -> np.ndarray | None:
     """[N] `gradients.caption_fit.relative_fit` of the train pictures; None where the store's rows
     are of an objective that does not ask it.
     """
-    if OBJECTIVES.get(corpus.settings.f).beside is not caption_llr:
+    if OBJECTIVES.get(task.settings.f).beside is not caption_llr:
         return None
     beside = store.losses()
     return relative_fit(beside, beside)
 
 
 def _truncation_warnings(
-    corpus: AttributionTask, targets: list[str], contrasts: list[str]
+    task: AttributionTask, targets: list[str], contrasts: list[str]
 ) -> list[str]:
     """What the text encoder does not read of the prompts, in a sentence each.
 
     contrasts: c+ and c- of each target in turn. UserError for a target that is cut off.
     """
-    s, model = corpus.settings, corpus.model
+    s, model = task.settings, task.model
     limit = f"the model reads {model.pipe.tokenizer.model_max_length - 2} tokens of a prompt"
     for target, plus in zip(targets, contrasts[::2], strict=True):
         for text in (s.prompt, plus):
@@ -198,15 +198,15 @@ def _truncation_warnings(
     return [f"{words!r} of {text!r} is not read: {limit}" for text, words in lost.items() if words]
 
 
-def _tokenizer_warnings(corpus: AttributionTask, targets: list[str]) -> list[str]:
+def _tokenizer_warnings(task: AttributionTask, targets: list[str]) -> list[str]:
     """A sentence for each target that no caption holds and whose words the tokenizer spells instead
     of reading them: the model hardly knows it. Labelled data refuse such words.
     """
-    if labels.has_labels(corpus.everything):
+    if labels.has_labels(task.everything):
         return []
-    tokenizer, told = corpus.model.pipe.tokenizer, []
+    tokenizer, told = task.model.pipe.tokenizer, []
     for target in targets:
-        if any(prompts.contains(caption, target) for caption in corpus.train.captions):
+        if any(prompts.contains(caption, target) for caption in task.train.captions):
             continue
         pieces = {word: tokenizer.tokenize(word) for word in target.split()}
         if spelt := [w for w, p in pieces.items() if len(p) > 2 or tokenizer.unk_token in p]:
@@ -218,7 +218,7 @@ def _tokenizer_warnings(corpus: AttributionTask, targets: list[str]) -> list[str
     return told
 
 
-def _unseen(corpus: AttributionTask, prompt: str) -> bool | None:
-    if prompt in map(normalized, corpus.train.captions):
+def _unseen(task: AttributionTask, prompt: str) -> bool | None:
+    if prompt in map(normalized, task.train.captions):
         return False
-    return True if prompt in map(normalized, corpus.everything.captions) else None
+    return True if prompt in map(normalized, task.everything.captions) else None

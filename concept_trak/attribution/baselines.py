@@ -19,8 +19,8 @@ from ..datasets.caption_overlap import caption_overlap
 from ..registry import RANKERS
 
 if TYPE_CHECKING:
-    from .corpus import AttributionTask
     from .question import Query
+    from .task import AttributionTask
 
 
 class Baseline:
@@ -28,11 +28,11 @@ class Baseline:
 
     control = True
 
-    def __init__(self, corpus: AttributionTask) -> None:
-        self.corpus = corpus
+    def __init__(self, task: AttributionTask) -> None:
+        self.task = task
 
     def rank(self, questions: Sequence[Query]) -> np.ndarray:
-        """[1, Q, N]; see `attribution.rankers.Attributor`."""
+        """[1, Q, N]; see `attribution.attributors.Attributor`."""
         return self.similarity(questions)[None]
 
     def similarity(self, questions: Sequence[Query]) -> np.ndarray:
@@ -46,7 +46,7 @@ class PixelNeighbours(Baseline):
 
     def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """Minus the distance of the pictures."""
-        train, size = self.corpus.train, self.corpus.model.image_size
+        train, size = self.task.train, self.task.model.image_size
         shown = np.stack([q.picture.pixels for q in questions])
         return -distances(_flat(shown), _flat(train.images(range(len(train)), size=size)))
 
@@ -58,7 +58,7 @@ class LatentNeighbours(Baseline):
     def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """Minus the distance of the latents."""
         latents = np.concatenate([q.picture.x0.float().cpu().numpy() for q in questions])
-        return -distances(_flat(latents), _flat(self.corpus.latents.float().numpy()))
+        return -distances(_flat(latents), _flat(self.task.latents.float().numpy()))
 
 
 @RANKERS.register("caption_similarity")
@@ -67,7 +67,7 @@ class CaptionSimilarity(Baseline):
 
     def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """The share of the concept's words."""
-        captions, known = self.corpus.train.captions, {}
+        captions, known = self.task.train.captions, {}
         for words in {q.words for q in questions}:
             known[words] = caption_overlap(words, captions)
         return np.stack([known[q.words] for q in questions])
@@ -79,7 +79,7 @@ class Random(Baseline):
 
     def similarity(self, questions: Sequence[Query]) -> np.ndarray:
         """Uniform numbers from a seed: the question's place."""
-        count = len(self.corpus.train)
+        count = len(self.task.train)
         return np.stack([np.random.default_rng(i).random(count) for i in range(len(questions))])
 
 

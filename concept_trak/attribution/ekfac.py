@@ -3,7 +3,7 @@
     score_i = grad L(x_i) . (F + lambda I)^-1 grad L(x_q),     L the training loss (dsm)
 
 (Mlodozeniec et al. 2025). Gradients of train pictures are made, rotated and multiplied batch by
-batch: one pass over the corpus for all questions of a call.
+batch: one pass over the train images for all questions of a call.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ..parsing import parse_memory
 from ..registry import OBJECTIVES
 from ..scoring.ekfac import Ekfac, Grads
 from ..settings import DAMPINGS
-from .corpus import AttributionTask
+from .attributors import GradientAttributor
 from .naming import train_timesteps
 from .question import Query
-from .rankers import GradientAttributor
+from .task import AttributionTask
 
 FIT_PICTURES, FIT_SEED = 256, 5  # pictures that the curvature is fitted on, and its seed
 
@@ -45,17 +45,17 @@ def sample_pseudo_gradients(generator: torch.Generator) -> Cotangent:
 
 
 def train_gradients(
-    corpus: AttributionTask, layer: str, rows: Sequence[range], make: Callable[[], Cotangent]
+    task: AttributionTask, layer: str, rows: Sequence[range], make: Callable[[], Cotangent]
 ) -> Iterator[list[Grads]]:
     """Per-sample gradients of the states of train pictures, a list of states for each batch."""
-    states, cotangent = train_timesteps(corpus.settings), make()
-    with PerSampleVjp(corpus.model.network, layer) as tape:
+    states, cotangent = train_timesteps(task.settings), make()
+    with PerSampleVjp(task.model.network, layer) as tape:
         for part in rows:
-            x0, cond = corpus.data.batch(part)
+            x0, cond = task.data.batch(part)
             found = []
-            for state in train_states_of(corpus.model, x0, cond, corpus.cond_null, states):
+            for state in train_states_of(task.model, x0, cond, task.cond_null, states):
                 with torch.enable_grad():
-                    found.append(tape.vjp(*cotangent(corpus.model, state), len(state)))
+                    found.append(tape.vjp(*cotangent(task.model, state), len(state)))
             yield found
 
 
@@ -64,15 +64,15 @@ def batches(count: int, size: int) -> list[range]:
     return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def fit_ekfac(corpus: AttributionTask, layer: str) -> Ekfac:
+def fit_ekfac(task: AttributionTask, layer: str) -> Ekfac:
     """EK-FAC of the parameters `layer` on evenly spread train pictures."""
-    count, size = len(corpus.data), corpus.settings.batch_size
+    count, size = len(task.data), task.settings.batch_size
     every = max(1, -(-count // FIT_PICTURES))
     rows = batches(count, size)[::every]
 
     def gradients() -> Iterator[Grads]:
         make = partial(sample_pseudo_gradients, torch.Generator().manual_seed(FIT_SEED))
-        for states in train_gradients(corpus, layer, rows, make):
+        for states in train_gradients(task, layer, rows, make):
             yield from states
 
     return Ekfac.fit(gradients)
@@ -84,27 +84,27 @@ def total(states: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 class EkfacAttributor(GradientAttributor):
-    """A query and a corpus of gradients in full, in the eigenbasis of the curvature.
+    """A query and gradients of the train images in full, in the eigenbasis of the curvature.
 
     Holds 4 Q P bytes for Q pictures asked about and P parameters; more than MAX_MEMORY is asked
-    piece by piece, each a pass over the corpus.
+    piece by piece, each a pass over the train images.
     """
 
-    def __init__(self, corpus: AttributionTask) -> None:
-        super().__init__(corpus, None, per_concept=False)
-        self.ranked = corpus
+    def __init__(self, task: AttributionTask) -> None:
+        super().__init__(task, None, per_concept=False)
+        self.ranked = task
 
     def over(self, data: Any) -> EkfacAttributor:
         """The same, which ranks other pictures than those that the curvature is of."""
         self.prepare()
         other = copy.copy(self)
-        other.ranked = self.corpus.with_data(data)
+        other.ranked = self.task.with_data(data)
         return other
 
     @cached_property
     def curvature(self) -> Ekfac:
         """Fitted when it is first asked for."""
-        return fit_ekfac(self.corpus, self.corpus.settings.layer)
+        return fit_ekfac(self.task, self.task.settings.layer)
 
     def prepare(self) -> None:
         """See `GradientAttributor`."""
@@ -115,13 +115,13 @@ class EkfacAttributor(GradientAttributor):
         """[D, Q, N]; see `Ranker`."""
         asked, place = self._asked(questions)
         size = sum(len(basis.values) for basis in self.curvature.bases)
-        room = max(1, parse_memory(self.corpus.settings.max_memory) // (16 * size))
+        room = max(1, parse_memory(self.task.settings.max_memory) // (16 * size))
         parts = [self._score(asked[i : i + room]) for i in range(0, len(asked), room)]
         return np.concatenate(parts, 1)[:, place]
 
     def rotated(self, question: Query) -> list[torch.Tensor]:
         """[1, n] of each tensor: the gradient of the query's loss in the eigenbasis."""
-        model, layer = self.corpus.model, self.corpus.settings.layer
+        model, layer = self.task.model, self.task.settings.layer
         cotangent, found = OBJECTIVES.get("dsm").cotangent, []
         with PerSampleVjp(model.network, layer) as tape:
             for state in self._states(question.picture):
@@ -131,19 +131,19 @@ class EkfacAttributor(GradientAttributor):
         return total(found)
 
     def row(self, question: Query) -> np.ndarray:
-        """[1, P] in the eigenbasis: what a question costs beyond the pass over the corpus."""
+        """[1, P] in the eigenbasis: what a question costs beyond the pass over the train images."""
         return torch.cat(self.rotated(question), 1).cpu().numpy()
 
     def _score(self, asked: Sequence[Query]) -> np.ndarray:
-        corpus, count = self.ranked, len(self.ranked.data)
+        task, count = self.ranked, len(self.ranked.data)
         queries = [torch.cat(p) for p in zip(*map(self.rotated, asked), strict=True)]
         out = np.zeros((len(DAMPINGS), len(asked), count), np.float32)
-        rows = batches(count, corpus.settings.batch_size)
+        rows = batches(count, task.settings.batch_size)
 
         def make() -> Cotangent:
             return OBJECTIVES.get("dsm").cotangent
 
-        found = train_gradients(corpus, corpus.settings.layer, rows, make)
+        found = train_gradients(task, task.settings.layer, rows, make)
         for part, states in zip(rows, tqdm(found, "ekfac", len(rows)), strict=True):
             train = total([self.curvature.rotate(grads) for grads in states])
             for d, damping in enumerate(DAMPINGS):

@@ -21,9 +21,9 @@ from ..gradients.state import State, rebatch
 from ..gradients.states import QueryStart, QueryTimesteps, draw_noise, query_states_of
 from ..models.ddim import predict_x0, q_sample
 from ..scoring.scores import scores
+from .attributors import ROWS_AT_ONCE, GradientAttributor
 from .naming import query_timesteps
 from .question import Query, QueryImage
-from .rankers import ROWS_AT_ONCE, GradientAttributor
 
 
 class GradDot(GradientAttributor):
@@ -32,7 +32,7 @@ class GradDot(GradientAttributor):
     def rank(self, questions: Sequence[Query]) -> np.ndarray:
         """[1, Q, N]; see `Ranker`."""
         asked, place = self._asked(questions)
-        solved, budget = self.solve(self._keep(self, asked)), self.corpus.preconditioner.budget
+        solved, budget = self.solve(self._keep(self, asked)), self.task.preconditioner.budget
         weight = self.row_weight()
         found = scores(self._train, solved, weight, budget.max_memory, budget.device)
         return found[:, place]
@@ -109,12 +109,12 @@ class DasLeaveOneOut(SelfInfluence):
     def score_own(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
         """See `GradientAttributor`."""
         left = np.maximum(1 - self.leverages(rows), 1e-6)  # a Krylov solution is not exact
-        widths = self.corpus.projection.widths
+        widths = self.task.projection.widths
         return self.score_rows(solved, rows / np.repeat(left, widths, axis=2), beside)
 
     def leverages(self, rows: np.ndarray) -> np.ndarray:
         """h [D, n, blocks] of rows [n, k] of the store."""
-        starts = np.cumsum([0, *self.corpus.projection.widths[:-1]])
+        starts = np.cumsum([0, *self.task.projection.widths[:-1]])
         return np.add.reduceat(rows * self.solve(rows), starts, axis=2)
 
 
@@ -127,18 +127,18 @@ class JourneyTrak(GradientAttributor):
 
     def query_states(self, picture: QueryImage) -> QueryTimesteps:
         """Trajectories from the picture's x_T, else noisings."""
-        return query_timesteps(self.corpus.settings, "local" if picture.x_T is None else "seed")
+        return query_timesteps(self.task.settings, "local" if picture.x_T is None else "seed")
 
     def _states(self, picture: QueryImage) -> list[State]:
         if self._read[0] is not picture:
-            size = self.corpus.settings.batch_size
+            size = self.task.settings.batch_size
             read = rebatch(self._renoised(picture, size), size)
             self._read = picture, list(read)
         return self._read[1]
 
     @torch.no_grad()
     def _renoised(self, picture: QueryImage, batch_size: int) -> Iterator[State]:
-        model, states = self.corpus.model, self.query_states(picture)
+        model, states = self.task.model, self.query_states(picture)
         cond, null = model.encode_prompts([picture.prompt, ""]).split()
         start, done = QueryStart(picture.x_T, picture.x0), dict.fromkeys(states.timesteps, 0)
         for state in query_states_of(model, states, start, cond, null, batch_size):

@@ -15,11 +15,11 @@ from ..process import log
 from ..scoring.candidate_result import CandidateResult
 from ..settings import DAMPINGS, Settings
 from ..store.store import Store
-from .corpus import AttributionTask
+from .attributors import GradientAttributor
 from .find_store import find_store
 from .preflight import build_index_hint, missing_gradients_message
 from .question import Query
-from .rankers import GradientAttributor
+from .task import AttributionTask
 
 SAMPLE = 2048  # rows drawn by chance, which tell how all scores are spread
 SAMPLE_SEED = 0
@@ -30,19 +30,19 @@ def search_settings(settings: Settings) -> Search:
     return Search(settings.candidates, settings.top_k)
 
 
-def build_index(corpus: AttributionTask) -> Index:
+def build_index(task: AttributionTask) -> Index:
     """The index of the settings' store, over the shards that are finished: what is missing is made,
     and, once no shard is pending, its recall is measured.
 
     UserError for rows that are not there or are of something else.
     """
-    s, wanted = corpus.settings, corpus.train_identity()
+    s, wanted = task.settings, task.train_identity()
     folder = find_store(s, wanted)
     if folder is None:
         raise UserError(missing_gradients_message(s))
     store = Store.read_manifest(folder)
     store.expect(wanted if "adopted" not in store.identity else {})
-    index = Index.create(store, corpus.projection.widths, s.damping)
+    index = Index.create(store, task.projection.widths, s.damping)
     made = index.update()
     log(f"{index.folder}: codes of {index.row_bytes} bytes a row; shards made: {len(made)}")
     if left := store.pending():
@@ -50,9 +50,9 @@ def build_index(corpus: AttributionTask) -> Index:
         return index
     search = search_settings(s)
     if kept_recall(index, search) is None:
-        ranker = GradientAttributor(corpus, store)
+        ranker = GradientAttributor(task, store)
         log("measuring what it finds of what a scan finds ...")
-        measured = measure(index, corpus.preconditioner, DAMPINGS, search, ranker.row_weight())
+        measured = measure(index, task.preconditioner, DAMPINGS, search, ranker.row_weight())
         keep_recall(index, search, measured)
     log(index_summary(index, search, s.damping))
     return index
@@ -85,9 +85,9 @@ def search_index(
     """The result of each question. UserError for an index that is missing, not whole or of other
     rows.
     """
-    corpus, s = ranker.corpus, ranker.corpus.settings
+    task, s = ranker.task, ranker.task.settings
     index, search = Index.open(store, mend=build_index_hint(s)), search_settings(s)
-    weight, labels = ranker.row_weight(), corpus.train
+    weight, labels = ranker.row_weight(), task.train
     chance = np.random.default_rng(SAMPLE_SEED)
     size = min(SAMPLE, store.num_rows)
     sampled = np.sort(chance.choice(store.num_rows, size, replace=False))

@@ -18,7 +18,7 @@ nda (`patches`). Beyond the first four a method is compared where METHODS names 
 
 All with rows read the same projection of the same parameters at the same states q(x_t | x0),
 unless the settings ask for an inversion. Beside them the controls of `controls`. To add one, see
-`attribution.rankers`.
+`attribution.attributors`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from ..settings import Settings
     from ..store.store import Store
-    from .corpus import AttributionTask
+    from .attributors import Attributor, GradientAttributor
     from .question import Query
-    from .rankers import Attributor, GradientAttributor
+    from .task import AttributionTask
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class GradientMethod:
 
     f: its objective; empty keeps the settings' rows. per_concept: a query row for each concept.
     recipe: whose rows it has, before f. on_request: left out where METHODS is empty. by: the class
-    of `attribution.rankers` or `attribution.gradient_variants` that ranks by these rows.
+    of `attribution.attributors` or `attribution.gradient_variants` that ranks by these rows.
     """
 
     name: str
@@ -71,11 +71,11 @@ class GradientMethod:
         own = {"f": self.f, "normalize": self.normalize}
         return settings.but(**own, ddim_inversion=False, recipe="default")
 
-    def __call__(self, corpus: AttributionTask) -> GradientAttributor:
+    def __call__(self, task: AttributionTask) -> GradientAttributor:
         """The ranker; computes train rows that are not there yet."""
         from . import gradient_variants
 
-        own = corpus.with_settings(self.settings_for(corpus.settings))
+        own = task.with_settings(self.settings_for(task.settings))
         made: type[GradientAttributor] = getattr(gradient_variants, self.by)
         return made(own, open_or_compute_store(own), self.per_concept, self._stored_rows)
 
@@ -90,7 +90,7 @@ class GradientMethod:
 
         made_from = {"method": self.name, "rows": [ranker.identity(q) for q in questions]}
         kind = next(iter(questions[0].picture.source), "given")
-        grads, dim = store_base(ranker.corpus.settings), ranker.corpus.projection.proj_dim
+        grads, dim = store_base(ranker.task.settings), ranker.task.projection.proj_dim
         folder = grads / f"queries-{self.name}-{kind}-{short_hash(made_from)}"
         layout = Layout(len(questions), dim, 1, "float32")
         store = Store.create(
@@ -117,10 +117,10 @@ class NoStoreMethod:
         """The steps among which one is chosen as dampings are; none for a ranker without."""
         return getattr(self._made, "candidates", ())
 
-    def __call__(self, corpus: AttributionTask) -> Attributor:
+    def __call__(self, task: AttributionTask) -> Attributor:
         """The ranker; losses and gradients are those of TRAK's rows: dsm, noised states."""
-        settings = corpus.settings.but(f="dsm", ddim_inversion=False, recipe="default")
-        return self._made(corpus.with_settings(settings))
+        settings = task.settings.but(f="dsm", ddim_inversion=False, recipe="default")
+        return self._made(task.with_settings(settings))
 
     @property
     def _made(self) -> Any:
@@ -138,15 +138,15 @@ def swept(ranker: Any, questions: Sequence[Query]) -> np.ndarray:
     return np.concatenate([ranker.at(i).rank(questions) for i in range(len(ranker.candidates))])
 
 
-def open_or_compute_store(corpus: AttributionTask) -> Store:
+def open_or_compute_store(task: AttributionTask) -> Store:
     """The train rows of the settings: the committed or an earlier store, else computed now."""
     from ..errors import UserError
     from .train_grad import open_store, train_grad
 
     try:
-        return open_store(corpus)
+        return open_store(task)
     except UserError:  # missing or unfinished; a store of something else is refused again below
-        return train_grad(corpus)
+        return train_grad(task)
 
 
 for method in (

@@ -27,9 +27,9 @@ from ..process import WATCH_STDIN
 from ..settings import Settings
 from ..store.store import Store
 from ..store.verify import pending_shards
-from .corpus import AttributionTask
 from .executor import ThreadedExecutor
 from .preflight import ROW_STAGES
+from .task import AttributionTask
 from .train_grad import create_store
 
 PLAIN = Path(__file__).with_name("accelerate.yaml")  # in the place of the user's own configuration

@@ -24,8 +24,8 @@ from ..registry import RANKERS
 if TYPE_CHECKING:
     import torch
 
-    from .corpus import AttributionTask
     from .question import Query
+    from .task import AttributionTask
 
 SHARES = (4, 2, 1)  # a patch's side is the latent's side divided by one of these
 LEVELS = (300, 500, 700)
@@ -37,15 +37,15 @@ class NDA:
 
     on_request = True
 
-    def __init__(self, corpus: AttributionTask) -> None:
-        self.corpus = corpus
+    def __init__(self, task: AttributionTask) -> None:
+        self.task = task
 
     def rank(self, questions: Sequence[Query]) -> np.ndarray:
-        """[1, Q, N]; see `attribution.rankers.Attributor`. Holds all patches of a size at a
+        """[1, Q, N]; see `attribution.attributors.Attributor`. Holds all patches of a size at a
         time."""
         pictures = {id(q.picture): q.picture for q in questions}
-        scores = {key: np.zeros(len(self.corpus.data)) for key in pictures}
-        train = self.corpus.latents.float()
+        scores = {key: np.zeros(len(self.task.data)) for key in pictures}
+        train = self.task.latents.float()
         for side in sorted({max(1, train.shape[-1] // share) for share in SHARES}):
             known = patches(train, side)  # [N, places, values]
             for key, picture in pictures.items():
@@ -55,7 +55,7 @@ class NDA:
 
     def over(self, data: Any) -> NDA:
         """The same with other pictures."""
-        return NDA(self.corpus.with_data(data))
+        return NDA(self.task.with_data(data))
 
     def _shares(self, asked: torch.Tensor, known: torch.Tensor) -> np.ndarray:
         """[N]: mean weight over levels and the query's patches [places, values]."""
@@ -64,7 +64,7 @@ class NDA:
             0
         )
         for t in LEVELS:
-            level = self.corpus.model.schedule.level(t)
+            level = self.task.model.schedule.level(t)
             weight = (-square * (level.alpha / level.sigma) ** 2 / 2).softmax(1)
             found = found + weight.view(len(asked), *known.shape[:2]).sum(2).mean(0)
         return (found / len(LEVELS)).numpy()

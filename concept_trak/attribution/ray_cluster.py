@@ -34,7 +34,7 @@ from .preflight import ROW_STAGES, duration
 from .ray_tasks import ClusterStatus, RayExecutor, cluster, refuse_without_ray
 
 if TYPE_CHECKING:
-    from .corpus import AttributionTask
+    from .attribution_task import AttributionTask
 
 SAY_SECONDS = 30.0  # between two lines of progress where there is no bar
 LOCK_SECONDS = 2.0  # before a shard that another process is finishing is asked for again
@@ -89,7 +89,7 @@ class ShardTask:
         from .reuse import ReusableGradients
         from .train_grad import compute_chunk
 
-        compute_chunk(_corpus(self.settings, self.name), store, piece, ReusableGradients({}))
+        compute_chunk(_task(self.settings, self.name), store, piece, ReusableGradients({}))
 
 
 @functools.lru_cache(maxsize=1)
@@ -107,19 +107,19 @@ def _store(settings: Settings, name: str) -> Store:
 
 
 @functools.lru_cache(maxsize=1)
-def _corpus(settings: Settings, name: str) -> AttributionTask:
+def _task(settings: Settings, name: str) -> AttributionTask:
     """The model and the pictures, once a worker. UserError unless the store is of this model.
 
     That the pictures are the store's is not asked of each worker: it would read all of them.
     """
     from ..models.device import pick_device
-    from .corpus import AttributionTask
+    from .attribution_task import AttributionTask
 
-    corpus = AttributionTask(settings, pick_device(settings.device, settings.gpu_id))
-    corpus.data.apart = True
+    attribution_task = AttributionTask(settings, pick_device(settings.device, settings.gpu_id))
+    attribution_task.data.apart = True
     store = _store(settings, name)
-    store.expect(corpus.origin() | {"num_rows": len(corpus.data)})
-    return corpus
+    store.expect(attribution_task.origin() | {"num_rows": len(attribution_task.data)})
+    return attribution_task
 
 
 def _finish(settings: Settings, store: Store, shard: int) -> None:
@@ -131,7 +131,7 @@ def _finish(settings: Settings, store: Store, shard: int) -> None:
 
         bar = tqdm(disable=True)
         return compute_shard(
-            _corpus(settings, store.folder.name), store, shard, ReusableGradients({}), bar
+            _task(settings, store.folder.name), store, shard, ReusableGradients({}), bar
         )
     store.finish(shard)
 
@@ -243,14 +243,14 @@ def prepared(settings: Settings) -> Path:
 
 
 def _prepare(settings: Settings, level: int) -> Path:
-    from .corpus import AttributionTask
+    from .attribution_task import AttributionTask
     from .reuse import find_reusable
     from .train_grad import create_store
 
     VERBOSITY["level"] = level
-    corpus = AttributionTask(settings, "cpu")
-    store = create_store(corpus)
-    known = find_reusable(store, settings, corpus.data.digests())
+    attribution_task = AttributionTask(settings, "cpu")
+    store = create_store(attribution_task)
+    known = find_reusable(store, settings, attribution_task.data.digests())
     for piece in tasks_of(store, store.pending(), settings.piece_rows) if known.sources else ():
         for is_known, run in known.runs(range(piece.first, piece.stop)):
             if is_known:

@@ -34,11 +34,11 @@ from ..models.condition import Condition
 from ..models.ddim import q_sample
 from ..registry import OBJECTIVES
 from ..scoring.ekfac import Ekfac
-from .corpus import AttributionTask
+from .attributors import GradientAttributor
 from .ekfac import batches, dense, fit_ekfac, train_gradients
 from .naming import train_timesteps
 from .question import Query, QueryImage
-from .rankers import GradientAttributor
+from .task import AttributionTask
 
 KEYS_AND_VALUES = "attn2.to_k|attn2.to_v"
 DAMPING = 0.1  # of F and of EK-FAC, in mean values of a tensor (AbU+'s)
@@ -51,10 +51,10 @@ class Unlearning(GradientAttributor):
 
     candidates: ClassVar[tuple[float, ...]] = (1.0,)
 
-    def __init__(self, corpus: AttributionTask, step: float | None = None) -> None:
-        super().__init__(corpus, None, per_concept=False)
+    def __init__(self, task: AttributionTask, step: float | None = None) -> None:
+        super().__init__(task, None, per_concept=False)
         self.step = self.candidates[0] if step is None else step
-        self.ranked = corpus
+        self.ranked = task
 
     def at(self, candidate: int) -> Unlearning:
         """The same ranker with this one of `candidates`; what all share is computed once."""
@@ -67,7 +67,7 @@ class Unlearning(GradientAttributor):
         """The same, which ranks other pictures than those that the model was trained on."""
         getattr(self, "curvature", None)
         other = copy.copy(self)
-        other.ranked = self.corpus.with_data(data)
+        other.ranked = self.task.with_data(data)
         other.__dict__.pop("before", None)
         return other
 
@@ -81,7 +81,7 @@ class Unlearning(GradientAttributor):
         self._scores(question, self.before)
 
     def rank(self, questions: Sequence[Query]) -> np.ndarray:
-        """[1, Q, N]; see `Ranker`. One pass of forwards over the corpus for each picture."""
+        """[1, Q, N]; see `Ranker`. One pass of forwards over the train images for each picture."""
         asked, place = self._asked(questions)
         before = self.before
         found = [self._scores(q, before) for q in tqdm(asked, f"unlearning, step {self.step:g}")]
@@ -100,12 +100,12 @@ class Unlearning(GradientAttributor):
     @property
     def layer(self) -> str:
         """Whose weights change."""
-        return self.corpus.settings.layer
+        return self.task.settings.layer
 
     @cached_property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """They."""
-        return select_parameters(self.corpus.model.network, self.layer)
+        return select_parameters(self.task.model.network, self.layer)
 
     def compared(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """[N, T] of losses [N, T]."""
@@ -117,21 +117,21 @@ class Unlearning(GradientAttributor):
 
 
 @torch.no_grad()
-def losses(corpus: AttributionTask) -> torch.Tensor:
+def losses(task: AttributionTask) -> torch.Tensor:
     """[N, T] float64: mean squared error of each train picture at each of its states, whose noises
     are the same in every call.
     """
-    model, states = corpus.model, train_timesteps(corpus.settings)
+    model, states = task.model, train_timesteps(task.settings)
     found = []
-    for rows in batches(len(corpus.data), corpus.settings.batch_size):
-        x0, cond = corpus.data.batch(rows)
-        seen = train_states_of(model, x0, cond, corpus.cond_null, states)
-        found.append(torch.stack([_error(corpus, state) for state in seen], 1))
+    for rows in batches(len(task.data), task.settings.batch_size):
+        x0, cond = task.data.batch(rows)
+        seen = train_states_of(model, x0, cond, task.cond_null, states)
+        found.append(torch.stack([_error(task, state) for state in seen], 1))
     return torch.cat(found).cpu()
 
 
-def _error(corpus: AttributionTask, state: State) -> torch.Tensor:
-    error = corpus.model.eps(state.x_t, state.t, state.cond).double() - state.eps
+def _error(task: AttributionTask, state: State) -> torch.Tensor:
+    error = task.model.eps(state.x_t, state.t, state.cond).double() - state.eps
     return error.square().flatten(1).mean(1)
 
 
@@ -156,18 +156,18 @@ class AbU(Unlearning):
     def layer(self) -> str:  # type: ignore[override]
         """Keys and values, where there are such."""
         try:
-            select_parameters(self.corpus.model.network, KEYS_AND_VALUES)
+            select_parameters(self.task.model.network, KEYS_AND_VALUES)
         except UserError:
-            return self.corpus.settings.layer
+            return self.task.settings.layer
         return KEYS_AND_VALUES
 
     @cached_property
     def curvature(self) -> list[torch.Tensor] | Ekfac:
         """Mean squares of the gradients of all train pictures' losses, each tensor's [n]."""
-        rows = batches(len(self.corpus.data), self.corpus.settings.batch_size)
+        rows = batches(len(self.task.data), self.task.settings.batch_size)
         found, count = [], 0
         cotangent = OBJECTIVES.get("dsm").cotangent
-        for states in train_gradients(self.corpus, self.layer, rows, lambda: cotangent):
+        for states in train_gradients(self.task, self.layer, rows, lambda: cotangent):
             for grads in states:
                 squares = [part.square().sum(0) for part in dense(grads)]
                 found = [a + b for a, b in zip(found, squares, strict=True)] if found else squares
@@ -187,7 +187,7 @@ class AbU(Unlearning):
         ]
 
     def _grads(self, picture: QueryImage) -> list:
-        model, cotangent, found = self.corpus.model, OBJECTIVES.get("dsm").cotangent, []
+        model, cotangent, found = self.task.model, OBJECTIVES.get("dsm").cotangent, []
         with PerSampleVjp(model.network, self.layer) as tape:
             for state in self._states(picture):
                 with torch.enable_grad():
@@ -197,7 +197,7 @@ class AbU(Unlearning):
     @contextlib.contextmanager
     def unlearned(self, picture: QueryImage) -> Iterator[None]:
         """See `Unlearning`."""
-        steps, scale = self.direction(picture), self.step / len(self.corpus.data)
+        steps, scale = self.direction(picture), self.step / len(self.task.data)
         with restored(self.parameters), torch.no_grad():
             for p, step in zip(self.parameters.values(), steps, strict=True):
                 p += scale * step.view_as(p)
@@ -210,7 +210,7 @@ class AbuPlus(AbU):
     @cached_property
     def curvature(self) -> list[torch.Tensor] | Ekfac:
         """Fitted when it is first asked for."""
-        return fit_ekfac(self.corpus, self.layer)
+        return fit_ekfac(self.task, self.layer)
 
     def direction(self, picture: QueryImage) -> list[torch.Tensor]:
         """See `AbU.direction`."""
@@ -263,7 +263,7 @@ class MUCS(Unlearning):
 
     def _retained(self, step: int) -> torch.Tensor:
         """[BATCH] losses of train pictures drawn for this step."""
-        g, data = torch.Generator().manual_seed(self.SEED * 1_000_003 + step), self.corpus.data
+        g, data = torch.Generator().manual_seed(self.SEED * 1_000_003 + step), self.task.data
         drawn = torch.randint(len(data), (self.BATCH,), generator=g).tolist()
         shown, told = zip(*(data.batch(range(i, i + 1)) for i in drawn), strict=True)
         x0, cond = torch.cat(shown), Condition.join(told)
@@ -271,12 +271,12 @@ class MUCS(Unlearning):
 
     def _forgotten(self, picture: QueryImage, step: int) -> torch.Tensor:
         """[BATCH] losses of the picture under noises drawn for this step."""
-        cond = self.corpus.model.encode_prompts([picture.prompt]).expand(self.BATCH)
-        x0 = picture.x0.to(self.corpus.model.device).expand(self.BATCH, -1, -1, -1)
+        cond = self.task.model.encode_prompts([picture.prompt]).expand(self.BATCH)
+        x0 = picture.x0.to(self.task.model.device).expand(self.BATCH, -1, -1, -1)
         return self._loss(x0, cond, 2 * step + 1)
 
     def _loss(self, x0: torch.Tensor, cond: Condition, number: int) -> torch.Tensor:
-        model, levels = self.corpus.model, train_timesteps(self.corpus.settings).timesteps
+        model, levels = self.task.model, train_timesteps(self.task.settings).timesteps
         t = levels[number // 2 % len(levels)]
         draws = range(number * self.BATCH, number * self.BATCH + len(x0))
         eps = draw_noise(self.SEED, draws, t, x0.shape[1:]).to(x0)

@@ -16,9 +16,9 @@ own.
 
 Every number is drawn on the CPU and then moved, so a seed means the same on every device. (dattri
 on CUDA draws other numbers, and its masks even depend on the GPU model: `mask` names the one to
-rebuild, see gpu_mask.py. To let dattri or trak project themselves, see library.py.) Sources: sjlt:
-Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block construction); grass: Hu et
-al. 2025, "GraSS"; dense kinds: Park et al. 2023, "TRAK"; logra: Choe et al. 2024, "What is your
+rebuild, see cuda_mask.py. To let dattri or trak project, see external_projectors.py.) Sources:
+sjlt: Kane & Nelson 2014, "Sparser Johnson-Lindenstrauss transforms" (block construction); grass: Hu
+et al. 2025, "GraSS"; dense kinds: Park et al. 2023, "TRAK"; logra: Choe et al. 2024, "What is your
 data worth to GPT?".
 """
 
@@ -154,10 +154,10 @@ class Options:
     """What a projection may be told beside its kind and sizes.
 
     mask (random_mask only): "portable" or "auto", the CPU's generator, or the GPU (a key of
-    gpu_mask.GPUS) whose draw to rebuild. layout: the shapes of each module's tensors
+    cuda_mask.GPUS) whose draw to rebuild. layout: the shapes of each module's tensors
     (`vjp.module_layout`), for a projection module by module; logra needs it. separate: let the
-    modules be blocks of their own, see `Projection`. nonzeros: see `ProjectionSpec`. backend: "own",
-    or the library that projects (external_projectors.py).
+    modules be blocks of their own, see `Projection`. nonzeros: see `ProjectionSpec`. backend:
+    "own", or the library that projects (external_projectors.py).
     """
 
     mask: str = "portable"

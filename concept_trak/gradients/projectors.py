@@ -29,7 +29,7 @@ GRASS_MULTIPLIER = 4  # width of the intermediate mask in multiples of k, as in 
 class ProjectionSpec:
     """What decides R, and where it is: P = input_dim, k = proj_dim.
 
-    mask: of random_mask, "portable" or a key of gpu_mask.GPUS. nonzeros: of sjlt and grass,
+    mask: of random_mask, "portable" or a key of cuda_mask.GPUS. nonzeros: of sjlt and grass,
     features each coordinate is added to; more lowers the variance at proportional cost.
     """
 

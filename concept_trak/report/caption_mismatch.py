@@ -13,8 +13,8 @@ import numpy as np
 
 from ..atomic_io import atomic_folder, link, write_bytes, write_json
 from ..attribution.answer import caption_fits
-from ..attribution.corpus import AttributionTask
 from ..attribution.naming import settings_digest
+from ..attribution.task import AttributionTask
 from ..attribution.train_grad import open_store
 from ..errors import UserError
 from ..gradients.caption_fit import MIDDLE
@@ -27,14 +27,14 @@ SHOWN = 40  # pictures of the grid
 HEADER = ("rank", "fit", "file_name", "caption")
 
 
-def rank_mismatched_captions(corpus: AttributionTask) -> Path:
+def rank_mismatched_captions(task: AttributionTask) -> Path:
     """Write RESULTS_DIR/suspects/{hash}/ and print its beginning; returns the folder.
 
     UserError where the rows do not tell how well captions fit (F=contrast_llr does).
     """
-    store, data = open_store(corpus), corpus.train
-    s = corpus.settings
-    fit = caption_fits(corpus, store)
+    store, data = open_store(task), task.train
+    s = task.settings
+    fit = caption_fits(task, store)
     if fit is None:
         raise UserError(f"rows of F={s.f} do not tell how captions fit; use F=contrast_llr")
     order = np.argsort(fit, kind="stable")
@@ -48,7 +48,7 @@ def rank_mismatched_captions(corpus: AttributionTask) -> Path:
     with atomic_folder(folder) as made:
         write_bytes(made / "suspects.csv", csv_bytes(HEADER, rows))
         if found:
-            write_bytes(made / "suspects.jpg", _grid(corpus, fit, found[:SHOWN]))
+            write_bytes(made / "suspects.jpg", _grid(task, fit, found[:SHOWN]))
         counts = {"pictures": len(fit), "suspects": len(found), "below": MIDDLE}
         made_by = {"settings": as_dict(s), "provenance": provenance()}
         write_json(made / "suspects.json", counts | made_by)
@@ -59,8 +59,8 @@ def rank_mismatched_captions(corpus: AttributionTask) -> Path:
     return folder
 
 
-def _grid(corpus: AttributionTask, fit: np.ndarray, indices: list[int]) -> bytes:
-    pictures = load_pictures(corpus.train, indices)
-    captions = [" ".join(corpus.train.captions[i].split()) for i in indices]
+def _grid(task: AttributionTask, fit: np.ndarray, indices: list[int]) -> bytes:
+    pictures = load_pictures(task.train, indices)
+    captions = [" ".join(task.train.captions[i].split()) for i in indices]
     notes = [f"{rank}   fit {fit[i]:.2f}" for rank, i in enumerate(indices, 1)]
     return image_bytes(picture_grid([pictures[i] for i in indices], captions, notes), "JPEG")

@@ -48,7 +48,7 @@ def run(verb: str, arguments: argparse.Namespace) -> None:
     device = pick_device(given.device, given.gpu_id)
     given = given.on(device)
     if verb == "cad-images":
-        from ..attribution.corpus import AttributionTask
+        from ..attribution.task import AttributionTask
         from .data_weight_influence import write_influence
 
         if arguments.granularity is None:  # the default of edits, single weights, is too fine

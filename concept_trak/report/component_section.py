@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..attribution.corpus import AttributionTask
 from ..attribution.prompts import split_list
+from ..attribution.task import AttributionTask
 from ..components.edits import load_edit
 from ..components.score_io import layer_statistics, load_scores
 from ..components.scores import Scores
@@ -34,10 +34,10 @@ LAYERS = 8  # shown, those with most of the positive scores
 OTHERS = 4  # pictures shown of other prompts
 
 
-def of_concepts(corpus: AttributionTask) -> list[ConceptWeights]:
+def of_concepts(task: AttributionTask) -> list[ConceptWeights]:
     """Of every target, in order. UserError as the edits raise it, naming the target."""
-    s, found = corpus.settings, []
-    weights = ComponentRun(s.but(weights=False), corpus.device)
+    s, found = task.settings, []
+    weights = ComponentRun(s.but(weights=False), task.device)
     for target in split_list(s.target_concepts):
         log(f"the weights of {target!r} ...")
         try:

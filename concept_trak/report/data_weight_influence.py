@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from ..atomic_io import atomic_folder, link, write_bytes, write_json
-from ..attribution.corpus import AttributionTask
 from ..attribution.naming import train_timesteps
 from ..attribution.prompts import slug
+from ..attribution.task import AttributionTask
 from ..components.concept_plan import ComponentQuery
 from ..components.data_influence import (
     ComponentSplitter,
@@ -43,9 +43,9 @@ SHOWN, NAMED = 24, 3  # pictures of the map and the table's beginning; groups na
 HEADER = ("rank", "score", "file_name", "caption", "through")
 
 
-def influence_of(corpus: AttributionTask, prompt: str) -> ImageComponentInfluence:
+def influence_of(task: AttributionTask, prompt: str) -> ImageComponentInfluence:
     """Of all training pictures on J_erase of a prompt, through the weights of SELECTION."""
-    s, model = corpus.settings, corpus.model
+    s, model = task.settings, task.model
     if s.granularity not in ("module", "head"):
         raise UserError(
             f"GRANULARITY={s.granularity} is too fine for this; set GRANULARITY to module or head"
@@ -58,21 +58,21 @@ def influence_of(corpus: AttributionTask, prompt: str) -> ImageComponentInfluenc
     gradient = gradient_of(model, aim, chosen, states)
     through = ComponentSplitter(chosen, gradient, s.granularity, s.normalize)
     cotangent, parts = OBJECTIVES.get(s.f).cotangent, []
-    for start in tqdm(range(0, len(corpus.data), s.batch_size), desc="images x weights"):
-        x0, cond = corpus.data.batch(range(start, min(start + s.batch_size, len(corpus.data))))
-        seen = train_states_of(model, x0, cond, corpus.cond_null, train_timesteps(s))
+    for start in tqdm(range(0, len(task.data), s.batch_size), desc="images x weights"):
+        x0, cond = task.data.batch(range(start, min(start + s.batch_size, len(task.data))))
+        seen = train_states_of(model, x0, cond, task.cond_null, train_timesteps(s))
         parts.append(through.of(model, seen, cotangent, len(x0)))
     return ImageComponentInfluence(torch.cat(parts).numpy(), group_names(chosen, s.granularity))
 
 
-def write_influence(corpus: AttributionTask) -> Path:
+def write_influence(task: AttributionTask) -> Path:
     """Compute and write everything, print the first pictures; returns the folder."""
-    s = corpus.settings
+    s = task.settings
     words = concept_prompts(s)
-    found, data = influence_of(corpus, words.prompt), corpus.train
+    found, data = influence_of(task, words.prompt), task.train
     order = np.argsort(-found.scores, kind="stable")
     rows = [_row(found, data, rank, int(i)) for rank, i in enumerate(order, 1)]
-    decides = [as_dict(s), corpus.model.identity(), data.content_hash()]
+    decides = [as_dict(s), task.model.identity(), data.content_hash()]
     name = f"images-{slug(words.name, 32)}-{short_hash(decides)}"
     folder = results_folder(s, "cad") / name
     shows = relevance_or_none(data, words.name) if words.others else None
@@ -86,15 +86,15 @@ def write_influence(corpus: AttributionTask) -> Path:
         write_bytes(made / "influence.npy", npy.getvalue())
         write_bytes(made / "influence.csv", csv_bytes(HEADER, rows))
         write_bytes(made / "influence.png", heat_map(found, data.captions, order, shows))
-        write_json(made / "influence.json", told | _made_by(corpus))
+        write_json(made / "influence.json", told | _made_by(task))
     link(folder.parent / "latest", folder)
     for row in rows[:10]:
         print("\t".join(map(str, row)))
     return folder
 
 
-def _made_by(corpus: AttributionTask) -> dict:
-    return {"settings": as_dict(corpus.settings), "provenance": provenance()}
+def _made_by(task: AttributionTask) -> dict:
+    return {"settings": as_dict(task.settings), "provenance": provenance()}
 
 
 def _row(found: ImageComponentInfluence, data: ImageCaptionDataset, rank: int, i: int) -> tuple:

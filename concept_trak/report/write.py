@@ -23,11 +23,11 @@ from safetensors.torch import save
 
 from ..atomic_io import atomic_folder, make_folder, write_bytes, write_json
 from ..attribution.answer import AttributionResult, answer, generate_query_image
-from ..attribution.corpus import AttributionTask
+from ..attribution.attributors import GradientAttributor
 from ..attribution.naming import answer_folder
 from ..attribution.prompts import target_folders, target_slug
 from ..attribution.question import Query, QueryImage, picture_identity
-from ..attribution.rankers import GradientAttributor
+from ..attribution.task import AttributionTask
 from ..datasets import ImageCaptionDataset
 from ..datasets.image_folder import looks
 from ..flags import command
@@ -49,14 +49,14 @@ QUERY_SETTINGS = (
 )
 
 
-def attribute(corpus: AttributionTask, store: Store | None = None) -> Path:
-    """Answer the settings of `corpus` and write it; returns the path of report.html. store: see
+def attribute(task: AttributionTask, store: Store | None = None) -> Path:
+    """Answer the settings of `task` and write it; returns the path of report.html. store: see
     `answer`.
 
     Query rows and the picture are kept beside the answers by what they were made from, so that
     another damping, or another number of pictures, does not make them again.
     """
-    s, kept = corpus.settings, []
+    s, kept = task.settings, []
     force = s.force_recompute_concept_grad
 
     def kept_rows(ranker: GradientAttributor, questions: list[Query]) -> np.ndarray:
@@ -68,28 +68,28 @@ def attribute(corpus: AttributionTask, store: Store | None = None) -> Path:
             )
             kept.append(Path(s.results_dir) / "free_query" / ROWS / name)
             make = functools.partial(ranker.row, question)
-            shape = (1, corpus.projection.proj_dim)
+            shape = (1, task.projection.proj_dim)
             rows.append(cached(kept[-1], identity, make, force, shape))
         return np.concatenate(rows)
 
-    def kept_picture(corpus: AttributionTask) -> QueryImage:
-        made_from, drawings = picture_identity(corpus.model, s), []
+    def kept_picture(task: AttributionTask) -> QueryImage:
+        made_from, drawings = picture_identity(task.model, s), []
         name = f"picture-{short_hash(json.loads(json.dumps(made_from)))}.npy"
 
         def draw() -> np.ndarray:
-            drawings.append(generate_query_image(corpus))
+            drawings.append(generate_query_image(task))
             return drawings[0].x0.float().cpu().numpy()
 
         path = Path(s.results_dir) / "free_query" / ROWS / name
-        x0 = cached(path, made_from, draw, force, (1, *corpus.model.latent_shape))
-        return drawings[0] if drawings else generate_query_image(corpus, torch.from_numpy(x0))
+        x0 = cached(path, made_from, draw, force, (1, *task.model.latent_shape))
+        return drawings[0] if drawings else generate_query_image(task, torch.from_numpy(x0))
 
-    found, weights = answer(corpus, kept_rows, kept_picture, store), []
-    s = corpus.settings  # now those of the rows
+    found, weights = answer(task, kept_rows, kept_picture, store), []
+    s = task.settings  # now those of the rows
     if s.weights:
         from .component_section import of_concepts  # diffusion, which a page does without
 
-        weights = of_concepts(corpus)
+        weights = of_concepts(task)
     return write_answer(found, s, kept, weights)
 
 

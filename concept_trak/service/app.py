@@ -69,7 +69,7 @@ def make_app(desk: JobQueue, limits: RequestLimits, counts: Metrics) -> FastAPI:
     app = FastAPI(**about, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
     counts.watch(lambda: desk.unanswered, desk.length)
-    known = places(desk.corpus.settings)
+    known = places(desk.task.settings)
 
     def tell(sentence: Any) -> str:
         return printable(without_places(str(sentence), known))
@@ -88,8 +88,8 @@ class Service:
 
     def __init__(self, desk: JobQueue, counts: Metrics) -> None:
         self.desk, self.counts = desk, counts
-        self.teller = AnswerSerializer(desk.corpus, desk.store)
-        self.links = html.Links(desk.corpus.train)
+        self.teller = AnswerSerializer(desk.task, desk.store)
+        self.links = html.Links(desk.task.train)
 
     async def accept(self, asked: BaseModel) -> str:
         """The name of the answer, which is there or on its way.
@@ -249,7 +249,7 @@ def file_of(folder: Path, name: str, links: html.Links) -> Response:
 
 def add_pictures(app: FastAPI, desk: JobQueue) -> None:
     """The training pictures."""
-    data = desk.corpus.train
+    data = desk.task.train
     kept = {"Cache-Control": "private, max-age=3600"}
 
     def checked(index: str) -> int:
@@ -325,7 +325,7 @@ def add_about(app: FastAPI, desk: JobQueue, counts: Metrics) -> None:
 
 def concepts_of(desk: JobQueue) -> dict[str, Any]:
     """{labelled, kinds: {kind: {word: pictures}}, example, num_images}."""
-    data = desk.corpus.train
+    data = desk.task.train
     if labels.has_labels(data):
         kinds = {column: labels.values(data, column) for column in labels.COLUMNS}
         kinds = {column: found for column, found in kinds.items() if found}

@@ -80,7 +80,7 @@ def error_page(status: int, sentence: str) -> str:
 
 def form(desk: JobQueue, given: dict[str, str], refused: str) -> str:
     """The form, filled with what was `given`; refused: why it was not taken, or ""."""
-    data, first = desk.corpus.train, example_of(desk)
+    data, first = desk.task.train, example_of(desk)
     labels = {c: list(emoji.values(data, c)) for c in emoji.COLUMNS} if first else {}
     example = (first[0], "|".join(first[1])) if first else ("", "")
     return render(
@@ -91,7 +91,7 @@ def form(desk: JobQueue, given: dict[str, str], refused: str) -> str:
         example=example,
         labels=labels,
         num_images=len(data),
-        model=desk.corpus.settings.sd_model_path.rpartition("/")[2] or "the model",
+        model=desk.task.settings.sd_model_path.rpartition("/")[2] or "the model",
         fields=inputs(desk.question, desk),
     )
 
@@ -100,7 +100,7 @@ def example_of(desk: JobQueue) -> tuple[str, list[str]] | None:
     """(prompt, its concepts) that the data know: those of the settings, else the first that the
     labels name. None for data without labels.
     """
-    s, data = desk.corpus.settings, desk.corpus.everything
+    s, data = desk.task.settings, desk.task.everything
     if not emoji.has_labels(data):
         return None
     try:
@@ -117,7 +117,7 @@ def inputs(question: type[BaseModel], desk: JobQueue) -> list[dict[str, Any]]:
         {
             "name": name,
             "choices": choices_of(field),
-            "usual": getattr(desk.corpus.settings, name),
+            "usual": getattr(desk.task.settings, name),
             "says": (field.description or "").partition("; left out:")[0],
         }
         for name, field in question.model_fields.items()

@@ -24,9 +24,9 @@ from pydantic import BaseModel, ValidationError
 
 from ..atomic_io import disk_errors, make_folder, write_json
 from ..attribution.answer import resolve_targets
-from ..attribution.corpus import AttributionTask
 from ..attribution.naming import answer_folder
 from ..attribution.preflight import check_targets
+from ..attribution.task import AttributionTask
 from ..attribution.train_grad import open_store
 from ..errors import UserError, remove_hint
 from ..process import log
@@ -89,20 +89,20 @@ class QueueStats:
 
 
 class JobQueue:
-    """Takes questions for one corpus.
+    """Takes questions for one task.
 
-    Attributes: corpus; store, its rows, checked once; folder, of the answers; question, the model
+    Attributes: task; store, its rows, checked once; folder, of the answers; question, the model
     of a request. answered: called with (outcome, seconds) of each job.
     """
 
     def __init__(
-        self, corpus: AttributionTask, answered: Callable[[str, float], None] = lambda *_: None
+        self, task: AttributionTask, answered: Callable[[str, float], None] = lambda *_: None
     ) -> None:
-        usual = corpus.settings.but(**service_defaults())
-        self.length, self.wait = corpus.settings.queue_length, corpus.settings.answer_wait
-        self.corpus, self.answered = corpus.with_settings(usual), answered
+        usual = task.settings.but(**service_defaults())
+        self.length, self.wait = task.settings.queue_length, task.settings.answer_wait
+        self.task, self.answered = task.with_settings(usual), answered
         self.question = make_request_model(usual)
-        self.store = open_store(self.corpus)
+        self.store = open_store(self.task)
         self._checksum, self._rows = self.store.checksum, _stamps(self.store)
         self.provenance = provenance()
         self.folder = Path(usual.results_dir) / "free_query"
@@ -118,8 +118,8 @@ class JobQueue:
     def read(self, asked: BaseModel) -> Settings:
         """The settings of a question. Refused for words or values that do not fit."""
         try:
-            settings = settings_of(asked, self.corpus.settings)
-            check_targets(settings, self.corpus.everything)
+            settings = settings_of(asked, self.task.settings)
+            check_targets(settings, self.task.everything)
         except UserError as error:
             raise InvalidQuery(str(error)) from None
         return settings
@@ -133,7 +133,7 @@ class JobQueue:
         other code, packages or machine made.
         """
         folder = self.folder / name
-        if self.corpus.settings.force_recompute_concept_grad or not self.is_there(name):
+        if self.task.settings.force_recompute_concept_grad or not self.is_there(name):
             return None
         try:
             path = next(folder.glob("target_*/metrics.json"))
@@ -221,13 +221,13 @@ class JobQueue:
     def _answer(self, job: Job) -> Path:
         if folder := self.known(job.name):  # made since it was asked, or by the command line
             return folder
-        corpus = self.corpus.with_settings(job.settings)
+        task = self.task.with_settings(job.settings)
         try:
-            resolve_targets(corpus)
+            resolve_targets(task)
         except UserError as error:
             raise InvalidQuery(str(error)) from None
         self._refuse_other_rows()
-        folder = attribute(corpus, self.store).parent
+        folder = attribute(task, self.store).parent
         try:
             self._refuse_other_rows()
         except UserError:

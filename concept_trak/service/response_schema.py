@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ..attribution.answer import caption_fits
-from ..attribution.corpus import AttributionTask
+from ..attribution.task import AttributionTask
 from ..datasets import labels
 from ..datasets.image_folder import ImageCaptionDataset
 from ..errors import UserError, remove_hint
@@ -109,11 +109,11 @@ class StoredScores:
 
 
 class AnswerSerializer:
-    """Tells answers about the train pictures of a corpus."""
+    """Tells answers about the train pictures of a task."""
 
-    def __init__(self, corpus: AttributionTask, store: Store) -> None:
-        self.data: ImageCaptionDataset = corpus.train
-        self.fit = caption_fits(corpus, store)
+    def __init__(self, task: AttributionTask, store: Store) -> None:
+        self.data: ImageCaptionDataset = task.train
+        self.fit = caption_fits(task, store)
         self.digest = pictures_digest(self.data)
 
     def told(self, folder: Path, thumbnails: str = "links") -> dict[str, Any]:

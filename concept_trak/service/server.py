@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..attribution.corpus import AttributionTask
+from ..attribution.task import AttributionTask
 from ..errors import UserError
 from ..process import VERBOSITY, log
 from ..settings import Settings
@@ -47,9 +47,9 @@ def serve(settings: Settings, device: str) -> None:
     token = validate_token(os.environ.get(TOKEN, ""), s.listen_host)
     with listening(s.listen_host, s.listen_port) as bound:
         counts = Metrics()
-        corpus = AttributionTask(s, device)
-        corpus.preconditioner  # noqa: B018 - too little MAX_MEMORY is told before any question
-        desk = JobQueue(corpus, counts.answered)
+        task = AttributionTask(s, device)
+        task.preconditioner  # noqa: B018 - too little MAX_MEMORY is told before any question
+        desk = JobQueue(task, counts.answered)
         app = make_app(desk, RequestLimits(token, s.body_bytes, s.body_timeout), counts)
         if taken := desk.resume():
             log(f"{taken} questions that an ended service had accepted are answered first")
@@ -118,7 +118,7 @@ def run(app: Any, desk: JobQueue, bound: socket.socket) -> None:
         limit_concurrency=CONNECTIONS + desk.length,
     )
     config.load()
-    seconds = desk.corpus.settings.body_timeout
+    seconds = desk.task.settings.body_timeout
     config.http_protocol_class = patient(config.http_protocol_class, seconds, CONNECTIONS)
     server = Server(config)
     with contextlib.suppress(

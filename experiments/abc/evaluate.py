@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.attributors import GradientAttributor
 from concept_trak.attribution.naming import store_base, store_name
 from concept_trak.attribution.question import Query, QueryImage, generate
-from concept_trak.attribution.rankers import GradientAttributor
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.train_grad import compute_gradients, open_store
 from concept_trak.datasets.image_folder import ImageCaptionDataset, read_images
 from concept_trak.errors import UserError
@@ -77,12 +77,16 @@ def exemplar_pictures(settings: Settings, task: Task) -> ImageCaptionDataset:
     return read_images(exemplars(Path(settings.data_dir), task), task.train_prompt)
 
 
-def exemplar_rows(corpus: AttributionTask, number: int, task: Task) -> np.ndarray:
+def exemplar_rows(attribution_task: AttributionTask, number: int, task: Task) -> np.ndarray:
     """[E, k] train rows of the exemplars, kept as task_grad-{number}.npy beside the train rows; of
     an objective that weights its rows [E, k + 1], what the weight is made from last.
     """
-    s, model, shown = corpus.settings, corpus.model, exemplar_pictures(corpus.settings, task)
-    made_from = corpus.identity(pictures=shown.content_hash(), tokens=model.tokens)
+    s, model, shown = (
+        attribution_task.settings,
+        attribution_task.model,
+        exemplar_pictures(attribution_task.settings, task),
+    )
+    made_from = attribution_task.identity(pictures=shown.content_hash(), tokens=model.tokens)
     weighted = OBJECTIVES.get(s.f).row_weight is not None
 
     def compute() -> np.ndarray:
@@ -91,7 +95,7 @@ def exemplar_rows(corpus: AttributionTask, number: int, task: Task) -> np.ndarra
             part = range(start, min(start + s.batch_size, len(shown)))
             x0 = model.encode_images(shown.images(part, size=model.image_size))
             cond = model.encode_prompts([task.train_prompt] * len(part))
-            made = compute_gradients(corpus, x0, cond, [task.train_prompt] * len(part))
+            made = compute_gradients(attribution_task, x0, cond, [task.train_prompt] * len(part))
             parts = [made.values, made.losses[:, None]] if weighted else [made.values]
             rows.append(torch.cat(parts, 1).cpu().numpy())
         return np.concatenate(rows)
@@ -100,15 +104,15 @@ def exemplar_rows(corpus: AttributionTask, number: int, task: Task) -> np.ndarra
     return cached(path, made_from, compute, s.force_recompute_concept_grad)
 
 
-def query_row(corpus: AttributionTask, number: int, task: Task) -> np.ndarray:
+def query_row(attribution_task: AttributionTask, number: int, task: Task) -> np.ndarray:
     """[1, k] concept gradient of the task, kept as test_grad-{number}.npy."""
-    s, model = corpus.settings, corpus.model
+    s, model = attribution_task.settings, attribution_task.model
     if s.scope == "local":
         raise UserError("tasks have no picture of this model: use SCOPE=seed or SCOPE=global")
     x_T = initial_noise(model.latent_shape, task.seed).to(model.device, model.dtype)
     picture = QueryImage(task.prompt, None, x_T, None, {"x_T of seed": task.seed})
     question = Query(picture, TOKEN, task.prompt, task.negative_prompt)
-    ranker = GradientAttributor(corpus)
+    ranker = GradientAttributor(attribution_task)
     layer, guidance = s.layer.replace("|", "+"), s.concept_guidance_scale
     name = f"{layer}-test_grad-NFE{s.nfe}-gs_{guidance}-eta_{s.eta}"
     path = store_base(s) / (name + ("-norm" if s.normalize else "")) / f"test_grad-{number}.npy"
@@ -118,10 +122,10 @@ def query_row(corpus: AttributionTask, number: int, task: Task) -> np.ndarray:
 
 def run_rows(settings: Settings, device: str, kind: str) -> None:
     """Compute and keep the rows of TASK_IDX: kind "exemplar" or "query"."""
-    tasks, corpus = chosen_tasks(settings), AttributionTask(settings, device)
+    tasks, attribution_task = chosen_tasks(settings), AttributionTask(settings, device)
     for number, task in tasks.items():
-        load_token(corpus.model, token_path(settings, task), TOKEN)
-        rows = {"exemplar": exemplar_rows, "query": query_row}[kind](corpus, number, task)
+        load_token(attribution_task.model, token_path(settings, task), TOKEN)
+        rows = {"exemplar": exemplar_rows, "query": query_row}[kind](attribution_task, number, task)
         print(f"task {number} ({task.model_path}): {kind} rows {list(rows.shape)}")
 
 
@@ -161,18 +165,18 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
     """Score all tasks of TASK_IDX in one pass over the train rows; prints a table and, last, one
     JSON object.
     """
-    tasks, corpus = chosen_tasks(settings), AttributionTask(settings, device)
-    store = open_store(corpus)
-    settings = corpus.settings  # now those of the rows
+    tasks, attribution_task = chosen_tasks(settings), AttributionTask(settings, device)
+    store = open_store(attribution_task)
+    settings = attribution_task.settings  # now those of the rows
     queries, exemplar, drawn = [], [], []
     for number, task in tasks.items():
-        load_token(corpus.model, token_path(settings, task), TOKEN)
-        queries.append(query_row(corpus, number, task))
-        exemplar.append(exemplar_rows(corpus, number, task))
+        load_token(attribution_task.model, token_path(settings, task), TOKEN)
+        queries.append(query_row(attribution_task, number, task))
+        exemplar.append(exemplar_rows(attribution_task, number, task))
         # from the x_T that the query gradient starts at
-        drawn += generate(corpus.model, settings, [task.prompt], task.seed)
+        drawn += generate(attribution_task.model, settings, [task.prompt], task.seed)
     per_task: dict[int, dict[str, Any]] = {}
-    found = score_tasks(corpus, store, np.concatenate(queries), exemplar)
+    found = score_tasks(attribution_task, store, np.concatenate(queries), exemplar)
     made_from = [store.checksum, {str(n): vars(task) for n, task in tasks.items()}]
     with result_folder(settings, "eval", "tasks", made_from) as folder:
         for (number, task), values, picture in zip(tasks.items(), found, drawn, strict=True):
@@ -181,7 +185,7 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
             result = ConceptResult(task.prompt, task.negative_prompt, values, DAMPINGS, relevant)
             metric = measure(values, relevant, result.damping_index(settings.damping))
             per_task[number] = case | metric
-            write_task(folder / f"task_{number}", corpus, task, picture, result)
+            write_task(folder / f"task_{number}", attribution_task, task, picture, result)
             recall, precision = (metric[name] for name in ("recall_at_10", "map"))
             told = f"recall@10 {recall:.2f}   map {precision:.3f}"
             print(f"task {number:3} {task.model_path:32} {told}")
@@ -193,10 +197,13 @@ def evaluate_tasks(settings: Settings, device: str) -> dict[str, Any]:
 
 
 def score_tasks(
-    corpus: AttributionTask, store: Store, queries: np.ndarray, exemplar: list[np.ndarray]
+    attribution_task: AttributionTask, store: Store, queries: np.ndarray, exemplar: list[np.ndarray]
 ) -> list[np.ndarray]:
     """Scores [D, N + E] of each task: the train pictures', then its own exemplars'."""
-    solver, weight = corpus.preconditioner, OBJECTIVES.get(corpus.settings.f).row_weight
+    solver, weight = (
+        attribution_task.preconditioner,
+        OBJECTIVES.get(attribution_task.settings.f).row_weight,
+    )
     solved, among = solver.solve(store, queries, DAMPINGS), store.losses() if weight else None
     of_rows = None if weight is None else weight(among, among)
     of_train = scores(store, solved, of_rows, solver.budget.max_memory, solver.budget.device)
@@ -220,15 +227,19 @@ def summarise(results: list[dict]) -> dict:
 
 
 def write_task(
-    folder: Path, corpus: AttributionTask, task: Task, picture: QueryImage, result: ConceptResult
+    folder: Path,
+    attribution_task: AttributionTask,
+    task: Task,
+    picture: QueryImage,
+    result: ConceptResult,
 ) -> None:
     """Grids and tables of the ranking, metrics.json.
 
     Left out, with a word, where the train pictures are not on disk.
     """
-    s = corpus.settings
+    s = attribution_task.settings
     try:
-        ranked = TrainAndExemplars(corpus.train, exemplar_pictures(s, task))
+        ranked = TrainAndExemplars(attribution_task.train, exemplar_pictures(s, task))
     except UserError as error:
         print(f"no pictures for {folder.name}: {error}")
         return

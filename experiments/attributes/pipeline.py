@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import write_json
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.models.class_conditional import Architecture, made_from
@@ -152,7 +152,7 @@ class AttributeBenchmark:
         right = self.classifier.right(pixels, indices)
         found: dict[str, Any] = {"real": round(float(right.mean()), 4)}
         for model in self.models:
-            benchmark = self.benchmark(self.corpus(model))
+            benchmark = self.benchmark(self.task(model))
             assert benchmark.pictures
             found[model.name] = {k: round(v, 4) for k, v in benchmark.drawn.items()}
         write_json(self.own.folder / "classified.json", found)
@@ -161,9 +161,9 @@ class AttributeBenchmark:
     def rows(self) -> None:
         """The train rows of every ranker that has some."""
         for model in self.models:
-            corpus = self.corpus(model)
+            task = self.task(model)
             for name in self.rankers_of(model):
-                RANKERS.get(name)(corpus)
+                RANKERS.get(name)(task)
 
     # ---- what stages share
 
@@ -180,7 +180,7 @@ class AttributeBenchmark:
         asked = self.own.has_reference(model.seed)
         return [name for name in self.rankers if asked or name != "reference"]
 
-    def corpus(self, model: TrainedModel, scope: str = "local") -> AttributionTask:
+    def task(self, model: TrainedModel, scope: str = "local") -> AttributionTask:
         """A model and the pictures. UserError while it is not trained."""
         folder = self.model_dir(model)
         if not made_from(folder):
@@ -193,13 +193,13 @@ class AttributeBenchmark:
         }
         return AttributionTask(self.settings.but(**places, scope=scope), self.device)
 
-    def benchmark(self, corpus: AttributionTask) -> LabelledBenchmark:
+    def benchmark(self, task: AttributionTask) -> LabelledBenchmark:
         """Its questions on a model."""
         keep = self.own.folder / "drawings"
         asked = QuerySettings(
             self.combinations, self.own.samples, self.own.tune, self.classifier, keep
         )
-        return LabelledBenchmark(corpus, asked)
+        return LabelledBenchmark(task, asked)
 
     @cached_property
     def combinations(self) -> list[dict[str, str]]:

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.prompts import contrast_prompts
 from concept_trak.attribution.question import Query, QueryImage, generate, sample_settings
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.errors import UserError, script_hint
 from concept_trak.models.sample import initial_noise
 from concept_trak.models.vocabulary import Vocabulary
@@ -75,25 +75,25 @@ class LabelledBenchmark:
     splits: ClassVar[tuple[str, ...]] = SPLITS
     settings: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, corpus: AttributionTask, asked: QuerySettings | None = None) -> None:
-        self.corpus = corpus
-        vocabulary = getattr(corpus.model, "vocabulary", None)
+    def __init__(self, task: AttributionTask, asked: QuerySettings | None = None) -> None:
+        self.task = task
+        vocabulary = getattr(task.model, "vocabulary", None)
         if vocabulary is None:
             raise UserError(
-                f"{corpus.settings.sd_model_path} is no class-conditional model; "
+                f"{task.settings.sd_model_path} is no class-conditional model; "
                 f"train one (about an hour): {script_hint('synthetic/run_all.sh', STAGE='train')}"
             )
         self.vocabulary: Vocabulary = vocabulary
         self.concepts = self.vocabulary.names
-        self.scheme: AttributeScheme = read_scheme(corpus.settings.data_dir)
-        few = corpus.settings.num_queries or DEFAULT_SAMPLES
+        self.scheme: AttributeScheme = read_scheme(task.settings.data_dir)
+        few = task.settings.num_queries or DEFAULT_SAMPLES
         self.asked = asked or QuerySettings(self.scheme.combinations(), few)
         self.drawn: dict[str, float] = {}
         self._relevant: dict[str, np.ndarray] = {}
 
     def questions(self, kind: str = "generated") -> dict[str, list[Query]]:
         """See `Benchmark.questions`; TUNE asks about all combinations."""
-        form = self.corpus.settings.query_form
+        form = self.task.settings.query_form
         return {
             split: [q for p in pictures for q in questions_of(form, self.vocabulary, p)]
             for split, pictures in self.pictures.items()
@@ -103,7 +103,7 @@ class LabelledBenchmark:
         """See `Benchmark.relevant`. UserError for a concept that no train picture shows."""
         if question.words not in self._relevant:
             name, word = self.vocabulary.attribute_of(question.words)
-            found = np.array(self.corpus.train.column(name)) == word
+            found = np.array(self.task.train.column(name)) == word
             if not found.any():
                 raise UserError(
                     f"no train picture shows {word}; ask without it: set HELD_OUT or "
@@ -120,7 +120,7 @@ class LabelledBenchmark:
             groups["ood" if self.scheme.is_held_out(labels) else "id"].append(labels)
         wanted = {s: (groups[s], self.asked.samples, 0) for s in SPLITS if groups[s]}
         wanted[TUNE] = self.asked.combinations, self.asked.tune, TUNE_SEED
-        drawings = QueryImages(self.corpus, self.asked.classifier, self.vocabulary)
+        drawings = QueryImages(self.task, self.asked.classifier, self.vocabulary)
         found = {s: drawings.of(self.asked.keep, *what) for s, what in wanted.items()}
         self.drawn = {split: share for split, (_, share) in found.items()}
         return {split: pictures for split, (pictures, _) in found.items()}
@@ -130,7 +130,7 @@ class LabelledBenchmark:
 class QueryImages:
     """Draws what is asked about, and keeps it. classifier: see `QuerySettings`."""
 
-    corpus: AttributionTask
+    task: AttributionTask
     classifier: Any
     vocabulary: Vocabulary
 
@@ -143,7 +143,7 @@ class QueryImages:
         captions = [self.vocabulary.caption(labels) for labels in combinations]
         if keep is None:
             return self._chosen(*self._tried(captions, samples, seed), captions, samples)
-        model = [self.corpus.model.identity(), sample_settings(self.corpus.settings, seed)]
+        model = [self.task.model.identity(), sample_settings(self.task.settings, seed)]
         path = keep / f"{short_hash([model, captions, samples, self.classifier is not None])}.npz"
         if kept := read_npz(path):
             return self._pictures(kept)
@@ -156,7 +156,7 @@ class QueryImages:
 
     def _pictures(self, kept: dict[str, np.ndarray]) -> tuple[list[QueryImage], float]:
         """What `of` kept."""
-        model, settings = self.corpus.model, self.corpus.settings
+        model, settings = self.task.model, self.task.settings
         latents = torch.from_numpy(kept["x0"]).to(model.device, model.dtype)
         seeds, prompts, share = kept["seeds"], kept["prompts"], float(kept["share"])
         pictures = []
@@ -178,7 +178,7 @@ class QueryImages:
             todo = [c for c in captions if len(right[c]) < samples]
             if not todo:
                 break
-            pictures = generate(self.corpus.model, self.corpus.settings, todo, seed + number)
+            pictures = generate(self.task.model, self.task.settings, todo, seed + number)
             for picture, good in zip(pictures, self._agrees(pictures), strict=True):
                 (right if good else wrong)[picture.prompt].append(picture)
         return right, wrong

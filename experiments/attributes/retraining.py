@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
 from concept_trak.attribution.question import QueryImage
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.errors import UserError
 from concept_trak.models.class_conditional import Architecture
 from concept_trak.parsing import parse_methods
@@ -98,7 +98,7 @@ class RetrainingBenchmark:
     # ---- what rankers say
 
     @cached_property
-    def corpus(self) -> AttributionTask:
+    def task(self) -> AttributionTask:
         """The model of all pictures, trained as those of the plans are."""
         subset = base_plan(self.data, SEEDS[:1]).subsets[0]
         job, work = self.models.job(subset), self.models.work
@@ -116,14 +116,14 @@ class RetrainingBenchmark:
     @cached_property
     def asked(self) -> ConceptQueries:
         """Every concept of every held-out picture."""
-        model, content = self.corpus.model, self.held_out.content_hash()
+        model, content = self.task.model, self.held_out.content_hash()
         pixels = self.held_out.images(range(len(self.held_out)), model.image_size)
         questions, of = [], {kind: {} for kind in kinds_of(self.held_out)}
         latents = model.encode_images(pixels).split(1)
         for row, (x0, shown) in enumerate(zip(latents, pixels, strict=True)):
             caption = self.held_out.captions[row]
             picture = QueryImage(caption, x0, None, shown, {"real": [content, row]})
-            form = self.corpus.settings.query_form
+            form = self.task.settings.query_form
             for question in questions_of(form, model.vocabulary, picture):
                 of[question.concept].setdefault(question.words, []).append(len(questions))
                 questions.append(question)
@@ -135,7 +135,7 @@ class RetrainingBenchmark:
         found = {}
         for name in self.bench.rankers:
             begun = time.perf_counter()
-            found[name] = swept(RANKERS.get(name)(self.corpus), self.asked.questions)
+            found[name] = swept(RANKERS.get(name)(self.task), self.asked.questions)
             self.took[name] = time.perf_counter() - begun
         return found
 
@@ -149,7 +149,7 @@ class RetrainingBenchmark:
         """Index of a ranker's: chosen by LDS on the "tune" concepts."""
         values, tune = self.scores[name], split_concepts(self.data)["tune"]
         choose = lambda: lds.best_damping(values, self.asked, truths, tune)  # noqa: E731
-        return damping_of(name, self.corpus, values, choose)
+        return damping_of(name, self.task, values, choose)
 
     # ---- LDS
 
@@ -260,4 +260,4 @@ class RetrainingBenchmark:
 
     def fixed(self, values: np.ndarray) -> int:
         """Index of the settings' damping, for every ranker."""
-        return damping_of(OURS, self.corpus, values, lambda: 0)
+        return damping_of(OURS, self.task, values, lambda: 0)

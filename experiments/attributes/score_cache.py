@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
 from concept_trak.attribution.naming import gradient_settings
 from concept_trak.attribution.question import Query
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.registry import RANKERS
 from concept_trak.scoring.ranking import ranking
 from concept_trak.settings import as_dict, short_hash
@@ -96,7 +96,7 @@ ByModel = dict[str, dict[str, dict[TrainedModel, MethodScores]]]  # scope -> ran
 
 def attribute(bench: AttributeBenchmark) -> ByModel:
     """What every ranker found, computed where it is not kept."""
-    benchmarks = {model: bench.benchmark(bench.corpus(model)) for model in bench.models}
+    benchmarks = {model: bench.benchmark(bench.task(model)) for model in bench.models}
     found: ByModel = {scope: {} for scope in SCOPES}
     for name in tqdm(bench.rankers, desc="attributing"):
         asked = {m: b for m, b in benchmarks.items() if name in bench.rankers_of(m)}
@@ -136,26 +136,26 @@ class ScoreCache:
         self, benchmark: LabelledBenchmark, splits: Sequence[str], step: int | None
     ) -> MethodScores:
         """See `all`."""
-        own = benchmark.corpus.settings.but(scope=self.scope)
-        corpus = benchmark.corpus.with_settings(own)
+        own = benchmark.task.settings.but(scope=self.scope)
+        task = benchmark.task.with_settings(own)
         part = [list(splits), step] if splits else []
-        path = self.folder / f"{self.name}-{identity(corpus, benchmark, self.name, part)}.npz"
+        path = self.folder / f"{self.name}-{identity(task, benchmark, self.name, part)}.npz"
         if kept := read_npz(path):
             return MethodScores(**{**kept, "seconds": float(kept["seconds"])})
-        found = compute(corpus, benchmark, self.name, splits, step)
+        found = compute(task, benchmark, self.name, splits, step)
         write_npz(path, vars(found))
         return found
 
 
 def identity(
-    corpus: AttributionTask, benchmark: LabelledBenchmark, name: str, part: Sequence[Any] = ()
+    task: AttributionTask, benchmark: LabelledBenchmark, name: str, part: Sequence[Any] = ()
 ) -> str:
     """Of all that decides what a ranker finds; part: of which questions and step, if not all."""
-    s, asked = corpus.settings, benchmark.asked
+    s, asked = task.settings, benchmark.asked
     places = ("sd_model_path", "data_dir", "grad_dir", "results_dir", "methods", "batch_size")
     kept = {k: v for k, v in as_dict(s).items() if k not in places}
     questions = [asked.combinations, asked.samples, asked.tune, asked.classifier is not None]
-    model = [corpus.model.identity(), corpus.data.content_hash(), gradient_settings(s)]
+    model = [task.model.identity(), task.data.content_hash(), gradient_settings(s)]
     return short_hash([name, kept, questions, model, DEEPEST, *steps_of(name), *part])
 
 
@@ -165,7 +165,7 @@ def steps_of(name: str) -> tuple[float, ...]:
 
 
 def compute(
-    corpus: AttributionTask,
+    task: AttributionTask,
     benchmark: LabelledBenchmark,
     name: str,
     splits: Sequence[str] = (),
@@ -176,10 +176,10 @@ def compute(
     """
     questions = {k: v for k, v in benchmark.questions().items() if k in (splits or (k,))}
     asked = [q for each in questions.values() for q in each]
-    ranker, begun = RANKERS.get(name)(corpus), time.perf_counter()
+    ranker, begun = RANKERS.get(name)(task), time.perf_counter()
     once: dict[tuple[str, str, str], int] = {}
     places = list(range(len(asked)))
-    if corpus.settings.scope == "global":
+    if task.settings.scope == "global":
         keys = [(q.picture.prompt, q.plus, q.minus) for q in asked]
         places = [once.setdefault(key, i) for i, key in enumerate(keys)]
     chosen = sorted(set(places))

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.parsing import parse_methods
 from concept_trak.registry import BENCHMARKS, RANKERS
 from concept_trak.scoring import metrics
@@ -127,15 +127,15 @@ class EvaluationResult:
 
 
 def evaluate_methods(
-    corpus: AttributionTask, benchmark: Benchmark, asked: dict[str, QuerySet]
+    task: AttributionTask, benchmark: Benchmark, asked: dict[str, QuerySet]
 ) -> EvaluationResult:
     """Every ranker's figures for the questions asked."""
     splits, concepts = benchmark.splits, benchmark.concepts
     found = EvaluationResult(
         {kind: {s: {c: {} for c in concepts} for s in splits} for kind in asked}
     )
-    for name in chosen_rankers(corpus.settings.methods):
-        ranker, chosen, first = RANKERS.get(name)(corpus), 0, next(iter(asked.values()))
+    for name in chosen_rankers(task.settings.methods):
+        ranker, chosen, first = RANKERS.get(name)(task), 0, next(iter(asked.values()))
         if hasattr(ranker, "candidates"):
             step = choose_step(ranker, first)
             ranker, found.steps[name] = ranker.at(step), ranker.candidates[step]
@@ -236,15 +236,15 @@ def _entry(e: dict[str, Any]) -> str:
     return f"{e['recall_at_10']:.2f} [{low:.2f}, {high:.2f}] ({rest})"
 
 
-def evaluate(corpus: AttributionTask, name: str = "emoji") -> dict[str, Any]:
+def evaluate(task: AttributionTask, name: str = "emoji") -> dict[str, Any]:
     """Evaluate on benchmark `name`: print the table and, as the last line, one JSON object.
 
     Both are kept under the results folder. The tables of the first kind of picture stand at the top
     of the JSON object, those of others under their kind.
     """
-    benchmark = BENCHMARKS.get(name)(corpus)
+    benchmark = BENCHMARKS.get(name)(task)
     asked = {kind: QuerySet(benchmark, kind) for kind in benchmark.kinds}
-    found = evaluate_methods(corpus, benchmark, asked)
+    found = evaluate_methods(task, benchmark, asked)
     first, *others = benchmark.kinds
     result = {
         **found.tables[first],
@@ -256,8 +256,8 @@ def evaluate(corpus: AttributionTask, name: str = "emoji") -> dict[str, Any]:
         "queries": asked[first].pictures,
     }
     table = markdown(found)
-    with result_folder(corpus.settings, "eval", name, corpus.train_identity()) as folder:
-        write_metrics(folder, "metrics", result, corpus.settings)
+    with result_folder(task.settings, "eval", name, task.train_identity()) as folder:
+        write_metrics(folder, "metrics", result, task.settings)
         write_bytes(folder / "table.md", f"{table}\n".encode())
         write_bytes(folder / "recall.png", png(against_k(found.curves, "recall")))
     print(table)

@@ -51,6 +51,6 @@ def count_forwards(ranker: Any, question: Query) -> int:
     if not hasattr(ranker, "ask"):
         return 0
     ranker.prepare()
-    with counted(ranker.corpus.model.network) as count:
+    with counted(ranker.task.model.network) as count:
         ranker.ask(question)
     return count.samples

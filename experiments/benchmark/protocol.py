@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.question import Query
+from concept_trak.attribution.task import AttributionTask
 
 TUNE = "tune"  # the split that chooses a damping, and is reported nowhere
 
@@ -29,7 +29,7 @@ class Benchmark(Protocol):
     splits: ClassVar[tuple[str, ...]]
     settings: ClassVar[dict[str, Any]]
 
-    def __init__(self, corpus: AttributionTask) -> None: ...
+    def __init__(self, task: AttributionTask) -> None: ...
 
     def questions(self, kind: str) -> dict[str, list[Query]]:
         """{split: questions}, those of `splits` and TUNE; every picture with all `concepts`."""

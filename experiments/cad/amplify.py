@@ -135,9 +135,9 @@ class Amplified:
 
     def _real(self, target: Target) -> ComponentQuery:
         """The target's training pictures."""
-        bed, corpus = self.measured.bed, self.measured.bed.corpus
-        rows = [i for i, r in enumerate(corpus.train.records) if r[target.kind] == target.name]
-        return replace(bed.asked(target), real=corpus.latents[rows], num_seeds=len(rows))
+        bed, task = self.measured.bed, self.measured.bed.task
+        rows = [i for i, r in enumerate(task.train.records) if r[target.kind] == target.name]
+        return replace(bed.asked(target), real=task.latents[rows], num_seeds=len(rows))
 
     def _scores(self, real: ComponentQuery) -> Scores:
         model = self.measured.bed.model

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.concept_plan import (
     ComponentQuery,
     attribute_components,
@@ -34,7 +34,7 @@ from concept_trak.components.scores import Scores
 from concept_trak.models.text_to_image import TextToImage
 from concept_trak.settings import short_hash
 from experiments.benchmark.results import result_folder, write_metrics
-from experiments.truth.queries import corpus_of
+from experiments.truth.queries import task_of
 from experiments.truth.subsets import Subset
 
 from .amplify import mean_gain
@@ -54,11 +54,11 @@ RANDOM = ("random", "random, published")
 ARMS = ("chosen", "published", *RANDOM, "gradient")
 
 
-def undersample(corpus: AttributionTask) -> tuple[Subset, dict[str, list[Target]]]:
+def undersample(task: AttributionTask) -> tuple[Subset, dict[str, list[Target]]]:
     """What the model learns, and the targets: {"tune", "report"}."""
-    of = EraseSetup.targets_of(corpus.train)
+    of = EraseSetup.targets_of(task.train)
     targets = {"tune": of["tune"], "report": of["object"][:REPORTED]}
-    shown, rng = np.array(corpus.train.column("object")), np.random.default_rng(SPLIT_SEED + 2)
+    shown, rng = np.array(task.train.column("object")), np.random.default_rng(SPLIT_SEED + 2)
     removed: list[int] = []
     for target in (*targets["tune"], *targets["report"]):
         removed += rng.permutation(np.flatnonzero(shown == target.name))[KEPT:].tolist()
@@ -68,17 +68,17 @@ def undersample(corpus: AttributionTask) -> tuple[Subset, dict[str, list[Target]
 class Rare:
     """The model of thinned data, and what the judge sees of it under edits; cells in TRUTH_DIR."""
 
-    def __init__(self, corpus: AttributionTask, subset: Subset, model: TextToImage) -> None:
+    def __init__(self, task: AttributionTask, subset: Subset, model: TextToImage) -> None:
         self.subset = subset
-        self.bed = EraseSetup(corpus_of(corpus, model, subset), drawer=model)
-        self.cells = MeasurementCache(self.bed, Path(corpus.settings.truth_dir) / "cad-rare")
+        self.bed = EraseSetup(task_of(task, model, subset), drawer=model)
+        self.cells = MeasurementCache(self.bed, Path(task.settings.truth_dir) / "cad-rare")
         self._scores: tuple[str, Scores] | None = None
 
     def asked(self, target: Target) -> ComponentQuery:
         """About the pictures that stayed."""
-        corpus, stayed = self.bed.corpus, self.subset.kept(len(self.bed.corpus.train))
-        shown = np.array(corpus.train.column("object")) == target.name
-        real = corpus.latents[np.flatnonzero(shown & stayed)]
+        task, stayed = self.bed.task, self.subset.kept(len(self.bed.task.train))
+        shown = np.array(task.train.column("object")) == target.name
+        real = task.latents[np.flatnonzero(shown & stayed)]
         return replace(self.bed.asked(target), real=real, num_seeds=NOISINGS)
 
     def scores(self, target: Target) -> Scores:
@@ -124,10 +124,10 @@ def plans() -> dict[str, list[Key]]:
     return {"chosen": own, "published": [paper(ratio) for ratio in PAPER_RATIOS]}
 
 
-def rare(corpus: AttributionTask) -> dict[str, Any]:
+def rare(task: AttributionTask) -> dict[str, Any]:
     """Train what is missing, choose, measure, print the table, and return it as JSON."""
-    subset, targets = undersample(corpus)
-    bench = Rare(corpus, subset, models_of(corpus, {"thinned": subset})["thinned"])
+    subset, targets = undersample(task)
+    bench = Rare(task, subset, models_of(task, {"thinned": subset})["thinned"])
     arms, tried = choose(bench, targets["tune"])
     best, published = arms["chosen"], arms["published"]
     keys = arms | dict(zip(RANDOM, (best, published), strict=True)) | {"gradient": _ascent(best)}
@@ -143,8 +143,8 @@ def rare(corpus: AttributionTask) -> dict[str, Any]:
     told |= {"objects": names, "removed": len(subset.removed), "pictures": list(FINAL)}
     table = markdown(told)
     print(table)
-    with result_folder(corpus.settings, "cad", "rare", short_hash(told)) as folder:
-        write_metrics(folder, "metrics", told, corpus.settings)
+    with result_folder(task.settings, "cad", "rare", short_hash(told)) as folder:
+        write_metrics(folder, "metrics", told, task.settings)
         write_bytes(folder / "table.md", f"{table}\n".encode())
     return told
 

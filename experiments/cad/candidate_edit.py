@@ -49,7 +49,7 @@ class Attempt:
         scores = measured.spared(target, self.key)
         edit, _ = edit_from_scores(bed.model, scores, self.plan(), bed.asked(target))
         edit.about.update(aim="erase", prompt=target.prompt, plan=list(astuple(self)))
-        edit.about.update(model_path=bed.corpus.settings.sd_model_path)
+        edit.about.update(model_path=bed.task.settings.sd_model_path)
         return edit
 
     def screened(

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from concept_trak.atomic_io import write_bytes
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.prompts import slug
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.edits import Edit, save_edit
 from concept_trak.report.page import environment, pairs
 from concept_trak.settings import Settings, as_dict, provenance, results_folder
@@ -37,7 +37,7 @@ def certify(settings: Settings, device: str) -> dict[str, Any]:
     target, goal = target_of(bed), EraseGoal(s.target_ua, s.min_retention, s.judged)
     found, edit = verify(bed, target, goal)
     shown = pictures(bed, target, edit)
-    made_from = [bed.model.identity(), bed.corpus.data.content_hash(), target.name]
+    made_from = [bed.model.identity(), bed.task.data.content_hash(), target.name]
     made_from += [goal.target_ua, goal.min_retention, goal.pictures]
     with result_folder(s, "cad", f"verify-{slug(target.name, 32)}", made_from) as folder:
         save_edit(folder / EDIT, edit)

@@ -71,7 +71,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def run_replay(arguments: argparse.Namespace) -> None:
     """Train the small model where that is missing, replay it, and print what was found."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
     from concept_trak.models.device import pick_device
     from concept_trak.report.component_report import concept_prompts
 
@@ -85,7 +85,7 @@ def run_replay(arguments: argparse.Namespace) -> None:
 def run_counterfactual(arguments: argparse.Namespace) -> None:
     """Train what is missing, measure, print the table and its line."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
     from concept_trak.models.device import pick_device
 
     from .counterfactual import counterfactual
@@ -97,7 +97,7 @@ def run_counterfactual(arguments: argparse.Namespace) -> None:
 def run_rare(arguments: argparse.Namespace) -> None:
     """Train what is missing, choose, measure, print the table and its line."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
     from concept_trak.models.device import pick_device
 
     from .amplify_rare import rare
@@ -134,7 +134,7 @@ def run_protocol(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print the table and its line."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
     from concept_trak.models.device import pick_device
     from concept_trak.settings import provenance
     from experiments.benchmark.results import result_folder, write_metrics
@@ -145,13 +145,13 @@ def run(arguments: argparse.Namespace) -> None:
     from .testbed import EraseSetup
 
     device = pick_device(given.device, given.gpu_id)
-    corpus = AttributionTask(given.on(device), device)
+    task = AttributionTask(given.on(device), device)
     size = Size.of(given.judged, given.num_queries)
-    bed = EraseSetup(corpus)
+    bed = EraseSetup(task)
     found = json_summary(evaluate(bed, size)) | {"provenance": provenance()}
-    model, data = corpus.model.identity(), corpus.data.content_hash()
+    model, data = task.model.identity(), task.data.content_hash()
     made_from = [model, data, given.score_seeds, given.judged]
-    with result_folder(corpus.settings, "cad", "table", made_from) as folder:
-        write_metrics(folder, "metrics", found, corpus.settings)
+    with result_folder(task.settings, "cad", "table", made_from) as folder:
+        write_metrics(folder, "metrics", found, task.settings)
         MeasurementCache(bed).gather(folder / "cells.json")
     print(f"\n{markdown(found)}\n\n{json.dumps(found)}")

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from concept_trak.atomic_io import make_folder, write_bytes, write_json
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.concept_plan import (
     ComponentQuery,
     EditPlan,
@@ -98,28 +98,28 @@ class Concept:
     pictures: ImageCaptionDataset
 
 
-def subsets_of(corpus: AttributionTask) -> dict[str, Subset]:
+def subsets_of(task: AttributionTask) -> dict[str, Subset]:
     """What the four models learn. UserError for pictures that the committed plan is not of."""
-    plan = kept_plan(KEPT / "plans", "counterfactual", corpus.train)
+    plan = kept_plan(KEPT / "plans", "counterfactual", task.train)
     named = {s.name: s for s in plan.subsets}
-    first, second = base_plan(corpus.train, (0, 1)).subsets
+    first, second = base_plan(task.train, (0, 1)).subsets
     return {"all": first, "seed": second} | {arm: named[name] for arm, name in RETRAINED.items()}
 
 
 # ---- models
 
 
-def models_of(corpus: AttributionTask, subsets: dict[str, Subset]) -> dict[str, TextToImage]:
+def models_of(task: AttributionTask, subsets: dict[str, Subset]) -> dict[str, TextToImage]:
     """The four models, trained where they are neither committed nor in TRUTH_DIR."""
-    s, settings = corpus.settings, small_settings(corpus.settings)
+    s, settings = task.settings, small_settings(task.settings)
     bench = RetrainingSetup(
         s.sd_model_path, s.data_dir, Path(s.truth_dir), Path(s.truth_dir), settings
     )
-    todo = tuple(x for x in subsets.values() if not _is_there(corpus, x, settings))
-    data = corpus.train.content_hash()
+    todo = tuple(x for x in subsets.values() if not _is_there(task, x, settings))
+    data = task.train.content_hash()
     if todo:
         retrain(bench, Trainings("cad", data, todo), WorkerSpec(train_only))
-    return {arm: _model(corpus, subset, settings) for arm, subset in subsets.items()}
+    return {arm: _model(task, subset, settings) for arm, subset in subsets.items()}
 
 
 def train_only(bench: RetrainingSetup, plan: Trainings, subset: Subset) -> None:
@@ -133,11 +133,9 @@ def train_only(bench: RetrainingSetup, plan: Trainings, subset: Subset) -> None:
         trainer.train_subset(like, train, latents, subset, bench.settings, bench.work)
 
 
-def _checkpoint(
-    corpus: AttributionTask, subset: Subset, settings: small_model.SmallSettings
-) -> Path:
-    work = Path(corpus.settings.truth_dir)
-    return trainer.run_of(corpus.model, corpus.train, subset, settings, work).checkpoint
+def _checkpoint(task: AttributionTask, subset: Subset, settings: small_model.SmallSettings) -> Path:
+    work = Path(task.settings.truth_dir)
+    return trainer.run_of(task.model, task.train, subset, settings, work).checkpoint
 
 
 def _committed(subset: Subset, settings: small_model.SmallSettings) -> Path | None:
@@ -146,26 +144,26 @@ def _committed(subset: Subset, settings: small_model.SmallSettings) -> Path | No
     return path if settings == small_model.SmallSettings() and path.exists() else None
 
 
-def _is_there(corpus: AttributionTask, subset: Subset, settings: small_model.SmallSettings) -> bool:
-    path = _checkpoint(corpus, subset, settings)
+def _is_there(task: AttributionTask, subset: Subset, settings: small_model.SmallSettings) -> bool:
+    path = _checkpoint(task, subset, settings)
     if path.exists():
         return load_checkpoint(path)[1].get("step") == settings.steps
     return _committed(subset, settings) is not None
 
 
 def _model(
-    corpus: AttributionTask, subset: Subset, settings: small_model.SmallSettings
+    task: AttributionTask, subset: Subset, settings: small_model.SmallSettings
 ) -> TextToImage:
     """That of TRUTH_DIR, made on the same machine as the others, before the committed one."""
     committed = _committed(subset, settings)
-    if committed and not _checkpoint(corpus, subset, settings).exists():
-        model = small_model.load(corpus.model, committed)
+    if committed and not _checkpoint(task, subset, settings).exists():
+        model = small_model.load(task.model, committed)
         plan = "base" if subset.name.startswith("base-") else "counterfactual"
-        refuse_unmeasured(bench_of(corpus), plan, subset, model)
+        refuse_unmeasured(bench_of(task), plan, subset, model)
         return model
-    work = Path(corpus.settings.truth_dir)
+    work = Path(task.settings.truth_dir)
     line = script_hint("cad/run_counterfactual.sh", TRUTH_DIR=work)
-    return trainer.trained(corpus.model, corpus.train, subset, settings, work, line)
+    return trainer.trained(task.model, task.train, subset, settings, work, line)
 
 
 # ---- cells
@@ -175,15 +173,15 @@ class Cells:
     """What a model has of a concept, unedited and edited; kept in TRUTH_DIR, made once."""
 
     def __init__(
-        self, corpus: AttributionTask, models: dict[str, TextToImage], judge: EmojiClassifier
+        self, task: AttributionTask, models: dict[str, TextToImage], judge: EmojiClassifier
     ) -> None:
-        s = corpus.settings
-        self.corpus, self.models, self.judge = corpus, models, judge
+        s = task.settings
+        self.task, self.models, self.judge = task, models, judge
         self.plan: EditPlan = plan_of(s.selection, s.ratio, s.granularity, Operator())
         self.folder = make_folder(Path(s.truth_dir) / "cad-counterfactual")
-        self.held_out = corpus.everything.split("held_out")
-        taken = targets(corpus.train, KIND)
-        left = [n for n in split_concepts(corpus.train)["report"][KIND] if n not in taken][:OTHERS]
+        self.held_out = task.everything.split("held_out")
+        taken = targets(task.train, KIND)
+        left = [n for n in split_concepts(task.train)["report"][KIND] if n not in taken][:OTHERS]
         self.others = self._showing(left)
         self.concepts = [self._concept(name) for name in taken]
         self.base = functools.cache(self._base)
@@ -195,12 +193,12 @@ class Cells:
         return self.held_out.subset(rows)
 
     def _concept(self, name: str) -> Concept:
-        record = next(r for r in self.corpus.train.records if r[KIND] == name)
+        record = next(r for r in self.task.train.records if r[KIND] == name)
         return Concept(name, record[f"{KIND}_phrase"], self._showing([name]))
 
     def cell(self, arm: str, place: int) -> dict[str, Any]:
         """{state: {figure: value}} of concept number `place`; figures as they are, no shares."""
-        concept, model, s = self.concepts[place], self.models[arm], self.corpus.settings
+        concept, model, s = self.concepts[place], self.models[arm], self.task.settings
         at = "" if arm in ("all", "seed") else self.models["all"].weight_hash()
         decides = [model.weight_hash(), at, concept.name, concept.prompt, repr(self.plan)]
         decides += [s.score_seeds, repr((MEASURE, SAMPLING)), self.others.content_hash()]
@@ -263,7 +261,7 @@ class Cells:
 
 
 def _asked(cells: Cells, concept: Concept) -> ComponentQuery:
-    return ComponentQuery(concept.prompt, "", cells.corpus.settings.score_seeds, SAMPLING)
+    return ComponentQuery(concept.prompt, "", cells.task.settings.score_seeds, SAMPLING)
 
 
 def held(scores: Scores, picked: Picked) -> float:
@@ -278,11 +276,11 @@ def held(scores: Scores, picked: Picked) -> float:
 Values = dict[str, dict[str, dict[str, np.ndarray]]]  # arm -> state -> figure -> [concepts]
 
 
-def counterfactual(corpus: AttributionTask) -> dict[str, Any]:
+def counterfactual(task: AttributionTask) -> dict[str, Any]:
     """Train what is missing, measure, print the table, and return it as JSON."""
-    subsets = subsets_of(corpus)
-    models = models_of(corpus, subsets)
-    cells = Cells(corpus, models, load_judge(JUDGE))
+    subsets = subsets_of(task)
+    models = models_of(task, subsets)
+    cells = Cells(task, models, load_judge(JUDGE))
     places = range(len(cells.concepts))
     found = {arm: [cells.cell(arm, place) for place in places] for arm in models}
     values = {
@@ -297,8 +295,8 @@ def counterfactual(corpus: AttributionTask) -> dict[str, Any]:
         "models": {arm: m.weight_hash() for arm, m in models.items()},
     }
     print(markdown(told))
-    with result_folder(corpus.settings, "cad", "counterfactual", short_hash(told)) as folder:
-        write_metrics(folder, "metrics", told, corpus.settings)
+    with result_folder(task.settings, "cad", "counterfactual", short_hash(told)) as folder:
+        write_metrics(folder, "metrics", told, task.settings)
         write_bytes(folder / "table.md", f"{markdown(told)}\n".encode())
     return told
 

@@ -28,8 +28,8 @@ import torch
 from scipy.stats import spearmanr
 
 from concept_trak.atomic_io import atomic_folder, link, write_bytes, write_json
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.prompts import slug
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.concept_plan import attribute_components, plan_of
 from concept_trak.components.data_influence import ImageComponentInfluence, gradient_of
 from concept_trak.components.edit_operators import Operator
@@ -48,7 +48,7 @@ from concept_trak.scoring.metrics import recall_at_k
 from concept_trak.scoring.ranking import ranking
 from concept_trak.settings import Settings, as_dict, provenance, results_folder, short_hash
 from experiments.truth import small_model, train
-from experiments.truth.queries import corpus_of, make_queries
+from experiments.truth.queries import make_queries, task_of
 from experiments.truth.replay import Decomposition, Direction, Replay, Training, TrainingCopy
 from experiments.truth.setup import OURS, damping_of
 from experiments.truth.subsets import Subset, base_plan
@@ -80,22 +80,22 @@ def as_trained() -> Iterator[None]:
 class SmallModelRun:
     """A finished small model of all pictures, and what its training can be run again from."""
 
-    corpus: AttributionTask
+    task: AttributionTask
     subset: Subset
     settings: small_model.SmallSettings
     model: TextToImage
 
     @classmethod
-    def of(cls, corpus: AttributionTask) -> SmallModelRun:
+    def of(cls, task: AttributionTask) -> SmallModelRun:
         """The one of SEED in TRUTH_DIR; trained, or trained on, where it is not finished."""
-        s, settings = corpus.settings, small_settings(corpus.settings)
-        (subset,) = base_plan(corpus.train, [s.seed]).subsets
-        taught = (corpus.model, corpus.train, corpus.latents.to(corpus.device), subset, settings)
-        return cls(corpus, subset, settings, train.train_subset(*taught, Path(s.truth_dir)))
+        s, settings = task.settings, small_settings(task.settings)
+        (subset,) = base_plan(task.train, [s.seed]).subsets
+        taught = (task.model, task.train, task.latents.to(task.device), subset, settings)
+        return cls(task, subset, settings, train.train_subset(*taught, Path(s.truth_dir)))
 
     def training(self, selection: str) -> Training:
         """The same training, to run again."""
-        c, like, settings, subset = self.corpus, self.corpus.model, self.settings, self.subset
+        c, like, settings, subset = self.task, self.task.model, self.settings, self.subset
         latents = c.latents.to(c.device)
         examples = train.examples_of(like, c.train, latents, subset)
 
@@ -110,14 +110,14 @@ class SmallModelRun:
         return Training(make, taken, run, len(c.train))
 
 
-def replay(corpus: AttributionTask) -> dict[str, Any]:
+def replay(task: AttributionTask) -> dict[str, Any]:
     """Train what is missing, replay, write the folder; returns what replay.json holds.
 
     UserError for a concept that the data do not know, or a selection that matches nothing.
     """
-    s, words = corpus.settings, concept_prompts(corpus.settings)
+    s, words = task.settings, concept_prompts(task.settings)
     with as_trained():
-        known = SmallModelRun.of(corpus)
+        known = SmallModelRun.of(task)
         direction, picked = _asked(known.model, s, words)
         masks = _mask(select(known.model.network, s.selection), picked)
         training = known.training(s.selection)
@@ -126,7 +126,7 @@ def replay(corpus: AttributionTask) -> dict[str, Any]:
         run = Replay(training, direction, state, [masks])
         count = sum(len(index) for index in picked.values())
         log(
-            f"replay of {run.run.steps} steps, twice through: {len(corpus.train)} pictures, "
+            f"replay of {run.run.steps} steps, twice through: {len(task.train)} pictures, "
             f"{sum(a.numel() for a in direction.values()):,} weights, {count:,} of them edited; "
             f"{run.memory / 2**30:.1f} GB beside two copies of the training"
         )
@@ -169,7 +169,7 @@ def _told(known: SmallModelRun, found: Decomposition, words: ConceptPrompts) -> 
         "pictures": by_picture.shape[1],
         "replay_is_the_training": same,
     }
-    shows = relevance_or_none(known.corpus.train, words.name)
+    shows = relevance_or_none(known.task.train, words.name)
     beside = _beside(known, words) if shows is not None else {}
     for k, part in enumerate(PARTS):
         total = float(found.total[k].sum())
@@ -206,12 +206,12 @@ def _beside(known: SmallModelRun, words: ConceptPrompts) -> dict[str, np.ndarray
     """{method of METHODS, by default ours: its scores [N] of the concept on the small model}."""
     from concept_trak.datasets.labels import parse_concept
 
-    s = known.corpus.settings
+    s = known.task.settings
     places = {"grad_dir": str(Path(s.truth_dir) / "grads")}
-    asking = corpus_of(known.corpus, known.model, known.subset)
+    asking = task_of(known.task, known.model, known.subset)
     asking.settings = s.but(**places)
-    kind, name = parse_concept(known.corpus.train, words.name)
-    asked = make_queries(asking, known.corpus.everything.split("held_out"))
+    kind, name = parse_concept(known.task.train, words.name)
+    asked = make_queries(asking, known.task.everything.split("held_out"))
     places_of = asked.of[kind].get(name, [])
     questions = [asked.questions[i] for i in places_of]
     if not questions:
@@ -229,7 +229,7 @@ def _written(
     known: SmallModelRun, found: Decomposition, words: ConceptPrompts, told: dict[str, Any]
 ) -> dict[str, Any]:
     """The folder of the module docstring; prints the first pictures."""
-    s, data = known.corpus.settings, known.corpus.train
+    s, data = known.task.settings, known.task.train
     groups = tuple(c.name for c in select(known.model.network, s.selection))
     edited = ImageComponentInfluence(found.pictures[1], groups)
     order = np.array(ranking(edited.scores))

@@ -30,11 +30,11 @@ class MeasurementCache:
 
     def __init__(self, bed: EraseSetup, folder: Path | None = None) -> None:
         self.bed = bed
-        usual = results_folder(bed.corpus.settings, "cad/cells")
+        usual = results_folder(bed.task.settings, "cad/cells")
         self.folder = make_folder(folder or usual)
         committed = folder is None and KEPT.exists()
         self.kept = read_json(KEPT, git_restore_hint(KEPT)) if committed else {}
-        self.origin = [bed.model.identity(), bed.corpus.data.content_hash(), DRAW_STEPS]
+        self.origin = [bed.model.identity(), bed.task.data.content_hash(), DRAW_STEPS]
         self.origin += [bed.guidance, bed.num_seeds]
 
     def cell(self, target: Target, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -201,9 +201,9 @@ def _learned(bed: EraseSetup, target: Target, prompt: str, selection: str) -> di
 
 def _real(bed: EraseSetup, target: Target) -> torch.Tensor:
     """Latents of the concept's training pictures, at most PICTURES."""
-    records = bed.corpus.train.records
+    records = bed.task.train.records
     rows = [i for i, r in enumerate(records) if r[target.kind] == target.name]
-    return bed.corpus.latents[rows[:PICTURES]].to(bed.model.device)
+    return bed.task.latents[rows[:PICTURES]].to(bed.model.device)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.concept_plan import ComponentQuery
 from concept_trak.components.edit_operators import write_weights
 from concept_trak.components.edits import Edit
@@ -69,10 +69,10 @@ class EraseSetup:
     `mirror`).
     """
 
-    def __init__(self, corpus: AttributionTask, drawer: TextToImage | None = None) -> None:
-        self.corpus, self.model = corpus, corpus.model
-        s = corpus.settings
-        self.drawer = drawer or load_pipeline(s.sd_model_path, corpus.device, "bf16")
+    def __init__(self, task: AttributionTask, drawer: TextToImage | None = None) -> None:
+        self.task, self.model = task, task.model
+        s = task.settings
+        self.drawer = drawer or load_pipeline(s.sd_model_path, task.device, "bf16")
         self.judge: EmojiClassifier = load_judge(JUDGE)
         self.guidance = s.gen_guidance_scale
         self.num_seeds = s.score_seeds
@@ -80,7 +80,7 @@ class EraseSetup:
     @cached_property
     def targets(self) -> dict[str, list[Target]]:
         """{"tune": 8 objects, "object": 16 others, "style": all styles}, in a fixed order."""
-        return self.targets_of(self.corpus.train)
+        return self.targets_of(self.task.train)
 
     @staticmethod
     def targets_of(train: ImageCaptionDataset) -> dict[str, list[Target]]:
@@ -105,7 +105,7 @@ class EraseSetup:
 
     def prompts(self, target: Target, count: int) -> list[dict[str, Any]]:
         """Training records to draw the target from: its cells in turn."""
-        cells = [r for r in self.corpus.train.records if r[target.kind] == target.name]
+        cells = [r for r in self.task.train.records if r[target.kind] == target.name]
         order = np.random.default_rng(SPLIT_SEED).permutation(len(cells))
         return [cells[order[i % len(cells)]] for i in range(count)]
 
@@ -115,7 +115,7 @@ class EraseSetup:
         turn; the noise of a place is the same for every edit.
         """
         tuned = {t.name for t in self.targets["tune"]}
-        records = [r for r in self.corpus.train.records if r["object"] not in tuned]
+        records = [r for r in self.task.train.records if r["object"] not in tuned]
         order = np.random.default_rng(SPLIT_SEED + 1).permutation(len(records))
         seen: set[str] = set()
         first, rest = [], []

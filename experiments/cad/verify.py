@@ -57,16 +57,16 @@ class EraseGoal:
 def target_of(bed: EraseSetup) -> Target:
     """CONCEPT, see `report.component_report.concept_prompts`. UserError for one that the judge
     does not know."""
-    s = bed.corpus.settings
+    s = bed.task.settings
     words = concept_prompts(s)
-    kind, name = labels.parse_concept(bed.corpus.train, words.name)
+    kind, name = labels.parse_concept(bed.task.train, words.name)
     known = bed.judge.objects if kind == "object" else bed.judge.styles
     if name not in known:
         raise UserError(
             f"the judge does not know {name!r}; set CONCEPT to one of these: "
             f"{script_hint('concepts.sh')}"
         )
-    record = next(r for r in bed.corpus.train.records if r[kind] == name)
+    record = next(r for r in bed.task.train.records if r[kind] == name)
     return Target(kind, name, record.get(f"{kind}_phrase") or name)
 
 

@@ -101,27 +101,27 @@ def _rounds(settings: Settings, folder: Path, rows: int, repeats: int, count: in
 
 def _store(settings: Settings, folder: Path, rows: int) -> str:
     """A store of the first rows, from the identity of the model; its name below `folder`."""
-    corpus = _corpus(settings)
+    task = _task(settings)
     losses = OBJECTIVES.get(settings.f).row_weight is not None
-    layout = Layout(rows, corpus.projection.proj_dim, 2, settings.store_dtype, losses=losses)
-    return Store.create(folder / "rows", layout, corpus.origin(), {}).folder.name
+    layout = Layout(rows, task.projection.proj_dim, 2, settings.store_dtype, losses=losses)
+    return Store.create(folder / "rows", layout, task.origin(), {}).folder.name
 
 
 @functools.lru_cache(maxsize=1)
-def _corpus(settings: Settings):  # noqa: ANN202 - a Corpus, whose module loads torch
-    from concept_trak.attribution.corpus import AttributionTask
+def _task(settings: Settings):  # noqa: ANN202 - a Corpus, whose module loads torch
+    from concept_trak.attribution.task import AttributionTask
 
-    corpus = AttributionTask(settings.but(grad_dir="nowhere"), "cpu")
-    corpus.data.apart = True
-    return corpus
+    task = AttributionTask(settings.but(grad_dir="nowhere"), "cpu")
+    task.data.apart = True
+    return task
 
 
 def _load(settings: Settings, rows: int, count: int) -> None:
     """In a process of its own: load, and make a batch; wait for the others, or one takes all."""
-    corpus = _corpus(settings)
+    task = _task(settings)
     from concept_trak.attribution.train_grad import compute_batch
 
-    compute_batch(corpus, range(min(rows, settings.batch_size)))
+    compute_batch(task, range(min(rows, settings.batch_size)))
     time.sleep(1.0 if count > 1 else 0.0)
 
 
@@ -133,7 +133,7 @@ def _fill(settings: Settings, folder: Path, shard: int) -> None:
     from concept_trak.attribution.train_grad import compute_shard
 
     store = Store.read_manifest(folder / "rows")
-    compute_shard(_corpus(settings), store, shard, ReusableGradients({}), tqdm(disable=True))
+    compute_shard(_task(settings), store, shard, ReusableGradients({}), tqdm(disable=True))
 
 
 def _locally(pool: ProcessPoolExecutor, settings: Settings, rows: int, folder: Path) -> float:
@@ -174,7 +174,7 @@ class BenchWork(ShardTask):
         from concept_trak.attribution.reuse import ReusableGradients
         from concept_trak.attribution.train_grad import compute_chunk
 
-        compute_chunk(_corpus(self.loaded), store, piece, ReusableGradients({}))
+        compute_chunk(_task(self.loaded), store, piece, ReusableGradients({}))
 
 
 # ---- simulated

@@ -21,7 +21,7 @@ from concept_trak.settings import ROOT, Settings, provenance
 from concept_trak.validated_io import read_json
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.rankers import GradientAttributor
+    from concept_trak.attribution.attributors import GradientAttributor
 
 WORKDIR = ROOT / "experiments/scale/results/index"
 PARTS = ("embedded", "synthetic", "codes", "widths", "paper")
@@ -101,7 +101,7 @@ class Bench:
         shutil.copytree(ranker.store.folder, copy, ignore=ignored)
         from concept_trak.store.store import Store
 
-        widths = ranker.corpus.projection.widths
+        widths = ranker.task.projection.widths
 
         def solve(store: Any, widths: Any, queries: Any, dampings: Any) -> np.ndarray:
             return fisher_for(widths, Budget(cache=False)).solve(store, queries, dampings)
@@ -146,9 +146,9 @@ class Bench:
         from .projection_dims import lines, recall_by_width
 
         ranker, asked, _ = self._asked()
-        corpus = ranker.corpus
-        relevant = np.stack([Emoji(corpus).relevant(question) for question in asked])
-        own = corpus.with_settings(self.settings.on(corpus.device).but(grad_dir=str(self.folder)))
+        task = ranker.task
+        relevant = np.stack([Emoji(task).relevant(question) for question in asked])
+        own = task.with_settings(self.settings.on(task.device).but(grad_dir=str(self.folder)))
         table = recall_by_width(own, asked, relevant, self._rows)
         damping = self.settings.damping
         self._keep("widths", {"table": table, "queries": len(asked), "damping": damping})
@@ -201,20 +201,20 @@ class Bench:
         from .index import synthetic_store
 
         ranker, _, queries = self._asked()
-        widths, place = tuple(ranker.corpus.projection.widths), self.folder / f"rows-{self.rows}"
+        widths, place = tuple(ranker.task.projection.widths), self.folder / f"rows-{self.rows}"
         _refuse_small_disk(self.folder, self.rows if not place.exists() else 0)
         return synthetic_store(place, ranker.store, widths, self.rows), widths, queries
 
     def _made_ranker(self) -> Any:
-        from concept_trak.attribution.corpus import AttributionTask
-        from concept_trak.attribution.rankers import GradientAttributor
+        from concept_trak.attribution.attributors import GradientAttributor
+        from concept_trak.attribution.task import AttributionTask
         from concept_trak.attribution.train_grad import open_store
         from concept_trak.models.device import pick_device
 
         if self._ranker is None:
             device = pick_device(self.settings.device, self.settings.gpu_id)
-            corpus = AttributionTask(self.settings.on(device), device)
-            self._ranker = GradientAttributor(corpus, open_store(corpus))
+            task = AttributionTask(self.settings.on(device), device)
+            self._ranker = GradientAttributor(task, open_store(task))
         return self._ranker
 
     def _asked(self) -> tuple[Any, list[Any], np.ndarray]:
@@ -222,7 +222,7 @@ class Bench:
         from experiments.benchmarks import Emoji
 
         ranker = self._made_ranker()
-        splits = Emoji(ranker.corpus).questions("real")
+        splits = Emoji(ranker.task).questions("real")
         asked = [question for split in Emoji.splits for question in splits[split]]
         return ranker, asked, self._rows(ranker, asked)
 
@@ -231,7 +231,7 @@ class Bench:
         from concept_trak.store.array_cache import cached
 
         identity = {"questions": [ranker.identity(question) for question in asked]}
-        path = self.folder / f"queries-{ranker.corpus.projection.proj_dim}.npy"
+        path = self.folder / f"queries-{ranker.task.projection.proj_dim}.npy"
         return cached(path, identity, lambda: ranker.rows(asked))
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.attributors import GradientAttributor
 from concept_trak.attribution.find_store import find_store
 from concept_trak.attribution.question import Query
-from concept_trak.attribution.rankers import GradientAttributor
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.train_grad import open_store, train_grad
 from concept_trak.process import log
 from concept_trak.scoring import metrics
@@ -26,21 +26,19 @@ PROJ_DIMS = (1024, 2048, 4096, 8192)
 Keep = Callable[[GradientAttributor, Sequence[Query]], np.ndarray]  # -> query rows [Q, k]
 
 
-def scores_at(
-    corpus: AttributionTask, asked: Sequence[Query], keep: Keep
-) -> tuple[int, np.ndarray]:
-    """(k, float32 [Q, N] scores at DAMPING) under the settings of a corpus; its rows are made where
+def scores_at(task: AttributionTask, asked: Sequence[Query], keep: Keep) -> tuple[int, np.ndarray]:
+    """(k, float32 [Q, N] scores at DAMPING) under the settings of a task; its rows are made where
     there are none yet.
     """
-    there = find_store(corpus.settings, corpus.train_identity())
-    store = open_store(corpus) if there else train_grad(corpus)
-    ranker, fisher = GradientAttributor(corpus, store), corpus.preconditioner
-    rows, damping = keep(ranker, asked), [corpus.settings.damping]
+    there = find_store(task.settings, task.train_identity())
+    store = open_store(task) if there else train_grad(task)
+    ranker, fisher = GradientAttributor(task, store), task.preconditioner
+    rows, damping = keep(ranker, asked), [task.settings.damping]
     return store.dim, precondition_and_score(store, rows, damping, fisher, ranker.row_weight())[0]
 
 
 def recall_by_width(
-    corpus: AttributionTask,
+    task: AttributionTask,
     asked: Sequence[Query],
     relevant: np.ndarray,
     keep: Keep,
@@ -55,7 +53,7 @@ def recall_by_width(
     found: dict[int, np.ndarray] = {}
     for proj_dim in proj_dims:
         log(f"PROJ_DIM={proj_dim} ...")
-        other = corpus.with_settings(corpus.settings.but(proj_dim=proj_dim))
+        other = task.with_settings(task.settings.but(proj_dim=proj_dim))
         k, values = scores_at(other, asked, keep)
         found[k] = values
     last, table = list(found.values())[-1], []

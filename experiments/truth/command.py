@@ -38,12 +38,12 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the test on the emoji data and their small models."""
     given = settings_of(arguments)
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
     from concept_trak.models.device import pick_device
 
     device, work = pick_device(given.device, given.gpu_id), Path(given.truth_dir)
     # rows and tables of small models, apart from all others
     places = {"grad_dir": str(work / "grads"), "results_dir": str(work)}
-    corpus = AttributionTask(given.on(device).but(**places), device)
+    task = AttributionTask(given.on(device).but(**places), device)
     test = importlib.import_module(f".tables.{arguments.test}", __package__)
-    print(json.dumps(test.table(corpus)))
+    print(json.dumps(test.table(task)))

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.prompts import contrast_prompts
 from concept_trak.attribution.question import Query, QueryImage
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.models.text_to_image import TextToImage
 
 from .subsets import KINDS, Subset, with_captions
 
 
-def corpus_of(corpus: AttributionTask, model: TextToImage, subset: Subset) -> AttributionTask:
+def task_of(task: AttributionTask, model: TextToImage, subset: Subset) -> AttributionTask:
     """A small model and the pictures, under the captions that it learned; latents are shared."""
-    data = copy.copy(corpus.data)
-    data.model, data.pictures = model, with_captions(corpus.data.pictures, subset)
-    other = corpus.with_data(data)
+    data = copy.copy(task.data)
+    data.model, data.pictures = model, with_captions(task.data.pictures, subset)
+    other = task.with_data(data)
     other.__dict__.pop("cond_null", None)
     other.model = model
     return other
@@ -42,9 +42,9 @@ class ConceptQueries:
         return np.stack([values[:, self.of[kind][name]].mean(1) for name in names], 1)
 
 
-def make_queries(corpus: AttributionTask, held_out: ImageCaptionDataset) -> ConceptQueries:
+def make_queries(task: AttributionTask, held_out: ImageCaptionDataset) -> ConceptQueries:
     """Both concepts of every held-out picture, as its real pixels show it."""
-    model, content = corpus.model, held_out.content_hash()
+    model, content = task.model, held_out.content_hash()
     pixels = held_out.images(range(len(held_out)), size=model.image_size)
     questions: list[Query] = []
     of: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}
@@ -52,7 +52,7 @@ def make_queries(corpus: AttributionTask, held_out: ImageCaptionDataset) -> Conc
     for row, (record, x0, shown) in enumerate(parts):
         picture = QueryImage(held_out.captions[row], x0, None, shown, {"real": [content, row]})
         words = [record[f"{kind}_phrase"] for kind in KINDS]
-        pairs = contrast_prompts(corpus.settings.query_form, picture.prompt, words)
+        pairs = contrast_prompts(task.settings.query_form, picture.prompt, words)
         for kind, word, (plus, minus) in zip(KINDS, words, pairs, strict=True):
             of[kind].setdefault(record[kind], []).append(len(questions))
             questions.append(Query(picture, word, plus, minus, kind))

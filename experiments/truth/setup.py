@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from concept_trak.atomic_io import make_folder, write_bytes
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.methods import swept
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.datasets.image_folder import ImageCaptionDataset
 from concept_trak.errors import UserError
 from concept_trak.models.text_to_image import TextToImage
@@ -24,7 +24,7 @@ from experiments.benchmark.plots import png
 from experiments.benchmark.results import result_folder, write_metrics
 
 from .concept_likelihood import weights_of
-from .queries import ConceptQueries, corpus_of, make_queries
+from .queries import ConceptQueries, make_queries, task_of
 from .small_model import load, save
 from .subsets import (
     RetrainingPlan,
@@ -54,23 +54,23 @@ OURS = "concept_trak"  # has one damping for all tests, that of the settings
 Scores = dict[str, np.ndarray]  # ranker -> [D, Q, N]
 
 
-def bench_of(corpus: AttributionTask) -> RetrainingSetup:
-    """Where the models of this corpus are trained and measured."""
-    s = corpus.settings
+def bench_of(task: AttributionTask) -> RetrainingSetup:
+    """Where the models of this task are trained and measured."""
+    s = task.settings
     return RetrainingSetup(s.sd_model_path, s.data_dir, Path(s.truth_dir), KEPT / "presences")
 
 
 def plan_of(
-    corpus: AttributionTask, name: str, make: Callable[[], RetrainingPlan], arms: Sequence[str] = ()
+    task: AttributionTask, name: str, make: Callable[[], RetrainingPlan], arms: Sequence[str] = ()
 ) -> RetrainingPlan:
     """The committed plan. With RETRAIN=1 it is made where there is none, gets the `arms` that it
     lacks, and its subsets without presences are trained.
     """
     folder = KEPT / "plans"
-    if corpus.settings.retrain:
-        keep_plan(folder / f"{name}.json", corpus.train, make, arms)
-        retrain(bench_of(corpus), kept_plan(folder, name, corpus.train))
-    return kept_plan(folder, name, corpus.train)
+    if task.settings.retrain:
+        keep_plan(folder / f"{name}.json", task.train, make, arms)
+        retrain(bench_of(task), kept_plan(folder, name, task.train))
+    return kept_plan(folder, name, task.train)
 
 
 def keep_plan(
@@ -84,22 +84,22 @@ def keep_plan(
         plan.write(path)
 
 
-def base_of(corpus: AttributionTask) -> RetrainingPlan:
+def base_of(task: AttributionTask) -> RetrainingPlan:
     """The plan of all pictures; see `plan_of`."""
-    return plan_of(corpus, "base", lambda: base_plan(corpus.train, SEEDS))
+    return plan_of(task, "base", lambda: base_plan(task.train, SEEDS))
 
 
-def model_of(corpus: AttributionTask, plan: str, subset: Subset) -> TextToImage:
+def model_of(task: AttributionTask, plan: str, subset: Subset) -> TextToImage:
     """The small model of a plan's subset: the committed one, else the one trained in TRUTH_DIR.
 
     UserError when there is none, or it is not the one whose presences are known.
     """
-    bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"
+    bench, path = bench_of(task), MODELS / f"{subset.name}.safetensors"
     if path.exists():
-        model = load(corpus.model, path)
+        model = load(task.model, path)
     else:
         line = retrain_line(plan, bench.work)
-        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work, line)
+        model = trained(task.model, task.train, subset, bench.settings, bench.work, line)
     refuse_unmeasured(bench, plan, subset, model)
     return model
 
@@ -120,12 +120,12 @@ def refuse_unmeasured(
 
 
 def models_there(
-    corpus: AttributionTask, plan: RetrainingPlan
+    task: AttributionTask, plan: RetrainingPlan
 ) -> Iterator[tuple[Subset, TextToImage]]:
     """The subsets whose models can be had, one at a time; UserError if not even the first can."""
     for place, subset in enumerate(plan.subsets):
         try:
-            model = model_of(corpus, plan.name, subset)
+            model = model_of(task, plan.name, subset)
         except UserError:
             if place == 0:
                 raise
@@ -133,50 +133,50 @@ def models_there(
         yield subset, model
 
 
-def keep_model(corpus: AttributionTask, plan: str, subset: Subset) -> None:
+def keep_model(task: AttributionTask, plan: str, subset: Subset) -> None:
     """Write a plan's model of TRUTH_DIR where it is committed, unless one is there."""
-    bench, path = bench_of(corpus), MODELS / f"{subset.name}.safetensors"
+    bench, path = bench_of(task), MODELS / f"{subset.name}.safetensors"
     if not path.exists():
         line = retrain_line(plan, bench.work)
-        model = trained(corpus.model, corpus.train, subset, bench.settings, bench.work, line)
+        model = trained(task.model, task.train, subset, bench.settings, bench.work, line)
         make_folder(path.parent)
         save(model, path, bench.settings)
 
 
 def score_all_methods(
-    corpus: AttributionTask, asked: ConceptQueries, compared: Sequence[str] = COMPARED
+    task: AttributionTask, asked: ConceptQueries, compared: Sequence[str] = COMPARED
 ) -> Scores:
     """Every ranker of METHODS, and the controls, on one model; empty METHODS is `compared`."""
-    named = corpus.settings.methods or ",".join(compared)
-    chosen = {name: RANKERS.get(name)(corpus) for name in chosen_rankers(named)}
+    named = task.settings.methods or ",".join(compared)
+    chosen = {name: RANKERS.get(name)(task) for name in chosen_rankers(named)}
     return {name: swept(ranker, asked.questions) for name, ranker in chosen.items()}
 
 
 def damping_of(
-    name: str, corpus: AttributionTask, values: np.ndarray, choose: Callable[[], int]
+    name: str, task: AttributionTask, values: np.ndarray, choose: Callable[[], int]
 ) -> int:
     """Index of a ranker's damping or step: the settings' damping for ours, for the others the best
     on "tune"; 0 for a ranker without any.
     """
     if name != OURS:
         return choose() if len(values) > 1 else 0
-    fixed = np.abs(np.log(np.array(DAMPINGS) / corpus.settings.damping))
+    fixed = np.abs(np.log(np.array(DAMPINGS) / task.settings.damping))
     return int(np.argmin(fixed)) if len(values) == len(DAMPINGS) else 0
 
 
-def full_data_models(corpus: AttributionTask) -> Iterator[tuple[AttributionTask, ConceptQueries]]:
+def full_data_models(task: AttributionTask) -> Iterator[tuple[AttributionTask, ConceptQueries]]:
     """The small models that learned all pictures, and the questions they are asked: that of the
     first seed, and what else is there.
     """
-    held_out = corpus.everything.split("held_out")
-    for subset, model in models_there(corpus, base_of(corpus)):
-        asking = corpus_of(corpus, model, subset)
+    held_out = task.everything.split("held_out")
+    for subset, model in models_there(task, base_of(task)):
+        asking = task_of(task, model, subset)
         yield asking, make_queries(asking, held_out)
 
 
-def measured_subset(corpus: AttributionTask, plan: RetrainingPlan, least: int) -> RetrainingPlan:
+def measured_subset(task: AttributionTask, plan: RetrainingPlan, least: int) -> RetrainingPlan:
     """The plan's subsets that have presences, in its order. UserError for fewer than `least`."""
-    bench = bench_of(corpus)
+    bench = bench_of(task)
     subsets = tuple(s for s in plan.subsets if bench.presences(plan.name, s).exists())
     if len(subsets) < least:
         of = f"{len(subsets)} of {len(plan.subsets)} models of the plan {plan.name}"
@@ -209,7 +209,7 @@ def figures_markdown(tables: dict[str, Any], figures: tuple[str, ...]) -> str:
 
 
 def write_table(
-    corpus: AttributionTask,
+    task: AttributionTask,
     test: str,
     found: dict[str, Any],
     markdown: str,
@@ -220,9 +220,9 @@ def write_table(
     More presences make another table, so what was found is part of its folder's name.
     """
     print(markdown)
-    made_from = [corpus.train_identity(), found]
-    with result_folder(corpus.settings, "tables", test, made_from) as folder:
-        write_metrics(folder, "metrics", found, corpus.settings)
+    made_from = [task.train_identity(), found]
+    with result_folder(task.settings, "tables", test, made_from) as folder:
+        write_metrics(folder, "metrics", found, task.settings)
         write_bytes(folder / "table.md", f"{markdown}\n".encode())
         for name, figure in (drawn or {}).items():
             write_bytes(folder / f"{name}.png", png(figure))

@@ -7,9 +7,9 @@ import pytest
 
 from concept_trak import cli
 from concept_trak.attribution.answer import answer
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.index_search import build_index
 from concept_trak.attribution.preflight import check_question
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.train_grad import open_store, train_grad
 from concept_trak.errors import UserError
 from concept_trak.flags import settings_of
@@ -21,7 +21,7 @@ pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'concep
 
 
 @pytest.fixture(scope="module")
-def corpus(tiny_pipeline, tiny_data, tmp_path_factory):
+def task(tiny_pipeline, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched")
     given = {
         "sd_model_path": str(tiny_pipeline),
@@ -40,23 +40,23 @@ def corpus(tiny_pipeline, tiny_data, tmp_path_factory):
     return AttributionTask(resolve("emoji", given), "cpu")
 
 
-def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys):
-    settings = corpus.settings
+def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(task, capsys):
+    settings = task.settings
     with pytest.raises(UserError, match="no train gradients"):
-        build_index(corpus)
-    train_grad(corpus.with_settings(settings.but(shards="0")))
+        build_index(task)
+    train_grad(task.with_settings(settings.but(shards="0")))
     with pytest.raises(UserError, match=r"has no index; make it: .*build.index"):
         check_question(settings)
-    index = build_index(corpus)
+    index = build_index(task)
     assert "1 shards of the rows are not finished" in capsys.readouterr().out
-    train_grad(corpus)
-    index = build_index(corpus)
+    train_grad(task)
+    index = build_index(task)
     assert not index.missing() and (index.folder / "recall.json").exists()
     check_question(settings)
     from concept_trak.service.response_schema import AnswerSerializer  # wants the extra `serve`
 
-    found = answer(corpus)
-    whole = answer(corpus.with_settings(settings.but(search="scan")))
+    found = answer(task)
+    whole = answer(task.with_settings(settings.but(search="scan")))
     for one, other in zip(found.concepts, whole.concepts, strict=True):
         for d in range(len(one.dampings)):
             for largest in (True, False):
@@ -66,7 +66,7 @@ def test_an_index_answers_as_a_scan_does_and_the_page_tells_which(corpus, capsys
     page = write_answer(found, settings)
     assert "Found by an index" in page.read_text()
     assert json.loads((page.parent / "question.json").read_text())["search"] == "index"
-    told = AnswerSerializer(corpus, open_store(corpus)).told(page.parent, "none")
+    told = AnswerSerializer(task, open_store(task)).told(page.parent, "none")
     for concept, one in zip(told["concepts"], found.concepts, strict=True):
         d = one.damping_index(settings.damping)
         assert [card["index"] for card in concept["top"]] == one.ranked(d, settings.top_k)
@@ -89,6 +89,6 @@ def test_what_needs_all_scores_refuses_an_index_before_anything_is_loaded(verb):
     assert settings_of(cli.parser().parse_args(line))
 
 
-def test_other_methods_refuse_an_index(corpus):
+def test_other_methods_refuse_an_index(task):
     with pytest.raises(UserError, match="METHODS=das needs the scores of all pictures"):
-        check_question(corpus.settings.but(methods="das"))
+        check_question(task.settings.but(methods="das"))

@@ -11,8 +11,8 @@ import pytest
 import standin
 
 from concept_trak.attribution import multi_gpu
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.naming import store_name
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.train_grad import compute_gradients, open_store, train_grad
 from concept_trak.datasets.encoded import EncodedData
 from concept_trak.errors import UserError
@@ -119,7 +119,7 @@ def sd(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def corpus(release, sd):
+def attribution_task(release, sd):
     settings = resolve(
         "abc",
         {"sd_model_path": str(sd), "data_dir": str(release), "proj_dim": 300, "dtype": "fp32"},
@@ -127,21 +127,23 @@ def corpus(release, sd):
     return AttributionTask(settings, "cpu")
 
 
-def test_encoded_rows_are_the_arrays_rows(corpus, release):
-    x0, cond = corpus.data.batch(range(3, 5))
-    assert len(corpus.data) == standin.ROWS
+def test_encoded_rows_are_the_arrays_rows(attribution_task, release):
+    x0, cond = attribution_task.data.batch(range(3, 5))
+    assert len(attribution_task.data) == standin.ROWS
     assert np.array_equal(
         x0.numpy(), np.load(release / "laion_latents.npy")[3:5].astype(np.float32)
     )
     text = np.load(release / "laion_text_embeddings.npy")[3:5].astype(np.float32)
     assert np.array_equal(cond.embeddings.numpy(), text)
-    assert corpus.train.captions[4] == "a dog number 4" and corpus.train.image(4).size == (64, 64)
+    assert attribution_task.train.captions[4] == "a dog number 4" and attribution_task.train.image(
+        4
+    ).size == (64, 64)
 
 
-def test_num_train_bounds_the_rows_and_changes_the_content_hash(corpus, release):
-    few = EncodedData(release, corpus.model, num_train=7)
+def test_num_train_bounds_the_rows_and_changes_the_content_hash(attribution_task, release):
+    few = EncodedData(release, attribution_task.model, num_train=7)
     assert len(few) == 7 and len(few.pictures) == 7
-    assert few.content_hash() != corpus.data.content_hash()
+    assert few.content_hash() != attribution_task.data.content_hash()
 
 
 @pytest.mark.parametrize(
@@ -153,37 +155,37 @@ def test_num_train_bounds_the_rows_and_changes_the_content_hash(corpus, release)
         ("laion_text_embeddings.npy", np.zeros((40, 77), np.float16), "3 dimensions"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(tmp_path, corpus, release, name, array, word):
+def test_arrays_that_do_not_fit_are_refused(tmp_path, attribution_task, release, name, array, word):
     for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
         (tmp_path / file).symlink_to(release / file)
     (tmp_path / name).unlink()
     np.save(tmp_path / name, array)
     with pytest.raises(UserError, match=word):
-        EncodedData(tmp_path, corpus.model)
+        EncodedData(tmp_path, attribution_task.model)
 
 
-def test_a_truncated_array_is_refused(tmp_path, corpus, release):
+def test_a_truncated_array_is_refused(tmp_path, attribution_task, release):
     for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
         (tmp_path / file).write_bytes((release / file).read_bytes()[:5000])
     with pytest.raises(UserError, match=r"remove it and make it: .* or fetch it \(some 20 GB\): "):
-        EncodedData(tmp_path, corpus.model)
+        EncodedData(tmp_path, attribution_task.model)
 
 
-def test_missing_pictures_matter_only_when_they_are_shown(tmp_path, corpus, release):
+def test_missing_pictures_matter_only_when_they_are_shown(tmp_path, attribution_task, release):
     for file in ("laion_latents.npy", "laion_text_embeddings.npy"):
         (tmp_path / file).symlink_to(release / file)
-    data = EncodedData(tmp_path, corpus.model)
+    data = EncodedData(tmp_path, attribution_task.model)
     assert data.batch(range(2))[0].shape == (2, *standin.LATENT)
     with pytest.raises(UserError, match="PARTS=laion_subset"):
         _ = data.pictures
 
 
-def test_recipe_reference_on_the_standin_equals_a_literal_computation(corpus):
-    x0, cond = corpus.data.batch(range(2))
-    got = compute_gradients(corpus, x0, cond, []).values
-    want = ReferenceImplementation(corpus.model, corpus.cond_null, "attn2", 300, 0).train_rows(
-        x0, cond, 7.5
-    )
+def test_recipe_reference_on_the_standin_equals_a_literal_computation(attribution_task):
+    x0, cond = attribution_task.data.batch(range(2))
+    got = compute_gradients(attribution_task, x0, cond, []).values
+    want = ReferenceImplementation(
+        attribution_task.model, attribution_task.cond_null, "attn2", 300, 0
+    ).train_rows(x0, cond, 7.5)
     assert float(want.abs().max()) > 0
     assert bench_engine.row_error(got.numpy(), want.numpy()) < 1e-3
 
@@ -226,52 +228,54 @@ def test_rows_of_another_seed_grid_or_lora_lie_elsewhere():
 
 
 @pytest.fixture
-def released(corpus, tmp_path):
-    """A corpus over a folder of raw shards without a manifest, as the release comes, and that
+def released(attribution_task, tmp_path):
+    """A task over a folder of raw shards without a manifest, as the release comes, and that
     folder.
     """
     rows = np.random.default_rng(0).standard_normal((standin.ROWS, 300)).astype(np.float32)
-    settings = corpus.settings.but(grad_dir=str(tmp_path), proj_mask="a100")
+    settings = attribution_task.settings.but(grad_dir=str(tmp_path), proj_mask="a100")
     folder = tmp_path / store_name(settings)
     folder.mkdir()
     for i in range(2):
         rows[20 * i : 20 * i + 20].tofile(folder / f"train_grad-{i}.npy")
-    return corpus.with_settings(settings), folder
+    return attribution_task.with_settings(settings), folder
 
 
 def test_released_shards_are_adopted_with_the_mask_that_is_stated(released):
-    corpus, folder = released
-    store = open_store(corpus)
+    attribution_task, folder = released
+    store = open_store(attribution_task)
     assert (store.num_rows, store.layout) == (standin.ROWS, "raw")
-    described = corpus.projection.describe()
-    assert described["generator"] == generator_name("a100", corpus.projection.input_dim)
+    described = attribution_task.projection.describe()
+    assert described["generator"] == generator_name("a100", attribution_task.projection.input_dim)
     assert store.identity["projection"] == described
 
 
 def test_a_download_that_left_a_manifest_without_a_mask_is_adopted_on_first_use(released):
-    corpus, folder = released
+    attribution_task, folder = released
     Store.adopt_raw(folder, 300)
-    assert "projection" in open_store(corpus).identity
+    assert "projection" in open_store(attribution_task).identity
 
 
 def test_a_query_under_another_mask_is_refused_not_scored(released):
-    corpus, _ = released
-    open_store(corpus)
+    attribution_task, _ = released
+    open_store(attribution_task)
     with pytest.raises(UserError, match="PROJ_MASK=portable but"):
-        open_store(corpus.with_settings(corpus.settings.but(proj_mask="portable")))
+        open_store(
+            attribution_task.with_settings(attribution_task.settings.but(proj_mask="portable"))
+        )
 
 
 def test_shards_whose_mask_is_not_clear_are_refused_with_the_reason(released):
-    corpus, _ = released
+    attribution_task, _ = released
     with pytest.raises(UserError, match="no mask clearly explains its columns"):
-        open_store(corpus.with_settings(corpus.settings.but(proj_mask="auto")))
+        open_store(attribution_task.with_settings(attribution_task.settings.but(proj_mask="auto")))
 
 
 def test_more_released_rows_than_pictures_are_refused(released):
-    corpus, folder = released
+    attribution_task, folder = released
     np.zeros((10, 300), np.float32).tofile(folder / "train_grad-2.npy")
     with pytest.raises(UserError, match="so that both are of one release"):
-        open_store(corpus)
+        open_store(attribution_task)
 
 
 def test_gpu_ids_are_numbers_or_cpus():
@@ -313,18 +317,18 @@ def test_numbers_are_lists_and_ranges():
 
 
 @pytest.fixture
-def kept(corpus, tmp_path, monkeypatch):
+def kept(attribution_task, tmp_path, monkeypatch):
     """changes of the settings -> (exemplar rows of a task, number of rows that were computed)."""
     made, compute = [], evaluate.make_rows
     monkeypatch.setattr(evaluate, "make_rows", lambda *a: made.append(len(a[1])) or compute(*a))
     (tmp_path / "tasks.json").parent.mkdir(exist_ok=True)
-    tasks.write_tasks(Path(corpus.settings.data_dir), tmp_path / "tasks.json")
+    tasks.write_tasks(Path(attribution_task.settings.data_dir), tmp_path / "tasks.json")
     task = tasks.read_tasks(tmp_path / "tasks.json")[0]
 
     def rows(**changes):
         made.clear()
         fixed = {"grad_dir": str(tmp_path), "f": "dsm", "ddim_inversion": False, "nfe": 2}
-        own = corpus.with_settings(corpus.settings.but(**fixed | changes))
+        own = attribution_task.with_settings(attribution_task.settings.but(**fixed | changes))
         return evaluate.exemplar_rows(own, 0, task), sum(made)
 
     return rows

@@ -9,7 +9,7 @@ import torch
 from conftest import OBJECTS, STYLES
 
 from concept_trak import cli
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.concept_plan import edit_from_scores
 from concept_trak.components.parameter_groups import select
 from concept_trak.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 from conftest import in_this_process
 
 from concept_trak import cli
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.datasets.image_folder import load_folder
 from concept_trak.settings import EMOJI, resolve
 from experiments.cad import amplify_rare, counterfactual, testbed
@@ -86,11 +86,11 @@ def test_the_table_is_that_of_its_cells_and_is_made_once(flags, tmp_path, capsys
 
 
 def test_thinned_objects_keep_two_pictures_and_choose_apart_from_what_is_reported():
-    corpus = AttributionTask(resolve("emoji", {"sd_model_path": EMOJI["sd_model_path"]}), "cpu")
-    subset, targets = amplify_rare.undersample(corpus)
+    task = AttributionTask(resolve("emoji", {"sd_model_path": EMOJI["sd_model_path"]}), "cpu")
+    subset, targets = amplify_rare.undersample(task)
     names = {part: {t.name for t in of} for part, of in targets.items()}
     assert len(names["tune"]) == len(names["report"]) == 8 and not names["tune"] & names["report"]
-    stayed, shown = subset.kept(len(corpus.train)), corpus.train.column("object")
+    stayed, shown = subset.kept(len(task.train)), task.train.column("object")
     for name in set(shown):
         left = sum(keeps for keeps, one in zip(stayed, shown, strict=True) if one == name)
         assert left == (2 if name in names["tune"] | names["report"] else 7)
@@ -100,12 +100,12 @@ def test_only_pictures_that_stayed_are_scored(flags, tiny_data):
     given = {
         f.removeprefix("--").partition("=")[0].replace("-", "_"): f.partition("=")[2] for f in flags
     }
-    corpus = AttributionTask(resolve("emoji", given), "cpu")
-    subset, targets = amplify_rare.undersample(corpus)
-    model = counterfactual.models_of(corpus, {"thinned": subset})["thinned"]
-    bench, (target, *_) = amplify_rare.Rare(corpus, subset, model), targets["tune"]
+    task = AttributionTask(resolve("emoji", given), "cpu")
+    subset, targets = amplify_rare.undersample(task)
+    model = counterfactual.models_of(task, {"thinned": subset})["thinned"]
+    bench, (target, *_) = amplify_rare.Rare(task, subset, model), targets["tune"]
     train = load_folder(tiny_data).split("train")
     rows = [i for i, name in enumerate(train.column("object")) if name == target.name]
     (row,) = set(rows) - set(subset.removed)
     assert len(bench.asked(target).real) == 1
-    assert (bench.asked(target).real[0] == corpus.latents[row]).all()
+    assert (bench.asked(target).real[0] == task.latents[row]).all()

@@ -9,7 +9,7 @@ import torch
 from conftest import OBJECTS, STYLES
 
 from concept_trak import cli
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.edits import EditedNetwork, load_edit
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import resolve

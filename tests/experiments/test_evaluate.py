@@ -12,10 +12,10 @@ from PIL import Image
 
 from concept_trak import cli
 from concept_trak.attribution import baselines
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.attributors import GradientAttributor
 from concept_trak.attribution.methods import GradientMethod
 from concept_trak.attribution.question import Query, generate
-from concept_trak.attribution.rankers import GradientAttributor
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.unlearning import AbU
 from concept_trak.gradients.objectives import Objective
 from concept_trak.registry import BENCHMARKS, OBJECTIVES, RANKERS
@@ -44,19 +44,19 @@ def settings(tiny_pipeline, tiny_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def corpus(settings):
+def task(settings):
     return AttributionTask(resolve("emoji", settings), "cpu")
 
 
-def test_cells_that_choose_the_damping_are_asked_about_nowhere_else(corpus):
-    rows = {name: set(cells) for name, cells in Emoji(corpus).cells.items()}
+def test_cells_that_choose_the_damping_are_asked_about_nowhere_else(task):
+    rows = {name: set(cells) for name, cells in Emoji(task).cells.items()}
     assert [len(rows[n]) for n in ("ood", "id", "tune")] == [1, 1, 8]
     assert not rows["tune"] & rows["id"] and not rows["tune"] & rows["ood"]
 
 
-def test_each_split_asks_about_the_cells_it_names(corpus):
+def test_each_split_asks_about_the_cells_it_names(task):
     """Held-out cells under ood, train cells under id and tune, each with both its concepts."""
-    benchmark, records = Emoji(corpus), corpus.everything.records
+    benchmark, records = Emoji(task), task.everything.records
     split_of = {r["text"]: r["split"] for r in records}
     for kind in benchmark.kinds:
         for split, questions in benchmark.questions(kind).items():
@@ -67,19 +67,19 @@ def test_each_split_asks_about_the_cells_it_names(corpus):
             assert all(q.words in q.picture.prompt for q in questions)
 
 
-def test_relevant_pictures_carry_the_concept_that_is_asked_about(corpus):
-    benchmark = Emoji(corpus)
+def test_relevant_pictures_carry_the_concept_that_is_asked_about(task):
+    benchmark = Emoji(task)
     for question in benchmark.questions("real")["tune"]:
-        shown = np.array([question.words in caption for caption in corpus.train.captions])
+        shown = np.array([question.words in caption for caption in task.train.captions])
         assert (benchmark.relevant(question) == shown).all() and shown.any()
 
 
-def test_a_generated_query_and_a_real_one_are_different_pictures_of_one_prompt(corpus):
-    benchmark = Emoji(corpus)
+def test_a_generated_query_and_a_real_one_are_different_pictures_of_one_prompt(task):
+    benchmark = Emoji(task)
     made, real = (benchmark.questions(kind)["ood"][0].picture for kind in benchmark.kinds)
     assert made.prompt == real.prompt and made.x_T is not None and real.x_T is None
     assert (made.pixels != real.pixels).any() and made.source != real.source
-    shown = corpus.everything.images([benchmark.cells["ood"][0]], size=8)[0]
+    shown = task.everything.images([benchmark.cells["ood"][0]], size=8)[0]
     assert (real.pixels == shown).all()
 
 
@@ -218,7 +218,7 @@ def test_a_step_is_chosen_on_tune_alone_and_only_it_is_asked_what_is_reported():
 
 
 @pytest.fixture
-def stored(corpus, monkeypatch):
+def stored(task, monkeypatch):
     """settings changes -> (query rows of concept_trak, number of rows that were computed)."""
     computed, row = [], GradientAttributor.row
     monkeypatch.setattr(
@@ -227,7 +227,7 @@ def stored(corpus, monkeypatch):
 
     def rows(**changes):
         computed.clear()
-        own = corpus.with_settings(corpus.settings.but(**changes))
+        own = task.with_settings(task.settings.but(**changes))
         ranker = RANKERS.get("concept_trak")(own)
         questions = Emoji(own).questions("generated")["ood"]
         return GradientMethod("concept_trak")._stored_rows(ranker, questions), len(computed)
@@ -257,9 +257,9 @@ def test_the_batch_size_does_not_make_query_rows_stale(stored):
     assert stored(batch_size=3)[1] == 0
 
 
-def test_a_kept_row_names_device_and_torch_version(corpus):
-    question = Emoji(corpus).questions("generated")["ood"][0]
-    known = GradientAttributor(corpus).identity(question)
+def test_a_kept_row_names_device_and_torch_version(task):
+    question = Emoji(task).questions("generated")["ood"][0]
+    known = GradientAttributor(task).identity(question)
     assert known["device"] == "cpu" and known["torch"] == torch.__version__
     assert {"rows", "model", "projection", "tokens", "states"} <= known.keys()
 
@@ -267,11 +267,11 @@ def test_a_kept_row_names_device_and_torch_version(corpus):
 class Constant:
     """A ranker that finds what its benchmark marks: scores are pixel 0 of each train picture."""
 
-    def __init__(self, corpus):
-        self.corpus = corpus
+    def __init__(self, task):
+        self.task = task
 
     def rank(self, questions):
-        shown = self.corpus.train.images(range(len(self.corpus.train)), size=8)
+        shown = self.task.train.images(range(len(self.task.train)), size=8)
         return np.repeat(shown[None, None, :, 0, 0, 0], len(questions), 1).astype(np.float32)
 
 
@@ -283,17 +283,17 @@ class Dark:
     splits = ("all",)
     settings = {"num_queries": 2}
 
-    def __init__(self, corpus):
-        self.corpus = corpus
+    def __init__(self, task):
+        self.task = task
 
     def questions(self, kind):
-        s, prompts = self.corpus.settings, ["a cat in the style of blob", "a dog"]
-        pictures = generate(self.corpus.model, s, prompts[: s.num_queries], 0)
+        s, prompts = self.task.settings, ["a cat in the style of blob", "a dog"]
+        pictures = generate(self.task.model, s, prompts[: s.num_queries], 0)
         asked = [Query(p, "bright", p.prompt, "", "bright") for p in pictures]
         return {"all": asked, "tune": asked}
 
     def relevant(self, question):
-        shown = self.corpus.train.images(range(len(self.corpus.train)), size=8)[:, 0, 0, 0]
+        shown = self.task.train.images(range(len(self.task.train)), size=8)[:, 0, 0, 0]
         return shown >= np.sort(shown)[-3]
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from concept_trak import cli
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.unlearning import AbU
 from concept_trak.datasets.image_folder import load_folder
 from concept_trak.errors import UserError
@@ -153,10 +153,12 @@ def test_every_ranker_can_be_asked(tiny_pipeline, data, tmp_path, quick, capsys)
 def test_values_are_split_by_protocol(tiny_pipeline, data, tmp_path, quick):
     given = {"sd_model_path": str(tiny_pipeline), "data_dir": str(data)}
     settings = resolve("emoji", given | {"gen_num_inference_steps": 3})
-    corpus, tokens = AttributionTask(settings, "cpu"), read_tokens(data)
-    asked = scores.AbcQueries(corpus, tokens, tasks_of(tokens, corpus.train), tmp_path)
-    gallery = gradients.CandidateImages(corpus, tokens[1], tokens)
-    count, where = len(corpus.train), np.arange(len(gallery))
+    attribution_task, tokens = AttributionTask(settings, "cpu"), read_tokens(data)
+    asked = scores.AbcQueries(
+        attribution_task, tokens, tasks_of(tokens, attribution_task.train), tmp_path
+    )
+    gallery = gradients.CandidateImages(attribution_task, tokens[1], tokens)
+    count, where = len(attribution_task.train), np.arange(len(gallery))
     found = asked.by_protocol(np.tile(where, (1, len(asked.tasks), 1)))
     (q, *_) = asked.of_token(tokens[1])
     named = [gallery.captions[i] for i in found["published"][0, q, count:]]
@@ -184,10 +186,10 @@ def test_a_crowd_holds_all_exemplars_and_only_the_own_are_relevant(
         "emoji",
         {"sd_model_path": str(tiny_pipeline), "data_dir": str(data), "gen_num_inference_steps": 3},
     )
-    corpus, tokens = AttributionTask(settings, "cpu"), read_tokens(data)
-    tasks = tasks_of(tokens, corpus.train)
-    asked = scores.AbcQueries(corpus, tokens, tasks, tmp_path)
-    count = len(corpus.train)
+    attribution_task, tokens = AttributionTask(settings, "cpu"), read_tokens(data)
+    tasks = tasks_of(tokens, attribution_task.train)
+    asked = scores.AbcQueries(attribution_task, tokens, tasks, tmp_path)
+    count = len(attribution_task.train)
     for protocol, width in (("published", EACH), ("blind", EACH), ("crowd", EACH * len(TABLE))):
         relevant = asked.relevant(protocol)
         assert relevant.shape == (len(tasks), count + width) and (relevant.sum(1) == EACH).all()
@@ -241,7 +243,7 @@ def test_steps_are_paired_differences():
 
 def test_a_blindfold_takes_every_caption(data, tiny_pipeline):
     settings = resolve("emoji", {"sd_model_path": str(tiny_pipeline), "data_dir": str(data)})
-    corpus = AttributionTask(settings, "cpu")
-    other = methods.without_captions(corpus)
-    assert set(other.train.captions) == {""} and all(corpus.train.captions)
-    assert other.data.content_hash() != corpus.data.content_hash()
+    attribution_task = AttributionTask(settings, "cpu")
+    other = methods.without_captions(attribution_task)
+    assert set(other.train.captions) == {""} and all(attribution_task.train.captions)
+    assert other.data.content_hash() != attribution_task.data.content_hash()

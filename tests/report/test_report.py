@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from concept_trak.errors import UserError
-from concept_trak.report import ConceptResult, Shown, write_report, write_results
+from concept_trak.report import ConceptResult, ReportContext, write_report, write_results
 from concept_trak.report.context import Links
 from concept_trak.report.formatting import damping_name, format_score, rate, score_unit
 from concept_trak.report.scores import write_scores
@@ -61,7 +61,7 @@ def pair():
 
 
 def shown(**changes):
-    asked = Shown(
+    asked = ReportContext(
         picture=Image.new("RGB", (SIDE, SIDE), "teal"),
         dataset=TinyDataset(),
         top_k=5,

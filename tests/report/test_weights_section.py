@@ -17,7 +17,7 @@ from concept_trak.settings import resolve
 
 
 @pytest.fixture
-def corpus(tiny_pipeline, tiny_data, tmp_path):
+def task(tiny_pipeline, tiny_data, tmp_path):
     given = {"prompt": "a cat in the style of line", "target_concepts": "cat|line"}
     given |= {"sd_model_path": str(tiny_pipeline), "data_dir": str(tiny_data), "ratio": 0.1}
     given |= {"gen_num_inference_steps": 3, "score_seeds": 1, "weights": True}
@@ -25,8 +25,8 @@ def corpus(tiny_pipeline, tiny_data, tmp_path):
     return types.SimpleNamespace(settings=resolve("emoji", given), device="cpu")
 
 
-def test_edits_are_those_of_the_verbs_and_are_made_once(corpus, tmp_path, monkeypatch):
-    found = component_section.of_concepts(corpus)
+def test_edits_are_those_of_the_verbs_and_are_made_once(task, tmp_path, monkeypatch):
+    found = component_section.of_concepts(task)
     assert [of.target for of in found] == ["cat", "line"] and found[0].prompt == "a cat"
     for of in found:
         assert [row.name for row in of.rows] == [
@@ -38,7 +38,7 @@ def test_edits_are_those_of_the_verbs_and_are_made_once(corpus, tmp_path, monkey
     assert many.count == pytest.approx(3 * few.count, rel=0.02)
     # what CONCEPT=cat bash scripts/cad/run_erase.sh makes
     alone = component_report.edit_weights(
-        corpus.settings.but(concept="cat", weights=False), "cpu", "erase"
+        task.settings.but(concept="cat", weights=False), "cpu", "erase"
     )
     assert found[0].rows[2].links["edit"].parent == alone
     assert load_edit(alone / "edit.safetensors").digest() == many.digest()
@@ -50,21 +50,21 @@ def test_edits_are_those_of_the_verbs_and_are_made_once(corpus, tmp_path, monkey
 
     monkeypatch.setattr(component_section, "write_edit", never)
     monkeypatch.setattr(component_report.ComponentRun, "scores", never)
-    again = component_section.of_concepts(corpus)
+    again = component_section.of_concepts(task)
     for a, b in zip(found[1].rows, again[1].rows, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a.pictures, b.pictures, strict=True))
 
 
-def test_an_edit_that_is_refused_says_why_and_the_others_are_there(corpus):
-    corpus.settings = corpus.settings.but(selection="paper", ratio=0.09, target_concepts="cat")
-    (of,) = component_section.of_concepts(corpus)
+def test_an_edit_that_is_refused_says_why_and_the_others_are_there(task):
+    task.settings = task.settings.but(selection="paper", ratio=0.09, target_concepts="cat")
+    (of,) = component_section.of_concepts(task)
     assert [bool(row.pictures) for row in of.rows] == [True, False, True, False, True]
     assert "the published rule rounds down" in of.rows[1].note
 
 
-def test_the_page_shows_them_or_names_the_command_that_adds_them(corpus, tmp_path):
-    corpus.settings = corpus.settings.but(target_concepts="cat")
-    (of,) = component_section.of_concepts(corpus)
+def test_the_page_shows_them_or_names_the_command_that_adds_them(task, tmp_path):
+    task.settings = task.settings.but(target_concepts="cat")
+    (of,) = component_section.of_concepts(task)
     links = Links(str, {c.target: {} for c in pair()})
     page = tmp_path / "report.html"
     write_report(page, "x", pair(), replace(shown(), weights=(of,), links=links))
@@ -76,8 +76,8 @@ def test_the_page_shows_them_or_names_the_command_that_adds_them(corpus, tmp_pat
     assert "WEIGHTS=1 bash &lt;run&gt;.sh" in html and 'id="weights"' not in html
 
 
-def test_an_answer_with_the_section_is_another_answer(corpus):
-    without = corpus.settings.but(weights=False)
+def test_an_answer_with_the_section_is_another_answer(task):
+    without = task.settings.but(weights=False)
     assert answer_folder(without) == answer_folder(without.but(ratio=0.2))
-    folders = {answer_folder(s) for s in (without, corpus.settings, corpus.settings.but(ratio=0.2))}
+    folders = {answer_folder(s) for s in (without, task.settings, task.settings.but(ratio=0.2))}
     assert len(folders) == 3

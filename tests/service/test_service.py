@@ -36,8 +36,8 @@ testclient = pytest.importorskip(
 )
 
 from concept_trak import cli  # noqa: E402
-from concept_trak.attribution.corpus import AttributionTask  # noqa: E402
 from concept_trak.attribution.naming import answer_folder  # noqa: E402
+from concept_trak.attribution.task import AttributionTask  # noqa: E402
 from concept_trak.datasets.image_folder import ImageCaptionDataset  # noqa: E402
 from concept_trak.errors import UserError  # noqa: E402
 from concept_trak.process import ended_by_sigterm  # noqa: E402
@@ -67,7 +67,7 @@ def flags(tiny_pipeline, tiny_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def corpus(flags):
+def task(flags):
     return AttributionTask(resolve("emoji", flags), "cpu")
 
 
@@ -79,12 +79,10 @@ def run(verb, flags, **changes):
 class Served:
     """A service in this process, its answers in a folder of its own."""
 
-    def __init__(self, corpus, folder, limits=LIMITS, **settings):
+    def __init__(self, task, folder, limits=LIMITS, **settings):
         given = {"results_dir": str(folder), "queue_length": 2, **settings}
         self.counts = Metrics()
-        self.desk = JobQueue(
-            corpus.with_settings(corpus.settings.but(**given)), self.counts.answered
-        )
+        self.desk = JobQueue(task.with_settings(task.settings.but(**given)), self.counts.answered)
         self.app = make_app(self.desk, limits, self.counts)
         self.client = testclient.TestClient(self.app, HERE, raise_server_exceptions=False)
 
@@ -96,16 +94,16 @@ class Served:
 
 
 @pytest.fixture
-def served(corpus, tmp_path):
-    made = Served(corpus, tmp_path / "results")
+def served(task, tmp_path):
+    made = Served(task, tmp_path / "results")
     yield made
     made.desk.close()
 
 
 @pytest.fixture(scope="module")
-def shared(corpus, tmp_path_factory):
+def shared(task, tmp_path_factory):
     """A service of which no test changes more than that it has some answers."""
-    made = Served(corpus, tmp_path_factory.mktemp("shared"), queue_length=9)
+    made = Served(task, tmp_path_factory.mktemp("shared"), queue_length=9)
     assert made.ask().status_code == 200
     yield made
     made.desk.close()
@@ -116,10 +114,10 @@ def gate(monkeypatch):
     """The worker waits until the gate opens; `asked` holds the prompts that it was given."""
     opened, asked, own = threading.Event(), [], desks.attribute
 
-    def waiting(corpus, store):
-        asked.append(corpus.settings.prompt)
+    def waiting(task, store):
+        asked.append(task.settings.prompt)
         assert opened.wait(30)
-        return own(corpus, store)
+        return own(task, store)
 
     monkeypatch.setattr(desks, "attribute", waiting)
     yield SimpleNamespace(open=opened.set, asked=asked)
@@ -211,11 +209,11 @@ def test_who_asks_the_same_at_once_shares_one_answer(served, gate):
     assert len({answer.text for answer in found}) == 1
 
 
-def test_where_a_question_is_asked_is_no_part_of_its_answer(corpus, tmp_path):
+def test_where_a_question_is_asked_is_no_part_of_its_answer(task, tmp_path):
     kept = []
     for port in (8001, 8002):
-        served = Served(corpus, tmp_path / "results", listen_port=port, queue_length=port)
-        kept.append(served.desk.corpus.settings)
+        served = Served(task, tmp_path / "results", listen_port=port, queue_length=port)
+        kept.append(served.desk.task.settings)
         served.desk.close()
     assert kept[0] == kept[1] and kept[0].service == Settings().service
     with_comma, with_bar = (kept[0].but(target_concepts=text) for text in ("a, b", "a|b"))
@@ -261,8 +259,8 @@ def test_a_stopping_service_answers_what_it_accepted_and_takes_no_more(served, g
     assert list((served.desk.folder / desks.ASKED).iterdir()) == []
 
 
-def test_what_an_ended_service_accepted_is_answered_by_the_next(corpus, tmp_path, gate, capfd):
-    before = Served(corpus, tmp_path / "results")
+def test_what_an_ended_service_accepted_is_answered_by_the_next(task, tmp_path, gate, capfd):
+    before = Served(task, tmp_path / "results")
     accepted = [before.ask(about(n) | {"seed": 5}, wait=0).json() for n in ("cat", "dog")]
     slips = before.desk.folder / desks.ASKED
     (slips / "no-question.json").write_text("{")
@@ -274,9 +272,9 @@ def test_what_an_ended_service_accepted_is_answered_by_the_next(corpus, tmp_path
             path.unlink()
     for name, content in kept.items():
         (slips / name).write_bytes(content)
-    other = Served(corpus, tmp_path / "results", nfe=3, gen_guidance_scale=2.0)
+    other = Served(task, tmp_path / "results", nfe=3, gen_guidance_scale=2.0)
     assert other.desk.resume() == 0 and "left for it" in capfd.readouterr().out
-    after = Served(corpus, tmp_path / "results")
+    after = Served(task, tmp_path / "results")
     assert after.desk.resume() == 2 and "no-question" in capfd.readouterr().out
     for status in accepted:
         answer = after.client.get(status["answer"], params={"wait": 30})
@@ -438,7 +436,7 @@ def test_a_picture_or_file_that_leads_elsewhere_by_now_is_gone(own, tmp_path):
     served, data = own
     secret = tmp_path / "secret.png"
     secret.write_text("root:x:0:0")
-    pictures = [data / r["file_name"] for r in served.desk.corpus.train.records]
+    pictures = [data / r["file_name"] for r in served.desk.task.train.records]
     kept = [path.read_bytes() for path in pictures]
     assert served.client.get("/pictures/0").content == kept[0]
     ranged = served.client.get("/pictures/0", headers={"Range": "bytes=2-5"})
@@ -575,9 +573,9 @@ def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch
 # ---- who may ask
 
 
-def test_a_token_is_wanted_of_all_but_health(corpus, tmp_path):
+def test_a_token_is_wanted_of_all_but_health(task, tmp_path):
     token = "0123456789abcdef"
-    served = Served(corpus, tmp_path, RequestLimits(token, 2**16, 5.0))
+    served = Served(task, tmp_path, RequestLimits(token, 2**16, 5.0))
     get = served.client.get
     assert get("/health").status_code == 200
     for path in (
@@ -724,8 +722,8 @@ def test_what_can_be_asked_about_is_told(shared):
     assert told["num_images"] == 11 and sum(told["kinds"]["object"].values()) == 11
     assert shared.ask(told["example"]).status_code == 200
     plain = ImageCaptionDataset("x", [{"file_name": str(i)} for i in range(3)], ["a red cat"] * 3)
-    corpus = SimpleNamespace(train=plain, everything=plain, settings=Settings())
-    told = concepts_of(SimpleNamespace(corpus=corpus))
+    task = SimpleNamespace(train=plain, everything=plain, settings=Settings())
+    told = concepts_of(SimpleNamespace(task=task))
     assert told["kinds"] == {"word": {"cat": 3, "red": 3}} and told["example"] is None
 
 
@@ -745,7 +743,7 @@ def test_counts_are_told_in_the_text_format_of_prometheus(served):
 # ---- a process
 
 
-def test_a_port_that_is_taken_and_a_package_that_is_missing_are_told(corpus, monkeypatch):
+def test_a_port_that_is_taken_and_a_package_that_is_missing_are_told(task, monkeypatch):
     with command.listening("127.0.0.1", 0) as bound:
         bound.listen()
         with pytest.raises(UserError, match="LISTEN_PORT=0"):
@@ -756,7 +754,7 @@ def test_a_port_that_is_taken_and_a_package_that_is_missing_are_told(corpus, mon
             pass
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(UserError, match="pip install"):
-        command.serve(corpus.settings, "cpu")
+        command.serve(task.settings, "cpu")
 
 
 @pytest.fixture
@@ -807,8 +805,8 @@ def asking(address, count, folder, found):
     return threads
 
 
-def test_a_signal_stops_it_after_every_accepted_request_is_answered(corpus, tmp_path, capfd):
-    served, found, garbage = Served(corpus, tmp_path / "results", queue_length=9), [], []
+def test_a_signal_stops_it_after_every_accepted_request_is_answered(task, tmp_path, capfd):
+    served, found, garbage = Served(task, tmp_path / "results", queue_length=9), [], []
 
     def raw(sent):
         with socket.create_connection(bound_at, 60) as via, contextlib.suppress(ConnectionError):
@@ -898,10 +896,10 @@ def closed(via):
         b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\n",
     ],
 )
-def test_half_a_head_holds_nobody(sent, corpus, tmp_path, monkeypatch):
+def test_half_a_head_holds_nobody(sent, task, tmp_path, monkeypatch):
     """More connections than are taken at a time, none of which asks to the end."""
     monkeypatch.setattr(command, "CONNECTIONS", 20)
-    served = Served(corpus, tmp_path / "results", body_timeout=1.0)
+    served = Served(task, tmp_path / "results", body_timeout=1.0)
     with running(served) as (place, _), contextlib.ExitStack() as held:
         before = time.monotonic()
         each = [held.enter_context(socket.create_connection(place, 20)) for _ in range(30)]
@@ -912,8 +910,8 @@ def test_half_a_head_holds_nobody(sent, corpus, tmp_path, monkeypatch):
         assert all(map(closed, each))
 
 
-def test_who_asks_slowly_but_to_the_end_is_served(corpus, tmp_path):
-    served = Served(corpus, tmp_path / "results", body_timeout=1.5)
+def test_who_asks_slowly_but_to_the_end_is_served(task, tmp_path):
+    served = Served(task, tmp_path / "results", body_timeout=1.5)
     with running(served) as (place, _), socket.create_connection(place, 20) as via:
         for _ in range(4):  # on one connection, for longer than one head may take
             for part in (b"GET /health HTTP/1.1\r\n", b"Host: localhost\r\n\r\n"):
@@ -922,8 +920,8 @@ def test_who_asks_slowly_but_to_the_end_is_served(corpus, tmp_path):
             assert via.recv(2**16).startswith(b"HTTP/1.1 200")
 
 
-def test_a_stopping_service_listens_until_all_is_answered(corpus, tmp_path, gate):
-    served, found = Served(corpus, tmp_path / "results", queue_length=9), []
+def test_a_stopping_service_listens_until_all_is_answered(task, tmp_path, gate):
+    served, found = Served(task, tmp_path / "results", queue_length=9), []
     with running(served) as (place, stop):
         asked = json.dumps(about("cat")).encode()
         assert status(place, "/answers?wait=0", "POST", asked) == 202
@@ -943,7 +941,7 @@ def test_a_stopping_service_listens_until_all_is_answered(corpus, tmp_path, gate
         status(place)
 
 
-def test_who_reads_the_address_can_connect_at_once(corpus, tmp_path, monkeypatch, capfd):
+def test_who_reads_the_address_can_connect_at_once(task, tmp_path, monkeypatch, capfd):
     connected = []
 
     def run(app, desk, bound):
@@ -954,9 +952,9 @@ def test_who_reads_the_address_can_connect_at_once(corpus, tmp_path, monkeypatch
         desk.close()
 
     monkeypatch.setattr(command, "run", run)
-    monkeypatch.setattr(command, "Corpus", lambda settings, device: corpus.with_settings(settings))
+    monkeypatch.setattr(command, "Corpus", lambda settings, device: task.with_settings(settings))
     given = {"results_dir": str(tmp_path), "listen_port": 0, "queue_length": 7}
-    command.serve(corpus.settings.but(**given), "cpu")
+    command.serve(task.settings.but(**given), "cpu")
     assert connected == [7]
 
 

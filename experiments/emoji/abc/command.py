@@ -53,7 +53,7 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     "levels": {step of the ablation: `level_shares`}}.
     """
     from concept_trak.atomic_io import write_bytes
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
     from experiments.benchmark.plots import png
     from experiments.benchmark.results import result_folder, write_metrics
 
@@ -62,13 +62,13 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     from .methods import ABLATION, METHODS
     from .tasks import read_tokens, tasks_of
 
-    corpus = AttributionTask(settings, device)
+    attribution_task = AttributionTask(settings, device)
     tokens = read_tokens(Path(settings.data_dir))
-    tasks = tasks_of(tokens, corpus.train)
+    tasks = tasks_of(tokens, attribution_task.train)
     if first:
         chosen = [t for s in ("tune", "report") for t in _of(tokens, s)[:first]]
         tasks = [task for task in tasks if task.token in chosen]
-    asked = scores.AbcQueries(corpus, tokens, tasks, results_folder(settings, "abc"))
+    asked = scores.AbcQueries(attribution_task, tokens, tasks, results_folder(settings, "abc"))
     told = {name: tables.figures(asked, scores.scores_of(asked, name)) for name in names}
     for name, found in scores.controls_of(asked).items():
         told[name] = tables.figures(asked, found)
@@ -82,10 +82,14 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     if set(ABLATION) <= set(names):
         made["ablation"] = [told[name]["published"]["recall_at_10"] for name in ABLATION]
         made["steps"] = tables.steps(told, ABLATION)
-        made["levels"] = {n: level_shares(METHODS[n].corpus(corpus)) for n in ABLATION}
+        made["levels"] = {
+            n: level_shares(METHODS[n].attribution_task(attribution_task)) for n in ABLATION
+        }
         table += "\n\n" + tables.levels_markdown(made["levels"])
     made |= {"queries": len(asked.split("report")), "figures": told}
-    with result_folder(settings, "abc_tables", "small", [corpus.train_identity(), made]) as folder:
+    with result_folder(
+        settings, "abc_tables", "small", [attribution_task.train_identity(), made]
+    ) as folder:
         write_metrics(folder, "metrics", made, settings)
         write_bytes(folder / "table.md", f"{table}\n".encode())
         write_bytes(folder / "recall.png", png(figures.recall_against_k(told)))

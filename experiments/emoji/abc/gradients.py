@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from concept_trak.atomic_io import make_folder
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.attributors import GradientAttributor
 from concept_trak.attribution.naming import store_base, train_timesteps
 from concept_trak.attribution.question import Query, QueryImage, generate
-from concept_trak.attribution.rankers import GradientAttributor
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.train_grad import compute_gradients
 from concept_trak.gradients.states import train_states_of
 from concept_trak.models.condition import Condition
@@ -34,7 +34,7 @@ from .tasks import Task, Token
 TRAINING = TokenSettings(steps=1000, lr=5e-3)
 
 
-def learn_token(corpus: AttributionTask, token: Token, work: Path) -> Path:
+def learn_token(attribution_task: AttributionTask, token: Token, work: Path) -> Path:
     """Learn the token, or find it learned, and leave it in the model. Two minutes on one core."""
     folder = work / "exemplars" / token.name
     make_folder(folder)
@@ -45,14 +45,16 @@ def learn_token(corpus: AttributionTask, token: Token, work: Path) -> Path:
             Image.fromarray(pixels).save(paths[-1])
     own = replace(TRAINING, init_word=token.init_word)
     options = {"prompt": token.train_prompt, "token": TOKEN, "settings": own}
-    path = train_token(corpus.model, paths, work / "tokens" / token.name, **options)
-    load_token(corpus.model, path, TOKEN)
+    path = train_token(attribution_task.model, paths, work / "tokens" / token.name, **options)
+    load_token(attribution_task.model, path, TOKEN)
     return path
 
 
-def generate_queries(corpus: AttributionTask, tasks: list[Task], work: Path) -> list[QueryImage]:
+def generate_queries(
+    attribution_task: AttributionTask, tasks: list[Task], work: Path
+) -> list[QueryImage]:
     """The query pictures of one token, which is in the model."""
-    s, model, found = corpus.settings, corpus.model, []
+    s, model, found = attribution_task.settings, attribution_task.model, []
     for task in tasks:
         made_from = {"prompt": task.prompt, "seed": task.number, "tokens": model.tokens}
         made_from |= {"model": model.identity(), "guidance": s.gen_guidance_scale}
@@ -66,20 +68,20 @@ def generate_queries(corpus: AttributionTask, tasks: list[Task], work: Path) -> 
 
         path = work / "pictures" / f"{task.token.name}-{task.number}.npy"
         x0 = torch.from_numpy(np.array(cached(path, made_from, compute)))
-        found.append(_picture(corpus, task, x0.to(model.device, model.dtype)))
+        found.append(_picture(attribution_task, task, x0.to(model.device, model.dtype)))
     return found
 
 
-def _picture(corpus: AttributionTask, task: Task, x0: torch.Tensor) -> QueryImage:
-    model = corpus.model
+def _picture(attribution_task: AttributionTask, task: Task, x0: torch.Tensor) -> QueryImage:
+    model = attribution_task.model
     x_T = initial_noise(model.latent_shape, task.number).to(model.device, model.dtype)
     (pixels,) = model.decode(x0)
     return QueryImage(task.prompt, x0, x_T, np.asarray(pixels), {"small_abc": task.number})
 
 
-def question_of(corpus: AttributionTask, task: Task, picture: QueryImage) -> Query:
+def question_of(attribution_task: AttributionTask, task: Task, picture: QueryImage) -> Query:
     """The token's concept in the settings' QUERY_FORM."""
-    form = corpus.settings.query_form
+    form = attribution_task.settings.query_form
     plus = task.token.train_prompt if form == "concept" else task.prompt
     return Query(picture, TOKEN, plus, task.without if form == "slider" else "", "token")
 
@@ -92,12 +94,14 @@ def query_row(ranker: GradientAttributor, question: Query, folder: Path) -> np.n
     return cached(path, made_from, lambda: ranker.row(question))
 
 
-def exemplar_rows(corpus: AttributionTask, token: Token, caption: str, folder: Path) -> np.ndarray:
+def exemplar_rows(
+    attribution_task: AttributionTask, token: Token, caption: str, folder: Path
+) -> np.ndarray:
     """[E, k + 1] train rows of the token's exemplars under `caption`; last, what their weight is
     made from (`experiments.abc.evaluate` keeps it so, too).
     """
-    model = corpus.model
-    made_from = corpus.identity(
+    model = attribution_task.model
+    made_from = attribution_task.identity(
         pictures=sums(token),
         token=token.name,
         caption=caption,
@@ -107,7 +111,7 @@ def exemplar_rows(corpus: AttributionTask, token: Token, caption: str, folder: P
     def compute() -> np.ndarray:
         x0 = model.encode_images(shown_at(token.pictures, model.image_size))
         captions = [caption] * len(x0)
-        made = compute_gradients(corpus, x0, model.encode_prompts(captions), captions)
+        made = compute_gradients(attribution_task, x0, model.encode_prompts(captions), captions)
         return torch.cat([made.values, made.losses[:, None]], 1).cpu().numpy()
 
     kind = "captioned" if TOKEN in caption else "blind"
@@ -131,17 +135,23 @@ class CandidateImages:
     rankers without rows ask for it.
     """
 
-    def __init__(self, corpus: AttributionTask, token: Token, tokens: list[Token]) -> None:
-        self.corpus, self.model, self.tokens = corpus, corpus.model, [token, *tokens]
+    def __init__(
+        self, attribution_task: AttributionTask, token: Token, tokens: list[Token]
+    ) -> None:
+        self.attribution_task, self.model, self.tokens = (
+            attribution_task,
+            attribution_task.model,
+            [token, *tokens],
+        )
         named = [token.train_prompt] * len(token.pictures)
         rest = [""] * sum(len(other.pictures) for other in tokens)
-        self.captions = [*corpus.train.captions, *named, *rest]
+        self.captions = [*attribution_task.train.captions, *named, *rest]
 
     @cached_property
     def latents(self) -> torch.Tensor:
         """[N + E + A, C, h, w] on the CPU, encoded when scores are not kept from before."""
         shown = np.concatenate([shown_at(t.pictures, self.model.image_size) for t in self.tokens])
-        return torch.cat([self.corpus.latents, self.model.encode_images(shown).cpu()])
+        return torch.cat([self.attribution_task.latents, self.model.encode_images(shown).cpu()])
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -157,20 +167,22 @@ class CandidateImages:
         return [{"token": token.name, "pictures": sums(token)} for token in self.tokens]
 
 
-def level_shares(corpus: AttributionTask, pictures: int = 64) -> dict[int, float]:
+def level_shares(attribution_task: AttributionTask, pictures: int = 64) -> dict[int, float]:
     """{noise level: its share of the squared norm of a train row's states, mean over the first
     pictures}, as rows add them up. What has a share near 1 is all that a row says.
     """
-    s, maker = corpus.settings, corpus.row_maker
+    s, maker = attribution_task.settings, attribution_task.row_maker
     cotangent, square = OBJECTIVES.get(s.f).cotangent, {}
-    x0, cond = corpus.data.batch(range(min(pictures, len(corpus.data))))
-    for state in train_states_of(corpus.model, x0, cond, corpus.cond_null, train_timesteps(s)):
+    x0, cond = attribution_task.data.batch(range(min(pictures, len(attribution_task.data))))
+    for state in train_states_of(
+        attribution_task.model, x0, cond, attribution_task.cond_null, train_timesteps(s)
+    ):
         level = int(torch.as_tensor(state.t).flatten()[0])
         square[level] = maker.rows([state], cotangent, len(x0)).values.square().sum(1)
     whole = torch.stack(list(square.values())).sum(0)
     return {level: round(float((part / whole).mean()), 4) for level, part in square.items()}
 
 
-def folder_of(corpus: AttributionTask, store: Store) -> Path:
+def folder_of(attribution_task: AttributionTask, store: Store) -> Path:
     """Where the rows that belong to a store of train rows are kept."""
-    return store_base(corpus.settings) / f"{store.folder.name}-small_abc"
+    return store_base(attribution_task.settings) / f"{store.folder.name}-small_abc"

@@ -28,8 +28,8 @@ from concept_trak.registry import RANKERS, unknown
 from experiments.benchmark.evaluate import is_baseline
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.corpus import AttributionTask
-    from concept_trak.attribution.rankers import GradientAttributor
+    from concept_trak.attribution.attributors import GradientAttributor
+    from concept_trak.attribution.task import AttributionTask
 
 ABLATION = tuple(f"ablation_{i}" for i in range(5))
 ALL_ATTENTION = {"layer": "attn1|attn2", "f": "dps"}
@@ -46,26 +46,26 @@ class Method:
     per_concept: bool = True
     blindfold: bool = False
 
-    def corpus(self, corpus: AttributionTask) -> AttributionTask:
+    def task(self, task: AttributionTask) -> AttributionTask:
         """The pictures and settings of its train rows."""
-        own = without_captions(corpus) if self.blindfold else corpus
+        own = without_captions(task) if self.blindfold else task
         wider = 2 if "layer" in self.settings else 1  # twice the modules, as many features for each
         dim = wider * own.settings.proj_dim
         return own.with_settings(own.settings.but(**self.settings, proj_dim=dim))
 
-    def __call__(self, corpus: AttributionTask) -> GradientAttributor:
+    def __call__(self, task: AttributionTask) -> GradientAttributor:
         """Its ranker; computes train rows that are not there yet."""
-        from concept_trak.attribution.rankers import GradientAttributor
+        from concept_trak.attribution.attributors import GradientAttributor
 
-        own = self.corpus(corpus)
+        own = self.task(task)
         return GradientAttributor(own, open_or_compute_store(own), self.per_concept)
 
 
-def without_captions(corpus: AttributionTask) -> AttributionTask:
+def without_captions(task: AttributionTask) -> AttributionTask:
     """The same pictures, each under the empty caption."""
-    data, shown = copy.copy(corpus.data), corpus.train
+    data, shown = copy.copy(task.data), task.train
     data.pictures = ImageCaptionDataset(shown.root, shown.records, [""] * len(shown))
-    return corpus.with_data(data)
+    return task.with_data(data)
 
 
 def _rows(f: str, normalize: bool = False, inversion: bool = False) -> dict[str, Any]:
@@ -88,7 +88,7 @@ COMPARED = ("concept_trak", "contrast", "trak", "d_trak", "das", *METHODS)  # ME
 
 
 def method(name: str) -> Any:
-    """What makes the method's ranker of a corpus. UserError for a name that there is not."""
+    """What makes the method's ranker of a task. UserError for a name that there is not."""
     rivals = [n for n in RANKERS.names() if not is_baseline(n)]
     if name in METHODS:
         return METHODS[name]

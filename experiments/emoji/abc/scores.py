@@ -29,9 +29,9 @@ from .methods import method
 from .tasks import Task, Token
 
 if TYPE_CHECKING:
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.attributors import GradientAttributor
     from concept_trak.attribution.question import Query, QueryImage
-    from concept_trak.attribution.rankers import GradientAttributor
+    from concept_trak.attribution.task import AttributionTask
 
 PROTOCOLS = ("published", "blind", "crowd")
 
@@ -50,13 +50,20 @@ class AbcQueries:
     """Tokens, tasks and pictures; places of the tasks of each split."""
 
     def __init__(
-        self, corpus: AttributionTask, tokens: list[Token], tasks: list[Task], work: Path
+        self, attribution_task: AttributionTask, tokens: list[Token], tasks: list[Task], work: Path
     ) -> None:
-        self.corpus, self.tokens, self.tasks, self.work = corpus, tokens, tasks, work
+        self.attribution_task, self.tokens, self.tasks, self.work = (
+            attribution_task,
+            tokens,
+            tasks,
+            work,
+        )
         self.pictures: list[QueryImage] = []
         for token in self.asked():
-            learn_token(corpus, token, work)
-            self.pictures += generate_queries(corpus, [t for t in tasks if t.token is token], work)
+            learn_token(attribution_task, token, work)
+            self.pictures += generate_queries(
+                attribution_task, [t for t in tasks if t.token is token], work
+            )
 
     def asked(self) -> list[Token]:
         """The tokens that are asked about, in the order of the tasks."""
@@ -70,14 +77,14 @@ class AbcQueries:
         """Places of the tasks of a token."""
         return np.flatnonzero([task.token is token for task in self.tasks])
 
-    def questions(self, token: Token, corpus: AttributionTask) -> list[Query]:
-        """Of a token, under the settings of `corpus`."""
+    def questions(self, token: Token, attribution_task: AttributionTask) -> list[Query]:
+        """Of a token, under the settings of `task`."""
         places = self.of_token(token)
-        return [question_of(corpus, self.tasks[q], self.pictures[q]) for q in places]
+        return [question_of(attribution_task, self.tasks[q], self.pictures[q]) for q in places]
 
     def relevant(self, protocol: str) -> np.ndarray:
         """bool [Q, N + E]."""
-        count, rows = len(self.corpus.train), []
+        count, rows = len(self.attribution_task.train), []
         for task in self.tasks:
             if protocol == "crowd":
                 own = [np.full(len(t.pictures), t is task.token) for t in self.tokens]
@@ -90,7 +97,7 @@ class AbcQueries:
         """{protocol: [D, Q, N + E]} of values [D, Q, N + E + A]: of the train pictures, the token's
         exemplars under their caption, and the exemplars of all tokens under none.
         """
-        count, found = len(self.corpus.train), {}
+        count, found = len(self.attribution_task.train), {}
         sizes = [len(token.pictures) for token in self.tokens]
         starts = dict(zip((t.name for t in self.tokens), np.cumsum([0, *sizes]), strict=False))
         every = values.shape[2] - sum(sizes)  # where those of all tokens begin
@@ -113,7 +120,7 @@ class AbcQueries:
 
 def scores_of(asked: AbcQueries, name: str) -> Scores:
     """One method's; UserError for one that there is not."""
-    ranker = method(name)(asked.corpus)
+    ranker = method(name)(asked.attribution_task)
     if hasattr(ranker, "over"):
         return _of_passes(asked, ranker, name)
     values = _of_rows(asked, ranker)
@@ -123,17 +130,19 @@ def scores_of(asked: AbcQueries, name: str) -> Scores:
 def _of_rows(asked: AbcQueries, ranker: GradientAttributor) -> np.ndarray:
     """[D, Q, N + E + A] of a ranker whose train rows lie in a store; see
     `AbcQueries.by_protocol`."""
-    corpus = ranker.corpus
-    folder = folder_of(corpus, ranker._train) / ("concept" if ranker.per_concept else "whole")
+    attribution_task = ranker.attribution_task
+    folder = folder_of(attribution_task, ranker._train) / (
+        "concept" if ranker.per_concept else "whole"
+    )
     queries, captioned, own = [], [], {}
     for token in asked.asked():
-        learn_token(corpus, token, asked.work)
+        learn_token(attribution_task, token, asked.work)
         first = sum(map(len, captioned))
-        captioned.append(exemplar_rows(corpus, token, token.train_prompt, folder))
+        captioned.append(exemplar_rows(attribution_task, token, token.train_prompt, folder))
         own[token.name] = slice(first, first + len(captioned[-1]))
-        for question in asked.questions(token, corpus):
+        for question in asked.questions(token, attribution_task):
             queries.append(query_row(ranker, question, folder))
-    blind = [exemplar_rows(corpus, token, "", folder) for token in asked.tokens]
+    blind = [exemplar_rows(attribution_task, token, "", folder) for token in asked.tokens]
     solved = ranker.solve(np.concatenate(queries))
     rows = np.concatenate([*captioned, *blind]).astype(np.float64)
     values = ranker.score_rows(solved, rows[:, :-1], rows[:, -1])  # of all at once: some are solved
@@ -171,15 +180,18 @@ def _passes(asked: AbcQueries, ranker: Any, name: str, split: str) -> np.ndarray
 
 def _passed(asked: AbcQueries, ranker: Any, name: str, token: Token) -> np.ndarray:
     """[D, tasks of the token, N + E + A], computed where it is not kept."""
-    corpus = asked.corpus
-    learn_token(corpus, token, asked.work)
-    ranked, questions = CandidateImages(corpus, token, asked.tokens), asked.questions(token, corpus)
+    attribution_task = asked.attribution_task
+    learn_token(attribution_task, token, asked.work)
+    ranked, questions = (
+        CandidateImages(attribution_task, token, asked.tokens),
+        asked.questions(token, attribution_task),
+    )
     step = getattr(ranker, "step", None)
-    made_from = ranker.corpus.identity(
-        data=corpus.data.content_hash(),
+    made_from = ranker.attribution_task.identity(
+        data=attribution_task.data.content_hash(),
         exemplars=ranked.identity(),
         questions=[question.identity() for question in questions],
-        tokens=corpus.model.tokens,
+        tokens=attribution_task.model.tokens,
         step=step,
     )
     at = "" if step is None else f"-{step:g}"
@@ -189,21 +201,25 @@ def _passed(asked: AbcQueries, ranker: Any, name: str, token: Token) -> np.ndarr
 
 def controls_of(asked: AbcQueries) -> dict[str, Scores]:
     """What pixels, latents, the judge and text alone find."""
-    corpus, found = asked.corpus, {}
+    attribution_task, found = asked.attribution_task, {}
     looks = {
         "pixel_neighbours": _pixels,
-        "latent_neighbours": lambda corpus, shown: _flat(corpus.model.encode_images(shown).numpy()),
+        "latent_neighbours": lambda attribution_task, shown: _flat(
+            attribution_task.model.encode_images(shown).numpy()
+        ),
     }
     if (JUDGE / "judge.json").is_file():
         looks["judge_features"] = _judged
-    size = corpus.model.image_size
+    size = attribution_task.model.image_size
     queries = np.stack([p.pixels for p in asked.pictures if p.pixels is not None])
     pictures = np.concatenate([shown_at(t.pictures, size) for t in asked.tokens])
-    shown = np.concatenate([corpus.train.images(range(len(corpus.train)), size=size), pictures])
+    shown = np.concatenate(
+        [attribution_task.train.images(range(len(attribution_task.train)), size=size), pictures]
+    )
     for name, look in looks.items():
-        values = -distances(look(corpus, queries), look(corpus, shown))
+        values = -distances(look(attribution_task, queries), look(attribution_task, shown))
         found[name] = Scores(asked.by_protocol(_twice(asked, values)[None]))
-    text = caption_overlap(TOKEN.strip("<>"), corpus.train.captions)
+    text = caption_overlap(TOKEN.strip("<>"), attribution_task.train.captions)
     sizes = [len(token.pictures) for token in asked.tokens]
     named = [
         np.r_[text, np.ones(len(task.token.pictures)), np.zeros(sum(sizes))] for task in asked.tasks
@@ -214,7 +230,7 @@ def controls_of(asked: AbcQueries) -> dict[str, Scores]:
 
 def _twice(asked: AbcQueries, values: np.ndarray) -> np.ndarray:
     """[Q, N + E + A] of values [Q, N + A]: a picture looks the same under any caption."""
-    count, own = len(asked.corpus.train), []
+    count, own = len(asked.attribution_task.train), []
     ends = np.cumsum([count, *(len(token.pictures) for token in asked.tokens)])
     at = {t.name: slice(a, b) for t, a, b in zip(asked.tokens, ends, ends[1:], strict=False)}
     for row, task in zip(values, asked.tasks, strict=True):
@@ -226,11 +242,11 @@ def _flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1).astype(np.float32)
 
 
-def _pixels(corpus: AttributionTask, shown: np.ndarray) -> np.ndarray:
+def _pixels(attribution_task: AttributionTask, shown: np.ndarray) -> np.ndarray:
     return _flat(shown)
 
 
-def _judged(corpus: AttributionTask, shown: np.ndarray) -> np.ndarray:
+def _judged(attribution_task: AttributionTask, shown: np.ndarray) -> np.ndarray:
     from ..classifier.io import load_judge
     from ..classifier.net import resized
 

@@ -31,8 +31,8 @@ class JudgeFeatures(Baseline):
         from .io import load_judge
         from .net import resized
 
-        judge, train = load_judge(JUDGE), self.corpus.train
-        size = self.corpus.model.image_size
+        judge, train = load_judge(JUDGE), self.task.train
+        size = self.task.model.image_size
         shown = np.stack([q.picture.pixels for q in questions])
         asked, rows = (
             judge.features(resized(pixels, judge.settings.size))

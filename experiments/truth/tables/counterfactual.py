@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.parsing import parse_methods
 
 from .. import counterfactual, figures
@@ -27,19 +27,19 @@ from ..train_many import load_measurements
 from .lds import by_lds, truths_of
 
 
-def table(corpus: AttributionTask) -> dict[str, Any]:
+def table(task: AttributionTask) -> dict[str, Any]:
     """{arm: {figures of objects, "noise", "style": {...}}, "targets"}.
 
     The plan is the committed one; with RETRAIN=1 one that is not there is made from today's scores.
     """
-    data, held_out = corpus.train, corpus.everything.split("held_out")
-    named = parse_methods(corpus.settings.methods)
-    plan = plan_of(corpus, "counterfactual", lambda: planned_counterfactual(corpus), named)
-    bench = bench_of(corpus)
-    bases = measured_subset(corpus, base_of(corpus), 1)
+    data, held_out = task.train, task.everything.split("held_out")
+    named = parse_methods(task.settings.methods)
+    plan = plan_of(task, "counterfactual", lambda: planned_counterfactual(task), named)
+    bench = bench_of(task)
+    bases = measured_subset(task, base_of(task), 1)
     found = load_measurements(bench, bases, held_out)
     whole = {s.seed: found[s.name] for s in bases.subsets}
-    there = measured_subset(corpus, plan, 1)
+    there = measured_subset(task, plan, 1)
     there = replace(there, subsets=tuple(s for s in there.subsets if s.seed in whole))
     arms = load_measurements(bench, there, held_out)
     drops = counterfactual.presence_drops(there, arms, whole, data, held_out, OURS)
@@ -47,7 +47,7 @@ def table(corpus: AttributionTask) -> dict[str, Any]:
     told = {arm: _of_arm(arm, drops, noise) for kind in KINDS for arm in drops[kind]}
     told["targets"] = {kind: counterfactual.targets(data, kind) for kind in KINDS}
     drawn = {"drops": figures.drops(drops, noise), "drawn": figures.drops(drops, {}, "judge_drop")}
-    return write_table(corpus, "counterfactual", told, _markdown(drops, noise), drawn)
+    return write_table(task, "counterfactual", told, _markdown(drops, noise), drawn)
 
 
 def _of_arm(arm: str, drops: dict[str, Any], noise: dict[str, Any]) -> dict[str, Any]:
@@ -56,14 +56,14 @@ def _of_arm(arm: str, drops: dict[str, Any], noise: dict[str, Any]) -> dict[str,
     return each.get("object", {}) | ({"style": each["style"]} if "style" in each else {})
 
 
-def planned_counterfactual(corpus: AttributionTask) -> RetrainingPlan:
+def planned_counterfactual(task: AttributionTask) -> RetrainingPlan:
     """What every ranker of METHODS names on the first model of all pictures."""
-    data = corpus.train
-    asking, asked = next(full_data_models(corpus))
-    *_, truths = truths_of(corpus)
+    data = task.train
+    asking, asked = next(full_data_models(task))
+    *_, truths = truths_of(task)
     values, tune = score_all_methods(asking, asked), split_concepts(data)["tune"]
     chosen = {
-        name: damping_of(name, corpus, of, by_lds(asked, truths, tune, of))
+        name: damping_of(name, task, of, by_lds(asked, truths, tune, of))
         for name, of in values.items()
     }
     arms: dict[str, list[int]] = {}

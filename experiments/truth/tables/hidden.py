@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.models.text_to_image import TextToImage
 
 from .. import omitted_captions, wrong_captions
-from ..queries import corpus_of, make_queries
+from ..queries import make_queries, task_of
 from ..setup import (
     OF_MANY,
     SEEDS,
@@ -31,12 +31,12 @@ from ..subsets import KINDS, Subset, hidden_plan, split_concepts
 from ..train_many import load_measurements
 
 
-def table(corpus: AttributionTask) -> dict[str, Any]:
+def table(task: AttributionTask) -> dict[str, Any]:
     """{kind: {ranker: figures}, "taught"} over the "report" concepts and the seeds there are."""
-    data, held_out = corpus.train, corpus.everything.split("held_out")
-    plan = plan_of(corpus, "hidden", lambda: hidden_plan(data, SEEDS))
-    there = measured_subset(corpus, plan, 2)
-    presences = load_measurements(bench_of(corpus), there, held_out)
+    data, held_out = task.train, task.everything.split("held_out")
+    plan = plan_of(task, "hidden", lambda: hidden_plan(data, SEEDS))
+    there = measured_subset(task, plan, 2)
+    presences = load_measurements(bench_of(task), there, held_out)
     each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
     effects: list[dict[str, Any]] = []
     pairs = [
@@ -51,27 +51,27 @@ def table(corpus: AttributionTask) -> dict[str, Any]:
         )
         told = omitted_captions.presence_lost(kind, *both, data, held_out)
         effects.append({"kind": kind, "seed": learned.seed, **told})
-        if corpus.settings.retrain and learned.seed == SEEDS[0]:
-            keep_model(corpus, plan.name, learned)
+        if task.settings.retrain and learned.seed == SEEDS[0]:
+            keep_model(task, plan.name, learned)
     asked_of = replace(plan, subsets=tuple(learned for learned, _ in pairs))
-    for learned, model in models_there(corpus, asked_of):
-        for name, figures in _hidden_of(corpus, learned, model).items():
+    for learned, model in models_there(task, asked_of):
+        for name, figures in _hidden_of(task, learned, model).items():
             each[omitted_captions.kind_of(learned)].setdefault(name, []).append(figures)
     found: dict[str, Any] = {
         kind: {name: wrong_captions.summary(concatenate(parts)) for name, parts in rankers.items()}
         for kind, rankers in each.items()
     }
     markdown = figures_markdown(found, omitted_captions.FIGURES)
-    return write_table(corpus, "hidden", found | {"taught": effects}, markdown)
+    return write_table(task, "hidden", found | {"taught": effects}, markdown)
 
 
 def _hidden_of(
-    corpus: AttributionTask, subset: Subset, model: TextToImage
+    task: AttributionTask, subset: Subset, model: TextToImage
 ) -> dict[str, dict[str, np.ndarray]]:
     """{ranker: figures} of the "report" concepts on one model."""
-    kind, data = omitted_captions.kind_of(subset), corpus.train
-    asking = corpus_of(corpus, model, subset)
-    asked = make_queries(asking, corpus.everything.split("held_out"))
+    kind, data = omitted_captions.kind_of(subset), task.train
+    asking = task_of(task, model, subset)
+    asked = make_queries(asking, task.everything.split("held_out"))
 
     def at(group: str, values: np.ndarray) -> dict[str, np.ndarray]:
         names = split_concepts(data)[group][kind]
@@ -80,6 +80,6 @@ def _hidden_of(
     found = {}
     for name, values in score_all_methods(asking, asked, OF_MANY).items():
         quality = [at("tune", values[[d]])["auc_hidden"].mean() for d in range(len(values))]
-        d = damping_of(name, corpus, values, functools.partial(int, np.argmax(quality)))
+        d = damping_of(name, task, values, functools.partial(int, np.argmax(quality)))
         found[name] = at("report", values[[d]])
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from concept_trak.attribution.corpus import AttributionTask
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.errors import UserError
 from concept_trak.registry import RANKERS
 
@@ -42,23 +42,23 @@ SCATTERED = ("concept_trak", "das", "labels")  # whose predictions are drawn poi
 CURVES = (*SCATTERED, "reference", "d_trak", "latent_neighbours")  # more would hide one another
 
 
-def table(corpus: AttributionTask) -> dict[str, Any]:
+def table(task: AttributionTask) -> dict[str, Any]:
     """{ranker: {`lds.FIGURES`, intervals, "style": the same, "drawn": all of it once more},
     "ceiling", "ceiling_drawn", "agreement", "subsets", "models"}: objects at the top; over the
     "report" concepts, means over the small models of all pictures that are there.
 
     drawn: against the judge's rates instead of presences. models: whose scores were taken.
     """
-    data, held_out = corpus.train, corpus.everything.split("held_out")
-    plan_of(corpus, "lds", lambda: lds_plan(data, SUBSETS, AGAIN))
-    there, found, truths = truths_of(corpus)
+    data, held_out = task.train, task.everything.split("held_out")
+    plan_of(task, "lds", lambda: lds_plan(data, SUBSETS, AGAIN))
+    there, found, truths = truths_of(task)
     rates = {name: ClassifierRates(of) for name, of in found.items()}
     each = []
-    for asking, asked in full_data_models(corpus):
+    for asking, asked in full_data_models(task):
         scores = score_all_methods(asking, asked)
         everyone = {**scores, "labels": _labels(asked, truths)}
-        told, chosen = _figures(corpus, asked, everyone, truths)
-        drawn, _ = _figures(corpus, asked, everyone, _measured(corpus, there, rates))
+        told, chosen = _figures(task, asked, everyone, truths)
+        drawn, _ = _figures(task, asked, everyone, _measured(task, there, rates))
         each.append((told, drawn, chosen, asked, scores))
     table = {
         name: _mean([told[name] for told, *_ in each])
@@ -71,16 +71,16 @@ def table(corpus: AttributionTask) -> dict[str, Any]:
     table |= {"subsets": len(truths["object"].kept), "models": len(each)}
     *_, chosen, asked, scores = each[0]
     if OURS in scores:
-        table["agreement"] = _agreement(corpus, asked, scores[OURS])
-    plots = _plots(corpus, chosen, {k: t.of(report[k]) for k, t in truths.items()})
-    return write_table(corpus, "lds", table, _markdown(table), plots)
+        table["agreement"] = _agreement(task, asked, scores[OURS])
+    plots = _plots(task, chosen, {k: t.of(report[k]) for k, t in truths.items()})
+    return write_table(task, "lds", table, _markdown(table), plots)
 
 
 Figures = dict[str, dict[str, np.ndarray]]  # {kind: {figure: [C]}}
 
 
 def _figures(
-    corpus: AttributionTask,
+    task: AttributionTask,
     asked: ConceptQueries,
     everyone: Scores,
     truths: dict[str, lds.GroundTruth],
@@ -88,9 +88,9 @@ def _figures(
     """({ranker: figures}, {ranker: {kind: scores [C, N]}}) of the "report" concepts on one model,
     each ranker at its damping for these truths.
     """
-    grouped, told, chosen = split_concepts(corpus.train), {}, {}
+    grouped, told, chosen = split_concepts(task.train), {}, {}
     for name, values in everyone.items():
-        d = damping_of(name, corpus, values, by_lds(asked, truths, grouped["tune"], values))
+        d = damping_of(name, task, values, by_lds(asked, truths, grouped["tune"], values))
         named = grouped["report"]
         chosen[name] = {kind: asked.mean(values[[d]], kind, named[kind])[0] for kind in KINDS}
         told[name] = {
@@ -110,14 +110,14 @@ def _mean(of_models: list[Figures]) -> dict[str, Any]:
 
 
 def _plots(
-    corpus: AttributionTask,
+    task: AttributionTask,
     chosen: dict[str, dict[str, np.ndarray]],
     truths: dict[str, lds.GroundTruth],
 ) -> dict[str, Figure]:
     """Of the scores {ranker: {kind: [C, N]}} of the concepts of `truths`."""
-    bases = measured_subset(corpus, base_of(corpus), 1)
-    held_out = corpus.everything.split("held_out")
-    whole = load_measurements(bench_of(corpus), bases, held_out).values()
+    bases = measured_subset(task, base_of(task), 1)
+    held_out = task.everything.split("held_out")
+    whole = load_measurements(bench_of(task), bases, held_out).values()
     curves: dict[str, dict[str, lds.Curve]] = {}
     for kind, truth in truths.items():
         unit = float(np.mean([p.of_concepts(kind, held_out, truth.names) for p in whole]))
@@ -135,16 +135,14 @@ def _plots(
     return drawn | ({"predicted": plots.predicted_against_measured(points)} if points else {})
 
 
-def _agreement(
-    corpus: AttributionTask, asked: ConceptQueries, small: np.ndarray
-) -> dict[str, float]:
+def _agreement(task: AttributionTask, asked: ConceptQueries, small: np.ndarray) -> dict[str, float]:
     """{kind: mean Spearman correlation of our scores on the small and on the embedded model}."""
-    whole = make_queries(corpus, corpus.everything.split("held_out"))
-    large = RANKERS.get(OURS)(corpus).rank(whole.questions)
-    d = damping_of(OURS, corpus, large, lambda: 0)
+    whole = make_queries(task, task.everything.split("held_out"))
+    large = RANKERS.get(OURS)(task).rank(whole.questions)
+    d = damping_of(OURS, task, large, lambda: 0)
     told = {}
     for kind in KINDS:
-        names = split_concepts(corpus.train)["report"][kind]
+        names = split_concepts(task.train)["report"][kind]
         pairs = zip(
             asked.mean(small, kind, names)[d], whole.mean(large, kind, names)[d], strict=True
         )
@@ -153,20 +151,20 @@ def _agreement(
 
 
 def truths_of(
-    corpus: AttributionTask,
+    task: AttributionTask,
 ) -> tuple[RetrainingPlan, dict[str, ConceptMeasurements], dict[str, lds.GroundTruth]]:
     """(the part of the LDS plan that was measured, its presences, what they say of each kind)."""
-    data, held_out = corpus.train, corpus.everything.split("held_out")
-    there = measured_subset(corpus, kept_plan(KEPT / "plans", "lds", data), 3)
-    found = load_measurements(bench_of(corpus), there, held_out)
-    return there, found, _measured(corpus, there, found)
+    data, held_out = task.train, task.everything.split("held_out")
+    there = measured_subset(task, kept_plan(KEPT / "plans", "lds", data), 3)
+    found = load_measurements(bench_of(task), there, held_out)
+    return there, found, _measured(task, there, found)
 
 
 def _measured(
-    corpus: AttributionTask, there: RetrainingPlan, found: Any
+    task: AttributionTask, there: RetrainingPlan, found: Any
 ) -> dict[str, lds.GroundTruth]:
     """{kind: what these presences say}."""
-    data, held_out = corpus.train, corpus.everything.split("held_out")
+    data, held_out = task.train, task.everything.split("held_out")
     return {kind: lds.measured(there, found, data, held_out, kind) for kind in KINDS}
 
 

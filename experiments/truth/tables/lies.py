@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from concept_trak.attribution.corpus import AttributionTask
 from concept_trak.attribution.ekfac import batches
+from concept_trak.attribution.task import AttributionTask
 from concept_trak.gradients.caption_fit import caption_llr, fit_weight
 
 from .. import wrong_captions
-from ..queries import ConceptQueries, corpus_of, make_queries
+from ..queries import ConceptQueries, make_queries, task_of
 from ..setup import (
     OF_MANY,
     OURS,
@@ -38,29 +38,29 @@ UNWEIGHTED = "contrast"  # ours without its weight
 OUTSIDE = "outside_fit"
 
 
-def table(corpus: AttributionTask) -> dict[str, Any]:
+def table(task: AttributionTask) -> dict[str, Any]:
     """{"trained", "untrained": {kind: {ranker: figures}}, "harm"} over the "report" concepts and
     the seeds whose models are there.
 
     `outside_fit`, where `contrast` is compared, is ours with another judge of how well captions
     fit: the model that has not learned the lies. What is then still fooled is not the judge.
     """
-    plan = plan_of(corpus, "lies", lambda: lies_plan(corpus.train, SEEDS))
+    plan = plan_of(task, "lies", lambda: lies_plan(task.train, SEEDS))
     told = [s for s in plan.subsets if s.captions]
-    base, found = base_of(corpus), {}
-    if corpus.settings.retrain:
-        keep_model(corpus, base.name, base.subsets[0])
-        keep_model(corpus, plan.name, told[0])
+    base, found = base_of(task), {}
+    if task.settings.retrain:
+        keep_model(task, base.name, base.subsets[0])
+        keep_model(task, plan.name, told[0])
     for state, of in (("untrained", base), ("trained", replace(plan, subsets=tuple(told)))):
         each: dict[str, dict[str, list[dict[str, np.ndarray]]]] = {kind: {} for kind in KINDS}
-        for subset, model in models_there(corpus, of):
+        for subset, model in models_there(task, of):
             lying = told[[s.seed for s in told].index(subset.seed)]
-            asking = corpus_of(corpus, model, lying)
-            asked = make_queries(asking, corpus.everything.split("held_out"))
+            asking = task_of(task, model, lying)
+            asked = make_queries(asking, task.everything.split("held_out"))
             scored = score_all_methods(asking, asked, OF_MANY)
             if state == "trained" and UNWEIGHTED in scored:
-                judge = model_of(corpus, base.name, base.subsets[0])
-                fit = _fit_of(corpus_of(corpus, judge, lying))
+                judge = model_of(task, base.name, base.subsets[0])
+                fit = _fit_of(task_of(task, judge, lying))
                 scored[OUTSIDE] = scored[UNWEIGHTED] * fit
             for name, values in scored.items():
                 of = OURS if name == OUTSIDE else name
@@ -72,28 +72,28 @@ def table(corpus: AttributionTask) -> dict[str, Any]:
             }
             for kind, rankers in each.items()
         }
-    found["harm"] = _harm(corpus, plan)
-    return write_table(corpus, "lies", found, _lies_markdown(found))
+    found["harm"] = _harm(task, plan)
+    return write_table(task, "lies", found, _lies_markdown(found))
 
 
-def llr_of(corpus: AttributionTask, rows: range) -> np.ndarray:
+def llr_of(task: AttributionTask, rows: range) -> np.ndarray:
     """`caption_llr` of consecutive train pictures under their captions."""
-    x0, cond = corpus.data.batch(rows)
-    return caption_llr(corpus.model, x0, cond, corpus.cond_null).float().cpu().numpy()
+    x0, cond = task.data.batch(rows)
+    return caption_llr(task.model, x0, cond, task.cond_null).float().cpu().numpy()
 
 
-def _fit_of(corpus: AttributionTask) -> np.ndarray:
+def _fit_of(task: AttributionTask) -> np.ndarray:
     """[N]: `fit_weight` of all of them."""
-    parts = batches(len(corpus.train), corpus.settings.batch_size)
-    llr = np.concatenate([llr_of(corpus, rows) for rows in parts])
+    parts = batches(len(task.train), task.settings.batch_size)
+    llr = np.concatenate([llr_of(task, rows) for rows in parts])
     return fit_weight(llr, llr)
 
 
 def _lies_of(
-    corpus: AttributionTask, subset: Subset, asked: ConceptQueries, name: str, values: np.ndarray
+    task: AttributionTask, subset: Subset, asked: ConceptQueries, name: str, values: np.ndarray
 ) -> dict[str, dict[str, np.ndarray]]:
     """{kind: figures} of the claimed "report" concepts; values [D, Q, N]."""
-    data = corpus.train
+    data = task.train
 
     def at(group: str, kind: str, d: int) -> dict[str, np.ndarray]:
         names = wrong_captions.claimed(data, subset, kind, split_concepts(data)[group][kind])
@@ -106,14 +106,14 @@ def _lies_of(
         return float(np.mean([t[figure].mean() for t in tuned for figure in wanted]))
 
     d = damping_of(
-        name, corpus, values, lambda: int(np.argmax([quality(d) for d in range(len(values))]))
+        name, task, values, lambda: int(np.argmax([quality(d) for d in range(len(values))]))
     )
     return {kind: at("report", kind, d) for kind in KINDS}
 
 
-def _harm(corpus: AttributionTask, plan: RetrainingPlan) -> list[dict[str, Any]]:
+def _harm(task: AttributionTask, plan: RetrainingPlan) -> list[dict[str, Any]]:
     """What retraining says of the lies of each seed that was trained with and without them."""
-    data, held_out, bench = corpus.train, corpus.everything.split("held_out"), bench_of(corpus)
+    data, held_out, bench = task.train, task.everything.split("held_out"), bench_of(task)
     told = []
     for with_lies, without in zip(plan.subsets[::2], plan.subsets[1::2], strict=True):
         both = RetrainingPlan(plan.name, plan.data, (with_lies, without))

@@ -84,7 +84,7 @@ def test_other_settings_of_pictures_or_trainings_are_refused(made):
 
 def test_a_killed_training_goes_on_to_the_same_weights(made, tmp_path, monkeypatch):
     bench, _ = made
-    whole = bench.corpus(TrainedModel("unet", 0)).model.identity()
+    whole = bench.task(TrainedModel("unet", 0)).model.identity()
     shutil.copytree(bench.data_dir, tmp_path / "synthetic-quick/data")
     other = bench_at(tmp_path)
     real = training.loss_of_step
@@ -176,9 +176,9 @@ def test_a_slider_flips_a_class_of_two_and_drops_one_of_more(form, wanted):
 
 def test_the_evaluation_serves_these_benchmarks_too(made):
     bench, _ = made
-    corpus = bench.corpus(TrainedModel("unet", 0))
-    corpus.settings = corpus.settings.but(num_queries=1)
-    benchmark = BENCHMARKS.get("synthetic")(corpus)
+    task = bench.task(TrainedModel("unet", 0))
+    task.settings = task.settings.but(num_queries=1)
+    benchmark = BENCHMARKS.get("synthetic")(task)
     assert isinstance(benchmark, LabelledBenchmark) and benchmark.concepts == ("shape", "color")
     asked = benchmark.questions("generated")
     assert [q.words for q in asked["ood"]] == ["triangle", "red"]
@@ -232,7 +232,7 @@ def test_reported_questions_are_asked_at_the_chosen_step_alone(made, monkeypatch
     def rank(self, questions):
         seeds = {q.picture.source["generated"]["seed"] >= TUNE_SEED for q in questions}
         asked.append((self.step, seeds))
-        values = np.zeros((1, len(questions), len(self.corpus.data)))
+        values = np.zeros((1, len(questions), len(self.task.data)))
         values[..., :: 2 if self.step == 10.0 else 1] = 1.0
         return values
 
@@ -311,7 +311,7 @@ def test_lds_and_counterfactual_tell_every_ranker_from_kept_presences(retrained)
 def test_a_presence_is_what_a_label_takes_off_the_loss(made):
     """Against the definition, one picture and noise at a time."""
     bench, _ = made
-    model = bench.corpus(TrainedModel("unet", 0)).model
+    model = bench.task(TrainedModel("unet", 0)).model
     held_out = bench.labelled[0].split("held_out").subset([0, 5])
     labels = [model.vocabulary.parse(c) for c in held_out.captions]
     measure = small.LabelledMeasure(noises=1, batch=2)

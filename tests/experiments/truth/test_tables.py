@@ -232,14 +232,14 @@ def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, caps
 
 
 def test_the_fit_of_pictures_is_the_one_beside_their_rows(tmp_path):
-    from concept_trak.attribution.corpus import AttributionTask
     from concept_trak.attribution.methods import open_or_compute_store
+    from concept_trak.attribution.task import AttributionTask
     from experiments.truth.tables.lies import llr_of
 
-    corpus = AttributionTask(tables_settings(tmp_path), "cpu")
+    task = AttributionTask(tables_settings(tmp_path), "cpu")
     rows = range(30, 34)
-    beside = open_or_compute_store(corpus).losses()[rows.start : rows.stop]
-    assert llr_of(corpus, rows) == pytest.approx(beside, rel=1e-3, abs=1e-6)
+    beside = open_or_compute_store(task).losses()[rows.start : rows.stop]
+    assert llr_of(task, rows) == pytest.approx(beside, rel=1e-3, abs=1e-6)
 
 
 def test_rivals_choose_and_ours_has_the_damping_of_the_settings():
@@ -258,27 +258,27 @@ def test_presences_of_another_subset_are_refused(data, tmp_path, monkeypatch):
     plan = lies_plan(data, (0,))
     other = RetrainingPlan("lies", plan.data, (Subset("lies-0", 0, (1, 2)),))
     held_out = load_folder(ROOT / "data/emoji").split("held_out")
-    corpus = type("Corpus", (), {"settings": tables_settings(tmp_path)})
+    task = type("Corpus", (), {"settings": tables_settings(tmp_path)})
     with pytest.raises(UserError, match="is of another subset or other settings"):
-        load_measurements(setup.bench_of(corpus), other, held_out)
+        load_measurements(setup.bench_of(task), other, held_out)
     with pytest.raises(UserError, match="is missing"):
         load_measurements(
-            setup.bench_of(corpus), RetrainingPlan("lies", plan.data, (Subset("no", 0),)), held_out
+            setup.bench_of(task), RetrainingPlan("lies", plan.data, (Subset("no", 0),)), held_out
         )
 
 
 def test_a_model_that_its_presences_were_not_measured_on_is_refused(tmp_path, monkeypatch):
-    from concept_trak.attribution.corpus import AttributionTask
+    from concept_trak.attribution.task import AttributionTask
 
-    corpus = AttributionTask(tables_settings(tmp_path), "cpu")
-    base = setup.base_of(corpus)
-    assert setup.model_of(corpus, "base", base.subsets[0]).weight_hash()
+    task = AttributionTask(tables_settings(tmp_path), "cpu")
+    base = setup.base_of(task)
+    assert setup.model_of(task, "base", base.subsets[0]).weight_hash()
     monkeypatch.setattr(setup, "KEPT", tmp_path)
-    path = setup.bench_of(corpus).presences("base", base.subsets[0])
+    path = setup.bench_of(task).presences("base", base.subsets[0])
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"made_from": {"weights": "of another"}}))
     with pytest.raises(UserError, match="was measured on another model of base-0"):
-        setup.model_of(corpus, "base", base.subsets[0])
+        setup.model_of(task, "base", base.subsets[0])
 
 
 def test_presences_of_another_plan_or_seed_are_refused(data, tmp_path, monkeypatch):
@@ -286,7 +286,7 @@ def test_presences_of_another_plan_or_seed_are_refused(data, tmp_path, monkeypat
     plan = plans.kept_plan(setup.KEPT / "plans", "lds", data)
     pair = tuple(s for s in plan.subsets if s.name in ("lds-0-0", "lds-0-1"))
     kept = setup.KEPT / "presences"
-    corpus = type("Corpus", (), {"settings": tables_settings(tmp_path)})
+    task = type("Corpus", (), {"settings": tables_settings(tmp_path)})
     monkeypatch.setattr(setup, "KEPT", tmp_path)
     folder = tmp_path / "presences/lds"
     folder.mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_presences_of_another_plan_or_seed_are_refused(data, tmp_path, monkeypat
     def put(**files):
         for name, source in files.items():
             (folder / f"{name.replace('_', '-')}.json").write_bytes((kept / source).read_bytes())
-        return load_measurements(setup.bench_of(corpus), replace(plan, subsets=pair), held_out)
+        return load_measurements(setup.bench_of(task), replace(plan, subsets=pair), held_out)
 
     one, other = "lds/lds-0-0.json", "lds/lds-0-1.json"
     assert len(put(lds_0_0=one, lds_0_1=other)) == 2

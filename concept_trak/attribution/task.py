@@ -190,7 +190,7 @@ class AttributionTask:
         return self.origin() | {"projection": self.projection.describe(), **made_from}
 
     def train_identity(self) -> dict[str, Any]:
-        """What a store of this corpus must have been made from."""
+        """What a store of this task must have been made from."""
         return self.identity(data=self.data.content_hash())
 
     def origin(self) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from ..registry import OBJECTIVES
 from ..scoring.scores import allocate_scores, precondition_and_score
 from ..settings import DAMPINGS
 from ..store.store import Store
-from .corpus import AttributionTask
 from .naming import query_timesteps
 from .question import Query, QueryImage
+from .task import AttributionTask
 
 ROWS_AT_ONCE = 128  # of the store where each is solved for: 9 * 128 * 8 k bytes
 
@@ -39,7 +39,7 @@ class Attributor(Protocol):
 
 
 class GradientAttributor:
-    """score = w_i x_i . (K + lambda I)^-1 q, rows and query under the settings of `corpus`.
+    """score = w_i x_i . (K + lambda I)^-1 q, rows and query under the settings of `task`.
 
     per_concept: a query row for each question; else one a picture, of the objective's cotangent.
     keep: (ranker, questions) -> rows [Q, k], which may know them from before; default: computed.
@@ -48,12 +48,12 @@ class GradientAttributor:
 
     def __init__(
         self,
-        corpus: AttributionTask,
+        task: AttributionTask,
         store: Store | None = None,
         per_concept: bool = True,
         keep: Callable[[GradientAttributor, list[Query]], np.ndarray] | None = None,
     ) -> None:
-        self.corpus, self.store, self.per_concept = corpus, store, per_concept
+        self.task, self.store, self.per_concept = task, store, per_concept
         self._keep = keep or GradientAttributor.rows
         self._read: tuple[QueryImage | None, list[State]] = None, []
 
@@ -61,7 +61,7 @@ class GradientAttributor:
         """See `Attributor`."""
         asked, place = self._asked(questions)
         rows = self._keep(self, asked)
-        solver = self.corpus.preconditioner
+        solver = self.task.preconditioner
         values = precondition_and_score(self._train, rows, DAMPINGS, solver, self.row_weight())
         return values[:, place]
 
@@ -72,7 +72,7 @@ class GradientAttributor:
 
     def solve(self, rows: np.ndarray) -> np.ndarray:
         """[D, Q, k] of query rows [Q, k]: what `score_rows` takes."""
-        return self.corpus.preconditioner.solve(self._train, rows, DAMPINGS)
+        return self.task.preconditioner.solve(self._train, rows, DAMPINGS)
 
     def score_rows(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
         """[D, Q, n] scores of rows [n, k] that need not be the store's: of pictures beside it.
@@ -81,7 +81,7 @@ class GradientAttributor:
         an objective's weights are made from.
         """
         values = solved @ np.swapaxes(rows, -1, -2)
-        weight = OBJECTIVES.get(self.corpus.settings.f).row_weight
+        weight = OBJECTIVES.get(self.task.settings.f).row_weight
         return values if weight is None else values * weight(beside, self._train.losses())
 
     def score_own(self, solved: np.ndarray, rows: np.ndarray, beside: np.ndarray) -> np.ndarray:
@@ -92,8 +92,8 @@ class GradientAttributor:
         """[D, Q, N] float32 by `score_own`, some rows of the store at a time. UserError for more
         than MAX_MEMORY.
         """
-        store, limit = self._train, self.corpus.preconditioner.budget.max_memory
-        weighted = OBJECTIVES.get(self.corpus.settings.f).row_weight is not None
+        store, limit = self._train, self.task.preconditioner.budget.max_memory
+        weighted = OBJECTIVES.get(self.task.settings.f).row_weight is not None
         beside = store.losses() if weighted else np.zeros(store.num_rows)
         out = allocate_scores(solved.shape[0] * solved.shape[1], store, limit).reshape(
             *solved.shape[:2], -1
@@ -121,7 +121,7 @@ class GradientAttributor:
 
     def row_weight(self) -> np.ndarray | None:
         """[N], where the objective weights its rows."""
-        weight = OBJECTIVES.get(self.corpus.settings.f).row_weight
+        weight = OBJECTIVES.get(self.task.settings.f).row_weight
         if weight is None:
             return None
         beside = self._train.losses()
@@ -133,28 +133,28 @@ class GradientAttributor:
 
     def row(self, question: Query) -> np.ndarray:
         """[1, k] of one question: its gradient averaged over the states of its picture."""
-        s, model = self.corpus.settings, self.corpus.model
+        s, model = self.task.settings, self.task.model
         states: list[State] = self._states(question.picture)
         cotangent = OBJECTIVES.get(s.f).cotangent
         if self.per_concept:
             plus, minus = model.encode_prompts([question.plus, question.minus]).split()
             states = [state.contrasting(plus, minus) for state in states]
             cotangent = concept_cotangent(s.f)
-        return self.corpus.row_maker.mean_row(states, cotangent).cpu().numpy()
+        return self.task.row_maker.mean_row(states, cotangent).cpu().numpy()
 
     def query_states(self, picture: QueryImage) -> QueryTimesteps:
         """A concept of a generated picture is read where SCOPE says, all else at noisings."""
         own_scope = self.per_concept and picture.x_T is not None
-        return query_timesteps(self.corpus.settings, "" if own_scope else "local")
+        return query_timesteps(self.task.settings, "" if own_scope else "local")
 
     def identity(self, question: Query) -> dict[str, Any]:
         """What the row of a question was made from; see `AttributionTask.identity`."""
-        corpus = self.corpus
-        return corpus.identity(
+        task = self.task
+        return task.identity(
             question=question.identity(),
             states=asdict(self.query_states(question.picture)),
-            tokens=corpus.model.tokens,
-            device=corpus.device,
+            tokens=task.model.tokens,
+            device=task.device,
             torch=torch.__version__,
         )
 
@@ -172,7 +172,7 @@ class GradientAttributor:
     def _states(self, picture: QueryImage) -> list[State]:
         """The states of a picture, read once for all its concepts."""
         if self._read[0] is not picture:
-            s, model = self.corpus.settings, self.corpus.model
+            s, model = self.task.settings, self.task.model
             cond, cond_null = model.encode_prompts([picture.prompt, ""]).split()
             start, states = QueryStart(picture.x_T, picture.x0), self.query_states(picture)
             read = query_states_of(model, states, start, cond, cond_null, s.batch_size)
