@@ -57,7 +57,7 @@ class GradientMethod:
     per_concept: bool = False
     recipe: str = "default"
     on_request: bool = False
-    by: str = "GradientRanker"
+    by: str = "GradientAttributor"
 
     def settings_for(self, settings: Settings) -> Settings:
         """Rivals keep model, layer, projection and, but for a recipe of their own, the number of
@@ -159,14 +159,14 @@ for method in (
     GradientMethod("presence", "presence", True, True, on_request=True),
     GradientMethod("dps", "dps", True, True, on_request=True),
     GradientMethod("dsm", "dsm", True, True, on_request=True),
-    GradientMethod("das_paper", "das_mean", True, by="Leverage", on_request=True),
-    GradientMethod("journey_trak", "dsm", by="Journey", on_request=True),
-    GradientMethod("grad_dot", "dsm", by="DotProduct", on_request=True),
-    GradientMethod("grad_cos", "dsm", by="Cosine", on_request=True),
-    GradientMethod("relative_influence", "dsm", by="Relative", on_request=True),
+    GradientMethod("das_paper", "das_mean", True, by="DasLeaveOneOut", on_request=True),
+    GradientMethod("journey_trak", "dsm", by="JourneyTrak", on_request=True),
+    GradientMethod("grad_dot", "dsm", by="GradDot", on_request=True),
+    GradientMethod("grad_cos", "dsm", by="GradCos", on_request=True),
+    GradientMethod("relative_influence", "dsm", by="RelatIF", on_request=True),
 ):
     RANKERS.add(method.name, method)
-RANKERS.add("ekfac", NoStoreMethod("curvature", "EkfacRanker"))
-RANKERS.add("abu", NoStoreMethod("unlearning", "Abu"))
+RANKERS.add("ekfac", NoStoreMethod("ekfac", "EkfacAttributor"))
+RANKERS.add("abu", NoStoreMethod("unlearning", "AbU"))
 RANKERS.add("abu_plus", NoStoreMethod("unlearning", "AbuPlus"))
-RANKERS.add("mucs", NoStoreMethod("unlearning", "Mucs"))
+RANKERS.add("mucs", NoStoreMethod("unlearning", "MUCS"))

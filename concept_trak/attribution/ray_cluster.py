@@ -34,7 +34,7 @@ from .preflight import ROW_STAGES, duration
 from .ray_tasks import ClusterStatus, RayExecutor, cluster, refuse_without_ray
 
 if TYPE_CHECKING:
-    from .attribution_task import AttributionTask
+    from .task import AttributionTask
 
 SAY_SECONDS = 30.0  # between two lines of progress where there is no bar
 LOCK_SECONDS = 2.0  # before a shard that another process is finishing is asked for again
@@ -113,7 +113,7 @@ def _task(settings: Settings, name: str) -> AttributionTask:
     That the pictures are the store's is not asked of each worker: it would read all of them.
     """
     from ..models.device import pick_device
-    from .attribution_task import AttributionTask
+    from .task import AttributionTask
 
     attribution_task = AttributionTask(settings, pick_device(settings.device, settings.gpu_id))
     attribution_task.data.apart = True
@@ -243,7 +243,7 @@ def prepared(settings: Settings) -> Path:
 
 
 def _prepare(settings: Settings, level: int) -> Path:
-    from .attribution_task import AttributionTask
+    from .task import AttributionTask
     from .reuse import find_reusable
     from .train_grad import create_store
 

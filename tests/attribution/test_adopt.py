@@ -153,7 +153,7 @@ def test_adopted_release_answers_only_to_its_own_mask(tmp_path):
 
 def test_adoption_is_done_once_and_then_compared(tmp_path, monkeypatch):
     first = adopt_release(write_artifact(tmp_path, mask("a100")), K, layout=LAYOUT)
-    monkeypatch.setattr(import_release, "recognise", None)
+    monkeypatch.setattr(import_release, "identify_mask", None)
     for stated in ("auto", "a100"):
         assert adopt_release(tmp_path, K, stated, LAYOUT).store_id == first.store_id
     with pytest.raises(UserError, match="=t4 but these train gradients were made with the mask a1"):

@@ -322,8 +322,8 @@ def test_mucs_stops_at_the_loss_of_predicting_nothing(task, questions, monkeypat
 
 
 def test_every_step_is_ranked_at_and_the_curvature_is_fitted_once(task, questions, monkeypatch):
-    fits, fit = [], unlearning.fitted
-    monkeypatch.setattr(unlearning, "fitted", lambda *given: fits.append(1) or fit(*given))
+    fits, fit = [], unlearning.fit_ekfac
+    monkeypatch.setattr(unlearning, "fit_ekfac", lambda *given: fits.append(1) or fit(*given))
     values = swept(RANKERS.get("abu_plus")(task), questions)
     assert len(values) == len(AbuPlus.candidates) and fits == [1]
     for candidate, value in zip(AbuPlus.candidates, values, strict=True):

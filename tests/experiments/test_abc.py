@@ -319,8 +319,10 @@ def test_numbers_are_lists_and_ranges():
 @pytest.fixture
 def kept(attribution_task, tmp_path, monkeypatch):
     """changes of the settings -> (exemplar rows of a task, number of rows that were computed)."""
-    made, compute = [], evaluate.make_rows
-    monkeypatch.setattr(evaluate, "make_rows", lambda *a: made.append(len(a[1])) or compute(*a))
+    made, compute = [], evaluate.compute_gradients
+    monkeypatch.setattr(
+        evaluate, "compute_gradients", lambda *a: made.append(len(a[1])) or compute(*a)
+    )
     (tmp_path / "tasks.json").parent.mkdir(exist_ok=True)
     tasks.write_tasks(Path(attribution_task.settings.data_dir), tmp_path / "tasks.json")
     task = tasks.read_tasks(tmp_path / "tasks.json")[0]

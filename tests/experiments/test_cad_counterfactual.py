@@ -98,7 +98,7 @@ def test_the_table_is_that_of_its_cells_and_is_made_once(
         raise AssertionError("made again")
 
     monkeypatch.setattr(train, "loss_of_step", never)
-    monkeypatch.setattr(counterfactual, "scores_of", never)
+    monkeypatch.setattr(counterfactual, "attribute_components", never)
     assert cli.main(["cad-counterfactual", *flags]) == 0
     assert (
         json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line

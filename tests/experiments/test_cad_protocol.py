@@ -277,7 +277,7 @@ def test_nudity_counts_detections_above_the_threshold(given, capsys, monkeypatch
     class Package:
         NudeDetector = Detector
 
-    monkeypatch.setattr(nudity, "need", lambda _: Package)
+    monkeypatch.setattr(nudity, "require", lambda _: Package)
     assert main(given, protocol="nudity", seeds_per_prompt=1) == 0
     line = line_of(capsys)
     _, *sides = pairs(given)

@@ -80,7 +80,7 @@ def test_the_table_is_that_of_its_cells_and_is_made_once(flags, tmp_path, capsys
         raise AssertionError("made again")
 
     monkeypatch.setattr(trainer, "loss_of_step", never)
-    monkeypatch.setattr(amplify_rare, "scores_of", never)
+    monkeypatch.setattr(amplify_rare, "attribute_components", never)
     assert cli.main(["cad-rare", *flags]) == 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line
 

@@ -112,7 +112,7 @@ def test_among_dampings_within_a_standard_error_the_largest_is_chosen():
 
 def test_caption_overlap_is_the_share_of_the_concepts_words():
     captions = ["a red cat in the style of blob", "a dog", "a cat"]
-    assert baselines.overlap("a red cat", captions).tolist() == [1.0, 0.0, 0.5]
+    assert baselines.caption_overlap("a red cat", captions).tolist() == [1.0, 0.0, 0.5]
 
 
 def test_distances_are_euclidean():

@@ -228,7 +228,7 @@ def test_without_a_network_the_estimate_names_the_proxy_at_once(
 
 def test_offline_mode_is_respected(own, no_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "refuse_offline", None)
+    monkeypatch.setattr(hub, "check_reachable", None)
     with pytest.raises(UserError, match="no such folder: owner/name, and HF_HUB_OFFLINE"):
         preflight.estimate_own_data(own("owner/name"))
 
@@ -268,7 +268,7 @@ def served(no_cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr(hub, "refuse_offline", lambda *_: None)
+    monkeypatch.setattr(hub, "check_reachable", lambda *_: None)
     return source, fetched
 
 

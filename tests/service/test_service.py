@@ -952,7 +952,9 @@ def test_who_reads_the_address_can_connect_at_once(task, tmp_path, monkeypatch, 
         desk.close()
 
     monkeypatch.setattr(command, "run", run)
-    monkeypatch.setattr(command, "Corpus", lambda settings, device: task.with_settings(settings))
+    monkeypatch.setattr(
+        command, "AttributionTask", lambda settings, device: task.with_settings(settings)
+    )
     given = {"results_dir": str(tmp_path), "listen_port": 0, "queue_length": 7}
     command.serve(task.settings.but(**given), "cpu")
     assert connected == [7]

@@ -353,7 +353,7 @@ from experiments.abc.download import hub, transfer
 hub.CHUNK = 100
 cli.VERBS, of_experiments.VERBS = {}, {}
 of_experiments.COMMANDS = ("abc.download.command",)
-write, calls = transfer.write_all, []
+write, calls = transfer.write_fully, []
 
 def dying(fd, data):
     calls.append(fd)
@@ -361,7 +361,7 @@ def dying(fd, data):
     if len(calls) == 25:
         os.kill(os.getpid(), signal.SIGKILL)
 
-transfer.write_all = dying
+transfer.write_fully = dying
 cli.main(sys.argv[1:])
 """
 
@@ -432,7 +432,7 @@ def test_a_full_disk_is_one_line(abc, server, capfd, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.abc.download.transfer.write_all", full)
+        patch.setattr("experiments.abc.download.transfer.write_fully", full)
         assert "the disk is full" in refused(capfd, abc, "fisher")
     with monkeypatch.context() as patch:
         patch.setattr(py7zr.SevenZipFile, "extractall", full)

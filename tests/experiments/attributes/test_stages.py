@@ -69,7 +69,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(made, monkeypatch):
 
     monkeypatch.setattr(score_cache, "compute", no)
     monkeypatch.setattr(training, "loss_of_step", no)
-    monkeypatch.setattr("experiments.attributes.queries.generated", no)
+    monkeypatch.setattr("experiments.attributes.queries.generate", no)
     again = bench_at(bench.own.work)
     assert command.result_of(again, "all") == found
 

@@ -66,7 +66,7 @@ class Bench:
         model = small_model.build(self.like, TINY, 0)
         model.network.double(), model.pipe.text_encoder.double()
         params, chosen = small_model.parameters(model), select(model.network, CHOSEN)
-        progress = replay.Progress(params, self.run)
+        progress = replay.TrainingState(params, self.run)
         shape = (len(self.train),)
         m, theta, ema = (
             {c.name: torch.zeros(*shape, *c.weight.shape).double() for c in chosen}
