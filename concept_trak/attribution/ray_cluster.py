@@ -243,8 +243,8 @@ def prepared(settings: Settings) -> Path:
 
 
 def _prepare(settings: Settings, level: int) -> Path:
-    from .task import AttributionTask
     from .reuse import find_reusable
+    from .task import AttributionTask
     from .train_grad import create_store
 
     VERBOSITY["level"] = level
