@@ -81,7 +81,11 @@ def test_the_example_of_the_readme_runs_from_python_in_an_empty_folder(fresh, tm
     (tmp_path / "data").symlink_to(REPO / "data")  # its paths are those of the repository
     [example] = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
     told = run(fresh / "python", "-c", example, cwd=tmp_path, HF_HUB_OFFLINE="1")
-    lines = told.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["1", "2", "3", "4", "5"]
-    assert sum("rocket" in line for line in lines[:5]) >= 4, told
-    assert (tmp_path / lines[5]).is_file() and (tmp_path / "edited.png").is_file()
+    ranked = re.findall(r"^(\d) (\S+) (.*)$", told, re.M)
+    assert [rank for rank, _, _ in ranked] == ["1", "2", "3", "4", "5"]
+    assert sum("rocket" in caption for *_, caption in ranked) >= 4, told
+    assert [float(s) for _, s, _ in ranked] == sorted(
+        (float(s) for _, s, _ in ranked), reverse=True
+    )
+    [page] = re.findall(r"^.*report.html$", told, re.M)
+    assert (tmp_path / page).is_file() and (tmp_path / "edited.png").is_file()
