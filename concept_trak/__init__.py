@@ -1,6 +1,7 @@
 """Concept attribution for diffusion models: which training images taught a concept."""
 
 import os
+from typing import Any
 
 # Read by the libraries when they are imported: their notes on optional packages would bury our one
 # line for a user's mistake.
@@ -21,3 +22,14 @@ LAYERS = (
     "report",
     "service",
 )
+
+__all__ = ["Answer", "Attributor", "ConceptEdit"]
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, loaded when it is asked for: it needs torch, and a help text does not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
+
+    return getattr(api, name)

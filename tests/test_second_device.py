@@ -21,9 +21,10 @@ from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.objectives import concept_cotangent, train_gradients
 from concept_trak.gradients.projection import make_projection
 from concept_trak.gradients.projectors import Projection, ProjectionSpec
+from concept_trak.gradients.sample_grads import module_layout
 from concept_trak.gradients.state import State, rebatch
 from concept_trak.gradients.states import QueryStart, QueryTimesteps, TrainBatch, query_states_of
-from concept_trak.gradients.vjp import PerSampleVjp, module_layout
+from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import DdimNoise, GuidedDenoiser, ddim_sample
 from concept_trak.models.denoiser import NetworkDenoiser

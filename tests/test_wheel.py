@@ -3,6 +3,7 @@ fresh environment, without the checkout's code.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,3 +75,17 @@ def test_the_installed_command_attributes_from_an_empty_folder(fresh, tmp_path):
     [report] = results.rglob("report.html")
     assert report.stat().st_size > 10_000 and os.path.relpath(report, folder) in told
     assert not list(folder.iterdir())
+
+
+def test_the_example_of_the_readme_runs_from_python_in_an_empty_folder(fresh, tmp_path):
+    (tmp_path / "data").symlink_to(REPO / "data")  # its paths are those of the repository
+    [example] = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+    told = run(fresh / "python", "-c", example, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    ranked = re.findall(r"^(\d) (\S+) (.*)$", told, re.M)
+    assert [rank for rank, _, _ in ranked] == ["1", "2", "3", "4", "5"]
+    assert sum("rocket" in caption for *_, caption in ranked) >= 4, told
+    assert [float(s) for _, s, _ in ranked] == sorted(
+        (float(s) for _, s, _ in ranked), reverse=True
+    )
+    [page] = re.findall(r"^.*report.html$", told, re.M)
+    assert (tmp_path / page).is_file() and (tmp_path / "edited.png").is_file()

@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from ..gradients.compute import Cotangent
+from ..gradients.sample_grads import DenseGrad, OuterProductGrad
 from ..gradients.state import State
 from ..gradients.states import train_states_of
-from ..gradients.vjp import DenseGrad, OuterProductGrad, PerSampleVjp
+from ..gradients.vjp import PerSampleVjp
 from ..models.denoiser import Denoiser
 from ..parsing import parse_memory
 from ..registry import OBJECTIVES

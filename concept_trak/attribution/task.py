@@ -90,16 +90,17 @@ class ImageFolderData:
 
 
 class AttributionTask:
-    """A model, its training data and the settings they are used under.
+    """A model, its training data and the settings they are used under. model: one that is loaded
+    already, in place of SD_MODEL_PATH.
 
     Attributes: data, a FolderData or `datasets.encoded.EncodedData`: `len(data)`,
     `data.batch(rows)`, `data.content_hash()`, `data.digests()`, `data.shown_hash()`.
     """
 
-    def __init__(self, settings: Settings, device: str) -> None:
+    def __init__(self, settings: Settings, device: str, model: TextToImage | None = None) -> None:
         s, self.device = settings, device
         self.settings = settings
-        self.model = load_model(s.sd_model_path, device, s.dtype, s.lora_path)
+        self.model = model or load_model(s.sd_model_path, device, s.dtype, s.lora_path)
         if (Path(s.data_dir) / encoded.LATENTS).exists():
             self.data = encoded.EncodedData(s.data_dir, self.model, s.num_train)
         else:

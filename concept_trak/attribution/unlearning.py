@@ -27,9 +27,10 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..gradients.select import select_parameters
 from ..gradients.state import State
 from ..gradients.states import draw_noise, train_states_of
-from ..gradients.vjp import PerSampleVjp, select_parameters
+from ..gradients.vjp import PerSampleVjp
 from ..models.condition import Condition
 from ..models.ddim import q_sample
 from ..registry import OBJECTIVES

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from ..gradients.compute import Cotangent
+from ..gradients.sample_grads import DenseGrad, OuterProductGrad
 from ..gradients.state import State
-from ..gradients.vjp import DenseGrad, OuterProductGrad, PerSampleVjp
+from ..gradients.vjp import PerSampleVjp
 from ..models.denoiser import Denoiser
 from .objective import ComponentObjective
 from .parameter_groups import Component

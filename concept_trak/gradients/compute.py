@@ -39,7 +39,7 @@ class ProjectedGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class GradientComputer:
-    """Whose gradient, in which parameters (`vjp.select_parameters`), projected and normed how."""
+    """Whose gradient, in which parameters (`select_parameters`), projected and normed how."""
 
     denoiser: Denoiser
     projection: Projection

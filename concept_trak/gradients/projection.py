@@ -36,7 +36,7 @@ from ..errors import UserError
 from ..settings import PROJECTIONS, Settings
 from .external_projectors import ExternalProjection, refuse_large_buffer
 from .projectors import KINDS, Projection, ProjectionSpec
-from .vjp import DenseGrad, OuterProductGrad, module_layout
+from .sample_grads import DenseGrad, OuterProductGrad, module_layout
 
 Shapes = list[tuple[int, ...]]  # of the tensors of one module, in coordinate order
 
@@ -95,8 +95,8 @@ class LoGra(Projection):
 class BlockwiseProjection(Projection):
     """A projection of its own for each module, their features side by side.
 
-    layout: the shapes of each module's tensors (`vjp.module_layout`). separate: whether the modules
-    are blocks (`widths`).
+    layout: the shapes of each module's tensors (`sample_grads.module_layout`). separate:
+    whether the modules are blocks (`widths`).
     """
 
     def __init__(self, spec: ProjectionSpec, layout: list[Shapes], separate: bool) -> None:
@@ -155,8 +155,8 @@ class Options:
 
     mask (random_mask only): "portable" or "auto", the CPU's generator, or the GPU (a key of
     cuda_mask.GPUS) whose draw to rebuild. layout: the shapes of each module's tensors
-    (`vjp.module_layout`), for a projection module by module; logra needs it. separate: let the
-    modules be blocks of their own, see `Projection`. nonzeros: see `ProjectionSpec`. backend:
+    (`sample_grads.module_layout`), for a projection module by module; logra needs it. separate: let
+    the modules be blocks of their own, see `Projection`. nonzeros: see `ProjectionSpec`. backend:
     "own", or the library that projects (external_projectors.py).
     """
 

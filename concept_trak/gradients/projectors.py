@@ -12,7 +12,7 @@ import torch
 
 from ..errors import UserError
 from .cuda_mask import generator_name, gpu_mask
-from .vjp import DenseGrad, OuterProductGrad
+from .sample_grads import DenseGrad, OuterProductGrad
 
 # Columns drawn from one seed: the block size of dattri and trak, part of what their seed means.
 COLUMN_BLOCK = 100

@@ -18,245 +18,20 @@ of batch once against autograd.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import UserError
-
-
-def select_parameters(
-    module: nn.Module, layer: str | Callable[[str], bool]
-) -> dict[str, nn.Parameter]:
-    """Parameters whose name contains `layer` ("" selects all, "attn2.to_k|attn2.to_v" either), or
-    for which it returns True.
-
-    The order is that of `named_parameters`, which is the coordinate order of the projection; a
-    parameter of several names has the first and is selected by any. UserError if none matches. In a
-    model with a LoRA a string means what it means without it: the base weights, in the same order.
-    Only an alternative that contains "lora" selects the LoRA's: "lora" all of them,
-    "to_k.lora|to_v.lora" those of keys and values, "attn2|lora" both kinds.
-    """
-    match = (
-        layer
-        if callable(layer)
-        else lambda name: any(_names(part, name) for part in layer.split("|"))
-    )
-    every = list(module.named_parameters(remove_duplicate=False))
-    wanted = {id(p) for name, p in every if match(name)}
-    chosen = {name: p for name, p in module.named_parameters() if id(p) in wanted}
-    if not chosen:
-        kinds = sorted(
-            {part for name, _ in every for part in name.split(".")[:-1] if not part.isdigit()}
-        )
-        raise UserError(
-            f"LAYER={layer!r} matches no parameter of the model; set LAYER to one of "
-            f"{', '.join(kinds)}"
-        )
-    return chosen
-
-
-def _names(part: str, name: str) -> bool:
-    """Whether an alternative of `select_parameters` selects a name; peft calls the layer it wraps
-    `base_layer`.
-    """
-    return part in name.replace(".base_layer.", ".") and (".lora_" not in name or "lora" in part)
-
-
-@dataclass
-class OuterProductGrad:
-    """Per-sample gradient of one weight matrix as sum_p delta[b, p, :] (x) a[b, p, :]; delta [B, P,
-    out], a [B, P, in].
-    """
-
-    offset: int  # of this parameter's first coordinate
-    delta: torch.Tensor
-    a: torch.Tensor
-
-    @property
-    def numel(self) -> int:
-        return self.delta.shape[-1] * self.a.shape[-1]
-
-    def dense(self) -> torch.Tensor:
-        """[B, out * in] float32."""
-        return torch.bmm(self.delta.transpose(1, 2), self.a).flatten(1)
-
-    def sq_norm(self) -> torch.Tensor:
-        """[B] squared Frobenius norms, by whichever of the two routes costs less."""
-        positions, out, inp = self.delta.shape[1], self.delta.shape[2], self.a.shape[2]
-        if positions * (out + inp) < out * inp:
-            return (
-                torch.bmm(self.delta, self.delta.transpose(1, 2))
-                * torch.bmm(self.a, self.a.transpose(1, 2))
-            ).sum((1, 2))
-        return self.dense().square().sum(1)
-
-    def total(self, weight: torch.Tensor) -> torch.Tensor:
-        """[out * in]: the sum over samples, weighted by `weight` [B]."""
-        delta = self.delta * weight[:, None, None]
-        return (delta.flatten(0, 1).T @ self.a.flatten(0, 1)).flatten()
-
-    def gather(self, index: torch.Tensor) -> torch.Tensor:
-        """[B, m] the entries at flat positions `index` [m]."""
-        row, column = index // self.a.shape[-1], index % self.a.shape[-1]
-        return (self.delta[:, :, row] * self.a[:, :, column]).sum(1)
-
-
-@dataclass
-class DenseGrad:
-    """Per-sample gradient of a small parameter (bias, norm, embedding): values [B, n]."""
-
-    offset: int
-    values: torch.Tensor
-
-    @property
-    def numel(self) -> int:
-        return self.values.shape[1]
-
-    def dense(self) -> torch.Tensor:
-        return self.values
-
-    def sq_norm(self) -> torch.Tensor:
-        return self.values.square().sum(1)
-
-    def total(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight @ self.values
-
-    def gather(self, index: torch.Tensor) -> torch.Tensor:
-        return self.values[:, index]
-
-
-# What a rule yields: ("weight", (delta [B, P, out], a [B, P, in])) or (name, values [B, n]).
-Factors = Iterator[tuple[str, Any]]
-
-
-def _linear(module: nn.Linear, a: torch.Tensor, delta: torch.Tensor) -> Factors:
-    delta, a = (x.flatten(1, -2) if x.dim() > 2 else x[:, None] for x in (delta, a))
-    yield "weight", (delta, a)
-    yield "bias", delta.sum(1)
-
-
-def _conv(module: Any, a: torch.Tensor, delta: torch.Tensor) -> Factors:
-    patches, delta = _patches(module, a), delta.flatten(2).transpose(1, 2)
-    if module.groups == 1:
-        yield "weight", (delta, patches)
-    else:  # an outer product a group
-        delta, patches = (x.unflatten(2, (module.groups, -1)) for x in (delta, patches))
-        yield "weight", torch.einsum("bpgo,bpgi->bgoi", delta, patches).flatten(1)
-        delta = delta.flatten(2)
-    yield "bias", delta.sum(1)
-
-
-def _patches(module: Any, a: torch.Tensor) -> torch.Tensor:
-    """[B, P, channels * kernel]: what each output position of a convolution sees."""
-    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
-        if not isinstance(module.padding, str):  # the common case by the faster kernel
-            shape = module.kernel_size, module.dilation, module.padding, module.stride
-            return F.unfold(a, *shape).transpose(1, 2)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    a = F.pad(a, module._reversed_padding_repeated_twice, mode)
-    axes = zip(module.kernel_size, module.dilation, module.stride, strict=True)
-    for axis, (size, dilation, stride) in enumerate(axes, 2):
-        a = a.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    a = a.flatten(2, len(module.kernel_size) + 1)  # [B, channels, P, *kernel]
-    return a.transpose(1, 2).flatten(2)
-
-
-def _norm(module: nn.Module, a: torch.Tensor, delta: torch.Tensor) -> Factors:
-    if isinstance(module, nn.GroupNorm):
-        x_hat, dims = F.group_norm(a, module.num_groups, eps=module.eps), tuple(range(2, a.dim()))
-    else:
-        norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
-        x_hat = norm(a, module.normalized_shape, eps=module.eps)
-        dims = tuple(range(1, a.dim() - len(module.normalized_shape)))
-
-    def total(x: torch.Tensor) -> torch.Tensor:
-        return (x.sum(dims) if dims else x).flatten(1)
-
-    yield "weight", total(delta * x_hat)
-    yield "bias", total(delta)
-
-
-def _embedding(module: nn.Embedding, index: torch.Tensor, delta: torch.Tensor) -> Factors:
-    batch, width = delta.shape[0], delta.shape[-1]
-    rows = torch.zeros(batch, module.num_embeddings, width, device=delta.device)
-    flat = index.reshape(batch, -1, 1).expand(-1, -1, width)
-    rows.scatter_add_(1, flat, delta.reshape(batch, -1, width))
-    if module.padding_idx is not None:
-        rows[:, module.padding_idx] = 0
-    yield "weight", rows.flatten(1)
-
-
-def _any(module: nn.Module, a: torch.Tensor, delta: torch.Tensor) -> Factors:
-    """Any small module of one input: its own VJP, of all samples at once."""
-    own = _Bare(module).named_parameters()
-    params = {name: p.detach().float() for name, p in own}
-
-    def of_sample(one: torch.Tensor, by: torch.Tensor) -> dict[str, torch.Tensor]:
-        def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
-            return torch.func.functional_call(_Bare(module), values, (one[None],))[0]
-
-        return torch.func.vjp(run, params)[1](by)[0]
-
-    try:
-        found = torch.func.vmap(of_sample)(a, delta)
-    except RuntimeError as error:
-        raise UserError(
-            f"{type(module).__name__} cannot be differentiated a sample at a time; choose another "
-            "LAYER"
-        ) from error
-    for name, value in found.items():
-        yield name.removeprefix("bare."), value.flatten(1)
-
-
-class _Bare(nn.Module):
-    """A module without its hooks."""
-
-    def __init__(self, bare: nn.Module) -> None:
-        super().__init__()
-        self.bare = bare
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the module's own forward makes of x."""
-        return self.bare.forward(x)
-
-
-CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
-RULES: dict[type[nn.Module], Callable[..., Factors]] = {
-    nn.Linear: _linear,
-    **dict.fromkeys(CONVOLUTIONS, _conv),
-    nn.GroupNorm: _norm,
-    nn.LayerNorm: _norm,
-    nn.RMSNorm: _norm,
-    nn.Embedding: _embedding,
-}
-SMALL = 2**20  # parameters of a module without a rule of its own: their rows are dense
-
-
-def rule_of(module: nn.Module) -> Callable[..., Factors] | None:
-    """What makes the rows of a module's own weight and bias; None where nothing does.
-
-    A class that inherits from one of RULES and computes something else has, where it is small, what
-    any small module has.
-    """
-    own = dict(module.named_parameters(recurse=False))
-    kind = next((k for k in RULES if isinstance(module, k)), None)
-    if not all(p.is_floating_point() for p in own.values()):
-        return None
-    if kind and type(module).forward is kind.forward and own.keys() <= {"weight", "bias"}:
-        return RULES[kind]
-    if sum(p.numel() for p in own.values()) <= SMALL and not list(module.children()):
-        return _any
-    return RULES[kind] if kind else None
+from .layer_rules import CONVOLUTIONS, Factors, differentiated, rule_of
+from .sample_grads import DenseGrad, OuterProductGrad
+from .select import select_parameters
 
 
 class _Call(NamedTuple):
@@ -380,7 +155,7 @@ class PerSampleVjp:
                 return
             given = [x for x in (*args, *kwargs.values()) if x is not None]
             tensors = [x for x in given if isinstance(x, torch.Tensor)]
-            alone = self._owners[prefix][1] is not _any or len(given) == 1
+            alone = self._owners[prefix][1] is not differentiated or len(given) == 1
             if not (alone and tensors and isinstance(output, torch.Tensor)):
                 raise UserError(
                     f"{prefix} ({type(module).__name__}) has no rule for what it is called with; "
@@ -551,14 +326,3 @@ def _by_sample(prefix: str, value: Any, samples: int, batch: int) -> list:
         return list(zip(*parts, strict=True))
     each = value.reshape(kinds, samples, -1, value.shape[-1])
     return list((each[:, :, 0] if each.shape[2] == 1 else each.sum(2)).unbind())
-
-
-def module_layout(parameters: dict[str, nn.Parameter]) -> list[list[tuple[int, ...]]]:
-    """Shapes of the selected parameters, those of one module together, in coordinate order."""
-    owners = itertools.groupby(parameters, key=lambda name: name.rpartition(".")[0])
-    return [[tuple(parameters[name].shape) for name in names] for _, names in owners]
-
-
-def dense(grads: list) -> torch.Tensor:
-    """[B, P] concatenated; for tests and small models only."""
-    return torch.cat([g.dense() for g in grads], 1)

@@ -69,11 +69,7 @@ def check_kind(folder: Path, source: str) -> None:
     """UserError naming what a model of another kind would need, or which value cannot be."""
     mend = restore_hint(source)
     index = read_json(folder / INDEX, mend)
-    name = index.get("_class_name")
-    if name not in FITTING:
-        reasons = (text for start, text in MISSING.items() if str(name).startswith(start))
-        reason = next(reasons, "needs inputs or rules that are not known here")
-        raise UserError(f"{source} is a {name}, {reason}; {REMEDY}")
+    check_class(index.get("_class_name"), source)
     for part, (library, known) in PARTS.items():
         given = index.get(part)
         if not isinstance(given, list) or list(map(type, given)) != [str, str]:
@@ -81,18 +77,33 @@ def check_kind(folder: Path, source: str) -> None:
         if given[0] != library or not re.fullmatch(known, given[1]):
             refuse_class(source, part, given[1])
     files = {part: folder / part / "config.json" for part in ("unet", "vae", "text_encoder")}
-    configs = {part: Config(source, part, read_json(path, mend)) for part, path in files.items()}
+    files["scheduler"] = folder / "scheduler/scheduler_config.json"
+    check_configs({part: read_json(path, mend) for part, path in files.items()}, source)
+
+
+def check_class(name: Any, source: str) -> None:
+    """UserError naming what a pipeline of this class would need, where it does not fit."""
+    if name not in FITTING:
+        reasons = (text for start, text in MISSING.items() if str(name).startswith(start))
+        reason = next(reasons, "needs inputs or rules that are not known here")
+        raise UserError(f"{source} is a {name}, {reason}; {REMEDY}")
+
+
+def check_configs(values: dict[str, dict[str, Any]], source: str) -> None:
+    """UserError for a value that cannot be, in the configurations of unet, vae, text_encoder and
+    scheduler.
+    """
+    configs = {part: Config(source, part, said) for part, said in values.items()}
     for part in ("unet", "vae"):
         name = configs[part].values.get("_class_name")
         if name not in (None, PARTS[part][1]):
             refuse_class(source, part, str(name))
-    for part, config in configs.items():
-        check_config_sizes(config.values, f"{source}, {part}")
+    for part in ("unet", "vae", "text_encoder"):
+        check_config_sizes(configs[part].values, f"{source}, {part}")
     _check_unet(configs["unet"])
     _check_vae(configs["vae"], configs["unet"])
     _check_text_encoder(configs["text_encoder"], configs["unet"])
-    path = folder / "scheduler/scheduler_config.json"
-    _check_scheduler(Config(source, "scheduler", read_json(path, mend)))
+    _check_scheduler(configs["scheduler"])
 
 
 def refuse_class(source: str, part: str, name: str) -> NoReturn:

@@ -62,6 +62,17 @@ def config_hash(pipe: Any, parts: Iterable[str] = PARTS) -> str:
     return hash_of(said)
 
 
+def loaded_configs(pipe: Any) -> dict[str, dict[str, Any]]:
+    """{part: its configuration, JSON} of a pipeline in memory, whatever it was loaded from."""
+    parts = {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder", "scheduler")}
+    found = {}
+    for name, part in parts.items():
+        config = part.config
+        said = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        found[name] = _deciding(json.loads(json.dumps(said, default=str)))
+    return found
+
+
 def hash_of(value: Any) -> str:
     """sha256 hex of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -76,4 +87,8 @@ def _read_config(path: Path) -> Any:
     said = read_json(path, restore_hint(path), object)
     if not isinstance(said, dict):
         return said
+    return _deciding(said)
+
+
+def _deciding(said: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in said.items() if not k.startswith("_") and k not in IGNORED_KEYS}

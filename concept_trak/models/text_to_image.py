@@ -14,15 +14,17 @@ from torch import nn
 
 from ..errors import UserError, script_hint
 from .condition import Condition
+from .config_check import check_class, check_configs
 from .denoiser import NetworkDenoiser
-from .hashing import COMMITTED, ENCODERS, config_hash, hash_of, weights_hash
+from .hashing import COMMITTED, ENCODERS, config_hash, hash_of, loaded_configs, weights_hash
 from .lora import load_lora
 from .model_files import side_of
-from .pipelines import open_pipeline
+from .pipelines import check_tokenizer, open_pipeline, refuse_schedule, told_of
 from .schedule import VariancePreserving
 
 TRAIN_TOKEN = f"train it again (3,000 steps of the model): {script_hint('abc/run_ti.sh')}"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TextToImage(NetworkDenoiser):
@@ -208,7 +210,6 @@ def load_pipeline(
     UserError as `pipelines.open_pipeline` and `pipelines.load_lora` raise it, or for an unknown
     dtype.
     """
-    from diffusers.models.attention_processor import AttnProcessor
 
     if dtype not in DTYPES:
         raise UserError(f"DTYPE={dtype!r} is unknown; set DTYPE to one of {', '.join(DTYPES)}")
@@ -219,7 +220,33 @@ def load_pipeline(
     whole = TextToImage(pipe, source)
     if dtype == "bf16":
         whole.identity(), whole.encoder_hash()
-    pipe.to(device, *([DTYPES[dtype]] if whole.hashes else []))
+    return frozen(pipe, source, device, DTYPES[dtype] if whole.hashes else None, whole.hashes)
+
+
+def from_pipeline(pipe: Any, device: str = "cpu") -> TextToImage:
+    """A loaded `StableDiffusionPipeline` in the dtype that it has, moved to `device` and frozen.
+
+    UserError for a pipeline of another kind, as for a folder.
+    """
+    source = str(getattr(pipe, "name_or_path", "") or "the given pipeline")
+    check_class(type(pipe).__name__, source)
+    configs = loaded_configs(pipe)
+    check_configs(configs, source)
+    with told_of(source, "scheduler"):
+        refuse_schedule(pipe.scheduler)
+    with told_of(source, "tokenizer"):
+        check_tokenizer(pipe.tokenizer, pipe.text_encoder)
+    words = {"tokenizer": sorted(pipe.tokenizer.get_vocab().items())}
+    return frozen(pipe, source, device, None, {"reading": hash_of(configs | words)})
+
+
+def frozen(
+    pipe: Any, source: str, device: str, dtype: torch.dtype | None, hashes: dict[str, str]
+) -> TextToImage:
+    """A pipeline on its device, without gradients of its own parameters."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipe.to(device, *([] if dtype is None else [dtype]))
     if torch.device(device).type == "cpu":
         # On the CPU the fused attention's backward is several times slower than the plain one at
         # these sizes.
@@ -230,4 +257,4 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.eval().requires_grad_(False)
-    return TextToImage(pipe, source, whole.hashes)
+    return TextToImage(pipe, source, hashes)

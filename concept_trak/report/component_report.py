@@ -137,13 +137,16 @@ def _labelled(root: str) -> ImageCaptionDataset | None:
 
 
 class ComponentRun:
-    """A model with the edits of EDITS on it, and what is asked of its weights."""
+    """A model with the edits of EDITS on it, and what is asked of its weights.
 
-    def __init__(self, settings: Settings, device: str) -> None:
+    model: in float32, in place of SD_MODEL_PATH.
+    """
+
+    def __init__(self, settings: Settings, device: str, model: TextToImage | None = None) -> None:
         self.settings, self.words = settings, concept_prompts(settings)
         s = settings
         edits = [load_edit(path) for path in split_list(s.edits)] if s.edits else []
-        self.model: TextToImage = load_pipeline(s.sd_model_path, device, "fp32", s.lora_path)
+        self.model = model or load_pipeline(s.sd_model_path, device, "fp32", s.lora_path)
         self.among: list[Component] = select(self.model.network, s.selection)
         self.edited = EditedNetwork(self.model.network)
         for edit in edits:

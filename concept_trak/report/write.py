@@ -50,13 +50,23 @@ QUERY_SETTINGS = (
 
 
 def attribute(task: AttributionTask, store: Store | None = None) -> Path:
-    """Answer the settings of `task` and write it; returns the path of report.html. store: see
-    `answer`.
+    """Answer the settings of `task` and write it; returns the path of report.html. See `ask`."""
+    found, kept = ask(task, store)
+    weights: list[ConceptWeights] = []
+    if task.settings.weights:
+        from .component_section import of_concepts  # diffusion, which a page does without
+
+        weights = of_concepts(task)
+    return write_answer(found, task.settings, kept, weights)
+
+
+def ask(task: AttributionTask, store: Store | None = None) -> tuple[AttributionResult, list[Path]]:
+    """(answer to the settings of `task`, files of its query rows). store: see `answer`.
 
     Query rows and the picture are kept beside the answers by what they were made from, so that
     another damping, or another number of pictures, does not make them again.
     """
-    s, kept = task.settings, []
+    s, kept = task.settings, list[Path]()
     force = s.force_recompute_concept_grad
 
     def kept_rows(ranker: GradientAttributor, questions: list[Query]) -> np.ndarray:
@@ -84,13 +94,7 @@ def attribute(task: AttributionTask, store: Store | None = None) -> Path:
         x0 = cached(path, made_from, draw, force, (1, *task.model.latent_shape))
         return drawings[0] if drawings else generate_query_image(task, torch.from_numpy(x0))
 
-    found, weights = answer(task, kept_rows, kept_picture, store), []
-    s = task.settings  # now those of the rows
-    if s.weights:
-        from .component_section import of_concepts  # diffusion, which a page does without
-
-        weights = of_concepts(task)
-    return write_answer(found, s, kept, weights)
+    return answer(task, kept_rows, kept_picture, store), kept
 
 
 def write_answer(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ..errors import UserError
-from ..gradients.vjp import DenseGrad, OuterProductGrad
+from ..gradients.sample_grads import DenseGrad, OuterProductGrad
 
 FULL_BLOCK = 2**13  # numbers of a tensor whose own curvature is kept in full: half a gigabyte
 Grads = Sequence[OuterProductGrad | DenseGrad]  # per-sample gradients of all parameter tensors

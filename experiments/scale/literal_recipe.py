@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.func import functional_call, grad, vmap
 
-from concept_trak.gradients.vjp import select_parameters
+from concept_trak.gradients.select import select_parameters
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import (
     ddim_step,

@@ -45,7 +45,8 @@ from concept_trak.atomic_io import make_folder, write_bytes
 from concept_trak.components.data_influence import ComponentSplitter
 from concept_trak.components.parameter_groups import Component
 from concept_trak.errors import UserError
-from concept_trak.gradients.vjp import OuterProductGrad, rule_of
+from concept_trak.gradients.layer_rules import rule_of
+from concept_trak.gradients.sample_grads import OuterProductGrad
 from concept_trak.store.array_cache import read_npz
 from experiments.training.loop import MAX_NORM, Run, TrainingState, decay_of, learning_rate
 

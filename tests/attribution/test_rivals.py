@@ -13,7 +13,7 @@ from concept_trak.attribution.task import AttributionTask
 from concept_trak.attribution.unlearning import MUCS, AbU, AbuPlus, losses
 from concept_trak.errors import UserError
 from concept_trak.gradients.das_residual import LEVELS, residual
-from concept_trak.gradients.vjp import select_parameters
+from concept_trak.gradients.select import select_parameters
 from concept_trak.models.condition import Condition
 from concept_trak.models.schedule import NoiseLevel
 from concept_trak.registry import RANKERS

@@ -8,9 +8,10 @@ from concept_trak.components.objective import COMPONENT_OBJECTIVES
 from concept_trak.components.parameter_groups import select
 from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.projection import make_projection
+from concept_trak.gradients.sample_grads import module_layout
+from concept_trak.gradients.select import select_parameters
 from concept_trak.gradients.state import State
 from concept_trak.gradients.states import noising_schedule, train_states_of
-from concept_trak.gradients.vjp import module_layout, select_parameters
 from concept_trak.models.condition import Condition
 from concept_trak.registry import OBJECTIVES
 

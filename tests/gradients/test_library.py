@@ -12,8 +12,9 @@ from concept_trak.errors import UserError
 from concept_trak.gradients import external_projectors
 from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.projection import make_projection, projection_for
+from concept_trak.gradients.sample_grads import DenseGrad, OuterProductGrad, dense
 from concept_trak.gradients.states import noising_schedule, train_states_of
-from concept_trak.gradients.vjp import DenseGrad, OuterProductGrad, PerSampleVjp, dense
+from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.condition import Condition
 from concept_trak.registry import OBJECTIVES
 from concept_trak.settings import resolve

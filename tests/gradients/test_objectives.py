@@ -6,9 +6,10 @@ import torch
 from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.objectives import concept_cotangent, contrast, dps, presence
 from concept_trak.gradients.projection import make_projection
+from concept_trak.gradients.sample_grads import dense
 from concept_trak.gradients.state import State
 from concept_trak.gradients.states import noising_schedule, train_states_of
-from concept_trak.gradients.vjp import PerSampleVjp, dense
+from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import predict_x0
 from concept_trak.registry import OBJECTIVES

@@ -12,7 +12,7 @@ from concept_trak.gradients import projectors
 from concept_trak.gradients.cuda_mask import GPUS, gpu_mask
 from concept_trak.gradients.projection import make_projection
 from concept_trak.gradients.projectors import KINDS
-from concept_trak.gradients.vjp import DenseGrad, OuterProductGrad
+from concept_trak.gradients.sample_grads import DenseGrad, OuterProductGrad
 from concept_trak.settings import MASKS, PROJECTIONS
 
 P, K = 3001, 230  # neither divides a block

@@ -10,9 +10,10 @@ from concept_trak.gradients import states as row_states
 from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.objectives import concept_cotangent
 from concept_trak.gradients.projection import make_projection
+from concept_trak.gradients.sample_grads import dense, module_layout
 from concept_trak.gradients.state import rebatch
 from concept_trak.gradients.states import train_states_of
-from concept_trak.gradients.vjp import PerSampleVjp, dense, module_layout
+from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.condition import Condition
 from concept_trak.models.ddim import q_sample
 from concept_trak.registry import OBJECTIVES

@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from concept_trak.errors import UserError
-from concept_trak.gradients import vjp
-from concept_trak.gradients.vjp import PerSampleVjp, dense
+from concept_trak.gradients import layer_rules
+from concept_trak.gradients.sample_grads import dense
+from concept_trak.gradients.vjp import PerSampleVjp
 
 
 class Made(nn.Module):
@@ -376,6 +377,6 @@ def test_rows_of_other_precisions_are_not_taken_for_wrong(dtype):
 
 
 def test_a_module_of_many_numbers_needs_a_rule(monkeypatch):
-    monkeypatch.setattr(vjp, "SMALL", 5)
+    monkeypatch.setattr(layer_rules, "SMALL", 5)
     with pytest.raises(UserError, match="gain.gain .Gain"):
         PerSampleVjp(Made(None, gain=Gain()), "")

@@ -7,8 +7,8 @@ from oracles import vmap_gradients
 from torch import nn
 
 from concept_trak.errors import UserError
-from concept_trak.gradients import vjp as gradients
-from concept_trak.gradients.vjp import PerSampleVjp, dense, module_layout
+from concept_trak.gradients.sample_grads import OuterProductGrad, dense, module_layout
+from concept_trak.gradients.vjp import PerSampleVjp
 
 
 def unet_call(net, x, t, cond):
@@ -97,7 +97,7 @@ def test_norms_and_gathered_entries_equal_those_of_the_dense_gradient():
         torch.testing.assert_close(
             g.gather(index), rows[:, g.offset : g.offset + g.numel][:, index], rtol=1e-4, atol=1e-6
         )
-    positions_few = gradients.OuterProductGrad(0, torch.randn(2, 1, 30), torch.randn(2, 1, 20))
+    positions_few = OuterProductGrad(0, torch.randn(2, 1, 30), torch.randn(2, 1, 20))
     torch.testing.assert_close(positions_few.sq_norm(), positions_few.dense().square().sum(1))
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from concept_trak.errors import UserError
-from concept_trak.gradients.vjp import PerSampleVjp, dense
+from concept_trak.gradients.sample_grads import dense
+from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.class_conditional import (
     NETWORKS,
     Architecture,

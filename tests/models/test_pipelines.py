@@ -15,8 +15,10 @@ from torch import nn
 from concept_trak.errors import UserError
 from concept_trak.gradients.compute import GradientComputer
 from concept_trak.gradients.projection import make_projection
+from concept_trak.gradients.sample_grads import dense
+from concept_trak.gradients.select import select_parameters
 from concept_trak.gradients.states import noising_schedule, train_states_of
-from concept_trak.gradients.vjp import PerSampleVjp, dense, select_parameters
+from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.models.condition import Condition
 from concept_trak.models.denoiser import NetworkDenoiser
 from concept_trak.models.lora import load_lora, lora_files

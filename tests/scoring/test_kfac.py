@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from concept_trak.errors import UserError
-from concept_trak.gradients.vjp import PerSampleVjp, dense
+from concept_trak.gradients.sample_grads import dense
+from concept_trak.gradients.vjp import PerSampleVjp
 from concept_trak.scoring.ekfac import Ekfac
 
 OUT = 3

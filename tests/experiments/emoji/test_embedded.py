@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from concept_trak.gradients.vjp import select_parameters
+from concept_trak.gradients.select import select_parameters
 from experiments.emoji.model import pipeline as embedded
 
 CAPTIONS = ["a cat in the style of openmoji line", "an ice cream in the style of blob"]
