@@ -120,7 +120,7 @@ class Attributor:
         UserError for another aim, and as `ConceptEdit` tells.
         """
         if aim not in ("erase", "amplify"):
-            raise UserError(f"aim={aim!r} is unknown; give erase or amplify")
+            raise UserError(f"aim={aim!r} is unknown; give aim erase or amplify")
         if aim == "amplify" and not {"selection", "ratio"} & settings.keys():
             settings = AMPLIFY | settings
         asked = self._settings(**{"concept": concept, "prompt": concept} | settings)
@@ -145,7 +145,7 @@ class ConceptScores:
     def scores(self) -> np.ndarray:
         """float32 [N]. UserError where an index was searched, which scores candidates only."""
         if self.result.told:
-            raise UserError("search='index' scores candidates only; leave search out for all")
+            raise UserError("search='index' scores candidates only; leave SEARCH out for all")
         return self.result.scores[self._at]
 
     @property
@@ -169,7 +169,7 @@ class ConceptScores:
             values = self._others[method][rows]
         else:
             known = ", ".join([DEFAULT_METHOD, *self._others])
-            raise UserError(f"method={method!r} was not asked; give one of {known}")
+            raise UserError(f"method={method!r} was not asked; give method one of {known}")
         data, found = self.dataset, enumerate(zip(rows, values, strict=True), 1)
         return [Match(n, i, float(v), data.captions[i], data.path(i)) for n, (i, v) in found]
 

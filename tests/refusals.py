@@ -16,11 +16,11 @@ import concept_trak
 from concept_trak.attribution import mask_detection  # noqa: F401 - it has a refusal of its own kind
 from concept_trak.errors import UserError
 
-PACKAGE = Path(concept_trak.__file__).parent
+ROOT = Path(concept_trak.__file__).parent.parent
 MOST = 200  # texts that one part may have
 DEPTH = 14  # steps from a text to where its parts come from
 # functions that return a command line, whatever they are asked
-LINES = {"command", "line_of", "line"}
+LINES = {"command", "command_line", "line"}
 REFUSALS = {"UserError", *(c.__name__ for c in UserError.__subclasses__())}
 Around = tuple[ast.AST, ...]  # a module, and the classes and functions in it
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -28,7 +28,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A refusal: its file below the package and line, the functions around it, the message."""
+    """A refusal: its file and line, the functions around it, the message."""
 
     path: str
     line: int
@@ -61,9 +61,10 @@ class Source:
         self.module_of: dict[ast.AST, str] = {}
         self.home: dict[ast.AST, ast.AST] = {}  # the module of a function
         self.calls: dict[str, list[tuple[ast.Call, tuple[ast.AST, ...]]]] = {}
-        for path in sorted(PACKAGE.rglob("*.py")):
+        trees = (ROOT / "concept_trak", ROOT / "experiments")
+        for path in (p for tree in trees for p in sorted(tree.rglob("*.py"))):
             tree = ast.parse(path.read_text("utf-8"))
-            module = str(path.relative_to(PACKAGE))
+            module = str(path.relative_to(ROOT))
             for node in tree.body:
                 for name, value in bindings(node):
                     self.constants.setdefault(name, {}).setdefault(module, []).append(value)
@@ -83,9 +84,10 @@ class Source:
         if isinstance(node, Function):
             self.functions.setdefault(node.name, {}).setdefault(path, []).append(node)
             self.home[node] = around[0]
-        if isinstance(node, ast.ImportFrom) and node.level:
-            home = (PACKAGE / path).parents[node.level - 1] / (node.module or "").replace(".", "/")
-            name = f"{home}.py".removeprefix(f"{PACKAGE}/")
+        if isinstance(node, ast.ImportFrom):
+            base = (ROOT / path).parents[node.level - 1] if node.level else ROOT
+            home = base / (node.module or "").replace(".", "/")
+            name = f"{home}.py".removeprefix(f"{ROOT}/")
             for alias in node.names:
                 self.imported[path, alias.asname or alias.name] = name, alias.name
         if isinstance(node, ast.Call):
@@ -180,7 +182,7 @@ class Source:
         name = called(node)
         if name in LINES:
             return {"bash scripts/SCRIPT.sh"}
-        if name == "call":
+        if name == "script_hint":
             return {f"bash scripts/{t}" for t in self.texts(node.args[0], around, depth - 1)}
         if name == "format" and isinstance(node.func, ast.Attribute):
             return self.texts(node.func.value, around, depth - 1)

@@ -49,7 +49,9 @@ def test_an_answer_holds_scores_rankings_and_the_image(asked):
         assert [m.index for m in bottom] == np.argsort(scores, kind="stable")[:3].tolist()
         assert top[0].score == scores.max() and top[0].rank == 1
     assert top[0].path.is_file() and any(style in top[0].caption for style in STYLES)
-    with pytest.raises(UserError, match="method='trak' was not asked; give one of concept_trak"):
+    with pytest.raises(
+        UserError, match="method='trak' was not asked; give method one of concept_trak"
+    ):
         cat.top(3, "trak")
 
 
@@ -155,10 +157,10 @@ def picture(size=(8, 8)):
 REFUSED = {
     "number": ([picture()], ["a", "b"], "there are 1 images and 2 captions"),
     "none": ([], [], "there are 0 images"),
-    "captions": ([picture()], None, "images is a list; give captions with it, or a folder"),
+    "captions": ([picture()], None, "images is a list; give captions, too, or images as a folder"),
     "empty caption": ([picture()], [" "], "empty caption"),
     "array": ([np.zeros((8, 8))], ["a"], r"image 0 is an array float64 \[8, 8\]"),
-    "kind": ([3], ["a"], "image 0 is a int; give a PIL image"),
+    "kind": ([3], ["a"], "image 0 is a int; give image as a PIL image"),
     "file": (["no/such.png"], ["a"], "no/such.png"),
     "folder": ("no/such", None, "no/such does not exist"),
 }
@@ -184,7 +186,7 @@ def test_a_wrong_model_setting_or_concept_is_refused_in_a_line(tiny_data, asked,
         asked[0].attribute(PROMPT, "cat")
     with pytest.raises(UserError, match="dog"):
         asked[0].attribute(PROMPT, ["dog"])
-    with pytest.raises(UserError, match="aim='remove' is unknown"):
+    with pytest.raises(UserError, match="aim='remove' is unknown; give aim"):
         asked[0].edit("cat", aim="remove")
     with pytest.raises(KeyError):
         asked[1]["dog"]

@@ -54,15 +54,17 @@ OWN_FILE = re.compile(  # the user's own data: no line can know its captions
 )
 # What the service answers: whoever asked cannot change its variables or files, but the request: a
 # field of the question, or what to send instead.
-ANSWERS = ("service/asked.py", "service/pages.py", "service/told.py")
+ANSWERS = tuple(
+    f"concept_trak/service/{n}.py" for n in ("request_schema", "html", "response_schema")
+)
 FIELDS = {*names(), "concepts", "thumbnails"}  # of a question, most of them are settings
 SENT = re.compile(r"\b(?:GET|POST) /\w+$")
 # Texts that end in another refusal's, or to which their one caller adds the line.
 PASSED_ON = {
-    ("attribution/task.py", "{told}"),
-    ("attribution/launch.py", "{last_line(log)}"),
-    ("models/tokens.py", "{error}"),
-    ("report/weights_section.py", "{error}"),
+    ("concept_trak/attribution/task.py", "{told}"),
+    ("concept_trak/attribution/multi_gpu.py", "{last_line(log)}"),
+    ("concept_trak/models/learned_tokens.py", "{error}"),
+    ("concept_trak/report/component_section.py", "{error}"),
 }
 # scripts that take long, and so are named with how long, or how much they fetch
 LONG = re.compile(r"bash scripts/(?:truth/|emoji/(?:run_)?train_|abc/run_ti|abc/(?:run_)?download)")

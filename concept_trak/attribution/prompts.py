@@ -122,9 +122,9 @@ def without_target(prompt: str, target: str) -> str:
     UserError where that cannot be told: the target is half of a word with a hyphen, or another
     number of it is left.
 
-    >>> negative_of("an elephant in the style of blob", "elephant")
+    >>> without_target("an elephant in the style of blob", "elephant")
     'in the style of blob'
-    >>> negative_of("a cat and a black cat", "cat")
+    >>> without_target("a cat and a black cat", "cat")
     'a black'
     """
     match, rest = find_target(prompt, target), ""

@@ -14,7 +14,7 @@ from PIL import Image
 from ..atomic_io import atomic_folder
 from ..errors import UserError
 from ..settings import short_hash
-from .image_folder import load_folder
+from .image_folder import REPLACE, load_folder
 from .picture import on_white, read_picture
 
 CAPTIONS = ("text", "caption")  # columns of a `datasets.Dataset`
@@ -47,27 +47,33 @@ def save_images(images: Any, captions: Sequence[str] | None, folder: Path) -> Pa
     return place
 
 
-def _columns(data: Any) -> tuple[Sequence[Any], Sequence[str]]:
+def _columns(images: Any) -> tuple[Sequence[Any], Sequence[str]]:
     """The images and captions of a `datasets.Dataset`."""
-    names = getattr(data, "column_names", None)
+    names = getattr(images, "column_names", None)
     if not isinstance(names, list):
-        raise UserError(f"images is a {type(data).__name__}; give captions with it, or a folder")
+        raise UserError(
+            f"images is a {type(images).__name__}; give captions, too, or images as a folder"
+        )
     column = next((name for name in CAPTIONS if name in names), None)
     if "image" not in names or column is None:
-        raise UserError(f"the dataset has the columns {', '.join(names)}; give image and text")
-    return data["image"], list(data[column])
+        raise UserError(
+            f"the dataset has the columns {', '.join(names)}; give images with image and text"
+        )
+    return images["image"], list(images[column])
 
 
 def _picture(image: Any, number: int) -> Image.Image:
     """One of them, RGB on white."""
     what = f"image {number}"
     if isinstance(image, str | Path):
-        return read_picture(Path(image), f"give another for {what}")
+        return read_picture(Path(image), REPLACE)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             shape = f"{image.dtype} {list(image.shape)}"
-            raise UserError(f"{what} is an array {shape}; give uint8 [height, width, 3]")
+            raise UserError(f"{what} is an array {shape}; give image as uint8 [height, width, 3]")
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
-        raise UserError(f"{what} is a {type(image).__name__}; give a PIL image, an array or a path")
+        raise UserError(
+            f"{what} is a {type(image).__name__}; give image as a PIL image, an array or a path"
+        )
     return on_white(image)

@@ -72,7 +72,7 @@ def test_a_certificate_is_whole_its_hashes_hold_and_a_second_run_measures_nothin
 
     for place, name in (
         (beds.EraseSetup, "measure"),
-        (candidate_edit, "fresh"),
+        (candidate_edit, "confirm"),
         (robustness, "_shown"),
     ):
         monkeypatch.setattr(place, name, never)

@@ -285,7 +285,7 @@ def test_checksum_follows_content_and_identity(tmp_path):
 
 
 def test_importing_the_store_does_not_import_torch():
-    code = "import sys; from concept_trak.store import shards, writer, export; "
+    code = "import sys; from concept_trak.store import store, writer, export; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 

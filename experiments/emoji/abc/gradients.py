@@ -138,7 +138,7 @@ class CandidateImages:
     def __init__(
         self, attribution_task: AttributionTask, token: Token, tokens: list[Token]
     ) -> None:
-        self.attribution_task, self.model, self.tokens = (
+        self.task, self.model, self.tokens = (
             attribution_task,
             attribution_task.model,
             [token, *tokens],
@@ -151,7 +151,7 @@ class CandidateImages:
     def latents(self) -> torch.Tensor:
         """[N + E + A, C, h, w] on the CPU, encoded when scores are not kept from before."""
         shown = np.concatenate([shown_at(t.pictures, self.model.image_size) for t in self.tokens])
-        return torch.cat([self.attribution_task.latents, self.model.encode_images(shown).cpu()])
+        return torch.cat([self.task.latents, self.model.encode_images(shown).cpu()])
 
     def __len__(self) -> int:
         return len(self.captions)

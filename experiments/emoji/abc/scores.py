@@ -52,12 +52,7 @@ class AbcQueries:
     def __init__(
         self, attribution_task: AttributionTask, tokens: list[Token], tasks: list[Task], work: Path
     ) -> None:
-        self.attribution_task, self.tokens, self.tasks, self.work = (
-            attribution_task,
-            tokens,
-            tasks,
-            work,
-        )
+        self.task, self.tokens, self.tasks, self.work = (attribution_task, tokens, tasks, work)
         self.pictures: list[QueryImage] = []
         for token in self.asked():
             learn_token(attribution_task, token, work)
@@ -84,7 +79,7 @@ class AbcQueries:
 
     def relevant(self, protocol: str) -> np.ndarray:
         """bool [Q, N + E]."""
-        count, rows = len(self.attribution_task.train), []
+        count, rows = len(self.task.train), []
         for task in self.tasks:
             if protocol == "crowd":
                 own = [np.full(len(t.pictures), t is task.token) for t in self.tokens]
@@ -97,7 +92,7 @@ class AbcQueries:
         """{protocol: [D, Q, N + E]} of values [D, Q, N + E + A]: of the train pictures, the token's
         exemplars under their caption, and the exemplars of all tokens under none.
         """
-        count, found = len(self.attribution_task.train), {}
+        count, found = len(self.task.train), {}
         sizes = [len(token.pictures) for token in self.tokens]
         starts = dict(zip((t.name for t in self.tokens), np.cumsum([0, *sizes]), strict=False))
         every = values.shape[2] - sum(sizes)  # where those of all tokens begin
@@ -120,7 +115,7 @@ class AbcQueries:
 
 def scores_of(asked: AbcQueries, name: str) -> Scores:
     """One method's; UserError for one that there is not."""
-    ranker = method(name)(asked.attribution_task)
+    ranker = method(name)(asked.task)
     if hasattr(ranker, "over"):
         return _of_passes(asked, ranker, name)
     values = _of_rows(asked, ranker)
@@ -130,7 +125,7 @@ def scores_of(asked: AbcQueries, name: str) -> Scores:
 def _of_rows(asked: AbcQueries, ranker: GradientAttributor) -> np.ndarray:
     """[D, Q, N + E + A] of a ranker whose train rows lie in a store; see
     `AbcQueries.by_protocol`."""
-    attribution_task = ranker.attribution_task
+    attribution_task = ranker.task
     folder = folder_of(attribution_task, ranker._train) / (
         "concept" if ranker.per_concept else "whole"
     )
@@ -180,14 +175,14 @@ def _passes(asked: AbcQueries, ranker: Any, name: str, split: str) -> np.ndarray
 
 def _passed(asked: AbcQueries, ranker: Any, name: str, token: Token) -> np.ndarray:
     """[D, tasks of the token, N + E + A], computed where it is not kept."""
-    attribution_task = asked.attribution_task
+    attribution_task = asked.task
     learn_token(attribution_task, token, asked.work)
     ranked, questions = (
         CandidateImages(attribution_task, token, asked.tokens),
         asked.questions(token, attribution_task),
     )
     step = getattr(ranker, "step", None)
-    made_from = ranker.attribution_task.identity(
+    made_from = ranker.task.identity(
         data=attribution_task.data.content_hash(),
         exemplars=ranked.identity(),
         questions=[question.identity() for question in questions],
@@ -201,7 +196,7 @@ def _passed(asked: AbcQueries, ranker: Any, name: str, token: Token) -> np.ndarr
 
 def controls_of(asked: AbcQueries) -> dict[str, Scores]:
     """What pixels, latents, the judge and text alone find."""
-    attribution_task, found = asked.attribution_task, {}
+    attribution_task, found = asked.task, {}
     looks = {
         "pixel_neighbours": _pixels,
         "latent_neighbours": lambda attribution_task, shown: _flat(
@@ -230,7 +225,7 @@ def controls_of(asked: AbcQueries) -> dict[str, Scores]:
 
 def _twice(asked: AbcQueries, values: np.ndarray) -> np.ndarray:
     """[Q, N + E + A] of values [Q, N + A]: a picture looks the same under any caption."""
-    count, own = len(asked.attribution_task.train), []
+    count, own = len(asked.task.train), []
     ends = np.cumsum([count, *(len(token.pictures) for token in asked.tokens)])
     at = {t.name: slice(a, b) for t, a, b in zip(asked.tokens, ends, ends[1:], strict=False)}
     for row, task in zip(values, asked.tasks, strict=True):
