@@ -44,7 +44,8 @@ SMALL = {
 def commands(page):
     """The commands in the fenced blocks of a page, comments left out, and in its inline code."""
     text = page.read_text("utf-8")
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    blocks = [block for language, block in fenced if language in ("", "bash", "sh")]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(
         r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
