@@ -82,9 +82,7 @@ def small_abc(settings: Settings, device: str, names: list[str], first: int = 0)
     if set(ABLATION) <= set(names):
         made["ablation"] = [told[name]["published"]["recall_at_10"] for name in ABLATION]
         made["steps"] = tables.steps(told, ABLATION)
-        made["levels"] = {
-            n: level_shares(METHODS[n].attribution_task(attribution_task)) for n in ABLATION
-        }
+        made["levels"] = {n: level_shares(METHODS[n].task(attribution_task)) for n in ABLATION}
         table += "\n\n" + tables.levels_markdown(made["levels"])
     made |= {"queries": len(asked.split("report")), "figures": told}
     with result_folder(

@@ -130,7 +130,7 @@ def scores_of(asked: AbcQueries, name: str) -> Scores:
 def _of_rows(asked: AbcQueries, ranker: GradientAttributor) -> np.ndarray:
     """[D, Q, N + E + A] of a ranker whose train rows lie in a store; see
     `AbcQueries.by_protocol`."""
-    attribution_task = ranker.attribution_task
+    attribution_task = ranker.task
     folder = folder_of(attribution_task, ranker._train) / (
         "concept" if ranker.per_concept else "whole"
     )
@@ -187,7 +187,7 @@ def _passed(asked: AbcQueries, ranker: Any, name: str, token: Token) -> np.ndarr
         asked.questions(token, attribution_task),
     )
     step = getattr(ranker, "step", None)
-    made_from = ranker.attribution_task.identity(
+    made_from = ranker.task.identity(
         data=attribution_task.data.content_hash(),
         exemplars=ranked.identity(),
         questions=[question.identity() for question in questions],
