@@ -415,21 +415,29 @@ def a_picture_before_all(root):
     (images / "00000000-new.jpg").write_bytes((images / "00000007.jpg").read_bytes())
 
 
+@pytest.fixture(scope="module")
+def first_time(release, sd, tmp_path_factory):
+    """The settings of released rows that were shown with their pictures once."""
+    root = tmp_path_factory.mktemp("first")
+    shutil.copytree(release, root / "abc")
+    given = {"sd_model_path": str(sd), "data_dir": str(root / "abc"), "num_split": 1}
+    quick = {"recipe": "default", "f": "dsm", "proj_dim": 32, "num_train": 8, "nfe": 2}
+    settings = resolve("abc", given | quick | {"grad_dir": str(root / "grads"), "dtype": "fp32"})
+    train_grad(AttributionTask(settings, "cpu"))
+    open_store(AttributionTask(settings, "cpu"))
+    return settings
+
+
 @pytest.mark.parametrize(
     "change", [captions_in_another_order, pictures_exchanged, a_picture_before_all]
 )
 def test_released_rows_are_not_shown_with_other_pictures_than_the_first_time(
-    tmp_path, release, sd, change
+    tmp_path, first_time, change
 ):
-    root = tmp_path / "abc"
-    shutil.copytree(release, root)
-    given = {"sd_model_path": str(sd), "data_dir": str(root), "grad_dir": str(tmp_path / "grads")}
-    quick = {"recipe": "default", "f": "dsm", "proj_dim": 32, "num_train": 8, "nfe": 2}
-    settings = resolve("abc", given | quick | {"num_split": 1, "dtype": "fp32"})
-    train_grad(AttributionTask(settings, "cpu"))
-    open_store(AttributionTask(settings, "cpu"))
-    change(root)
+    for folder in (first_time.data_dir, first_time.grad_dir):
+        shutil.copytree(folder, tmp_path / Path(folder).name)
+    settings = first_time.but(data_dir=str(tmp_path / "abc"), grad_dir=str(tmp_path / "grads"))
+    assert open_store(AttributionTask(settings, "cpu")).num_rows == 8
+    change(tmp_path / "abc")
     with pytest.raises(UserError, match="not those of the first time.*laion_subset"):
         open_store(AttributionTask(settings, "cpu"))
-    shutil.rmtree(root / "laion_subset")
-    open_store(AttributionTask(settings, "cpu"))  # nothing is shown then

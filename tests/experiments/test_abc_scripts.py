@@ -4,21 +4,23 @@ in which it is typed.
 
 import json
 import os
-import signal
+import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+import served
 import standin
 
+from concept_trak.attribution import multi_gpu
 from concept_trak.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
+ROWS = 12
 SMALL = {
+    "NUM_TRAIN": ROWS,
     "PROJ_DIM": "256",
     "NUM_SPLIT": "2",
     "EPOCHS": "2",
@@ -30,7 +32,7 @@ SMALL = {
 
 class Session:
     """A shell with the variables of one user: `run` calls a script and gives (exit code, output
-    lines).
+    lines, what matters last).
     """
 
     def __init__(self, root):
@@ -42,27 +44,16 @@ class Session:
             "GRAD_DIR": self.grads,
             "RESULTS_DIR": self.results,
             "TASK_JSON": root / "configs/all_tasks.json",
-            "PYTHON_BIN": sys.executable,
             "DEVICE": "cpu",
             "OMP_NUM_THREADS": "1",
             **SMALL,
         }
 
-    def start(self, script, *arguments, **variables):
-        env = os.environ | {k: str(v) for k, v in (self.env | variables).items()}
-        return subprocess.Popen(
-            ["bash", str(ROOT / "scripts/abc" / script), *map(str, arguments)],
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
     def run(self, script, *arguments, **variables):
-        process = self.start(script, *arguments, **variables)
-        output, _ = process.communicate(timeout=200)
-        return process.returncode, output.splitlines()
+        line = shlex.join(["bash", str(ROOT / "scripts/abc" / script), *map(str, arguments)])
+        done = served.run(line, self.root, ROOT, **self.env | variables)
+        told = [done.stderr, done.stdout]
+        return done.returncode, "".join(told[::-1] if done.returncode else told).splitlines()
 
     @property
     def store(self):
@@ -71,15 +62,47 @@ class Session:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    return Session(tmp_path_factory.mktemp("session"))
+    """The launcher looks at the model in this process; test_launch.py has it as it is."""
+
+    def here(settings, gpu):
+        return multi_gpu._create(settings.on(gpu))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multi_gpu, "create_store_in_subprocess", here)
+        yield Session(tmp_path_factory.mktemp("session"))
+
+
+DYING = """
+import os, pathlib, signal, sys
+from concept_trak.store.store import Store
+from concept_trak.store.writer import ShardWriter
+
+writer = ShardWriter(Store.read_manifest(pathlib.Path(sys.argv[1])), 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture(scope="module")
-def trained(session):
-    """The train gradients, by two processes at once, after one process was killed in the middle of
-    its shard.
+def killed(session):
+    """(exit code, lines) of the train gradients by two processes at once, of which that of shard 1
+    dies by SIGKILL when it has begun its shard.
     """
-    code, lines = session.run("run_train_grad.sh", GPU_IDS="cpu cpu")
+    command = multi_gpu.command
+
+    def dying(settings, shard, gpu):
+        line = command(settings, shard, gpu)
+        own = [sys.executable, "-c", DYING, str(session.store)]
+        return [*line[: line.index("--no_python") + 1], *own] if shard == 1 else line
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multi_gpu, "command", dying)
+        return session.run("run_train_grad.sh", GPU_IDS="cpu cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(session, killed):
+    """The train gradients, the killed shard having run again alone."""
+    code, lines = session.run("run_train_grad.sh", SHARDS="1")
     assert code == 0, lines
     return session
 
@@ -91,15 +114,19 @@ def tasks_made(session):
     return session
 
 
+def test_a_shard_that_dies_is_told_and_runs_again_alone(session, killed):
+    code, lines = killed
+    output = "\n".join(lines)
+    assert code == 2 and "shard 1 died on cpu" in output and "run again with SHARDS=1" in output
+    assert "Traceback" not in output
+    assert (session.store / "train_grad-1.npy.part").exists()
+    assert Store.read_manifest(session.store).pending() == [1]  # the other one went on to its end
+
+
 def test_two_processes_fill_the_store_of_the_references_name(trained):
     store = Store.open(trained.store)
-    assert (store.num_rows, store.dim, store.num_split, store.dtype) == (
-        standin.ROWS,
-        256,
-        2,
-        "float32",
-    )
-    assert store.identity["projection"]["kind"] == "random_mask"
+    assert (store.num_rows, store.dim, store.num_split, store.dtype) == (ROWS, 256, 2, "float32")
+    assert not store.pending() and store.identity["projection"]["kind"] == "random_mask"
     assert (trained.store / "logs/train_grad-0.log").exists()
 
 
@@ -108,31 +135,6 @@ def test_finished_shards_are_skipped_and_nothing_is_overwritten(trained):
     code, lines = trained.run("run_train_grad_norm_4gpu.sh", GPU_IDS="cpu")
     assert code == 0 and any("0 of 2 shards to compute" in line for line in lines)
     assert before == {p.name: p.stat().st_mtime_ns for p in trained.store.glob("train_grad-*.npy")}
-
-
-def test_a_shard_that_dies_is_told_and_runs_again_alone(session, trained, tmp_path):
-    process = session.start(
-        "run_train_grad.sh", GPU_IDS="cpu", GRAD_DIR=tmp_path, SHARDS="1", BATCH_SIZE="1"
-    )
-    started, victim = time.monotonic(), None
-    while not victim and time.monotonic() - started < 150:
-        time.sleep(0.2)
-        if list(tmp_path.glob("*/train_grad-1.npy.part")):  # the shard is being written
-            family = psutil.Process(process.pid).children(recursive=True)
-            victim = next(
-                p.pid
-                for p in reversed(family)
-                if "train-grad" in p.cmdline() and "accelerate.commands.launch" not in p.cmdline()
-            )
-    assert victim, "the shard's process never began"
-    os.kill(victim, signal.SIGKILL)
-    output, _ = process.communicate(timeout=100)
-    assert (
-        process.returncode == 2
-        and "shard 1 died on cpu" in output
-        and "run again with SHARDS=1" in output
-    )
-    assert "Traceback" not in output
 
 
 def test_free_query_writes_a_report_and_the_references_files(trained):
@@ -173,11 +175,7 @@ def test_evaluation_ends_with_one_json_line_and_keeps_a_folder_a_task(trained, t
     code, lines = trained.run("run_eval.sh", TASK_IDX="0-1")
     assert code == 0, lines
     figures = json.loads(lines[-1])
-    assert (
-        figures["tasks"] == 2
-        and figures["num_train"] == standin.ROWS
-        and figures["damping"] == 10.0
-    )
+    assert figures["tasks"] == 2 and figures["num_train"] == ROWS and figures["damping"] == 10.0
     assert {
         "recall_at_10",
         "recall_at_10_of_exemplars",

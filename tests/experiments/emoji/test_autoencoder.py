@@ -1,6 +1,7 @@
 """The autoencoder's losses against slow ways to the same numbers; its training, killed or not."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -41,11 +42,15 @@ def vae():
     return build_vae()
 
 
+def train_small(patch):
+    """Trainings build a small autoencoder and save it every third step."""
+    patch.setattr(autoencoder.embedded, "build_vae", build_vae)
+    patch.setitem(autoencoder.LOOP, "save_every", 3)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """Trainings build a small autoencoder and save it every third step."""
-    monkeypatch.setattr(autoencoder.embedded, "build_vae", build_vae)
-    monkeypatch.setitem(autoencoder.LOOP, "save_every", 3)
+    train_small(monkeypatch)
 
 
 def pictures(n=6, seed=0):
@@ -114,9 +119,18 @@ def trained(folder):
     return vae
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(the autoencoder, its folder) of trainings that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        train_small(patch)
+        return trained(folder), folder
+
+
 @pytest.mark.parametrize("loss", ["vae_loss", "decoder_loss"])
-def test_a_killed_training_ends_with_the_same_weights(loss, small, tmp_path, monkeypatch):
-    whole, calls, real = trained(tmp_path / "whole"), [], getattr(autoencoder, loss)
+def test_a_killed_training_ends_with_the_same_weights(loss, whole, small, tmp_path, monkeypatch):
+    (whole, at), calls, real = whole, [], getattr(autoencoder, loss)
 
     def dying(*args):
         calls.append(args)
@@ -133,7 +147,7 @@ def test_a_killed_training_ends_with_the_same_weights(loss, small, tmp_path, mon
     pairs = zip(whole.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     for name in ("vae", "decoder"):
-        paths = (tmp_path / run / f"{name}.safetensors" for run in ("whole", "killed"))
+        paths = (folder / f"{name}.safetensors" for folder in (at, tmp_path / "killed"))
         (one, state), (two, end) = map(load_checkpoint, paths)
         assert state == end and all(torch.equal(one[k], two[k]) for k in one)
 
@@ -149,8 +163,9 @@ def test_refining_changes_the_decoder_only_and_latents_have_unit_variance(small,
     assert not any(p.requires_grad for p in vae.parameters())
 
 
-def test_a_checkpoint_of_other_pictures_settings_or_encoder_is_refused(small, tmp_path):
-    vae = trained(tmp_path)
+def test_a_checkpoint_of_other_pictures_settings_or_encoder_is_refused(small, whole, tmp_path):
+    vae = whole[0]
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
     other = dataclasses.replace(QUICK, kl_weight=1.0)
     for inputs, words in (((pictures(seed=9), QUICK), "pictures"), ((pictures(), other), "kl_w")):
         with pytest.raises(UserError, match=f"vae.safetensors was made from another {words}"):
