@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -11,8 +12,12 @@ from ..parsing import normalized
 
 def caption_overlap(concept: str, captions: list[str]) -> np.ndarray:
     """[N] share of the concept's words that each caption holds, "a" and "an" left out."""
-    words = [set(re.findall(r"\w+", normalized(c).lower())) for c in [concept, *captions]]
-    wanted = words[0] - {"a", "an", "the"}
+    wanted = _words(concept) - {"a", "an", "the"}
     if not wanted:
         return np.zeros(len(captions), dtype=np.float32)
-    return np.array([len(wanted & w) / len(wanted) for w in words[1:]], dtype=np.float32)
+    return np.array([len(wanted & _words(c)) / len(wanted) for c in captions], dtype=np.float32)
+
+
+@functools.lru_cache(1 << 16)  # captions come again with every question
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", normalized(text).lower()))

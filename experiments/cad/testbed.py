@@ -31,6 +31,7 @@ from experiments.emoji.classifier.net import EmojiClassifier, resized
 
 SPLIT_SEED, TUNED, REPORTED = 13, 8, 16  # objects
 DRAW_STEPS = 6  # DDIM steps of judged pictures; the judge names as many of them as of 20 steps
+SAMPLING = Sampling(3.0, 20, 10)  # states of scores
 BATCH = 32
 FIRST_SEED = 90_000
 
@@ -101,7 +102,7 @@ class EraseSetup:
 
     def asked(self, target: Target) -> ComponentQuery:
         """How a target's components are scored here."""
-        return ComponentQuery(target.prompt, "", self.num_seeds, Sampling(3.0, 20, 10))
+        return ComponentQuery(target.prompt, "", self.num_seeds, SAMPLING)
 
     def prompts(self, target: Target, count: int) -> list[dict[str, Any]]:
         """Training records to draw the target from: its cells in turn."""

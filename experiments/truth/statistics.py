@@ -6,7 +6,8 @@ partial    the same given n_c, the number of labelled pictures kept, and n, that
            explains is taken out, so that a ranker that counts labels has exactly 0, and one that
            gives every picture the same, or random positive numbers, learns nothing from the sizes
            of subsets
-auc        that a picture of one group is ranked below one of another (`mislabel_detection_auc`)
+auc        that a picture of one group is ranked below one of another (as dattri's
+           `mislabel_detection_auc`, which counts anew at every rank)
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import warnings
 import numpy as np
 import torch
 from dattri.metric import lds as dattri_lds
-from dattri.metric import mislabel_detection_auc
 from scipy.stats import ConstantInputWarning, rankdata
 
 from concept_trak.errors import UserError, script_hint
@@ -51,29 +51,32 @@ def partial_lds(
     [C, N]) and all.
     """
     predicted, counts = kept @ scores.T.astype(np.float64), kept @ relevant.T.astype(np.float64)
-    size = kept.sum(1)
-    columns = range(len(scores))
-    return np.array(
-        [partial(predicted[:, c], presences[:, c], counts[:, c], size) for c in columns]
-    )
+    first, second, labelled = (_ranks(v) for v in (predicted, presences, counts))
+    size = _ranks(kept.sum(1))
+    columns = zip(first.T, second.T, labelled.T, strict=True)
+    return np.array([_partial(x, y, np.stack([n, size], 1)) for x, y, n in columns])
 
 
 def partial(x: np.ndarray, y: np.ndarray, *given: np.ndarray) -> float:
     """Partial Spearman correlation of x and y [S] given others [S]; 0 where they leave nothing."""
-    first, second, *others = (_centred(rankdata(_rounded(v))) for v in (x, y, *given))
-    left = [_residual(rank, np.stack(others, 1)) for rank in (first, second)]
+    first, second, *others = (_ranks(v) for v in (x, y, *given))
+    return _partial(first, second, np.stack(others, 1))
+
+
+def _partial(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
+    """Of centred ranks x and y [S], given others [S, G]."""
+    left = [_residual(rank, given) for rank in (x, y)]
     norm = float(np.linalg.norm(left[0]) * np.linalg.norm(left[1]))
     return 0.0 if norm < 1e-9 * len(x) ** 2 else float(left[0] @ left[1] / norm)
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """Sums in another order differ in their last bits, which must not break ties."""
-    scale = np.abs(values).max() or 1.0
-    return np.round(values / scale, 9)
-
-
-def _centred(values: np.ndarray) -> np.ndarray:
-    return values - values.mean()
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Centred ranks down the first axis. Sums in another order differ in their last bits, which
+    must not break ties.
+    """
+    scale = np.abs(values).max(0)
+    ranks = rankdata(np.round(values / np.where(scale, scale, 1.0), 9), axis=0)
+    return ranks - ranks.mean(0)
 
 
 def _residual(values: np.ndarray, given: np.ndarray) -> np.ndarray:
@@ -83,7 +86,9 @@ def _residual(values: np.ndarray, given: np.ndarray) -> np.ndarray:
 def auc_below(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
     """P(a picture of `low` is scored below one of `high`); both bool [N], scores [N]."""
     both = low | high
-    value, _ = mislabel_detection_auc(
-        torch.from_numpy(-scores[both].astype(np.float64)), torch.from_numpy(low[both])
-    )
-    return float(value)
+    # sorted as dattri does, so that it is the same where scores are equal
+    order = torch.argsort(torch.from_numpy(-scores[both].astype(np.float64))).flip(0).numpy()
+    found = low[both][order]
+    true, false = (np.cumsum(hits) / hits.sum() for hits in (found, ~found))
+    rates = (torch.from_numpy(np.concatenate([[0.0], rate])).float() for rate in (true, false))
+    return float(torch.trapz(*rates))

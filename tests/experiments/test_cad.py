@@ -10,8 +10,10 @@ from conftest import OBJECTS, STYLES
 
 from concept_trak import cli
 from concept_trak.attribution.task import AttributionTask
+from concept_trak.components import concept_plan
 from concept_trak.components.concept_plan import edit_from_scores
 from concept_trak.components.parameter_groups import select
+from concept_trak.components.states import Sampling
 from concept_trak.errors import UserError
 from concept_trak.settings import resolve
 from experiments.cad import amplify, baselines, model_selection, result_cache, table
@@ -32,6 +34,8 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(model_selection, "RATIOS", (0.1,))
     monkeypatch.setattr(table, "CONTROLS", ("random", "wanda"))
     monkeypatch.setattr(beds, "DRAW_STEPS", 2)
+    monkeypatch.setattr(beds, "SAMPLING", Sampling(3.0, 2, 2))
+    monkeypatch.setattr(concept_plan, "NOISINGS", 2)
     given = {"sd_model_path": tiny_pipeline, "data_dir": tiny_data, "score_seeds": 1}
     given |= {"judged": 4, "num_queries": 1, "results_dir": tmp_path / "results/qual"}
     return {k: str(v) if k.endswith(("dir", "path")) else v for k, v in given.items()}
@@ -181,9 +185,10 @@ def test_wanda_norms_are_those_of_the_inputs_on_the_states(bed):
     asked = bed.asked(bed.targets["object"][0])
     among = select(bed.model.network, "cross_attention.k")
     norms = baselines.input_norms(bed.model, asked, among)
-    cond, _ = asked.conditions(bed.model)  # keys see the prompt's tokens, ten states of them
+    cond, _ = asked.conditions(bed.model)  # keys see the prompt's tokens, in every state
+    count = beds.SAMPLING.num_levels
     for c in among:
-        wanted = (10 * cond.embeddings[0].square().sum(0)).sqrt()
+        wanted = (count * cond.embeddings[0].square().sum(0)).sqrt()
         torch.testing.assert_close(norms[c.name], wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from conftest import in_this_process
 from concept_trak import cli
 from concept_trak.datasets.image_folder import load_folder
 from experiments.cad import counterfactual
-from experiments.truth import small_model, train
+from experiments.truth import concept_likelihood, small_model, train
 from experiments.truth.concept_likelihood import MeasureSettings
 from experiments.truth.subsets import Subset
 
@@ -43,10 +43,11 @@ def flags(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
         "targets": lambda *_: held_out[:1],
         "retrain": in_this_process,
         "load_judge": lambda _: AsBright(),
-        "MEASURE": MeasureSettings(noises=2, drawn=1, num_steps=2),
-        "SAMPLING": counterfactual.Sampling(3.0, 3, 2),
+        "MEASURE": MeasureSettings(noises=1, drawn=1, num_steps=2),
+        "SAMPLING": counterfactual.Sampling(3.0, 2, 2),
     }.items():
         monkeypatch.setattr(counterfactual, name, value)
+    monkeypatch.setattr(concept_likelihood, "LEVELS", (300, 700))
     given = {"sd_model_path": tiny_pipeline, "data_dir": tiny_data, "score_seeds": 1, "ratio": 0.1}
     given |= {"truth_dir": tmp_path / "truth", "results_dir": tmp_path / "results/qual"}
     return [f"--{k.replace('_', '-')}={v}" for k, v in given.items()] + ["--device=cpu"]

@@ -8,6 +8,7 @@ from conftest import in_this_process
 
 from concept_trak import cli
 from concept_trak.attribution.task import AttributionTask
+from concept_trak.components import concept_plan
 from concept_trak.datasets.image_folder import load_folder
 from concept_trak.settings import EMOJI, resolve
 from experiments.cad import amplify_rare, counterfactual, testbed
@@ -47,6 +48,7 @@ def flags(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
         "KEPT": 1,
     }.items():
         monkeypatch.setattr(amplify_rare, name, value)
+    monkeypatch.setattr(concept_plan, "NOISINGS", 2)
     given = {"sd_model_path": tiny_pipeline, "data_dir": tiny_data}
     given |= {"truth_dir": tmp_path / "truth", "results_dir": tmp_path / "results/qual"}
     return [f"--{k.replace('_', '-')}={v}" for k, v in given.items()] + ["--device=cpu"]

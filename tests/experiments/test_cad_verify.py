@@ -11,6 +11,7 @@ from conftest import OBJECTS, STYLES
 from concept_trak import cli
 from concept_trak.attribution.task import AttributionTask
 from concept_trak.components.edits import EditedNetwork, load_edit
+from concept_trak.components.states import Sampling
 from concept_trak.models.text_to_image import load_pipeline
 from concept_trak.settings import resolve
 from experiments.cad import candidate_edit, model_selection, result_cache, robustness, verify
@@ -27,6 +28,7 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(beds, "load_judge", lambda _: judge)
     for module in (beds, robustness):
         monkeypatch.setattr(module, "DRAW_STEPS", 2)
+    monkeypatch.setattr(beds, "SAMPLING", Sampling(3.0, 2, 2))
     monkeypatch.setattr(verify, "SELECTIONS", ("cross_attention",))
     monkeypatch.setattr(verify, "RATIOS", (0.1,))
     monkeypatch.setattr(verify, "OPERATORS", (("scale", 0.5),))

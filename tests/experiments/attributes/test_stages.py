@@ -2,6 +2,7 @@
 matter.
 """
 
+import functools
 import json
 import shutil
 
@@ -16,7 +17,7 @@ from concept_trak.errors import UserError
 from concept_trak.models.vocabulary import Vocabulary
 from concept_trak.registry import BENCHMARKS
 from concept_trak.settings import DAMPINGS, resolve
-from experiments.attributes import command, retraining, score_cache, table
+from experiments.attributes import command, retraining, score_cache, shapes, table
 from experiments.attributes import concept_likelihood as small
 from experiments.attributes.model import train as training
 from experiments.attributes.pipeline import AttributeBenchmark, TrainedModel
@@ -33,6 +34,15 @@ def bench_at(folder, bench="synthetic", methods=METHODS, **changes):
     settings = resolve(bench, {"methods": methods, "nfe": 2, "epochs": 1, "proj_dim": 512})
     settings = settings.but(gen_num_inference_steps=4).on("cpu")
     return AttributeBenchmark(own, settings, "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out():
+    """Four pictures of a combination: each is asked about, and measured on every model."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = functools.partial(shapes.SyntheticSettings, held_out_count=16)
+        patch.setattr(shapes, "SyntheticSettings", few)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +287,7 @@ def test_the_margin_is_over_the_best_rival_and_paired():
 
 @pytest.fixture
 def retrained(made, monkeypatch):
-    """The bench with its trainings done here, one after the other."""
+    """The bench with its trainings done and measured here, one after the other."""
 
     def here(bench, plan, work):
         for subset in plan.subsets:
@@ -285,6 +295,9 @@ def retrained(made, monkeypatch):
                 work.make(bench, plan, subset)
 
     monkeypatch.setattr(retraining, "retrain", here)
+    measure = small.LabelledMeasure(noises=1, num_steps=2)
+    setup = functools.partial(small.ClassConditionalSetup, measure=measure)
+    monkeypatch.setattr(retraining, "ClassConditionalSetup", setup)
     bench = made[0]
     bench.settings = bench.settings.but(retrain=True)
     return bench

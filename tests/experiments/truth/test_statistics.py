@@ -4,6 +4,8 @@ has nothing left, and a swapped group is noticed.
 
 import numpy as np
 import pytest
+import torch
+from dattri.metric import mislabel_detection_auc
 
 from concept_trak.errors import UserError
 from experiments.truth.lds import FIGURES, GroundTruth, interval_of, lds_metrics, summary
@@ -135,6 +137,16 @@ def test_auc_counts_pairs():
     low, high = np.array([1, 0, 1, 0, 0], bool), np.array([0, 1, 0, 1, 0], bool)
     assert auc_below(scores, low, high) == pytest.approx(3 / 4)
     assert auc_below(scores, high, low) == pytest.approx(1 / 4)
+
+
+def test_auc_is_dattris_ties_included():
+    rng = np.random.default_rng(5)
+    for levels in (3, 50, 10**6):
+        scores, low = rng.integers(0, levels, 80) / 7, rng.random(80) < 0.3
+        high = ~low & (rng.random(80) < 0.8)
+        both = low | high
+        wanted, _ = mislabel_detection_auc(*map(torch.from_numpy, (-scores[both], low[both])))
+        assert auc_below(scores, low, high) == float(wanted)
 
 
 def test_a_training_that_failed_is_told_of():

@@ -200,9 +200,14 @@ def test_the_ceiling_is_the_correlation_of_two_seeds(data):
         )
 
 
+@pytest.mark.parametrize("controls", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("test", ["lies", "hidden", "lds", "counterfactual"])
-def test_the_command_makes_its_table_from_what_is_committed(test, tmp_path, capsys):
+def test_the_command_makes_its_table_from_what_is_committed(
+    test, controls, tmp_path, capsys, monkeypatch
+):
     """By text alone, which needs no rows: it believes every lie, and counts labels."""
+    if not controls:  # which look at every picture
+        monkeypatch.setattr(setup, "chosen_rankers", lambda named: [named])
     place = f"--truth-dir={tmp_path}"
     methods = "--methods=caption_similarity"
     assert cli.main(["truth", "--test", test, "--device=cpu", place, methods]) == 0
