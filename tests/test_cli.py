@@ -865,7 +865,7 @@ def test_more_scores_than_memory_holds_are_refused_before_the_picture(
     monkeypatch.setattr(
         "concept_trak.attribution.answer.generate_query_image", lambda *_: pytest.fail("drawn")
     )
-    monkeypatch.setattr("concept_trak.attribution.answer.DAMPINGS", (1.0,) * 10**9)
+    monkeypatch.setattr("concept_trak.attribution.answer.DAMPINGS", range(10**9))
     assert run("attribute", flags) == 2
     assert "scores take" in capsys.readouterr().err
 

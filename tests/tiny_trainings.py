@@ -37,7 +37,7 @@ def train_judge(root: Path) -> None:
     from experiments.emoji.classifier import train
 
     small = {"size": 16, "inner_size": 16, "width": 4, "epochs": 1, "fold_epochs": 1, "batch": 8}
-    settings = train.JudgeSettings(**small, dropout=0.0)
+    settings = train.EmojiClassifierSettings(**small, dropout=0.0)
     cli.JUDGE = root / "data/emoji/judge"
     train.train_and_save = functools.partial(train.train_and_save, folds=0, settings=settings)
 
