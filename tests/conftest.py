@@ -186,7 +186,7 @@ def small_run(pipeline, data, base):
     places = {"sd_model_path": pipeline, "data_dir": data}
     places |= {"grad_dir": base / "grads", "results_dir": base / "results"}
     sizes = {"proj_dim": 32, "num_split": 3, "nfe": 3, "gen_num_inference_steps": 4, "epochs": 2}
-    sizes |= {"batch_size": 2, "top_k": 3, "device": "cpu"}
+    sizes |= {"batch_size": 4, "top_k": 3, "device": "cpu"}  # a batch a shard
     return places | sizes
 
 

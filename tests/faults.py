@@ -115,9 +115,17 @@ class Project:
         (self.home / "elsewhere").mkdir()
 
     def restore(self) -> None:
-        """The project as it was built."""
-        shutil.rmtree(self.root)
-        shutil.copytree(self.home / "whole", self.root, symlinks=True)
+        """The project as it was built. Few of its files change in a run: only those are copied."""
+        whole = self.home / "whole"
+        for path in sorted(self.root.rglob("*"), reverse=True):
+            if not same_path(whole / path.relative_to(self.root), path):
+                path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+        for path in sorted(whole.rglob("*")):
+            if not os.path.lexists(here := self.root / path.relative_to(whole)):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, here, symlinks=True)
+                else:
+                    shutil.copy2(path, here, follow_symlinks=False)
 
     def content(self) -> dict[str, str]:
         """{file: digest} of the whole project."""
@@ -207,6 +215,18 @@ class Project:
             self.usual[case.key()] = said(self.content())
             self.restore()
         return self.usual[case.key()]
+
+
+def same_path(one: Path, other: Path) -> bool:
+    """Whether both are folders, the same link, or files of one content and one time."""
+    if not os.path.lexists(one) or one.lstat().st_mode != other.lstat().st_mode:
+        return False
+    if one.is_symlink():
+        return os.readlink(one) == os.readlink(other)
+    if not one.is_file():
+        return one.is_dir()
+    times = one.stat().st_mtime_ns, other.stat().st_mtime_ns
+    return times[0] == times[1] and one.read_bytes() == other.read_bytes()
 
 
 HOME = ("project", "whole", "elsewhere", "odd")

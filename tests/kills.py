@@ -25,8 +25,18 @@ MINUTE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
+# diffusers and transformers import their parts late: what is not named here, each child imports
+PRELOADED = ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "pytest")
+PRELOADED += ("transformers.models.clip.tokenization_clip", "experiments.cli", "faiss", "tqdm.auto")
+PRELOADED += (
+    "concept_trak.cli",
+    "concept_trak.report.write",
+    "concept_trak.attribution.train_grad",
+)
+PRELOADED += ("concept_trak.datasets.prepare", "experiments.emoji.model.train")
+PRELOADED += ("experiments.emoji.classifier.train", "concept_trak.report.component_report")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["diffusers", "transformers", "peft", "kills", "tiny_trainings"])
+SERVER.set_forkserver_preload([*PRELOADED])
 
 
 def count_changes(below: Path, at: int | str, tell: Callable[[int], None]) -> None:
@@ -69,6 +79,15 @@ def child(
     sys.exit(cli.main(argv))
 
 
+def start(
+    argv: list[str], below: Path, told: Path, at: int | str = 0, variables: dict | None = None
+) -> multiprocessing.process.BaseProcess:
+    """A process of its own for a verb, as `child` has it; it is running."""
+    process = SERVER.Process(target=child, args=(argv, below, at, told, variables or {}))
+    process.start()
+    return process
+
+
 def run(
     argv: list[str], below: Path, at: int | str = 0, variables: dict[str, str] | None = None
 ) -> tuple[int, int, str]:
@@ -78,8 +97,7 @@ def run(
     threads do not live through a fork.
     """
     told = below.parent / "told.txt"
-    process = SERVER.Process(target=child, args=(argv, below, at, told, variables or {}))
-    process.start()
+    process = start(argv, below, told, at, variables)
     process.join(120)
     changes = int.from_bytes(told.with_suffix(".count").read_bytes(), "little")
     return process.exitcode, changes, told.read_text(errors="replace")

@@ -7,6 +7,7 @@ of the package returns, what its callers give a parameter. What only a run knows
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 from dataclasses import dataclass
@@ -145,8 +146,7 @@ class Source:
         for i, function in reversed([*enumerate(around)]):
             if not isinstance(function, Function):
                 continue
-            local = [v for n in ast.walk(function) for k, v in bindings(n) if k == name]
-            if local:
+            if local := locals_of(function).get(name):
                 here = around[: i + 1]
                 return set().union(*(self.texts(v, here, depth - 1) for v in local))
             args = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
@@ -191,9 +191,8 @@ class Source:
         found: set[str] = set()
         for function in self.known(self.functions, name, around):
             here = (self.home[function], function)
-            for inner in ast.walk(function):
-                if isinstance(inner, ast.Return) and inner.value is not None:
-                    found |= self.texts(inner.value, here, depth - 1)
+            for value in returns_of(function):
+                found |= self.texts(value, here, depth - 1)
         return found
 
 
@@ -208,6 +207,22 @@ def called(node: ast.Call) -> str:
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else ""
+
+
+@functools.cache
+def locals_of(function: ast.AST) -> dict[str, list[ast.expr]]:
+    """{name: what it is set to} anywhere in a function."""
+    found: dict[str, list[ast.expr]] = {}
+    for name, value in itertools.chain.from_iterable(map(bindings, ast.walk(function))):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+@functools.cache
+def returns_of(function: ast.AST) -> list[ast.expr]:
+    """What a function returns."""
+    found = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    return [value for value in found if value is not None]
 
 
 def bindings(node: ast.AST) -> list[tuple[str, ast.expr]]:

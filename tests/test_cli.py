@@ -14,6 +14,7 @@ import sys
 from dataclasses import fields
 from urllib.parse import unquote
 
+import kills
 import numpy as np
 import pytest
 import torch
@@ -32,23 +33,21 @@ from experiments import cli as of_experiments
 VERBS = of_library.VERBS | of_experiments.VERBS
 
 
+ASKED = {"prompt": "a cat in the style of blob", "target_concepts": "cat,blob"}
+
+
 @pytest.fixture
 def flags(tiny_pipeline, tiny_data, tmp_path):
     """{name: value} of a run that takes a second."""
-    asked = {"prompt": "a cat in the style of blob", "target_concepts": "cat,blob"}
-    return small_run(tiny_pipeline, tiny_data, tmp_path) | asked
+    return small_run(tiny_pipeline, tiny_data, tmp_path) | ASKED
+
+
+def line_of(verb, flags):
+    return [verb, *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
 
 
 def run(verb, flags, **changes):
-    return cli.main(
-        [
-            verb,
-            *(
-                f"--{name.replace('_', '-')}={value}"
-                for name, value in {**flags, **changes}.items()
-            ),
-        ]
-    )
+    return cli.main(line_of(verb, {**flags, **changes}))
 
 
 def as_given(flags):
@@ -66,11 +65,26 @@ def target_folder(flags, target="cat"):
     return max(found, key=lambda folder: (folder / "metrics.json").stat().st_mtime_ns)
 
 
-@pytest.fixture
-def computed(flags):
-    """Flags whose train gradients exist."""
-    assert run("train-grad", flags) == 0
+@pytest.fixture(scope="module")
+def made(tiny_pipeline, tiny_data, tmp_path_factory):
+    """Flags whose train gradients and answer exist; to be read, or copied."""
+    flags = small_run(tiny_pipeline, tiny_data, tmp_path_factory.mktemp("made")) | ASKED
+    assert run("train-grad", flags) == run("attribute", flags) == 0
     return flags
+
+
+@pytest.fixture
+def computed(flags, made):
+    """Flags whose train gradients exist."""
+    shutil.copytree(made["grad_dir"], flags["grad_dir"])
+    return flags
+
+
+@pytest.fixture
+def answered(computed, made):
+    """Flags whose answer exists, too."""
+    shutil.copytree(made["results_dir"], computed["results_dir"], symlinks=True)
+    return computed
 
 
 def refused(capfd, verb, flags, **changes):
@@ -131,7 +145,7 @@ def test_a_users_mistake_gives_one_line_and_exit_code_2(verb, changes, words, fl
         ({}, "/scripts/emoji/run_train_grad.sh"),
     ],
 )
-def test_words_and_files_are_refused_before_torch_is_loaded(changes, words, flags):
+def test_words_and_files_are_refused_before_torch_is_loaded(changes, words, flags, start):
     asked = as_given(flags | changes)
     done = start("attribute", *(f"--{k.replace('_', '-')}={v}" for k, v in asked.items()))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -149,8 +163,8 @@ def test_a_refusal_ends_in_the_command_that_mends_it(flags, capfd):
     assert run("attribute", flags) == 0
 
 
-def test_the_picture_is_drawn_once_and_a_damaged_one_again(computed, capfd):
-    assert run("attribute", computed) == 0
+def test_the_picture_is_drawn_once_and_a_damaged_one_again(answered, capfd):
+    computed = answered
     (path,) = computed["results_dir"].glob("free_query/.rows/picture-*.npy")
     good, when = path.read_bytes(), path.stat().st_mtime_ns
     assert run("attribute", computed, damping=0.1) == 0 and path.stat().st_mtime_ns == when
@@ -185,7 +199,7 @@ def test_other_variables_are_no_misspellings(variable, monkeypatch):
     assert run("concepts", {}) == 0
 
 
-def test_concepts_lists_labels_by_kind_and_else_the_words_of_captions(tiny_data, tmp_path):
+def test_concepts_lists_labels_by_kind_and_else_the_words_of_captions(tiny_data, tmp_path, start):
     done = start("concepts", f"--data-dir={tiny_data}")
     told = done.stdout
     assert "object: 3, each in 3 to 4 of 11 pictures\n  cat, dog, tree" in told.replace(
@@ -240,25 +254,44 @@ TYPOS = {
     "f": "nonsense",
     "nfe": "1",
 }
+# forks for each line that it reads, so that what one loads is no other's
 WITHOUT_TORCH = """
-import json, sys
+import json, os, sys
 from concept_trak import cli
 
-status = cli.main(json.loads(sys.argv[1]))
-heavy = {"torch", "diffusers", "transformers", *json.loads(sys.argv[2])} & set(sys.modules)
-assert not heavy, heavy
-raise SystemExit(status)
+for line in sys.stdin:
+    arguments, heavy, folder = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    status = cli.main(arguments)
+    heavy = {"torch", "diffusers", "transformers", *heavy} & set(sys.modules)
+    assert not heavy, heavy
+    raise SystemExit(status)
 """
 
 
-def start(*arguments, heavy=()):
-    """A process of its own that runs the command line, and fails if it imports torch or `heavy`."""
-    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(arguments), json.dumps(heavy)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Runs a command line in a process of its own, which fails if it imports torch or `heavy`."""
+    folder, pipe = tmp_path_factory.mktemp("start"), subprocess.PIPE
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as light:
+
+        def ask(*arguments, heavy=()):
+            print(json.dumps([arguments, heavy, str(folder)]), file=light.stdin, flush=True)
+            status = int(light.stdout.readline())
+            out, err = ((folder / name).read_text() for name in ("out", "err"))
+            return subprocess.CompletedProcess(arguments, status, out, err)
+
+        yield ask
+        light.stdin.close()
 
 
 @pytest.mark.parametrize("name", TYPOS)
-def test_a_typo_is_refused_before_torch_is_loaded(name):
+def test_a_typo_is_refused_before_torch_is_loaded(name, start):
     done = start("attribute", f"--{name.replace('_', '-')}={TYPOS[name]}")
     assert done.returncode == 2, done.stderr
     [line] = done.stderr.splitlines()
@@ -268,7 +301,7 @@ def test_a_typo_is_refused_before_torch_is_loaded(name):
 
 
 @pytest.mark.parametrize("arguments", [[], ["attribute"], ["bench"], ["train-token"], ["export"]])
-def test_help_is_there_without_loading_anything_heavy(arguments):
+def test_help_is_there_without_loading_anything_heavy(arguments, start):
     done = start(*arguments, "--help", heavy=["numpy", "PIL", "tqdm", "huggingface_hub", "scipy"])
     assert done.returncode == 0 and done.stdout.startswith("usage: concept-trak"), done.stderr
 
@@ -316,12 +349,15 @@ def test_a_picture_added_costs_one_row_and_changes_no_other(f, flags, tmp_path, 
     assert run("attribute", flags) == 0
 
 
-def test_another_model_judges_the_fit_and_changes_nothing_else(flags, other_pipeline, tmp_path):
+def test_another_model_judges_the_fit_and_changes_nothing_else(
+    flags, made, other_pipeline, tmp_path
+):
     """The judge's own numbers beside the attributed model's rows; itself as judge is the same."""
-    stores, other = {}, shutil.copytree(other_pipeline, tmp_path / "other model")
+    stores = {"own": Store.open(store_folder(made))}
+    other = shutil.copytree(other_pipeline, tmp_path / "other model")
     shutil.rmtree(other / "vae")
     shutil.copytree(flags["sd_model_path"] / "vae", other / "vae")
-    for name, path in (("own", ""), ("itself", flags["sd_model_path"]), ("other", other)):
+    for name, path in (("itself", flags["sd_model_path"]), ("other", other)):
         given = {**flags, "grad_dir": tmp_path / name, "fit_model_path": path}
         assert run("train-grad", given) == 0
         stores[name] = Store.open(store_folder(given))
@@ -355,19 +391,15 @@ def test_shards_are_numbers_and_ranges(text, want):
     assert parse_shards(text, 4) == want
 
 
-def test_shards_computed_apart_make_the_store_computed_at_once(flags, tmp_path):
+def test_shards_computed_apart_make_the_store_computed_at_once(flags, made):
     assert run("train-grad", flags, shards="2") == 0 and run("train-grad", flags, shards="0-1") == 0
-    assert run("train-grad", flags, grad_dir=tmp_path / "whole") == 0
-    apart, whole = (
-        Store.open(store_folder(flags)),
-        Store.open(store_folder({"grad_dir": tmp_path / "whole"})),
-    )
+    apart, whole = Store.open(store_folder(flags)), Store.open(store_folder(made))
     assert apart.num_rows == 11
     np.testing.assert_array_equal(apart.rows(range(11)), whole.rows(range(11)))
 
 
-def test_main_job_writes_every_named_file_and_a_self_contained_report(computed, tiny_data):
-    assert run("attribute", computed) == 0
+def test_main_job_writes_every_named_file_and_a_self_contained_report(made):
+    computed = made
     for target in ("cat", "blob"):
         folder = target_folder(computed, target)
         names = {p.name for p in folder.iterdir()}
@@ -416,8 +448,9 @@ ANOTHER = [
 ]
 
 
-def test_no_question_takes_the_place_of_another_and_the_index_lists_all(computed):
-    for changes in ({}, *ANOTHER, {}, {"batch_size": 3}):
+def test_no_question_takes_the_place_of_another_and_the_index_lists_all(answered):
+    computed = answered
+    for changes in (*ANOTHER, {}, {"batch_size": 3}):
         assert run("attribute", computed, **changes) == 0
     base = computed["results_dir"] / "free_query"
     found = [path.parent.name for path in base.glob("[!.l]*/report.html")]
@@ -429,12 +462,12 @@ def test_no_question_takes_the_place_of_another_and_the_index_lists_all(computed
     )
 
 
-def test_runs_of_one_question_at_once_all_succeed_and_leave_one_whole_answer(computed):
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in computed.items()]
-    command = [sys.executable, "-m", "concept_trak", "attribute", *flags]
-    runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)]
-    told = [process.communicate(timeout=100)[1] for process in runs]
-    assert [process.returncode for process in runs] == [0, 0, 0], told
+def test_runs_of_one_question_at_once_all_succeed_and_leave_one_whole_answer(computed, tmp_path):
+    argv, told = line_of("attribute", computed), [tmp_path / f"told-{i}.txt" for i in range(3)]
+    runs = [kills.start(argv, tmp_path, path) for path in told]
+    for process in runs:
+        process.join(100)
+    assert [process.exitcode for process in runs] == [0, 0, 0], [p.read_text() for p in told]
     base = computed["results_dir"] / "free_query"
     (report,) = base.glob("[!.l]*/report.html")
     for target in ("cat", "blob"):
@@ -464,16 +497,16 @@ def gradient_written(flags, target="cat"):
     ],
 )
 def test_a_cached_gradient_is_used_exactly_when_everything_that_went_into_it_is_the_same(
-    changes, again, computed
+    changes, again, answered
 ):
-    assert run("attribute", computed) == 0
+    computed = answered
     before = gradient_written(computed)
     assert run("attribute", computed, **changes) == 0
     assert (gradient_written(computed) != before) == again
 
 
-def test_a_damaged_cached_gradient_is_computed_again(computed):
-    assert run("attribute", computed) == 0
+def test_a_damaged_cached_gradient_is_computed_again(answered):
+    computed = answered
     (path,) = computed["results_dir"].glob("free_query/.rows/cat-*.npy")
     good = path.read_bytes()
     path.write_bytes(good[:-4] + b"\0\0\0\0")
@@ -481,57 +514,38 @@ def test_a_damaged_cached_gradient_is_computed_again(computed):
     assert path.read_bytes() == good
 
 
-def test_two_runs_give_the_same_ranking(computed, tmp_path):
-    elsewhere = {**computed, "grad_dir": tmp_path / "grads2", "results_dir": tmp_path / "results2"}
-    assert (
-        run("train-grad", elsewhere)
-        == run("attribute", elsewhere)
-        == run("attribute", computed)
-        == 0
-    )
+def test_two_runs_give_the_same_ranking(made, tmp_path):
+    elsewhere = {**made, "grad_dir": tmp_path / "grads2", "results_dir": tmp_path / "results2"}
+    assert run("train-grad", elsewhere) == run("attribute", elsewhere) == 0
     for target in ("cat", "blob"):
-        one, two = target_folder(computed, target), target_folder(elsewhere, target)
+        one, two = target_folder(made, target), target_folder(elsewhere, target)
         lists = sorted(p.name for p in one.glob("topk-prompts-*.txt"))
         assert len(lists) == 9 and all(
             (one / n).read_bytes() == (two / n).read_bytes() for n in lists
         )
 
 
-DYING = """
-import os, signal, sys
-from concept_trak import cli
-from concept_trak.store.store import Store
+def dying(argv):
+    """The verb in a process that dies before it keeps its fourth batch."""
+    append, calls = Store.append, []
 
-append, calls = Store.append, []
+    def once(self, *args):
+        calls.append(args)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, *args)
 
-def dying(self, *args):
-    calls.append(args)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    append(self, *args)
-
-Store.append = dying
-cli.main(sys.argv[1:])
-"""
+    Store.append = once
+    cli.main(argv)
 
 
 def test_a_killed_train_grad_resumes_and_ends_with_the_same_rows(flags, tmp_path):
-    """A process of its own dies by SIGKILL in the middle of its second shard; a fork would inherit
-    locks that threads hold.
-    """
-    command = [
-        sys.executable,
-        "-c",
-        DYING,
-        "train-grad",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()),
-    ]
-    one_thread = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # as in this process: bytes depend on the order of sums
-    assert (
-        subprocess.run(command, cwd=ROOT, env=one_thread, timeout=200).returncode == -signal.SIGKILL
-    )
+    """It dies by SIGKILL in the middle of its second shard."""
+    flags |= {"batch_size": 2}
+    process = kills.SERVER.Process(target=dying, args=(line_of("train-grad", flags),))
+    process.start()
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
     folder = store_folder(flags)
     first = (folder / "train_grad-0.npy").stat().st_mtime_ns
     assert not (folder / "train_grad-1.npy").exists()
@@ -718,9 +732,9 @@ def test_an_interrupted_run_ends_with_status_130_and_one_line(monkeypatch, capsy
     assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
 
 
-def test_gpu_ids_left_in_the_environment_concern_the_train_gradients_alone(computed, flags):
+def test_gpu_ids_left_in_the_environment_concern_the_train_gradients_alone(computed):
     """A user who exported them for run_train_grad.sh goes on to attribute."""
-    assert run("attribute", flags, gpu_ids="0 1") == 0
+    assert run("attribute", computed, gpu_ids="0 1") == 0
 
 
 LONG = "a cat with " + "very " * 12 + "in the style of blob"
@@ -735,8 +749,8 @@ def test_a_target_that_the_text_encoder_does_not_read_is_refused(computed, capfd
     assert not flags["results_dir"].exists()
 
 
-def test_other_words_that_are_not_read_are_named_on_the_screen_and_in_the_report(flags, capfd):
-    assert run("train-grad", flags) == 0
+def test_other_words_that_are_not_read_are_named_on_the_screen_and_in_the_report(computed, capfd):
+    flags = computed
     prompt = "a cat in the style of blob " + "very " * 12 + "lost"
     assert run("attribute", flags, prompt=prompt, target_concepts="cat") == 2  # no such style
     flags |= {"prompt": "a cat " + "very " * 12 + "lost", "target_concepts": "cat"}
@@ -811,8 +825,8 @@ def test_a_finished_shard_that_is_damaged_is_told_instead_of_nothing_to_compute(
         assert path.with_name(f"{path.name}.damaged").read_bytes() == content
 
 
-def test_other_methods_stand_beside_ours_for_one_prompt(computed):
-    assert run("attribute", computed) == 0
+def test_other_methods_stand_beside_ours_for_one_prompt(answered):
+    computed = answered
     alone = target_folder(computed)
     assert run("attribute", computed, methods="concept_trak,das,caption_similarity") == 0
     folder = target_folder(computed)
@@ -830,9 +844,9 @@ def test_other_methods_stand_beside_ours_for_one_prompt(computed):
 
 
 @pytest.mark.parametrize("verb", ["attribute", "train-grad"])
-def test_too_little_memory_is_told_before_the_work(verb, flags, capsys, monkeypatch):
+def test_too_little_memory_is_told_before_the_work(verb, computed, capsys, monkeypatch):
     """Of a question it is refused; rows can be asked with more of it."""
-    assert run("train-grad", flags) == 0
+    flags = computed
     capsys.readouterr()
     monkeypatch.setattr(
         "concept_trak.attribution.answer.generate_query_image", lambda *_: pytest.fail("drawn")
@@ -844,12 +858,14 @@ def test_too_little_memory_is_told_before_the_work(verb, flags, capsys, monkeypa
     assert "Traceback" not in told
 
 
-def test_more_scores_than_memory_holds_are_refused_before_the_picture(flags, capsys, monkeypatch):
-    assert run("train-grad", flags) == 0
+def test_more_scores_than_memory_holds_are_refused_before_the_picture(
+    computed, capsys, monkeypatch
+):
+    flags = computed
     monkeypatch.setattr(
         "concept_trak.attribution.answer.generate_query_image", lambda *_: pytest.fail("drawn")
     )
-    monkeypatch.setattr("concept_trak.attribution.answer.DAMPINGS", (1.0,) * 10**9)
+    monkeypatch.setattr("concept_trak.attribution.answer.DAMPINGS", range(10**9))
     assert run("attribute", flags) == 2
     assert "scores take" in capsys.readouterr().err
 

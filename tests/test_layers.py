@@ -1,6 +1,7 @@
 """Imports go to earlier packages only, never round, and never from the library to experiments."""
 
 import ast
+import functools
 import graphlib
 import re
 from pathlib import Path
@@ -21,8 +22,13 @@ def module_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def imports_of(path):
     """Modules of the two trees that a file imports anywhere, inside functions too."""
+    return {*imported_by(path)}
+
+
+def imported_by(path):
     package = [*path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +68,7 @@ def test_no_import_goes_up(path):
 
 
 def test_no_import_goes_round():
-    graph = {module_of(p): set(imports_of(p)) - {module_of(p)} for p in FILES}
+    graph = {module_of(p): imports_of(p) - {module_of(p)} for p in FILES}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 

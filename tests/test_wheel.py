@@ -71,6 +71,7 @@ def test_the_installed_command_attributes_from_an_empty_folder(fresh, tmp_path):
     folder, results = tmp_path / "empty", tmp_path / "results"
     folder.mkdir()
     flags = [f"--data-dir={REPO / 'data/emoji'}", f"--results-dir={results}", "--device=cpu"]
+    flags += ["--epochs=2", "--gen-num-inference-steps=4"]
     told = run(fresh / "concept-trak", "attribute", *flags, cwd=folder, HF_HUB_OFFLINE="1")
     [report] = results.rglob("report.html")
     assert report.stat().st_size > 10_000 and os.path.relpath(report, folder) in told

@@ -2,17 +2,16 @@
 
 import contextlib
 import signal
-import subprocess
 import sys
 import time
 
+import kills
 import psutil
 import pytest
 
 from concept_trak import cli
 from concept_trak.attribution import multi_gpu
 from concept_trak.errors import UserError
-from concept_trak.settings import ROOT
 
 
 def of_shards(launcher):
@@ -22,6 +21,14 @@ def of_shards(launcher):
         with contextlib.suppress(psutil.Error):
             found += [process] if "train-grad" in process.cmdline() else []
     return found
+
+
+def launch(argv):
+    """The verb in a process of its own. What makes the store has ended before the shards begin: it
+    needs none.
+    """
+    multi_gpu.create_store_in_subprocess = lambda settings, gpu: multi_gpu._create(settings.on(gpu))
+    sys.exit(cli.main(argv))
 
 
 @pytest.mark.parametrize(
@@ -35,17 +42,17 @@ def test_a_launcher_that_is_ended_leaves_no_process(tiny_pipeline, tiny_data, tm
     places = f"--sd-model-path={tiny_pipeline} --data-dir={tiny_data} --grad-dir={tmp_path}"
     flags = [*places.split(), "--gpu-ids=cpu cpu", "--num-split=2", "--proj-dim=32"]
     flags.append("--epochs=500")  # so that none is done before the other has begun
-    command = [sys.executable, "-m", "concept_trak", "train-grad", *flags]
-    launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    launcher = kills.SERVER.Process(target=launch, args=(["train-grad", *flags],))
+    launcher.start()
     parent, deadline = psutil.Process(launcher.pid), time.monotonic() + 60
 
     while len(children := of_shards(parent)) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(children) >= 4, "two of accelerate, and theirs"
-    launcher.send_signal(ending)
-    launcher.communicate(timeout=30)
+    parent.send_signal(ending)
+    launcher.join(30)
     gone, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive and launcher.returncode != 0
+    assert not alive and launcher.exitcode
 
 
 def test_a_list_of_no_device_is_refused(tiny_pipeline, tiny_data, tmp_path, capfd):

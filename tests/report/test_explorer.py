@@ -324,6 +324,8 @@ def test_ten_thousand_pictures_are_there_at_once(browser, tmp_path):
             visit.page.locator(".card").first.focus()
             visit.page.keyboard.press("End")
             visit.page.wait_for_selector(".card[data-at='9999']")
+        if min(paints) < PAINT:
+            break
     assert min(paints) < PAINT, paints
 
 

@@ -4,31 +4,35 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
-from stores import REPOSITORY, contents, fill, make, read, some_losses, some_rows
+from stores import contents, fill, make, read, some_losses, some_rows
 
 from concept_trak.errors import UserError
 from concept_trak.store import writer as shard_writer
 from concept_trak.store.store import Store
 
-WRITER = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import stores
-from concept_trak.store import writer
 
-writer.SYNC_SECONDS = 0.0
-shape = {"num_rows": 240, "num_split": 3, "losses": sys.argv[4] == "True"}
-store = stores.make(sys.argv[3], "float16", **shape)
-print("ready", flush=True)
-stores.fill(store, stores.some_rows(240), batch=5)
-"""
+def write(folder, shape, ready):
+    """The rows of a store, in a process of its own; says when it begins, and how long it takes."""
+    shard_writer.SYNC_SECONDS = 0.0
+    rows, began = some_rows(240), time.monotonic()
+    fill(make(folder.with_name(f"tried-{os.getpid()}"), "float16", **shape), rows, batch=5)
+    store = make(folder, "float16", **shape)
+    ready.send(time.monotonic() - began)
+    fill(store, rows, batch=5)
+
+
+def start_writing(folder, shape):
+    """(process that has begun, seconds that it takes)."""
+    begun, ready = kills.SERVER.Pipe(duplex=False)
+    process = kills.SERVER.Process(target=write, args=(folder, shape, ready))
+    process.start()
+    assert begun.poll(120)
+    return process, begun.recv()
 
 
 @pytest.mark.parametrize("losses", [False, True])
@@ -38,24 +42,24 @@ def test_killed_run_resumes_to_same_bytes(tmp_path, losses):
     """
     shape = {"num_rows": 240, "num_split": 3, "losses": losses}
     fill(make(tmp_path / "whole", "float16", **shape), some_rows(240), batch=5)
-    paths = str(REPOSITORY), str(Path(__file__).parent), str(tmp_path / "killed")
-    command = [sys.executable, "-c", WRITER, *paths, str(losses)]
     rng, killed, reached = random.Random(0), 0, set()
     for _ in range(60):  # on a busy machine some rounds end before their kill; twenty must not
         if killed == 20:
             break
-        child = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert child.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0, 0.03))
-        child.send_signal(signal.SIGKILL)
-        killed += child.wait() == -signal.SIGKILL
+        child, seconds = start_writing(tmp_path / "killed", shape)
+        time.sleep(rng.uniform(0, 0.7 * seconds))
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
         store = make(tmp_path / "killed", "float16", **shape)
         reached.add(sum(store.resume_row(i) - store.shard_range(i)[0] for i in range(3)))
         if not store.pending():  # finished before the kill: begin again, to kill a writer each time
             for path in (tmp_path / "killed").iterdir():
                 path.unlink()
     assert killed == 20 and len(reached) > 2
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    last, _ = start_writing(tmp_path / "killed", shape)
+    last.join()
+    assert last.exitcode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
