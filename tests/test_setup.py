@@ -334,7 +334,7 @@ def test_lint_runs_every_check_and_fails_when_one_does(sandbox, status):
     "arguments, processes, threads",
     [
         ([], 4, 1),
-        (["tests/rows", "-k", "name"], 4, 1),
+        (["tests/gradients", "-k", "name"], 4, 1),
         (["tests/x.py", "tests/y.py"], 4, 1),
         (["tests/x.py", "-k", "name"], None, 4),
         (["tests/x.py::test_one"], None, 4),

@@ -1,4 +1,4 @@
-"""What the settings ask for, in the words of other rooms: states, what decides a row, folders.
+"""What the settings ask for, in the words of other packages: states, what decides a row, folders.
 
 Names and folders are told without loading torch.
 """

@@ -1,8 +1,10 @@
 """A concept of a model, asked of its weights: what its prompt is, at which states, which scores.
 
->>> asked = Asked("a rocket")                    # a concept's words, or any prompt
->>> scores = scores_of(model, asked, AIMS["erase"], select(model.network, "cross_attention"))
->>> edit = edit_of(model, scores, Plan("cross_attention", Rule(0.02)), asked)
+>>> query = ComponentQuery("a rocket")            # a concept's words, or any prompt
+>>> among = select(model.network, "cross_attention")
+>>> scores = attribute_components(model, query, COMPONENT_OBJECTIVES["erase"], among)
+>>> plan = EditPlan("cross_attention", SelectionRule(0.02))
+>>> edit, chosen = edit_from_scores(model, scores, plan, query)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures, captions, labels: any folder (`folder`), encoded ones, and the benchmarks' own."""
+"""Images, captions, labels: any folder (`image_folder`), encoded ones, those in memory (`given`)."""
 
 from .image_folder import ImageCaptionDataset, load_folder
 

@@ -3,7 +3,7 @@ HTML page.
 
 results.py    query.png, topk-lambda_*.jpg, topk-prompts-lambda_*.txt, metrics.json
 page.py       report.html: query, concepts side by side, damping switch, histograms, settings
-shown.py      what both share; panels.py: what the page says; templates/: its markup
+context.py    what both share; view_model.py: what the page says; templates/: its markup
 """
 
 from ..scoring.result import ConceptResult, lambda_label

@@ -63,22 +63,22 @@ FILE |= document_responses(401, 404, 410, 422)
 Tell = Callable[[Any], str]  # a sentence as others may read it
 
 
-def make_app(desk: JobQueue, limits: RequestLimits, counts: Metrics) -> FastAPI:
+def make_app(queue: JobQueue, limits: RequestLimits, counts: Metrics) -> FastAPI:
     """The application. It owns nothing: whoever made the desk closes it."""
     about: dict[str, Any] = {"title": "concept-trak", "version": version(), "description": ABOUT}
     app = FastAPI(**about, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
-    counts.watch(lambda: desk.unanswered, desk.length)
-    known = places(desk.task.settings)
+    counts.watch(lambda: queue.unanswered, queue.length)
+    known = places(queue.task.settings)
 
     def tell(sentence: Any) -> str:
         return printable(without_places(str(sentence), known))
 
     add_errors(app, tell)
-    service = Service(desk, counts)
+    service = Service(queue, counts)
     add_answers(app, service, tell)
-    add_pictures(app, desk)
-    add_about(app, desk, counts)
+    add_pictures(app, queue)
+    add_about(app, queue, counts)
     app.add_middleware(AuthMiddleware, limits=limits, counts=counts)
     return app
 
@@ -86,10 +86,10 @@ def make_app(desk: JobQueue, limits: RequestLimits, counts: Metrics) -> FastAPI:
 class Service:
     """Takes questions for the addresses, and waits for their answers."""
 
-    def __init__(self, desk: JobQueue, counts: Metrics) -> None:
-        self.desk, self.counts = desk, counts
-        self.teller = AnswerSerializer(desk.task, desk.store)
-        self.links = html.Links(desk.task.train)
+    def __init__(self, queue: JobQueue, counts: Metrics) -> None:
+        self.queue, self.counts = queue, counts
+        self.serializer = AnswerSerializer(queue.task, queue.store)
+        self.links = html.Links(queue.task.train)
 
     async def accept(self, asked: BaseModel) -> str:
         """The name of the answer, which is there or on its way.
@@ -99,14 +99,14 @@ class Service:
         return await run_in_threadpool(self._accept, asked)
 
     def _accept(self, asked: BaseModel) -> str:
-        desk = self.desk
+        queue = self.queue
         try:
-            settings = desk.read(asked)
-            name = desk.name_of(settings)
-            if desk.known(name):
+            settings = queue.read(asked)
+            name = queue.name_of(settings)
+            if queue.known(name):
                 self.counts.answered("known", 0.0)
                 return name
-            return desk.ask(settings, asked).name
+            return queue.ask(settings, asked).name
         except InvalidQuery as error:
             self.counts.answered("refused", 0.0)
             raise HTTPException(422, str(error)) from None
@@ -122,24 +122,24 @@ class Service:
 
         HTTPException for one that could not be made, or of which nothing is known.
         """
-        job = self.desk.job(name)
+        job = self.queue.job(name)
         if job is not None:
             made = asyncio.ensure_future(asyncio.wrap_future(job.made))
             made.add_done_callback(lambda f: f.cancelled() or f.exception())  # told below
             try:
                 await asyncio.wait([made], timeout=wait)
-                while not made.done() and self.desk.stopping:
+                while not made.done() and self.queue.stopping:
                     await asyncio.wait([made], timeout=POLL_SECONDS)
             except asyncio.CancelledError:
-                if not self.desk.stopping:
+                if not self.queue.stopping:
                     raise
                 told = "the service was ended at once; it answers when it is back"
                 raise HTTPException(503, told) from None
             if not made.done():
                 return job
-        if (error := self.desk.failure(name)) is not None:
+        if (error := self.queue.failure(name)) is not None:
             raise HTTPException(422 if isinstance(error, InvalidQuery) else 500, str(error))
-        if not await run_in_threadpool(self.desk.is_there, name):
+        if not await run_in_threadpool(self.queue.is_there, name):
             raise HTTPException(404, f"there is no answer of the name {name[:300]!r}")
         return None
 
@@ -147,17 +147,17 @@ class Service:
         """An answer as JSON, or what is known of it so far."""
         job = await self.answered(name, wait)
         if job is not None:
-            after = math.ceil(self.desk.tally.mean())
+            after = math.ceil(self.queue.tally.mean())
             headers = {"Location": f"/answers/{job.name}", "Retry-After": str(after)}
-            return JSONResponse(job_status(job, self.desk), 202, headers)
-        told = await run_in_threadpool(self.teller.told, self.desk.folder / name, thumbnails)
+            return JSONResponse(job_status(job, self.queue), 202, headers)
+        told = await run_in_threadpool(self.serializer.told, self.queue.folder / name, thumbnails)
         return JSONResponse(told)
 
 
 def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
     """To ask, and to read answers."""
-    desk, longest = service.desk, service.desk.wait
-    Asked, Wait = service.desk.question, Annotated[float, Query(ge=0, le=longest)]
+    queue, longest = service.queue, service.queue.wait
+    Asked, Wait = service.queue.question, Annotated[float, Query(ge=0, le=longest)]
 
     @app.post(
         "/answers",
@@ -184,7 +184,7 @@ def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
         none.
         """
         if name == "index.html":
-            return await run_in_threadpool(index_page, desk)
+            return await run_in_threadpool(index_page, queue)
         if thumbnails not in ("links", "data", "none"):
             raise HTTPException(422, "thumbnails must be links, data or none")
         return await service.told(name, wait, thumbnails)
@@ -198,36 +198,36 @@ def add_answers(app: FastAPI, service: Service, tell: Tell) -> None:
         if job is not None:
             if file != PAGE:
                 raise HTTPException(404, "the answer is on its way; its files come with it")
-            return HTMLResponse(html.waiting_page(job_status(job, desk)), 202)
-        return await run_in_threadpool(file_of, desk.folder, f"{name}/{file}", service.links)
+            return HTMLResponse(html.waiting_page(job_status(job, queue)), 202)
+        return await run_in_threadpool(file_of, queue.folder, f"{name}/{file}", service.links)
 
     @app.post("/ask", include_in_schema=False)
     async def ask_by_form(request: Request) -> Response:
         given = html.fields_of(await request.body())
         try:
-            asked = desk.question(**html.question_of(given, desk.question))
+            asked = queue.question(**html.question_of(given, queue.question))
             name = await service.accept(asked)
         except ValidationError as error:
             said = tell(sentence_of(error.errors()[0]))
-            return HTMLResponse(html.form(desk, given, said), 422)
+            return HTMLResponse(html.form(queue, given, said), 422)
         except UserError as error:
-            return HTMLResponse(html.form(desk, given, tell(error)), 422)
+            return HTMLResponse(html.form(queue, given, tell(error)), 422)
         except HTTPException as error:
-            page = html.form(desk, given, tell(error.detail))
+            page = html.form(queue, given, tell(error.detail))
             return HTMLResponse(page, error.status_code, error.headers)
         return RedirectResponse(f"/answers/{name}/{PAGE}", 303)
 
     @app.get("/", include_in_schema=False)
     async def start() -> Response:
-        return HTMLResponse(await run_in_threadpool(html.form, desk, {}, ""))
+        return HTMLResponse(await run_in_threadpool(html.form, queue, {}, ""))
 
 
-def index_page(desk: JobQueue) -> Response:
+def index_page(queue: JobQueue) -> Response:
     """The list of all answers."""
-    path = desk.folder / "index.html"
+    path = queue.folder / "index.html"
     if not path.is_file():
         raise HTTPException(404, "there is no answer yet; ask one")
-    return HTMLResponse(read(path, safe_join(desk.folder, path.name, "the file").resolve()))
+    return HTMLResponse(read(path, safe_join(queue.folder, path.name, "the file").resolve()))
 
 
 def file_of(folder: Path, name: str, links: html.Links) -> Response:
@@ -247,9 +247,9 @@ def file_of(folder: Path, name: str, links: html.Links) -> Response:
     return Opened(opened(path, real), media)
 
 
-def add_pictures(app: FastAPI, desk: JobQueue) -> None:
+def add_pictures(app: FastAPI, queue: JobQueue) -> None:
     """The training pictures."""
-    data = desk.task.train
+    data = queue.task.train
     kept = {"Cache-Control": "private, max-age=3600"}
 
     def checked(index: str) -> int:
@@ -281,7 +281,7 @@ def add_pictures(app: FastAPI, desk: JobQueue) -> None:
         return Response(image_bytes(small, "PNG"), media_type="image/png", headers=kept)
 
 
-def add_about(app: FastAPI, desk: JobQueue, counts: Metrics) -> None:
+def add_about(app: FastAPI, queue: JobQueue, counts: Metrics) -> None:
     """What the service knows, whether it lives, what it counts, how it is asked."""
 
     @app.get(
@@ -293,7 +293,7 @@ def add_about(app: FastAPI, desk: JobQueue, counts: Metrics) -> None:
         """The concepts that the labels of the pictures name, with the number of pictures, and an
         example; without labels the most frequent words of the captions.
         """
-        return concepts_of(desk)
+        return concepts_of(queue)
 
     @app.get(
         "/health",
@@ -302,8 +302,8 @@ def add_about(app: FastAPI, desk: JobQueue, counts: Metrics) -> None:
     )
     def health() -> Response:
         """200 while it does, 503 while it stops; told without API_TOKEN."""
-        told = {"status": "stopping" if desk.stopping else "ok"}
-        return JSONResponse(told, 503 if desk.stopping else 200)
+        told = {"status": "stopping" if queue.stopping else "ok"}
+        return JSONResponse(told, 503 if queue.stopping else 200)
 
     @app.get(
         "/metrics",
@@ -317,19 +317,19 @@ def add_about(app: FastAPI, desk: JobQueue, counts: Metrics) -> None:
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> Response:
         example = {"prompt": "...", "concepts": ["..."]}
-        if first := html.example_of(desk):
+        if first := html.example_of(queue):
             example = {"prompt": first[0], "concepts": first[1]}
         call = f"{request.base_url}answers", json.dumps(example, ensure_ascii=False)
         return HTMLResponse(html.docs(app.openapi(), *call))
 
 
-def concepts_of(desk: JobQueue) -> dict[str, Any]:
+def concepts_of(queue: JobQueue) -> dict[str, Any]:
     """{labelled, kinds: {kind: {word: pictures}}, example, num_images}."""
-    data = desk.task.train
+    data = queue.task.train
     if labels.has_labels(data):
         kinds = {column: labels.values(data, column) for column in labels.COLUMNS}
         kinds = {column: found for column, found in kinds.items() if found}
-        first = html.example_of(desk)
+        first = html.example_of(queue)
         example = first and {"prompt": first[0], "concepts": first[1]}
     else:
         kinds, example = {"word": frequent_words(data)}, None

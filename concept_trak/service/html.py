@@ -78,9 +78,9 @@ def error_page(status: int, sentence: str) -> str:
     return render("refusal", status=status, sentence=sentence)
 
 
-def form(desk: JobQueue, given: dict[str, str], refused: str) -> str:
+def form(queue: JobQueue, given: dict[str, str], refused: str) -> str:
     """The form, filled with what was `given`; refused: why it was not taken, or ""."""
-    data, first = desk.task.train, example_of(desk)
+    data, first = queue.task.train, example_of(queue)
     labels = {c: list(emoji.values(data, c)) for c in emoji.COLUMNS} if first else {}
     example = (first[0], "|".join(first[1])) if first else ("", "")
     return render(
@@ -91,16 +91,16 @@ def form(desk: JobQueue, given: dict[str, str], refused: str) -> str:
         example=example,
         labels=labels,
         num_images=len(data),
-        model=desk.task.settings.sd_model_path.rpartition("/")[2] or "the model",
-        fields=inputs(desk.question, desk),
+        model=queue.task.settings.sd_model_path.rpartition("/")[2] or "the model",
+        fields=inputs(queue.question, queue),
     )
 
 
-def example_of(desk: JobQueue) -> tuple[str, list[str]] | None:
+def example_of(queue: JobQueue) -> tuple[str, list[str]] | None:
     """(prompt, its concepts) that the data know: those of the settings, else the first that the
     labels name. None for data without labels.
     """
-    s, data = desk.task.settings, desk.task.everything
+    s, data = queue.task.settings, queue.task.everything
     if not emoji.has_labels(data):
         return None
     try:
@@ -110,14 +110,14 @@ def example_of(desk: JobQueue) -> tuple[str, list[str]] | None:
     return s.prompt, prompts.split_list(s.target_concepts)
 
 
-def inputs(question: type[BaseModel], desk: JobQueue) -> list[dict[str, Any]]:
+def inputs(question: type[BaseModel], queue: JobQueue) -> list[dict[str, Any]]:
     """The settings of a question as inputs of the form."""
     words = ("prompt", "concepts", "negative_prompts", "thumbnails")
     return [
         {
             "name": name,
             "choices": choices_of(field),
-            "usual": getattr(desk.task.settings, name),
+            "usual": getattr(queue.task.settings, name),
             "says": (field.description or "").partition("; left out:")[0],
         }
         for name, field in question.model_fields.items()

@@ -318,9 +318,9 @@ def _sentence(error: BaseException) -> str:
     return f"the service met a fault of its own ({type(error).__name__}); see its log"
 
 
-def job_status(job: Job, desk: JobQueue) -> dict[str, Any]:
+def job_status(job: Job, queue: JobQueue) -> dict[str, Any]:
     """What is said of a question that is not answered yet."""
-    before = desk.before(job.name)
+    before = queue.before(job.name)
     return {
         "id": job.name,
         "status": "queued" if before else "being answered",

@@ -49,13 +49,13 @@ def serve(settings: Settings, device: str) -> None:
         counts = Metrics()
         task = AttributionTask(s, device)
         task.preconditioner  # noqa: B018 - too little MAX_MEMORY is told before any question
-        desk = JobQueue(task, counts.answered)
-        app = make_app(desk, RequestLimits(token, s.body_bytes, s.body_timeout), counts)
-        if taken := desk.resume():
+        queue = JobQueue(task, counts.answered)
+        app = make_app(queue, RequestLimits(token, s.body_bytes, s.body_timeout), counts)
+        if taken := queue.resume():
             log(f"{taken} questions that an ended service had accepted are answered first")
         bound.listen(CONNECTIONS)  # who reads the line may connect at once, and is then served
         print(f"service: {address_of(bound)}", flush=True)
-        run(app, desk, bound)
+        run(app, queue, bound)
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def address_of(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def run(app: Any, desk: JobQueue, bound: socket.socket) -> None:
+def run(app: Any, queue: JobQueue, bound: socket.socket) -> None:
     """Serve until a signal, and then, with 503 for new questions, until all that was accepted is
     answered. A second SIGINT ends at once: what is accepted is written down, and the next service
     takes it up.
@@ -99,10 +99,10 @@ def run(app: Any, desk: JobQueue, bound: socket.socket) -> None:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            desk.stop()
-            if left := desk.unanswered:
+            queue.stop()
+            if left := queue.unanswered:
                 log(f"stopping: {left} accepted questions are answered first; Ctrl-C ends at once")
-            while desk.unanswered and not self.force_exit:
+            while queue.unanswered and not self.force_exit:
                 await asyncio.sleep(0.1)
             await super().shutdown(sockets)
 
@@ -115,21 +115,21 @@ def run(app: Any, desk: JobQueue, bound: socket.socket) -> None:
         proxy_headers=False,
         server_header=False,
         use_colors=False,
-        limit_concurrency=CONNECTIONS + desk.length,
+        limit_concurrency=CONNECTIONS + queue.length,
     )
     config.load()
-    seconds = desk.task.settings.body_timeout
+    seconds = queue.task.settings.body_timeout
     config.http_protocol_class = patient(config.http_protocol_class, seconds, CONNECTIONS)
     server = Server(config)
     with contextlib.suppress(
         SystemExit, KeyboardInterrupt
     ):  # uvicorn repeats the signal at its end
         server.run(sockets=[bound])
-    if desk.unanswered:
+    if queue.unanswered:
         print("ended; the accepted questions are kept for the next start", file=sys.stderr)
         sys.stderr.flush()
         os._exit(SECOND_INTERRUPT)  # the worker is in the middle of an answer
-    desk.close()
+    queue.close()
     log("stopped: every accepted question is answered")
 
 

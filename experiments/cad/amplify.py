@@ -62,18 +62,18 @@ class Amplified:
         (rate before, after)}. They are found on other noise than what measures them, so that no
         gain is a return to the mean; searched: pictures of each object for that.
         """
-        bed, cells = self.measured.bed, self.measured.cells
+        setup, cells = self.measured.setup, self.measured.cells
         pairs, told = [], {}
         for target in self._weakest(searched, count):
             before = cells.cell(
                 target,
                 ["as it is", *self.counts],
-                lambda t=target: bed.measure(t, None, self.counts),
+                lambda t=target: setup.measure(t, None, self.counts),
             )
             after = cells.cell(
                 target,
                 ["amplify", self.key.selection, AMPLIFIED, *self.counts],
-                lambda t=target: bed.measure(t, self._edit(t), self.counts),
+                lambda t=target: setup.measure(t, self._edit(t), self.counts),
             )
             pairs.append((before, after))
             told[target.name] = [float(np.mean(cell["shown"])) for cell in (before, after)]
@@ -82,15 +82,15 @@ class Amplified:
 
     def _weakest(self, searched: int, count: int) -> list[Target]:
         """Objects that the unedited model draws worst, none of the tuned ones."""
-        bed = self.measured.bed
-        phrases = {r["object"]: r["object_phrase"] for r in bed.pool}
+        setup = self.measured.setup
+        phrases = {r["object"]: r["object_phrase"] for r in setup.pool}
         targets = [Target("object", name, phrases[name]) for name in sorted(phrases)]
 
         def make() -> dict[str, Any]:
             shown = {}
             for target in tqdm(targets, desc="objects drawn unedited"):
                 seeds = range(SEARCH, SEARCH + searched)
-                drawn = bed.draw(bed.prompts(target, searched), seeds)
+                drawn = setup.draw(setup.prompts(target, searched), seeds)
                 shown[target.name] = int(drawn.right("object").sum())
             return {"shown": shown}
 
@@ -106,7 +106,7 @@ class Amplified:
 
         def make() -> dict[str, Any]:
             model, aim, real = (
-                self.measured.bed.model,
+                self.measured.setup.model,
                 COMPONENT_OBJECTIVES["amplify"],
                 self._real(target),
             )
@@ -135,34 +135,34 @@ class Amplified:
 
     def _real(self, target: Target) -> ComponentQuery:
         """The target's training pictures."""
-        bed, task = self.measured.bed, self.measured.bed.task
+        setup, task = self.measured.setup, self.measured.setup.task
         rows = [i for i, r in enumerate(task.train.records) if r[target.kind] == target.name]
-        return replace(bed.asked(target), real=task.latents[rows], num_seeds=len(rows))
+        return replace(setup.asked(target), real=task.latents[rows], num_seeds=len(rows))
 
     def _scores(self, real: ComponentQuery) -> Scores:
-        model = self.measured.bed.model
+        model = self.measured.setup.model
         among = select(model.network, self.key.plan.selection)
         return attribute_components(model, real, COMPONENT_OBJECTIVES["amplify"], among)
 
     def _edit(self, target: Target, base: str = "") -> Edit:
         """The amplifying edit of the network as it stands. base: as `concept.edit_of`."""
         real, plan = self._real(target), Key(self.key.selection, AMPLIFIED).plan
-        return edit_from_scores(self.measured.bed.model, self._scores(real), plan, real, base)[0]
+        return edit_from_scores(self.measured.setup.model, self._scores(real), plan, real, base)[0]
 
     def _recalled(self, target: Target) -> dict[str, Any]:
         """The judge's view after the erasing edit and an amplifying one on top."""
-        measured, bed, model = self.measured, self.measured.bed, self.measured.bed.model
+        measured, setup, model = self.measured, self.measured.setup, self.measured.setup.model
         scores = measured.spared(target, self.key)
-        edit, _ = edit_from_scores(model, scores, self.key.plan, bed.asked(target))
+        edit, _ = edit_from_scores(model, scores, self.key.plan, setup.asked(target))
         with EditedNetwork(model.network) as edited:
             edited.apply(edit)
             again = self._edit(target, edited.base)
-            bed.mirror(edit)
+            setup.mirror(edit)
             try:
                 before = {k: (i, _at(model, k, i), n) for k, (i, _, n) in again.changes.items()}
-                return bed.measure(target, replace(again, changes=before), self.counts)
+                return setup.measure(target, replace(again, changes=before), self.counts)
             finally:
-                bed.mirror(edit, undo=True)
+                setup.mirror(edit, undo=True)
 
 
 def mean_gain(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:

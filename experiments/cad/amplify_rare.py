@@ -1,7 +1,7 @@
 """Does amplifying raise what a model learned too little of?
 
 A small model (`retraining.small`) learns all pictures but most of those of 16 objects, of which
-KEPT of seven stay: 8 choose the plan, 8 others are reported, split as in `bed`. Scores of J_amplify
+KEPT of seven stay: 8 choose the plan, 8 others are reported, split as in `setup`. Scores of J_amplify
 are read on the pictures that stayed, as a user would who has no more of them; judged are pictures
 drawn for all seven captions. Beside the plan that is best for the eight that choose:
 
@@ -70,30 +70,30 @@ class Rare:
 
     def __init__(self, task: AttributionTask, subset: Subset, model: TextToImage) -> None:
         self.subset = subset
-        self.bed = EraseSetup(task_of(task, model, subset), drawer=model)
-        self.cells = MeasurementCache(self.bed, Path(task.settings.truth_dir) / "cad-rare")
+        self.setup = EraseSetup(task_of(task, model, subset), drawer=model)
+        self.cells = MeasurementCache(self.setup, Path(task.settings.truth_dir) / "cad-rare")
         self._scores: tuple[str, Scores] | None = None
 
     def asked(self, target: Target) -> ComponentQuery:
         """About the pictures that stayed."""
-        task, stayed = self.bed.task, self.subset.kept(len(self.bed.task.train))
+        task, stayed = self.setup.task, self.subset.kept(len(self.setup.task.train))
         shown = np.array(task.train.column("object")) == target.name
         real = task.latents[np.flatnonzero(shown & stayed)]
-        return replace(self.bed.asked(target), real=real, num_seeds=NOISINGS)
+        return replace(self.setup.asked(target), real=real, num_seeds=NOISINGS)
 
     def scores(self, target: Target) -> Scores:
         """J_amplify of the transformers' weights; those of the last target are kept."""
         if self._scores is None or self._scores[0] != target.name:
-            among = [c for c in components(self.bed.model.network) if c.role not in SKIPPED]
+            among = [c for c in components(self.setup.model.network) if c.role not in SKIPPED]
             found = attribute_components(
-                self.bed.model, self.asked(target), COMPONENT_OBJECTIVES["amplify"], among
+                self.setup.model, self.asked(target), COMPONENT_OBJECTIVES["amplify"], among
             )
             self._scores = target.name, found
         return self._scores[1]
 
     def edit(self, target: Target, key: Key, control: bool = False) -> Edit:
         """The amplifying edit of a plan; control: of as many random weights of its tensors."""
-        model, asked = self.bed.model, self.asked(target)
+        model, asked = self.setup.model, self.asked(target)
         edit, chosen = edit_from_scores(model, self.scores(target), key.plan, asked)
         if not control:
             return edit
@@ -107,12 +107,12 @@ class Rare:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Cells of the model as it is and under the edit."""
         cell = self.cells.cell
-        before = cell(target, ["as it is"], lambda: self.bed.measure(target, None, FINAL))
+        before = cell(target, ["as it is"], lambda: self.setup.measure(target, None, FINAL))
         before = {k: before[k][:n] for k, n in zip(("shown", "object"), counts, strict=True)}
 
         def make() -> dict[str, Any]:
             edit = self.edit(target, key, control)
-            return self.bed.measure(target, edit, counts) | {"weights": edit.count}
+            return self.setup.measure(target, edit, counts) | {"weights": edit.count}
 
         return before, cell(target, ["amplify", *key, control, *counts], make)
 

@@ -45,11 +45,11 @@ class Attempt:
 
     def edit(self, measured: MeasuredEdits, target: Target) -> Edit:
         """The edit, with what made it."""
-        bed = measured.bed
+        setup = measured.setup
         scores = measured.spared(target, self.key)
-        edit, _ = edit_from_scores(bed.model, scores, self.plan(), bed.asked(target))
+        edit, _ = edit_from_scores(setup.model, scores, self.plan(), setup.asked(target))
         edit.about.update(aim="erase", prompt=target.prompt, plan=list(astuple(self)))
-        edit.about.update(model_path=bed.task.settings.sd_model_path)
+        edit.about.update(model_path=setup.task.settings.sd_model_path)
         return edit
 
     def screened(
@@ -59,7 +59,7 @@ class Attempt:
 
         def make() -> dict[str, Any]:
             edit = self.edit(measured, target)
-            return measured.bed.measure(target, edit, counts) | {"weights": edit.count}
+            return measured.setup.measure(target, edit, counts) | {"weights": edit.count}
 
         return measured.cells.cell(target, ["screened", *self.key, self.strength, *counts], make)
 
@@ -68,11 +68,11 @@ class Attempt:
 
         def make() -> dict[str, Any]:
             edit = self.edit(measured, target)
-            measured.bed.mirror(edit)
+            measured.setup.mirror(edit)
             try:
-                return confirm(measured.bed, target, count) | {"weights": edit.count}
+                return confirm(measured.setup, target, count) | {"weights": edit.count}
             finally:
-                measured.bed.mirror(edit, undo=True)
+                measured.setup.mirror(edit, undo=True)
 
         return measured.cells.cell(target, ["confirmed", *self.key, self.strength, count], make)
 
@@ -80,15 +80,15 @@ class Attempt:
 def unedited(measured: MeasuredEdits, target: Target, count: int) -> dict[str, Any]:
     """Hits of the model as it is, on the pictures that confirm."""
     what = ["confirmed", "unedited", count]
-    return measured.cells.cell(target, what, lambda: confirm(measured.bed, target, count))
+    return measured.cells.cell(target, what, lambda: confirm(measured.setup, target, count))
 
 
-def confirm(bed: EraseSetup, target: Target, count: int) -> dict[str, Any]:
+def confirm(setup: EraseSetup, target: Target, count: int) -> dict[str, Any]:
     """Hits by the twin as it stands, on noise that no screening saw."""
-    asked = bed.draw(bed.prompts(target, count), range(FRESH, FRESH + count))
-    places = bed.kept(target, count)
-    kept = bed.draw([bed.pool[i] for i in places], [2 * FRESH + i for i in places])
-    names = {"object": bed.judge.objects, "style": bed.judge.styles}[target.kind]
+    asked = setup.draw(setup.prompts(target, count), range(FRESH, FRESH + count))
+    places = setup.kept(target, count)
+    kept = setup.draw([setup.pool[i] for i in places], [2 * FRESH + i for i in places])
+    names = {"object": setup.judge.objects, "style": setup.judge.styles}[target.kind]
     seen, times = np.unique(asked.chances[target.kind].argmax(1), return_counts=True)
     became = {names[i]: int(n) for i, n in zip(seen, times, strict=True)}
     return {

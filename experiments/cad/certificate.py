@@ -33,11 +33,11 @@ EDIT, FACTS, PAGE = "edit.safetensors", "certificate", "certificate.html"
 
 def certify(settings: Settings, device: str) -> dict[str, Any]:
     """Search and probe an edit, write its folder; returns the certificate."""
-    bed, s = EraseSetup(AttributionTask(settings, device)), settings
-    target, goal = target_of(bed), EraseGoal(s.target_ua, s.min_retention, s.judged)
-    found, edit = verify(bed, target, goal)
-    shown = pictures(bed, target, edit)
-    made_from = [bed.model.identity(), bed.task.data.content_hash(), target.name]
+    setup, s = EraseSetup(AttributionTask(settings, device)), settings
+    target, goal = target_of(setup), EraseGoal(s.target_ua, s.min_retention, s.judged)
+    found, edit = verify(setup, target, goal)
+    shown = pictures(setup, target, edit)
+    made_from = [setup.model.identity(), setup.task.data.content_hash(), target.name]
     made_from += [goal.target_ua, goal.min_retention, goal.pictures]
     with result_folder(s, "cad", f"verify-{slug(target.name, 32)}", made_from) as folder:
         save_edit(folder / EDIT, edit)
@@ -55,17 +55,17 @@ def certify(settings: Settings, device: str) -> dict[str, Any]:
 Shown = list[tuple[str, Image.Image, Image.Image]]
 
 
-def pictures(bed: EraseSetup, target: Target, edit: Edit) -> tuple[Shown, Shown]:
+def pictures(setup: EraseSetup, target: Target, edit: Edit) -> tuple[Shown, Shown]:
     """(caption, before, after) at equal noise: of the concept, and of everything else."""
-    kept = [bed.pool[i] for i in bed.kept(target, OF_OTHERS)]
-    records = [*bed.prompts(target, OF_TARGET), *kept]
+    kept = [setup.pool[i] for i in setup.kept(target, OF_OTHERS)]
+    records = [*setup.prompts(target, OF_TARGET), *kept]
     seeds = range(SEED, SEED + len(records))
-    before = bed.draw(records, seeds).pictures
-    bed.mirror(edit)
+    before = setup.draw(records, seeds).pictures
+    setup.mirror(edit)
     try:
-        after = bed.draw(records, seeds).pictures
+        after = setup.draw(records, seeds).pictures
     finally:
-        bed.mirror(edit, undo=True)
+        setup.mirror(edit, undo=True)
     captions = [r["text"] for r in records]
     shown = [(c, _image(b), _image(a)) for c, b, a in zip(captions, before, after, strict=True)]
     return shown[:OF_TARGET], shown[OF_TARGET:]

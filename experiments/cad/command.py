@@ -147,11 +147,11 @@ def run(arguments: argparse.Namespace) -> None:
     device = pick_device(given.device, given.gpu_id)
     task = AttributionTask(given.on(device), device)
     size = Size.of(given.judged, given.num_queries)
-    bed = EraseSetup(task)
-    found = json_summary(evaluate(bed, size)) | {"provenance": provenance()}
+    setup = EraseSetup(task)
+    found = json_summary(evaluate(setup, size)) | {"provenance": provenance()}
     model, data = task.model.identity(), task.data.content_hash()
     made_from = [model, data, given.score_seeds, given.judged]
     with result_folder(task.settings, "cad", "table", made_from) as folder:
         write_metrics(folder, "metrics", found, task.settings)
-        MeasurementCache(bed).gather(folder / "cells.json")
+        MeasurementCache(setup).gather(folder / "cells.json")
     print(f"\n{markdown(found)}\n\n{json.dumps(found)}")

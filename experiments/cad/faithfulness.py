@@ -35,12 +35,12 @@ READINGS = ("fixed", "second", "anew", "judge")
 
 
 def measure(
-    bed: EraseSetup, target: Target, selection: str, num_masks: int, judged: int
+    setup: EraseSetup, target: Target, selection: str, num_masks: int, judged: int
 ) -> dict[str, Any]:
     """{"predicted", "bent", "fixed", "anew": [num_masks], "judge": [judged]}: changes of J and of
     the judge's probability.
     """
-    model, aim, asked = bed.model, COMPONENT_OBJECTIVES["erase"], bed.asked(target)
+    model, aim, asked = setup.model, COMPONENT_OBJECTIVES["erase"], setup.asked(target)
     among, rng = select(model.network, selection), np.random.default_rng(0)
     states = list(asked.states(model, aim, 0))
     scores = score(model, aim, among, lambda _: states, 1)
@@ -48,7 +48,7 @@ def measure(
     together = list(rebatch(states, len(states)))
     targets = [aim.target(model, s) for s in together]
     before = mean_value(aim, model, together, targets)
-    seen = judge_chance(bed, target) if judged else 0.0
+    seen = judge_chance(setup, target) if judged else 0.0
     found: dict[str, Any] = {name: [] for name in ("predicted", "bent", "fixed", "anew", "judge")}
     edited = EditedNetwork(model.network)
     for i in tqdm(range(num_masks), desc=f"masks, {target.name}"):
@@ -61,9 +61,9 @@ def measure(
         found["anew"].append(mean_value(aim, model, together) - before)
         edited.undo()
         if i < judged:
-            bed.mirror(edit)
-            found["judge"].append(judge_chance(bed, target) - seen)
-            bed.mirror(edit, undo=True)
+            setup.mirror(edit)
+            found["judge"].append(judge_chance(setup, target) - seen)
+            setup.mirror(edit, undo=True)
     return found
 
 
@@ -72,9 +72,9 @@ def summed(values: dict[str, torch.Tensor], picked: Picked) -> float:
     return sum(float(values[name].flatten()[index].sum()) for name, index in picked.items())
 
 
-def judge_chance(bed: EraseSetup, target: Target) -> float:
+def judge_chance(setup: EraseSetup, target: Target) -> float:
     """Mean probability of the target over pictures of it, by the twin as it stands."""
-    drawn = bed.draw(bed.prompts(target, PICTURES), range(20_000, 20_000 + PICTURES))
+    drawn = setup.draw(setup.prompts(target, PICTURES), range(20_000, 20_000 + PICTURES))
     wanted = drawn.wanted[target.kind]
     return float(drawn.chances[target.kind][np.arange(len(wanted)), wanted].mean())
 

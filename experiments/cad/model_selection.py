@@ -68,15 +68,18 @@ def paper(ratio: float) -> Key:
 class MeasuredEdits:
     """Cells of targets under plans; scores of a target are made once, when first needed."""
 
-    def __init__(self, bed: EraseSetup, cells: MeasurementCache) -> None:
-        self.bed, self.cells = bed, cells
+    def __init__(self, setup: EraseSetup, cells: MeasurementCache) -> None:
+        self.setup, self.cells = setup, cells
         self._scores: tuple[str, Scores] | None = None
 
     def scores(self, target: Target) -> Scores:
         """J_erase of the transformers' weights; those of the last target are kept."""
         if self._scores is None or self._scores[0] != target.prompt:
             found = attribute_components(
-                self.bed.model, self.bed.asked(target), COMPONENT_OBJECTIVES["erase"], self.among()
+                self.setup.model,
+                self.setup.asked(target),
+                COMPONENT_OBJECTIVES["erase"],
+                self.among(),
             )
             self._scores = target.prompt, found
         return self._scores[1]
@@ -92,14 +95,14 @@ class MeasuredEdits:
     @cached_property
     def _concepts(self) -> list[tuple[tuple[str, ...], Scores]]:
         """What each of four tuned objects and all styles needs, with the names that it shows."""
-        each = (*self.bed.targets["tune"][:4], *self.bed.targets["style"])
+        each = (*self.setup.targets["tune"][:4], *self.setup.targets["style"])
         return [((t.name,), self._need(t.prompt)) for t in each]
 
     @cached_property
     def _captions(self) -> list[tuple[tuple[str, ...], Scores]]:
         """The same of captions, every style with two tuned objects."""
-        tuned, needs = self.bed.targets["tune"], []
-        for i, style in enumerate(self.bed.targets["style"]):
+        tuned, needs = self.setup.targets["tune"], []
+        for i, style in enumerate(self.setup.targets["style"]):
             for shown in (tuned[i % len(tuned)], tuned[(i + 3) % len(tuned)]):
                 need = self._need(f"{shown.phrase}{STYLE_PREFIX}{style.phrase}")
                 needs.append(((shown.name, style.name), need))
@@ -107,23 +110,23 @@ class MeasuredEdits:
 
     def _need(self, prompt: str) -> Scores:
         """Of a prompt, over one seed."""
-        asked = replace(self.bed.asked(self.bed.targets["tune"][0]), prompt=prompt, num_seeds=1)
+        asked = replace(self.setup.asked(self.setup.targets["tune"][0]), prompt=prompt, num_seeds=1)
         return attribute_components(
-            self.bed.model, asked, COMPONENT_OBJECTIVES["erase"], self.among()
+            self.setup.model, asked, COMPONENT_OBJECTIVES["erase"], self.among()
         )
 
     def among(self) -> list[Component]:
         """The weights that are scored."""
-        return [c for c in components(self.bed.model.network) if c.role not in SKIPPED]
+        return [c for c in components(self.setup.model.network) if c.role not in SKIPPED]
 
     def cell(self, target: Target, key: Key, counts: tuple[int, int]) -> dict[str, Any]:
         """What the judge says under the edit of a plan."""
 
         def make() -> dict[str, Any]:
-            asked = self.bed.asked(target)
+            asked = self.setup.asked(target)
             scores = self.spared(target, key)
-            edit, _ = edit_from_scores(self.bed.model, scores, key.plan, asked)
-            return self.bed.measure(target, edit, counts) | {"weights": edit.count}
+            edit, _ = edit_from_scores(self.setup.model, scores, key.plan, asked)
+            return self.setup.measure(target, edit, counts) | {"weights": edit.count}
 
         return self.cells.cell(target, [*key, *counts], make)
 
@@ -131,9 +134,9 @@ class MeasuredEdits:
         """The unedited model on the pictures that are to be kept; drawn once for all targets that
         keep the same.
         """
-        places = self.bed.kept(target, counts[1])
+        places = self.setup.kept(target, counts[1])
         pool = Target("pool", "pool", "")
-        return self.cells.cell(pool, [BARE, places], lambda: self.bed.measure_kept(places))
+        return self.cells.cell(pool, [BARE, places], lambda: self.setup.measure_kept(places))
 
     def figures(self, target: Target, key: Key, counts: tuple[int, int]) -> dict[str, Any]:
         """UA, IRA and CRA; see `cells.figures`."""
@@ -156,7 +159,7 @@ def tune(
 
     counts, final: pictures, see COUNTS and FINAL.
     """
-    targets, tried = measured.bed.targets["tune"], []
+    targets, tried = measured.setup.targets["tune"], []
     worth: dict[Key, float] = {}
 
     def try_out(keys: list[Key], counts: tuple[int, int] = counts) -> Key:

@@ -28,14 +28,14 @@ KEPT = ROOT / "experiments/cad/cells.json"  # {name: cell}, a line each
 class MeasurementCache:
     """The folder of a bed; by default cad/cells in RESULTS_DIR, with the committed ones."""
 
-    def __init__(self, bed: EraseSetup, folder: Path | None = None) -> None:
-        self.bed = bed
-        usual = results_folder(bed.task.settings, "cad/cells")
+    def __init__(self, setup: EraseSetup, folder: Path | None = None) -> None:
+        self.setup = setup
+        usual = results_folder(setup.task.settings, "cad/cells")
         self.folder = make_folder(folder or usual)
         committed = folder is None and KEPT.exists()
         self.kept = read_json(KEPT, git_restore_hint(KEPT)) if committed else {}
-        self.origin = [bed.model.identity(), bed.task.data.content_hash(), DRAW_STEPS]
-        self.origin += [bed.guidance, bed.num_seeds]
+        self.origin = [setup.model.identity(), setup.task.data.content_hash(), DRAW_STEPS]
+        self.origin += [setup.guidance, setup.num_seeds]
 
     def cell(self, target: Target, what: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured before, or what `make` measures now. what: of the target (JSON)."""

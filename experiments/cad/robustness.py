@@ -52,36 +52,36 @@ def decided_by() -> list[Any]:
 
 
 def probes(
-    bed: EraseSetup, target: Target, edit: Edit, selection: str
+    setup: EraseSetup, target: Target, edit: Edit, selection: str
 ) -> dict[str, Callable[[], Any]]:
     """{name: what measures it}, each with the model left as it was."""
     return {
-        "paraphrases": lambda: paraphrases(bed, target, edit),
-        "embedding": lambda: embedding(bed, target, edit),
-        "completion": lambda: completion(bed, target, edit),
-        "relearning": lambda: relearning(bed, target, edit, selection),
+        "paraphrases": lambda: paraphrases(setup, target, edit),
+        "embedding": lambda: embedding(setup, target, edit),
+        "completion": lambda: completion(setup, target, edit),
+        "relearning": lambda: relearning(setup, target, edit, selection),
     }
 
 
-def paraphrases(bed: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
+def paraphrases(setup: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
     """{wording: share of pictures that show it, {"unedited", "edited"}}."""
-    column, records = f"{target.kind}_phrase", bed.prompts(target, PICTURES)
+    column, records = f"{target.kind}_phrase", setup.prompts(target, PICTURES)
     seeds = range(FIRST_SEED, FIRST_SEED + PICTURES)
 
     def shares() -> dict[str, Any]:
         return {
             words: wilson_interval(
-                bed.draw([r | {column: words} for r in records], seeds).right(target.kind)
+                setup.draw([r | {column: words} for r in records], seeds).right(target.kind)
             )
             for words in wordings(target)
         }
 
     before = shares()
-    bed.mirror(edit)
+    setup.mirror(edit)
     try:
         after = shares()
     finally:
-        bed.mirror(edit, undo=True)
+        setup.mirror(edit, undo=True)
     return {words: {"unedited": before[words], "edited": after[words]} for words in before}
 
 
@@ -93,28 +93,28 @@ def wordings(target: Target) -> list[str]:
     return [word, f"the {word}", f"one small {word}", f"{word} {word} {word}", f"two {word}s"]
 
 
-def embedding(bed: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
+def embedding(setup: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
     """Share of pictures drawn from an optimised embedding that show it: edited and unedited model.
 
     It begins at the empty prompt, so that nothing of the concept's words is put in, whose own share
     is "start"; of the edited model also at the concept's prompt, "edited_from_prompt".
     """
-    empty, prompt = bed.model.encode_prompts(["", target.prompt]).split()
+    empty, prompt = setup.model.encode_prompts(["", target.prompt]).split()
 
     def rate(found: Condition) -> dict[str, Any]:
-        return wilson_interval(_shown(bed, target, found, PICTURES))
+        return wilson_interval(_shown(setup, target, found, PICTURES))
 
-    found = {"unedited": rate(optimised(bed, target, empty))}
-    with _edited(bed, edit):
-        found |= {"start": rate(empty), "edited": rate(optimised(bed, target, empty))}
-        return found | {"edited_from_prompt": rate(optimised(bed, target, prompt))}
+    found = {"unedited": rate(optimised(setup, target, empty))}
+    with _edited(setup, edit):
+        found |= {"start": rate(empty), "edited": rate(optimised(setup, target, empty))}
+        return found | {"edited_from_prompt": rate(optimised(setup, target, prompt))}
 
 
-def optimised(bed: EraseSetup, target: Target, start: Condition) -> Condition:
+def optimised(setup: EraseSetup, target: Target, start: Condition) -> Condition:
     """The embedding [1, T, d] near a start that lowers the denoising loss of the real pictures."""
-    model, x0 = bed.model, _real(bed, target)
+    model, x0 = setup.model, _real(setup, target)
     guess = start.embeddings.clone().requires_grad_(True)
-    adam, draws = torch.optim.Adam([guess], RATE), _batches(bed, x0)
+    adam, draws = torch.optim.Adam([guess], RATE), _batches(setup, x0)
     with torch.enable_grad():
         for _ in range(EMBEDDING_STEPS):
             x_t, t, eps, _ = next(draws)
@@ -125,42 +125,42 @@ def optimised(bed: EraseSetup, target: Target, start: Condition) -> Condition:
     return Condition(guess.detach())
 
 
-def completion(bed: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
+def completion(setup: EraseSetup, target: Target, edit: Edit) -> dict[str, Any]:
     """{timestep: share that shows it}: noised real pictures, denoised under the concept's prompt.
 
     "unprompted": by the unedited model under the empty prompt; what the noised picture tells by
     itself. An edited model that shows more still answers the prompt.
     """
-    prompt, empty = bed.model.encode_prompts([target.prompt, ""]).split()
+    prompt, empty = setup.model.encode_prompts([target.prompt, ""]).split()
 
     def rates(cond: Condition) -> list[dict[str, Any]]:
-        return [wilson_interval(_completed(bed, target, cond, left)) for left in LEVELS]
+        return [wilson_interval(_completed(setup, target, cond, left)) for left in LEVELS]
 
     found = {"unedited": rates(prompt), "unprompted": rates(empty)}
-    with _edited(bed, edit):
+    with _edited(setup, edit):
         found["edited"] = rates(prompt)
     grid = sampling_timesteps(DRAW_STEPS)
     return {str(grid[-n]): {k: v[i] for k, v in found.items()} for i, n in enumerate(LEVELS)}
 
 
-def _completed(bed: EraseSetup, target: Target, cond: Condition, left: int) -> np.ndarray:
+def _completed(setup: EraseSetup, target: Target, cond: Condition, left: int) -> np.ndarray:
     """Hits of real pictures noised to the level that leaves so many steps, and denoised."""
-    model, real = bed.model, _real(bed, target)
+    model, real = setup.model, _real(setup, target)
     x0 = torch.cat([real] * -(-PICTURES // len(real)))[:PICTURES]
     grid = sampling_timesteps(DRAW_STEPS)[-left:]
-    noise = _noise(bed, PICTURES)
+    noise = _noise(setup, PICTURES)
     x_t = q_sample(x0, noise, model.schedule.level(grid[0]))
     null = model.encode_prompts([""]).expand(PICTURES)
-    guided = GuidedDenoiser(model, cond.expand(PICTURES), null, bed.guidance)
+    guided = GuidedDenoiser(model, cond.expand(PICTURES), null, setup.guidance)
     stride = NUM_TRAIN_TIMESTEPS // DRAW_STEPS
     with torch.no_grad():
         for t in grid:
             now, then = model.schedule.level(t), model.schedule.level(t - stride)
             x_t = ddim_step(x_t, guided.eps(x_t, t), now, then)
-    return _hits(bed, target, x_t)
+    return _hits(setup, target, x_t)
 
 
-def relearning(bed: EraseSetup, target: Target, edit: Edit, selection: str) -> dict[str, Any]:
+def relearning(setup: EraseSetup, target: Target, edit: Edit, selection: str) -> dict[str, Any]:
     """Steps of Adam on the selected weights until the judge sees the concept in half its pictures.
 
     "edited": the concept's pictures under its own words. "new_word": the same model, another
@@ -168,23 +168,23 @@ def relearning(bed: EraseSetup, target: Target, edit: Edit, selection: str) -> d
     None where MOST did not do, "rates" [[step, share], ...]}. A model trained without the concept
     would be the stricter comparison; none is at hand here.
     """
-    other = next(t for t in bed.targets[target.kind] if t != target)
-    with _edited(bed, edit):
-        again = _learned(bed, target, target.prompt, selection)
-        new = _learned(bed, other, NEW_WORD, selection)
+    other = next(t for t in setup.targets[target.kind] if t != target)
+    with _edited(setup, edit):
+        again = _learned(setup, target, target.prompt, selection)
+        new = _learned(setup, other, NEW_WORD, selection)
     return {"edited": again, "new_word": new | {"concept": other.name, "word": NEW_WORD}}
 
 
-def _learned(bed: EraseSetup, target: Target, prompt: str, selection: str) -> dict[str, Any]:
-    model, among = bed.model, select(bed.model.network, selection)
+def _learned(setup: EraseSetup, target: Target, prompt: str, selection: str) -> dict[str, Any]:
+    model, among = setup.model, select(setup.model.network, selection)
     kept = [c.weight.detach().clone() for c in among]
-    draws, cond = _batches(bed, _real(bed, target)), model.encode_prompts([prompt])
+    draws, cond = _batches(setup, _real(setup, target)), model.encode_prompts([prompt])
     adam = torch.optim.Adam([c.weight for c in among], RELEARN_RATE)
     rates: list[list[float]] = []
     try:
         for step in range(MOST + 1):
             if step % EVERY == 0:
-                hits = _shown(bed, target, cond, PICTURES)
+                hits = _shown(setup, target, cond, PICTURES)
                 rates.append([step, round(float(hits.mean()), 4)])
                 if hits.mean() >= SEEN:
                     return {"steps": step, "rates": rates}
@@ -199,19 +199,19 @@ def _learned(bed: EraseSetup, target: Target, prompt: str, selection: str) -> di
                 c.weight.copy_(weight)
 
 
-def _real(bed: EraseSetup, target: Target) -> torch.Tensor:
+def _real(setup: EraseSetup, target: Target) -> torch.Tensor:
     """Latents of the concept's training pictures, at most PICTURES."""
-    records = bed.task.train.records
+    records = setup.task.train.records
     rows = [i for i, r in enumerate(records) if r[target.kind] == target.name]
-    return bed.task.latents[rows[:PICTURES]].to(bed.model.device)
+    return setup.task.latents[rows[:PICTURES]].to(setup.model.device)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _batches(bed: EraseSetup, x0: torch.Tensor) -> Iterator[Batch]:
+def _batches(setup: EraseSetup, x0: torch.Tensor) -> Iterator[Batch]:
     """SHOTS noised pictures at random levels, for ever: x_t, t, eps, places; the same each time."""
-    generator, schedule = torch.Generator().manual_seed(FIRST_SEED), bed.model.schedule
+    generator, schedule = torch.Generator().manual_seed(FIRST_SEED), setup.model.schedule
     while True:
         places = torch.randint(len(x0), (SHOTS,), generator=generator)
         t = torch.randint(1, NUM_TRAIN_TIMESTEPS, (SHOTS,), generator=generator)
@@ -227,29 +227,31 @@ def _loss(
     return (model.eps(x_t, t, cond) - eps).square().mean()
 
 
-def _noise(bed: EraseSetup, count: int) -> torch.Tensor:
+def _noise(setup: EraseSetup, count: int) -> torch.Tensor:
     seeds = range(FIRST_SEED, FIRST_SEED + count)
-    return torch.cat([initial_noise(bed.model.latent_shape, s) for s in seeds]).to(bed.model.device)
+    return torch.cat([initial_noise(setup.model.latent_shape, s) for s in seeds]).to(
+        setup.model.device
+    )
 
 
-def _shown(bed: EraseSetup, target: Target, cond: Condition, count: int) -> np.ndarray:
+def _shown(setup: EraseSetup, target: Target, cond: Condition, count: int) -> np.ndarray:
     """Hits of pictures drawn by the fp32 model as it stands."""
-    null = bed.model.encode_prompts([""]).expand(count)
-    guided = GuidedDenoiser(bed.model, cond.expand(count), null, bed.guidance)
-    return _hits(bed, target, ddim_sample(guided, _noise(bed, count), DRAW_STEPS)[0])
+    null = setup.model.encode_prompts([""]).expand(count)
+    guided = GuidedDenoiser(setup.model, cond.expand(count), null, setup.guidance)
+    return _hits(setup, target, ddim_sample(guided, _noise(setup, count), DRAW_STEPS)[0])
 
 
-def _hits(bed: EraseSetup, target: Target, x0: torch.Tensor) -> np.ndarray:
+def _hits(setup: EraseSetup, target: Target, x0: torch.Tensor) -> np.ndarray:
     """int [n]: the judge sees the concept."""
-    pictures = np.stack([np.asarray(p) for p in bed.model.decode(x0)])
-    _, _, chances = bed.judge.predict(resized(pictures, bed.judge.settings.size))
-    names = {"object": bed.judge.objects, "style": bed.judge.styles}[target.kind]
+    pictures = np.stack([np.asarray(p) for p in setup.model.decode(x0)])
+    _, _, chances = setup.judge.predict(resized(pictures, setup.judge.settings.size))
+    names = {"object": setup.judge.objects, "style": setup.judge.styles}[target.kind]
     return (chances[target.kind].argmax(1) == names.index(target.name)).astype(int)
 
 
 @contextmanager
-def _edited(bed: EraseSetup, edit: Edit) -> Iterator[None]:
+def _edited(setup: EraseSetup, edit: Edit) -> Iterator[None]:
     """The fp32 model under an edit, inside the block."""
-    with EditedNetwork(bed.model.network) as edited:
+    with EditedNetwork(setup.model.network) as edited:
         edited.apply(edit)
         yield

@@ -1,5 +1,5 @@
 """The table of `run_eval.sh`: does an edit erase, and only that? See the module docstrings of
-`bed`, `tuning`, `controls` and `faithfulness` for each part.
+`setup`, `tuning`, `controls` and `faithfulness` for each part.
 
 Parts are measured in the order of their worth, cell by cell; a run that ends goes on there.
 """
@@ -61,12 +61,12 @@ class Size:
         return Size((judged, judged), (few, few), targets, *masks)
 
 
-def evaluate(bed: EraseSetup, size: Size) -> dict[str, Any]:
+def evaluate(setup: EraseSetup, size: Size) -> dict[str, Any]:
     """Measure everything there is to measure; see the module docstring."""
-    measured = MeasuredEdits(bed, MeasurementCache(bed))
+    measured = MeasuredEdits(setup, MeasurementCache(setup))
     few = (size.controls, size.controls)
     chosen = tune(measured, *(few if size.targets else (COUNTS, FINAL)))
-    targets = {k: bed.targets[k][: size.targets or None] for k in ("object", "style")}
+    targets = {k: setup.targets[k][: size.targets or None] for k in ("object", "style")}
     found: dict[str, Any] = {"chosen": chosen, "pictures": list(size.headline)}
 
     def under(key: Key, kind: str) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _controls(
     """
     each: dict[str, list[dict[str, Any]]] = {name: [] for name in ("cad", *CONTROLS)}
     for i, target in enumerate(targets):
-        other = targets[i - 1] if len(targets) > 1 else measured.bed.targets["tune"][0]
+        other = targets[i - 1] if len(targets) > 1 else measured.setup.targets["tune"][0]
         bare = measured.bare(target, size.headline)
         cells = {"cad": measured.cell(target, key, size.controls)}
         for name in CONTROLS:
@@ -165,10 +165,10 @@ def _control(
     counts: tuple[int, int],
 ) -> dict[str, Any]:
     """Of a pair (target, another concept), as many weights in the same tensors by a control."""
-    bed, plan, target = measured.bed, key.plan, pair[0]
+    setup, plan, target = measured.setup, key.plan, pair[0]
 
     def make() -> dict[str, Any]:
-        model, asked = bed.model, bed.asked(target)
+        model, asked = setup.model, setup.asked(target)
         among = select(model.network, plan.selection)
         elsewhere = measured.scores(pair[1]) if name == "other_concept" else None
         scores = measured.spared(target, key)
@@ -179,7 +179,7 @@ def _control(
         if plan.operator.name != "zero":  # else what the edit writes there is right as it is
             aim = COMPONENT_OBJECTIVES["erase"]
             new = edited_values(model, Selection(picked, (), 0), plan, asked, aim)
-        return bed.measure(target, make_edit(model.network, new, picked, edit.model), counts)
+        return setup.measure(target, make_edit(model.network, new, picked, edit.model), counts)
 
     return measured.cells.cell(target, ["control", name, pair[1].name, *key, *counts], make)
 
@@ -195,7 +195,7 @@ def _faithful(
         judged = size.judged // len(targets) if selection == key.selection else 0
         found = []
         for target in targets:
-            args = measured.bed, target, selection, each, judged
+            args = measured.setup, target, selection, each, judged
             what = ["faithfulness, second order", selection, each, judged]
             cell = measured.cells.cell(target, what, lambda a=args: faithfulness.measure(*a))
             found.append(faithfulness.pearson(cell))

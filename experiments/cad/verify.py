@@ -54,19 +54,19 @@ class EraseGoal:
         return max(0.0, *(goal - at[name] for name, goal in goals))
 
 
-def target_of(bed: EraseSetup) -> Target:
+def target_of(setup: EraseSetup) -> Target:
     """CONCEPT, see `report.component_report.concept_prompts`. UserError for one that the judge
     does not know."""
-    s = bed.task.settings
+    s = setup.task.settings
     words = concept_prompts(s)
-    kind, name = labels.parse_concept(bed.task.train, words.name)
-    known = bed.judge.objects if kind == "object" else bed.judge.styles
+    kind, name = labels.parse_concept(setup.task.train, words.name)
+    known = setup.judge.objects if kind == "object" else setup.judge.styles
     if name not in known:
         raise UserError(
             f"the judge does not know {name!r}; set CONCEPT to one of these: "
             f"{script_hint('concepts.sh')}"
         )
-    record = next(r for r in bed.task.train.records if r[kind] == name)
+    record = next(r for r in setup.task.train.records if r[kind] == name)
     return Target(kind, name, record.get(f"{kind}_phrase") or name)
 
 
@@ -103,9 +103,9 @@ def _order(entry: dict[str, Any]) -> tuple[float, float, int]:
     return entry["shortfall"], -round(spare, 2), entry["weights"]
 
 
-def verify(bed: EraseSetup, target: Target, goal: EraseGoal) -> tuple[dict[str, Any], Edit]:
+def verify(setup: EraseSetup, target: Target, goal: EraseGoal) -> tuple[dict[str, Any], Edit]:
     """The certificate (JSON), and the edit it is about."""
-    measured = MeasuredEdits(bed, MeasurementCache(bed))
+    measured = MeasuredEdits(setup, MeasurementCache(setup))
     tried = search(measured, target, goal)
     bare = unedited(measured, target, goal.pictures)
     looks: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ def verify(bed: EraseSetup, target: Target, goal: EraseGoal) -> tuple[dict[str, 
     what = ["probe", edit.digest(), decided_by()]
     behind = {
         name: measured.cells.cell(target, [*what, name], lambda m=make: {"found": m()})["found"]
-        for name, make in probes(bed, target, edit, best["plan"].selection).items()
+        for name, make in probes(setup, target, edit, best["plan"].selection).items()
     }
     told = {
         "concept": target.name,

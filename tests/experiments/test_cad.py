@@ -42,7 +42,7 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def bed(asked):
+def setup(asked):
     return beds.EraseSetup(AttributionTask(resolve("emoji", asked), "cpu"))
 
 
@@ -101,17 +101,17 @@ def test_the_whole_table_is_made_and_a_second_run_measures_nothing(asked, capsys
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line
 
 
-def test_the_weakest_objects_are_found_among_those_that_chose_nothing(bed, monkeypatch):
-    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
-    tuned = {t.name for t in bed.targets["tune"]}
-    worst = next(t.name for t in reversed(bed.targets["object"]))
+def test_the_weakest_objects_are_found_among_those_that_chose_nothing(setup, monkeypatch):
+    measured = model_selection.MeasuredEdits(setup, result_cache.MeasurementCache(setup))
+    tuned = {t.name for t in setup.targets["tune"]}
+    worst = next(t.name for t in reversed(setup.targets["object"]))
     right = {name: [name != worst] * 3 for name in OBJECTS}
 
     def drawn(records, seeds):
         shown = np.array(right[records[0]["object"]])
         return SimpleNamespace(right=lambda kind: shown)
 
-    monkeypatch.setattr(bed, "draw", drawn)
+    monkeypatch.setattr(setup, "draw", drawn)
     found = amplify.Amplified(measured, (4, 4), model_selection.paper(0.2))._weakest(
         3, len(OBJECTS)
     )
@@ -125,52 +125,52 @@ def test_what_amplifying_gains_is_of_pairs():
     assert found["gain_ci95"][0] <= 0.25 <= found["gain_ci95"][1]
 
 
-def test_cells_that_were_kept_are_not_measured_again(bed, tmp_path, monkeypatch):
-    target, first = bed.targets["object"][0], result_cache.MeasurementCache(bed)
+def test_cells_that_were_kept_are_not_measured_again(setup, tmp_path, monkeypatch):
+    target, first = setup.targets["object"][0], result_cache.MeasurementCache(setup)
     made = first.cell(target, ["some", 1], lambda: {"shown": [1, 0]})
     first.gather(tmp_path / "cells.json")
     monkeypatch.setattr(result_cache, "KEPT", tmp_path / "cells.json")
     monkeypatch.setattr(result_cache, "make_folder", lambda _: tmp_path / "empty")
-    again = result_cache.MeasurementCache(bed)
+    again = result_cache.MeasurementCache(setup)
     assert again.cell(target, ["some", 1], lambda: pytest.fail("measured again")) == made
     other = again.cell  # of another plan it is measured
     (tmp_path / "empty").mkdir()
     assert other(target, ["some", 2], lambda: {"shown": [0]})["shown"] == [0]
 
 
-def test_what_is_tuned_is_never_reported_nor_kept(bed):
-    tuned = {t.name for t in bed.targets["tune"]}
-    assert tuned and not tuned & {t.name for t in bed.targets["object"]}
-    assert not tuned & {r["object"] for r in bed.pool}
-    for target in (*bed.targets["object"], *bed.targets["style"]):
-        places = bed.kept(target, 5)
-        assert places and all(bed.pool[i][target.kind] != target.name for i in places)
+def test_what_is_tuned_is_never_reported_nor_kept(setup):
+    tuned = {t.name for t in setup.targets["tune"]}
+    assert tuned and not tuned & {t.name for t in setup.targets["object"]}
+    assert not tuned & {r["object"] for r in setup.pool}
+    for target in (*setup.targets["object"], *setup.targets["style"]):
+        places = setup.kept(target, 5)
+        assert places and all(setup.pool[i][target.kind] != target.name for i in places)
 
 
-def test_the_twin_that_draws_is_as_it_was_after_an_edit(bed):
-    before = {k: v.clone() for k, v in bed.drawer.network.state_dict().items()}
-    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
-    target = bed.targets["object"][0]
+def test_the_twin_that_draws_is_as_it_was_after_an_edit(setup):
+    before = {k: v.clone() for k, v in setup.drawer.network.state_dict().items()}
+    measured = model_selection.MeasuredEdits(setup, result_cache.MeasurementCache(setup))
+    target = setup.targets["object"][0]
     plan = model_selection.Key("cross_attention", 0.5).plan
-    edit, _ = edit_from_scores(bed.model, measured.scores(target), plan, bed.asked(target))
-    bed.measure(target, edit, (2, 2))
-    assert all(torch.equal(v, before[k]) for k, v in bed.drawer.network.state_dict().items())
-    bed.mirror(edit)
+    edit, _ = edit_from_scores(setup.model, measured.scores(target), plan, setup.asked(target))
+    setup.measure(target, edit, (2, 2))
+    assert all(torch.equal(v, before[k]) for k, v in setup.drawer.network.state_dict().items())
+    setup.mirror(edit)
     for name, (index, _, _) in edit.changes.items():
-        assert not bed.drawer.network.get_parameter(name).flatten()[index].any()
+        assert not setup.drawer.network.get_parameter(name).flatten()[index].any()
 
 
-def test_a_control_takes_as_many_weights_of_the_same_tensors(bed):
-    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
-    target, other = bed.targets["object"][0], bed.targets["tune"][0]
-    asked, among = bed.asked(target), select(bed.model.network, "cross_attention")
+def test_a_control_takes_as_many_weights_of_the_same_tensors(setup):
+    measured = model_selection.MeasuredEdits(setup, result_cache.MeasurementCache(setup))
+    target, other = setup.targets["object"][0], setup.targets["tune"][0]
+    asked, among = setup.asked(target), select(setup.model.network, "cross_attention")
     elsewhere = measured.scores(other)
     scores = measured.scores(target)
     plan = model_selection.Key("cross_attention", 0.2).plan
-    edit, _ = edit_from_scores(bed.model, scores, plan, asked)
+    edit, _ = edit_from_scores(setup.model, scores, plan, asked)
     picked = {k: index for k, (index, _, _) in edit.changes.items()}
     for name in baselines.CONTROLS:
-        values = baselines.ranked_by(name, bed.model, among, scores, (asked, elsewhere))
+        values = baselines.ranked_by(name, setup.model, among, scores, (asked, elsewhere))
         got = baselines.same_counts(values, picked)
         assert {k: len(v) for k, v in got.items()} == {k: len(v) for k, v in picked.items()}
         assert any(not torch.equal(got[k], picked[k]) for k in picked)
@@ -181,11 +181,11 @@ def test_a_control_takes_as_many_weights_of_the_same_tensors(bed):
             assert chosen.all() or flat[chosen].min() >= flat[~chosen].max()
 
 
-def test_wanda_norms_are_those_of_the_inputs_on_the_states(bed):
-    asked = bed.asked(bed.targets["object"][0])
-    among = select(bed.model.network, "cross_attention.k")
-    norms = baselines.input_norms(bed.model, asked, among)
-    cond, _ = asked.conditions(bed.model)  # keys see the prompt's tokens, in every state
+def test_wanda_norms_are_those_of_the_inputs_on_the_states(setup):
+    asked = setup.asked(setup.targets["object"][0])
+    among = select(setup.model.network, "cross_attention.k")
+    norms = baselines.input_norms(setup.model, asked, among)
+    cond, _ = asked.conditions(setup.model)  # keys see the prompt's tokens, in every state
     count = beds.SAMPLING.num_levels
     for c in among:
         wanted = (count * cond.embeddings[0].square().sum(0)).sqrt()
@@ -212,12 +212,12 @@ def test_a_style_has_no_say_in_its_own_ratio():
     assert table.chosen_by_others({one: {"a": bad}}, "style")["a"]["plan"] == list(one)
 
 
-def test_what_shows_the_target_is_not_spared(bed):
-    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
-    target = bed.targets["style"][0]
+def test_what_shows_the_target_is_not_spared(setup):
+    measured = model_selection.MeasuredEdits(setup, result_cache.MeasurementCache(setup))
+    target = setup.targets["style"][0]
     key = model_selection.Key("cross_attention", 0.2, spared=1.0, others="captions")
     names = [shown for shown, _ in measured._captions]
-    assert {n[1] for n in names} == {t.name for t in bed.targets["style"]}
+    assert {n[1] for n in names} == {t.name for t in setup.targets["style"]}
     own = measured.scores(target).mean
     left = [need.mean for shown, need in measured._captions if target.name not in shown]
     assert 0 < len(left) < len(names)
@@ -226,8 +226,8 @@ def test_what_shows_the_target_is_not_spared(bed):
         torch.testing.assert_close(spared, own[name] - mean)
 
 
-def test_masks_are_uniform_over_all_scalars(bed):
-    among = select(bed.model.network, "cross_attention")
+def test_masks_are_uniform_over_all_scalars(setup):
+    among = select(setup.model.network, "cross_attention")
     total = sum(c.weight.numel() for c in among)
     rng = np.random.default_rng(0)
     drawn = [baselines.random_mask(among, 0.1, rng) for _ in range(200)]

@@ -42,7 +42,7 @@ def asked(tiny_pipeline, tiny_data, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def bed(asked):
+def setup(asked):
     return beds.EraseSetup(AttributionTask(resolve("emoji", asked), "cpu"))
 
 
@@ -137,36 +137,36 @@ def test_the_figures_kept_are_shares_of_the_unedited_models():
 
 
 def test_an_optimised_embedding_lowers_the_loss_and_probes_leave_the_model_as_it_was(
-    bed, monkeypatch
+    setup, monkeypatch
 ):
-    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
-    target = verify.target_of(bed)
+    measured = model_selection.MeasuredEdits(setup, result_cache.MeasurementCache(setup))
+    target = verify.target_of(setup)
     edit = candidate_edit.Attempt("cross_attention", 0.3).edit(measured, target)
-    before = {k: v.clone() for k, v in bed.model.network.state_dict().items()}
-    with EditedNetwork(bed.model.network) as edited:
+    before = {k: v.clone() for k, v in setup.model.network.state_dict().items()}
+    with EditedNetwork(setup.model.network) as edited:
         edited.apply(edit)
-        changed = {k: v.clone() for k, v in bed.model.network.state_dict().items()}
-        robustness._learned(bed, target, "a cat", "cross_attention")
-        for name, value in bed.model.network.state_dict().items():
+        changed = {k: v.clone() for k, v in setup.model.network.state_dict().items()}
+        robustness._learned(setup, target, "a cat", "cross_attention")
+        for name, value in setup.model.network.state_dict().items():
             assert torch.equal(value, changed[name])
-    for make in robustness.probes(bed, target, edit, "cross_attention").values():
+    for make in robustness.probes(setup, target, edit, "cross_attention").values():
         make()
-    for name, value in bed.model.network.state_dict().items():
+    for name, value in setup.model.network.state_dict().items():
         assert torch.equal(value, before[name])
 
     monkeypatch.setattr(robustness, "EMBEDDING_STEPS", 8)
-    x_t, t, eps, _ = next(robustness._batches(bed, robustness._real(bed, target)))
+    x_t, t, eps, _ = next(robustness._batches(setup, robustness._real(setup, target)))
 
     def loss(cond):
         with torch.no_grad():
-            return float(robustness._loss(bed.model, x_t, t, cond.expand(len(x_t)), eps))
+            return float(robustness._loss(setup.model, x_t, t, cond.expand(len(x_t)), eps))
 
-    start = bed.model.encode_prompts([""])
-    assert loss(robustness.optimised(bed, target, start)) < loss(start)
+    start = setup.model.encode_prompts([""])
+    assert loss(robustness.optimised(setup, target, start)) < loss(start)
 
 
 def test_the_search_stops_at_the_ratio_that_erases_and_ranks_the_least_short_first(
-    bed, monkeypatch
+    setup, monkeypatch
 ):
     monkeypatch.setattr(verify, "RATIOS", (0.1, 0.2, 0.3))
     seen = []
@@ -181,8 +181,8 @@ def test_the_search_stops_at_the_ratio_that_erases_and_ranks_the_least_short_fir
     monkeypatch.setattr(candidate_edit.Attempt, "screened", screened)
     bare = {"object": [1] * 4, "style": [1] * 4}
     monkeypatch.setattr(model_selection.MeasuredEdits, "bare", lambda *_: bare)
-    measured = model_selection.MeasuredEdits(bed, result_cache.MeasurementCache(bed))
-    tried = verify.search(measured, verify.target_of(bed), verify.EraseGoal(0.9, 0.9, 16))
+    measured = model_selection.MeasuredEdits(setup, result_cache.MeasurementCache(setup))
+    tried = verify.search(measured, verify.target_of(setup), verify.EraseGoal(0.9, 0.9, 16))
     assert seen == [("zero", 0.1), ("zero", 0.2), ("scale", 0.2)]
     assert tried[0]["plan"] == candidate_edit.Attempt("cross_attention", 0.2)
     assert tried[0]["shortfall"] == 0 < tried[1]["shortfall"]

@@ -41,7 +41,7 @@ from concept_trak.attribution.task import AttributionTask  # noqa: E402
 from concept_trak.datasets.image_folder import ImageCaptionDataset  # noqa: E402
 from concept_trak.errors import UserError  # noqa: E402
 from concept_trak.process import ended_by_sigterm  # noqa: E402
-from concept_trak.service import job_queue as desks  # noqa: E402
+from concept_trak.service import job_queue as queues  # noqa: E402
 from concept_trak.service import server as command  # noqa: E402
 from concept_trak.service.app import concepts_of, make_app  # noqa: E402
 from concept_trak.service.job_queue import JobQueue  # noqa: E402
@@ -82,22 +82,22 @@ class Served:
     def __init__(self, task, folder, limits=LIMITS, **settings):
         given = {"results_dir": str(folder), "queue_length": 2, **settings}
         self.counts = Metrics()
-        self.desk = JobQueue(task.with_settings(task.settings.but(**given)), self.counts.answered)
-        self.app = make_app(self.desk, limits, self.counts)
+        self.queue = JobQueue(task.with_settings(task.settings.but(**given)), self.counts.answered)
+        self.app = make_app(self.queue, limits, self.counts)
         self.client = testclient.TestClient(self.app, HERE, raise_server_exceptions=False)
 
     def ask(self, asked=ASKED, **params):
         return self.client.post("/answers", json=asked, params=params)
 
     def folder(self, told):
-        return self.desk.folder / told.json()["id"]
+        return self.queue.folder / told.json()["id"]
 
 
 @pytest.fixture
 def served(task, tmp_path):
     made = Served(task, tmp_path / "results")
     yield made
-    made.desk.close()
+    made.queue.close()
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +106,20 @@ def shared(task, tmp_path_factory):
     made = Served(task, tmp_path_factory.mktemp("shared"), queue_length=9)
     assert made.ask().status_code == 200
     yield made
-    made.desk.close()
+    made.queue.close()
 
 
 @pytest.fixture
 def gate(monkeypatch):
     """The worker waits until the gate opens; `asked` holds the prompts that it was given."""
-    opened, asked, own = threading.Event(), [], desks.attribute
+    opened, asked, own = threading.Event(), [], queues.attribute
 
     def waiting(task, store):
         asked.append(task.settings.prompt)
         assert opened.wait(30)
         return own(task, store)
 
-    monkeypatch.setattr(desks, "attribute", waiting)
+    monkeypatch.setattr(queues, "attribute", waiting)
     yield SimpleNamespace(open=opened.set, asked=asked)
     opened.set()
 
@@ -176,8 +176,8 @@ def test_an_answer_has_the_form_that_is_described(shared):
 
 def test_an_answer_that_is_there_is_not_made_again(served, flags, monkeypatch):
     given = {"prompt": ASKED["prompt"], "target_concepts": "cat,blob"}
-    assert run("attribute", flags, results_dir=served.desk.folder.parent, **given) == 0
-    monkeypatch.setattr(desks, "attribute", lambda *_: pytest.fail("made again"))
+    assert run("attribute", flags, results_dir=served.queue.folder.parent, **given) == 0
+    monkeypatch.setattr(queues, "attribute", lambda *_: pytest.fail("made again"))
     first = served.ask()
     assert first.status_code == 200 and first.json() == served.ask().json()
     assert served.client.get(f"/answers/{first.json()['id']}").json() == first.json()
@@ -213,8 +213,8 @@ def test_where_a_question_is_asked_is_no_part_of_its_answer(task, tmp_path):
     kept = []
     for port in (8001, 8002):
         served = Served(task, tmp_path / "results", listen_port=port, queue_length=port)
-        kept.append(served.desk.task.settings)
-        served.desk.close()
+        kept.append(served.queue.task.settings)
+        served.queue.close()
     assert kept[0] == kept[1] and kept[0].service == Settings().service
     with_comma, with_bar = (kept[0].but(target_concepts=text) for text in ("a, b", "a|b"))
     assert answer_folder(with_comma, "x") == answer_folder(with_bar, "x")
@@ -248,56 +248,56 @@ def test_a_full_queue_turns_away_and_says_when_to_come_again(served, gate):
 
 def test_a_stopping_service_answers_what_it_accepted_and_takes_no_more(served, gate):
     accepted = [served.ask(about(name), wait=0).json() for name in ("cat", "dog")]
-    served.desk.stop()
+    served.queue.stop()
     refused = served.ask(about("tree"))
     assert refused.status_code == 503 and "retry-after" in refused.headers
     assert served.client.get("/health").status_code == 503
     gate.open()
-    served.desk.close()
+    served.queue.close()
     for status in accepted:
         assert served.client.get(status["answer"]).status_code == 200
-    assert list((served.desk.folder / desks.ASKED).iterdir()) == []
+    assert list((served.queue.folder / queues.ASKED).iterdir()) == []
 
 
 def test_what_an_ended_service_accepted_is_answered_by_the_next(task, tmp_path, gate, capfd):
     before = Served(task, tmp_path / "results")
     accepted = [before.ask(about(n) | {"seed": 5}, wait=0).json() for n in ("cat", "dog")]
-    slips = before.desk.folder / desks.ASKED
+    slips = before.queue.folder / queues.ASKED
     (slips / "no-question.json").write_text("{")
     kept = {slip.name: slip.read_bytes() for slip in slips.iterdir()}  # as kill -9 leaves them
     gate.open()
-    before.desk.close()
+    before.queue.close()
     for status in accepted:
-        for path in (before.desk.folder / status["id"]).rglob("metrics.json"):
+        for path in (before.queue.folder / status["id"]).rglob("metrics.json"):
             path.unlink()
     for name, content in kept.items():
         (slips / name).write_bytes(content)
     other = Served(task, tmp_path / "results", nfe=3, gen_guidance_scale=2.0)
-    assert other.desk.resume() == 0 and "left for it" in capfd.readouterr().out
+    assert other.queue.resume() == 0 and "left for it" in capfd.readouterr().out
     after = Served(task, tmp_path / "results")
-    assert after.desk.resume() == 2 and "no-question" in capfd.readouterr().out
+    assert after.queue.resume() == 2 and "no-question" in capfd.readouterr().out
     for status in accepted:
         answer = after.client.get(status["answer"], params={"wait": 30})
         assert answer.status_code == 200 and answer.json()["settings"]["seed"] == 5
-    after.desk.close(), other.desk.close()
+    after.queue.close(), other.queue.close()
     assert [slip.name for slip in slips.iterdir()] == ["no-question.json"]
 
 
 def test_a_question_that_cannot_be_written_down_is_not_accepted(served, gate, full_disk):
     told = served.ask()
     assert told.status_code == 500 and "disk is full" in told.json()["error"]
-    assert served.desk.unanswered == 0 and gate.asked == []
+    assert served.queue.unanswered == 0 and gate.asked == []
 
 
 def test_a_fault_is_one_sentence_and_the_next_question_is_answered(served, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(desks, "attribute", lambda *_: 1 / 0)
+        broken.setattr(queues, "attribute", lambda *_: 1 / 0)
         told = served.ask()
         assert told.status_code == 500
         assert told.json() == {
             "error": "the service met a fault of its own (ZeroDivisionError); see its log"
         }
-        name = served.desk.name_of(served.desk.read(served.desk.question(**ASKED)))
+        name = served.queue.name_of(served.queue.read(served.queue.question(**ASKED)))
         assert served.client.get(f"/answers/{name}").status_code == 500
     assert served.ask().status_code == 200
     assert served.client.get(f"/answers/{name}").status_code == 200
@@ -379,7 +379,7 @@ def test_a_hundred_malformed_requests_each_get_one_sentence(shared, gate):
         except AssertionError:
             pytest.fail(f"{request}: {answer.status_code} {answer.text[:300]}")
     assert len(sentences) > 15  # they say what is wrong with each
-    assert gate.asked == [] and shared.desk.unanswered == 0
+    assert gate.asked == [] and shared.queue.unanswered == 0
 
 
 @pytest.mark.parametrize(
@@ -429,14 +429,14 @@ def own(flags, tiny_data, tmp_path):
     places = {"data_dir": str(tmp_path / "data"), "grad_dir": str(tmp_path / "grads")}
     made = Served(AttributionTask(resolve("emoji", flags | places), "cpu"), tmp_path / "results")
     yield made, tmp_path / "data"
-    made.desk.close()
+    made.queue.close()
 
 
 def test_a_picture_or_file_that_leads_elsewhere_by_now_is_gone(own, tmp_path):
     served, data = own
     secret = tmp_path / "secret.png"
     secret.write_text("root:x:0:0")
-    pictures = [data / r["file_name"] for r in served.desk.task.train.records]
+    pictures = [data / r["file_name"] for r in served.queue.task.train.records]
     kept = [path.read_bytes() for path in pictures]
     assert served.client.get("/pictures/0").content == kept[0]
     ranged = served.client.get("/pictures/0", headers={"Range": "bytes=2-5"})
@@ -461,17 +461,17 @@ def test_a_picture_or_file_that_leads_elsewhere_by_now_is_gone(own, tmp_path):
 
 def test_no_file_of_an_answer_leads_out_of_the_answers(served, tmp_path):
     name = served.ask().json()["id"]
-    folder = served.desk.folder / name
+    folder = served.queue.folder / name
     (tmp_path / "secret").write_text("root:x:0:0")
     (folder / "scores.csv").symlink_to(tmp_path / "secret")
     (folder / "up").symlink_to(tmp_path)
     (folder / "pipe").unlink(missing_ok=True), os.mkfifo(folder / "pipe")
-    (served.desk.folder / "outside").symlink_to(tmp_path)
+    (served.queue.folder / "outside").symlink_to(tmp_path)
     (tmp_path / "report.html").write_text("root:x:0:0")
     for path in (f"{name}/scores.csv", f"{name}/up/secret", f"{name}/pipe", "outside/report.html"):
         told = served.client.get(f"/answers/{path}")
         assert told.status_code == 404 and "root:" not in one_sentence(told)
-    index = served.desk.folder / "index.html"
+    index = served.queue.folder / "index.html"
     index.unlink(), index.symlink_to(tmp_path / "secret")
     told = served.client.get("/answers/index.html")
     assert told.status_code in (404, 410, 500) and "root:" not in told.text
@@ -500,28 +500,28 @@ def exchanged(rows):
 )
 def test_rows_that_were_exchanged_since_are_told_and_answer_nothing(change, own):
     served, _ = own
-    (rows,) = served.desk.store.folder.glob("train_grad-0.npy")
+    (rows,) = served.queue.store.folder.glob("train_grad-0.npy")
     first = served.ask()
     assert first.status_code == 200
     change(rows)
     told = served.ask(ASKED | {"seed": 5})
     assert told.status_code == 500 and "the service must be started again" in told.json()["error"]
-    assert len(list(served.desk.folder.glob("a-cat*"))) == 1
+    assert len(list(served.queue.folder.glob("a-cat*"))) == 1
     assert served.ask().json() == first.json()  # that was made of the rows of the start
 
 
 def test_an_answer_whose_rows_are_exchanged_while_it_is_made_is_not_kept(own, monkeypatch):
     served, _ = own
-    (rows,) = served.desk.store.folder.glob("train_grad-0.npy")
-    made = desks.attribute
+    (rows,) = served.queue.store.folder.glob("train_grad-0.npy")
+    made = queues.attribute
 
     def late(*asked):
         exchanged(rows)
         return made(*asked)
 
-    monkeypatch.setattr(desks, "attribute", late)
+    monkeypatch.setattr(queues, "attribute", late)
     assert served.ask().status_code == 500
-    assert not list(served.desk.folder.glob("a-cat*"))
+    assert not list(served.queue.folder.glob("a-cat*"))
 
 
 ODD_LETTERS = ("\x1b", "\x07", "\0", "\x7f", "\x9b", "\ud800", "\udfff")
@@ -547,7 +547,7 @@ def test_what_is_no_text_is_refused_in_a_line_of_text(letter, shared):
 
 def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch):
     served, data = own
-    folders = [str(data), str(served.desk.folder), os.getcwd(), "bash scripts", "_DIR="]
+    folders = [str(data), str(served.queue.folder), os.getcwd(), "bash scripts", "_DIR="]
     refused = [served.ask(about(*words)) for words in (("zebra",), ("cat", "blub"))]
     assert [told.status_code for told in refused] == [422, 422]
     assert "unknown concept 'zebra'" in refused[0].json()["error"]
@@ -555,7 +555,7 @@ def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch
     form = served.client.post("/ask", data={"prompt": "a zebra", "concepts": "zebra"})
     for error in (
         UserError(f"{data}/metadata.jsonl is missing; make it again: rm {data}/x"),
-        UserError(f"cannot write {served.desk.folder}/a: the disk is full; make room"),
+        UserError(f"cannot write {served.queue.folder}/a: the disk is full; make room"),
         UserError("/root/.cache/x is damaged; remove it and run the same again: rm /root/.cache/x"),
         OSError(2, "No such file or directory", str(data / "a.png")),
     ):
@@ -563,7 +563,7 @@ def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch
         def failing(*_, error=error):
             raise error
 
-        monkeypatch.setattr(desks, "attribute", failing)
+        monkeypatch.setattr(queues, "attribute", failing)
         refused.append(served.ask())
         assert refused[-1].status_code == 500
     for told in (*refused, page, form):
@@ -597,7 +597,7 @@ def test_a_token_is_wanted_of_all_but_health(task, tmp_path):
     for bad in ("Bearer", f"Bearer {token}x", token, "Basic x", f"Basic {wrong}", "Bearer \xe9"):
         answer = get("/concepts", headers={"Authorization": bad.encode("latin-1")})
         assert answer.status_code == 401
-    served.desk.close()
+    served.queue.close()
 
 
 def test_a_token_that_cannot_guard_is_refused():
@@ -796,7 +796,7 @@ def asking(address, count, folder, found):
     threads = [threading.Thread(target=post, args=(address, a, found)) for a in asked[:count]]
     for thread in threads:
         thread.start()
-    slips, deadline = folder / "free_query" / desks.ASKED, time.monotonic() + 60
+    slips, deadline = folder / "free_query" / queues.ASKED, time.monotonic() + 60
     while time.monotonic() < deadline:
         there = len(list(slips.glob("*.json"))) if slips.is_dir() else 0
         if there + len(found) >= count:
@@ -833,7 +833,7 @@ def test_a_signal_stops_it_after_every_accepted_request_is_answered(task, tmp_pa
         helper = threading.Thread(target=ask_and_end)
         helper.start()
         with ended_by_sigterm():
-            command.run(served.app, served.desk, bound)
+            command.run(served.app, served.queue, bound)
     helper.join()
     assert all(g is None or g.startswith(b"HTTP/1.1 400") for g in garbage) and garbage[0]
     assert found.pop() < 3  # or it would have been no stop in the middle
@@ -858,7 +858,7 @@ def running(served):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(uvicorn.Server, "__init__", known)
-            thread = threading.Thread(target=command.run, args=(served.app, served.desk, bound))
+            thread = threading.Thread(target=command.run, args=(served.app, served.queue, bound))
             thread.start()
             while not (servers and servers[0].started):
                 time.sleep(0.01)
@@ -925,9 +925,9 @@ def test_a_stopping_service_listens_until_all_is_answered(task, tmp_path, gate):
     with running(served) as (place, stop):
         asked = json.dumps(about("cat")).encode()
         assert status(place, "/answers?wait=0", "POST", asked) == 202
-        (name,) = (path.stem for path in (served.desk.folder / desks.ASKED).glob("*.json"))
+        (name,) = (path.stem for path in (served.queue.folder / queues.ASKED).glob("*.json"))
         stop()
-        while not served.desk.stopping:
+        while not served.queue.stopping:
             time.sleep(0.01)
         assert status(place) == 503
         assert status(place, "/answers", "POST", json.dumps(about("dog")).encode()) == 503
@@ -944,12 +944,12 @@ def test_a_stopping_service_listens_until_all_is_answered(task, tmp_path, gate):
 def test_who_reads_the_address_can_connect_at_once(task, tmp_path, monkeypatch, capfd):
     connected = []
 
-    def run(app, desk, bound):
+    def run(app, queue, bound):
         address = capfd.readouterr().out.split("service: ")[1].strip()
         assert address == command.address_of(bound)
         socket.create_connection(bound.getsockname(), 10).close()
-        connected.append(desk.length)
-        desk.close()
+        connected.append(queue.length)
+        queue.close()
 
     monkeypatch.setattr(command, "run", run)
     monkeypatch.setattr(
@@ -964,7 +964,7 @@ def test_who_reads_the_address_can_connect_at_once(task, tmp_path, monkeypatch, 
 def test_a_killed_service_leaves_its_questions_to_the_next(process, tmp_path):
     service, address = process()
     threads = asking(address, 6, tmp_path / "results", [])
-    slips = tmp_path / "results/free_query" / desks.ASKED
+    slips = tmp_path / "results/free_query" / queues.ASKED
     service.kill()
     left = [slip.stem for slip in slips.glob("[!.]*.json")]
     for thread in threads:
