@@ -208,6 +208,6 @@ def full_disk(monkeypatch):
 
 
 def in_this_process(bench, plan, work):
-    """In place of `retraining.fleet.retrain`: every model of a plan, one after another, here."""
+    """In place of `truth.train_many.retrain`: every model of a plan, one after another, here."""
     for subset in plan.subsets:
         work.make(bench, plan, subset)

@@ -1,4 +1,4 @@
-"""Images, captions, labels: any folder (`image_folder`), encoded ones, those in memory (`given`)."""
+"""Images, captions, labels: any folder (`image_folder`), encoded, or in memory (`given`)."""
 
 from .image_folder import ImageCaptionDataset, load_folder
 

@@ -1,9 +1,9 @@
 """Does amplifying raise what a model learned too little of?
 
-A small model (`retraining.small`) learns all pictures but most of those of 16 objects, of which
-KEPT of seven stay: 8 choose the plan, 8 others are reported, split as in `setup`. Scores of J_amplify
-are read on the pictures that stayed, as a user would who has no more of them; judged are pictures
-drawn for all seven captions. Beside the plan that is best for the eight that choose:
+A small model (`truth.small_model`) learns all pictures but most of those of 16 objects, of which
+KEPT of seven stay: 8 choose the plan, 8 others are reported, split as in `testbed`. Scores of
+J_amplify are read on the pictures that stayed, as a user would who has no more of them; judged are
+pictures drawn for all seven captions. Beside the plan that is best for the eight that choose:
 
     published   the published rule: feed-forward matrices, by row, at the ratio best for those eight
     random      as many random weights of the same tensors: what removing weights does by itself

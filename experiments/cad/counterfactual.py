@@ -1,6 +1,6 @@
 """Retrained without a concept's top pictures, do the weights that an edit takes lose their score?
 
-Four small models (`retraining.small`), all but the second of one seed:
+Four small models (`truth.small_model`), all but the second of one seed:
 
     all       of all pictures
     seed      of all pictures, another seed: what chance does
@@ -14,7 +14,7 @@ zero): retrained, edited, and both. Models of one seed begin at the same weights
 
     score      sum of alpha over the edited weights (0 with the edit, by definition)
     moves      mean J_erase: how far the prompt moves the prediction
-    presence   log-likelihood ratio on held-out pictures of the object (`retraining.presence`)
+    presence   log-likelihood ratio on held-out pictures of the object (`truth.concept_likelihood`)
     judged     the judge's probability of the object in pictures drawn
     others     presence of objects whose pictures all stayed
 

@@ -139,7 +139,7 @@ class MeasuredEdits:
         return self.cells.cell(pool, [BARE, places], lambda: self.setup.measure_kept(places))
 
     def figures(self, target: Target, key: Key, counts: tuple[int, int]) -> dict[str, Any]:
-        """UA, IRA and CRA; see `cells.figures`."""
+        """UA, IRA and CRA; see `result_cache.figures`."""
         return figures(target, self.cell(target, key, counts), self.bare(target, counts))
 
 

@@ -1,5 +1,5 @@
 """Who put a concept's score into the weights? The small model's training is replayed, and alpha = w
-dJ/dw of the concept's erasing objective split exactly over its pictures (`retraining.replay`):
+dJ/dw of the concept's erasing objective split exactly over its pictures (`truth.replay`):
 
     sum_p alpha_p = part of the initial weights + sum_i part of picture i + rounding
 

@@ -96,7 +96,7 @@ def markdown(told: dict[str, dict[str, Any]], at_random: dict[str, float]) -> st
 
 
 def levels_markdown(levels: dict[str, dict[int, float]]) -> str:
-    """A row a step of the ablation: `rows.level_shares`, from the lowest noise level up."""
+    """A row a step of the ablation: `gradients.level_shares`, from the lowest noise level up."""
     lines = ["| train rows | share of the squared norm, by noise level |", "|---|---|"]
     for name, shares in levels.items():
         told = ", ".join(f"{level}: {share:.4f}" for level, share in sorted(shares.items()))
