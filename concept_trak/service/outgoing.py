@@ -21,7 +21,7 @@ MEDIA |= {".html": "text/html", ".png": "image/png", ".jpg": "image/jpeg"}
 # a command of this machine's shell, with its variables, as refusals end in one
 COMMAND = re.compile(
     r"(?:\b[A-Z_]+=(?:'[^']*'|\S)+ )*"
-    r"\b(?:bash scripts/|concept-trak |git checkout |pip install |rm )"
+    r"\b(?:bash \S*scripts/|concept-trak |git checkout |pip install |rm )"
 )
 PATH = re.compile(r"(?<![\w/.:])~?/(?!(?:answers|docs|pictures|thumbnails)\b)[^\s'\"(),;:]+")
 

@@ -545,9 +545,10 @@ def test_what_is_no_text_is_refused_in_a_line_of_text(letter, shared):
     assert told.status_code == 422
 
 
-def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch):
+def test_no_refusal_tells_a_folder_or_a_command_of_this_machine(own, monkeypatch, tmp_path):
     served, data = own
-    folders = [str(data), str(served.queue.folder), os.getcwd(), "bash scripts", "_DIR="]
+    folders = [str(data), str(served.queue.folder), os.getcwd(), "scripts/", "_DIR="]
+    monkeypatch.chdir(tmp_path)  # where the path of a script is another
     refused = [served.ask(about(*words)) for words in (("zebra",), ("cat", "blub"))]
     assert [told.status_code for told in refused] == [422, 422]
     assert "unknown concept 'zebra'" in refused[0].json()["error"]
