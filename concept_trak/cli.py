@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 
@@ -61,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
             if os.environ.get(FROM_ENV):
                 check_environment(os.environ, top.flags_of(arguments.verb))
             arguments.run(arguments)
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError, MemoryError, UnicodeError) as error:
         if VERBOSITY["level"] > 0:
             traceback.print_exc()

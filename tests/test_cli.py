@@ -21,7 +21,7 @@ import torch
 from conftest import save_tiny_data, small_run
 from PIL import Image
 
-from concept_trak import cli
+from concept_trak import cli, isolated
 from concept_trak import verbs as of_library
 from concept_trak.flags import FROM_ENV, settings_of
 from concept_trak.parsing import parse_shards
@@ -714,6 +714,14 @@ def test_a_misspelt_flag_is_refused_with_the_nearest_one(flag, near, capsys):
     assert cli.main(["attribute", flag]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert flag in line and f"(did you mean {near}?); see concept-trak attribute --help" in line
+
+
+def test_who_reads_no_further_ends_a_listing_without_a_word():
+    command = isolated.command("concept_trak", "concepts", f"--data-dir={ROOT / 'data/emoji'}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_export_writes_the_rows_of_the_settings_store(computed, tmp_path):
