@@ -100,6 +100,7 @@ class JobQueue:
     ) -> None:
         usual = task.settings.but(**service_defaults())
         self.length, self.wait = task.settings.queue_length, task.settings.answer_wait
+        self.head_timeout = task.settings.body_timeout  # of a head as of a body
         self.task, self.answered = task.with_settings(usual), answered
         self.question = make_request_model(usual)
         self.store = open_store(self.task)

@@ -118,8 +118,8 @@ def run(app: Any, queue: JobQueue, bound: socket.socket) -> None:
         limit_concurrency=CONNECTIONS + queue.length,
     )
     config.load()
-    seconds = queue.task.settings.body_timeout
-    config.http_protocol_class = patient(config.http_protocol_class, seconds, CONNECTIONS)
+    protocol = config.http_protocol_class
+    config.http_protocol_class = patient(protocol, queue.head_timeout, CONNECTIONS)
     server = Server(config)
     with contextlib.suppress(
         SystemExit, KeyboardInterrupt

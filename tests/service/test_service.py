@@ -912,7 +912,7 @@ def test_half_a_head_holds_nobody(sent, task, tmp_path, monkeypatch):
 
 
 def test_who_asks_slowly_but_to_the_end_is_served(task, tmp_path):
-    served = Served(task, tmp_path / "results", body_timeout=1.5)
+    served = Served(task, tmp_path / "results", body_timeout=2.0)
     with running(served) as (place, _), socket.create_connection(place, 20) as via:
         for _ in range(4):  # on one connection, for longer than one head may take
             for part in (b"GET /health HTTP/1.1\r\n", b"Host: localhost\r\n\r\n"):
