@@ -539,7 +539,9 @@ def test_every_import_is_declared():
     assert not (undeclared := library.keys() - needed - optional), undeclared
     theirs = imported(REPO / "tests", {*own, *tests}).keys()
     testing = declared(*EXTRAS["test"], *EXTRAS["cluster"], *EXTRAS["s3"])  # of .ci/run
-    assert not (undeclared := theirs - needed - testing - {"tomllib", "pyarrow", "mkdocs"}), undeclared
+    assert not (undeclared := theirs - needed - testing - {"tomllib", "pyarrow", "mkdocs"}), (
+        undeclared
+    )
     assert needed - library.keys() <= NOT_IMPORTED, "declared, and imported nowhere"
     assert declared(*EXTRAS["abc"]) <= testing  # what can be installed is tested
 
