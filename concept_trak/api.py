@@ -79,16 +79,15 @@ class Attributor:
         self._preset, self._given, self._loaded = preset, given | settings, loaded
         self.folder = folder
         self.task = AttributionTask(self._settings().on(device), device, loaded)
-        self._store: Any = None
 
     def _settings(self, **changes: Any) -> Settings:
         return resolve(self._preset, self._given | changes)
 
     def fit(self) -> Attributor:
         """Compute a projected gradient for each training image that has none yet, with a bar; a
-        run that was killed is resumed. Called by `attribute` where it was not.
+        run that was killed is resumed. `attribute` does so, too.
         """
-        self._store = open_or_compute_store(self.task)
+        open_or_compute_store(self.task)
         return self
 
     def attribute(
@@ -98,7 +97,8 @@ class Attributor:
         words of the prompt.
 
         methods: to compare, e.g. ["das", "trak"]; they compute gradients of their own. settings: of
-        this question, e.g. seed, damping, gen_guidance_scale.
+        this question, e.g. seed, damping, gen_guidance_scale; gradients of others (nfe, f, ...) are
+        computed where there are none.
         UserError for concepts that the prompt does not hold and for settings that there are not.
         """
         from .report.write import ask
@@ -108,9 +108,7 @@ class Attributor:
         asked = {"prompt": prompt, "target_concepts": "|".join(concepts)}
         asked |= {"methods": ",".join(methods)} | settings
         task = self.task.with_settings(self._settings(**asked).on(self.task.device))
-        if self._store is None:
-            self.fit()
-        result, rows = ask(task)
+        result, rows = ask(task, open_or_compute_store(task))
         return Answer(result, task.settings, rows)
 
     def edit(self, concept: str, aim: str = "erase", **settings: Any) -> ConceptEdit:
@@ -243,24 +241,15 @@ class ConceptEdit:
     """
 
     def __init__(self, settings: Settings, device: str, aim: str, loaded: Any = None) -> None:
-        from .components.concept_plan import edit_from_scores, plan_of
-        from .components.edit_operators import Operator
         from .report.component_report import ComponentRun
 
-        s, self.settings = settings, settings
-        model = None
+        self.settings, model = settings, None
         if loaded is not None:  # the given pipeline itself stays as it is
             model = from_pipeline(copy.deepcopy(loaded.pipe).to(torch.float32), device)
-        self._run = ComponentRun(s, device, model)
+        self._run = ComponentRun(settings, device, model)
         self.pipe = self._run.model.pipe
         self.scores = self._run.scores(aim)
-        plan = plan_of(s.selection, s.ratio, s.granularity, Operator(s.operator, s.strength))
-        asked = self._run.asked(self._run.words.prompt)
-        network = self._run.edited
-        self.edit, self.chosen = edit_from_scores(
-            self._run.model, self.scores, plan, asked, network.base
-        )
-        network.apply(self.edit)
+        self.edit, self.chosen = self._run.edit(self.scores)
 
     def undo(self) -> None:
         """Give the pipeline its own weights back, to the bit."""
@@ -284,10 +273,8 @@ class ConceptEdit:
 
     def export(self, folder: str | Path) -> Path:
         """Write the edited pipeline as a folder for diffusers; returns it."""
-        from .components.export import export, refuse_place
+        from .report.component_report import check_export
 
-        refuse_place(Path(folder), self.settings.sd_model_path, [self.settings.data_dir])
-        edits = [edit.digest() for edit in self._run.edited.stack]
-        facts = {"model": self._run.edited.base, "edits": edits, "provenance": provenance()}
-        export(self.pipe, Path(folder), facts)
+        check_export(self.settings, Path(folder))
+        self._run.export(Path(folder))
         return Path(folder)

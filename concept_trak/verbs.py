@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -237,9 +236,9 @@ def run_with_settings(
     if verb and not verb.needs_model:
         return run(settings, "cpu")
     if verb and verb.check:
-        getattr(importlib.import_module(".attribution.preflight", __package__), verb.check)(
-            settings
-        )
+        from .attribution import preflight
+
+        getattr(preflight, verb.check)(settings)
     log(f"loading the model {settings.sd_model_path.removeprefix(f'{ROOT}/')} ...")
     # the other verbs have no use for GPU_IDS; the processes pick their own devices
     if run is run_train_grad and settings.executor == "ray":

@@ -80,12 +80,31 @@ def test_a_second_attributor_computes_no_gradient_again(asked, monkeypatch):
     assert again.attribute(PROMPT, ["cat"])["cat"].scores.tolist() == answer["cat"].scores.tolist()
 
 
+def test_a_question_of_other_gradients_computes_them(asked):
+    made, answer = asked
+    scores = made.attribute(PROMPT, ["cat"], f="contrast")["cat"].scores
+    assert scores.shape == (11,) and not np.array_equal(scores, answer["cat"].scores)
+
+
+def test_shards_that_are_left_to_others_are_not_scored_without(tiny_data, tiny_pipeline, tmp_path):
+    part = attributor(tiny_data, tiny_pipeline, tmp_path, shards="0")
+    with pytest.raises(UserError, match="shard"):
+        part.attribute(PROMPT, ["cat"])
+    attributor(tiny_data, tiny_pipeline, tmp_path, shards="1,2").attribute(PROMPT, ["cat"])
+    assert len(part.fit().attribute(PROMPT, ["cat"])["cat"].scores) == 11
+
+
 def as_dataset(data):
     class Dataset:
         column_names = ["image", "text"]
 
-        def __getitem__(self, name):
-            return [data.image(i) for i in range(len(data))] if name == "image" else data.captions
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, key):  # a column, or a row; the images of all at once are too many
+            if isinstance(key, int):
+                return {"image": data.image(key), "text": data.captions[key]}
+            return {"text": data.captions}[key]
 
     return Dataset()
 

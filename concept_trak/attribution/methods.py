@@ -126,7 +126,7 @@ class NoStoreMethod:
     def _made(self) -> Any:
         from importlib import import_module
 
-        return getattr(import_module(f"..attribution.{self.module}", __package__), self.by)
+        return getattr(import_module(f".{self.module}", __package__), self.by)
 
 
 def swept(ranker: Any, questions: Sequence[Query]) -> np.ndarray:
@@ -146,7 +146,8 @@ def open_or_compute_store(task: AttributionTask) -> Store:
     try:
         return open_store(task)
     except UserError:  # missing or unfinished; a store of something else is refused again below
-        return train_grad(task)
+        train_grad(task)
+        return open_store(task)  # refuses one of which SHARDS left a part to others
 
 
 for method in (

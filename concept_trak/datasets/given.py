@@ -28,27 +28,31 @@ def save_images(images: Any, captions: Sequence[str] | None, folder: Path) -> Pa
     again.
     UserError for none, for captions of another number, and for what is no image.
     """
-    if captions is None:
-        images, captions = _columns(images)
+    image = "image" if captions is None else None  # a dataset's rows are read one by one
+    captions = _captions(images) if captions is None else captions
     if not len(images) or len(images) != len(captions):
         counts = f"{len(images)} images and {len(captions)} captions"
         raise UserError(f"there are {counts}; give one caption for each of one or more images")
+
+    def picture(i: int) -> Image.Image:
+        return _picture(images[i] if image is None else images[i][image], i)
+
     whole = hashlib.sha256()
-    for picture in map(_picture, images, range(len(images))):  # one at a time in memory
-        whole.update(f"{picture.size}".encode() + picture.tobytes())
+    for shown in map(picture, range(len(images))):  # one at a time in memory
+        whole.update(f"{shown.size}".encode() + shown.tobytes())
     place = folder / short_hash([whole.hexdigest(), list(captions)])
     if not place.is_dir():
         with atomic_folder(place) as made:
             rows = [{"file_name": f"{i:06}.png", "text": c} for i, c in enumerate(captions)]
             for i, row in enumerate(rows):
-                _picture(images[i], i).save(made / row["file_name"])
+                picture(i).save(made / row["file_name"])
             (made / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
             load_folder(made)  # refuses empty captions
     return place
 
 
-def _columns(images: Any) -> tuple[Sequence[Any], Sequence[str]]:
-    """The images and captions of a `datasets.Dataset`."""
+def _captions(images: Any) -> Sequence[str]:
+    """Those of a `datasets.Dataset`."""
     names = getattr(images, "column_names", None)
     if not isinstance(names, list):
         raise UserError(
@@ -59,7 +63,7 @@ def _columns(images: Any) -> tuple[Sequence[Any], Sequence[str]]:
         raise UserError(
             f"the dataset has the columns {', '.join(names)}; give images with image and text"
         )
-    return images["image"], list(images[column])
+    return list(images[column])
 
 
 def _picture(image: Any, number: int) -> Image.Image:

@@ -210,7 +210,6 @@ def load_pipeline(
     UserError as `pipelines.open_pipeline` and `pipelines.load_lora` raise it, or for an unknown
     dtype.
     """
-
     if dtype not in DTYPES:
         raise UserError(f"DTYPE={dtype!r} is unknown; set DTYPE to one of {', '.join(DTYPES)}")
     # bf16 rounds away what the hash of the weights is over, so it is taken before

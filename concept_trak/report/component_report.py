@@ -32,7 +32,7 @@ from ..components.concept_plan import (
     plan_of,
 )
 from ..components.edit_operators import Operator
-from ..components.edits import EditedNetwork, load_edit, save_edit
+from ..components.edits import Edit, EditedNetwork, load_edit, save_edit
 from ..components.export import export, refuse_place
 from ..components.objective import COMPONENT_OBJECTIVES
 from ..components.parameter_groups import Component, select
@@ -189,6 +189,23 @@ class ComponentRun:
         """What stands beside scores."""
         return {"prompt": self.words.prompt, "model": self.edited.base}
 
+    def edit(self, scores: Scores) -> tuple[Edit, Selection]:
+        """Make the edit of these scores and apply it; (it, which weights). UserError as
+        `selection.choose` raises it.
+        """
+        s, asked = self.settings, self.asked(self.words.prompt)
+        plan = plan_of(s.selection, s.ratio, s.granularity, Operator(s.operator, s.strength))
+        edit, chosen = edit_from_scores(self.model, scores, plan, asked, self.edited.base)
+        edit.about.update(aim=scores.aim, prompt=self.words.prompt, model_path=s.sd_model_path)
+        edit.about.update(plan=[s.selection, s.ratio, s.granularity, s.operator, s.strength])
+        self.edited.apply(edit)
+        return edit, chosen
+
+    def export(self, folder: Path) -> None:
+        """Write the pipeline with its edits; see `components.export`."""
+        facts = {"model": self.edited.base, "edits": [e.digest() for e in self.edited.stack]}
+        export(self.model.pipe, folder, facts | {"provenance": provenance()})
+
     def draw(self) -> list[Image.Image]:
         """Pictures of the concept, then of other prompts, at the same noise whenever called."""
         s, prompts = self.settings, self.prompts()
@@ -225,16 +242,20 @@ def edit_weights(settings: Settings, device: str, aim: str) -> Path:
     """
     s = settings
     if s.export:
-        used = (s.data_dir, s.grad_dir, s.results_dir, s.lora_path, *split_list(s.edits), ".")
-        refuse_place(Path(s.export), s.sd_model_path, filter(None, used))
+        check_export(s, Path(s.export))
     weights = ComponentRun(s, device)
     folder = write_edit(weights, weights.scores(aim), weights.draw())
     if s.export:
-        edited = weights.edited
-        facts = {"model": edited.base, "edits": [edit.digest() for edit in edited.stack]}
-        export(weights.model.pipe, Path(s.export), facts | {"provenance": provenance()})
+        weights.export(Path(s.export))
         print(f"exported: {os.path.relpath(s.export)}")
     return folder
+
+
+def check_export(settings: Settings, folder: Path) -> None:
+    """UserError for a folder that `export.refuse_place` refuses for a run of these settings."""
+    s = settings
+    used = (s.data_dir, s.grad_dir, s.results_dir, s.lora_path, *split_list(s.edits), ".")
+    refuse_place(folder, s.sd_model_path, filter(None, used))
 
 
 def write_edit(weights: ComponentRun, scores: Scores, before: list[Image.Image]) -> Path:
@@ -242,21 +263,15 @@ def write_edit(weights: ComponentRun, scores: Scores, before: list[Image.Image])
 
     before: what `ComponentRun.draw` gave without it. UserError as `selection.choose` raises it.
     """
-    s, aim = weights.settings, scores.aim
-    plan = plan_of(s.selection, s.ratio, s.granularity, Operator(s.operator, s.strength))
-    asked = weights.asked(weights.words.prompt)
-    edit, chosen = edit_from_scores(weights.model, scores, plan, asked, weights.edited.base)
-    edit.about.update(aim=aim, prompt=weights.words.prompt, model_path=s.sd_model_path)
-    edit.about.update(plan=[s.selection, s.ratio, s.granularity, s.operator, s.strength])
-    weights.edited.apply(edit)
+    edit, chosen = weights.edit(scores)
     after = weights.draw()
     print(selection_summary(chosen))
-    with _folder(weights, aim) as (made, folder):
+    with _folder(weights, scores.aim) as (made, folder):
         save_scores(made, scores, weights.among)
         save_edit(made / "edit.safetensors", edit)
         facts = {"digest": edit.digest(), "model": edit.model, "weights": edit.count, **edit.about}
         facts |= {"of": chosen.among, "prompts": weights.prompts()}
-        made_by = {"settings": as_dict(s), "provenance": provenance()}
+        made_by = {"settings": as_dict(weights.settings), "provenance": provenance()}
         write_json(made / "edit.json", facts | {"untouched": list(chosen.untouched)} | made_by)
         write_bytes(made / "layers.png", picture(scores, weights.among))
         write_bytes(made / PICTURES, sheet(before, after))
